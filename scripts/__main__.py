@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m scripts VERB``: composes configs, calls ``monai.bundle run`` and prints the command that does the same."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import bundle_root
+
+CONFIGS = Path(bundle_root()) / "configs"
+Overrides = dict[str, Any]
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.json"))
+
+
+def _settings(args: argparse.Namespace) -> Overrides:
+    """The overrides that every verb takes, under their config ids; a string that starts with $ is an expression."""
+    device = f"$torch.device('{args.device}')" if args.device else None
+    chosen = {
+        "dataset_dir": args.dataset_dir,
+        "output_dir": args.output_dir,
+        "device": device,
+        "threads": args.threads,
+        "seed": args.seed,
+        "allow_missing": args.allow_missing or None,
+    }
+    for pair in args.set:
+        key, _, value = pair.partition("=")
+        chosen[key] = _value(value)
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _value(text: str) -> Any:
+    """A value of --set: JSON where it is JSON, text otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+    """Print the ``monai.bundle run`` line of these configs, then do it."""
+    files = [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
+    overrides = {**overrides, **_settings(args)}
+    flags = [f"--{key} {shlex.quote(v if isinstance(v, str) else repr(v))}" for key, v in overrides.items()]
+    print(" ".join(["python -m monai.bundle run --config_file", shlex.quote(repr(files)), *flags]), flush=True)
+    if args.dry_run:
+        return
+    from monai.bundle import run
+
+    run(
+        config_file=files,
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=str(CONFIGS / "logging.conf"),
+        **overrides,
+    )
+
+
+def _context(args: argparse.Namespace) -> list[str]:
+    return [f"data/{args.data}", f"scale/{args.scale}"]
+
+
+def _training(args: argparse.Namespace) -> Overrides:
+    chosen = {"fold": args.fold, "max_epochs": args.epochs, "resume": args.resume or None}
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def phantom(args: argparse.Namespace) -> None:
+    """Write a cohort of phantoms."""
+    from scripts.data.phantom import write_phantoms
+
+    write_phantoms(args.output_dir or "runs/phantom/data", cases=args.cases, seed=args.seed or 0)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the student alone."""
+    _run(args, ["train", *_context(args)], _training(args))
+
+
+def teacher(args: argparse.Namespace) -> None:
+    """Train one teacher."""
+    own = {"architecture": args.architecture, "teacher_modalities": args.modalities}
+    _run(args, ["train", *_context(args), "teacher"], {**_training(args), **own})
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Train the student with its teachers."""
+    own = {"teachers_dir": args.teachers_dir} if args.teachers_dir else {}
+    methods = [f"methods/{method}" for method in args.method or ["teachformer"]]
+    _run(args, ["train", *_context(args), "distill", *methods], {**_training(args), **own})
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Segment a cohort and score it, or score masks made elsewhere."""
+    own: Overrides = {"name": args.name} if args.name else {}
+    own |= {key: value for key, value in (("weights", args.weights), ("fold", args.fold)) if value is not None}
+    if args.curves:
+        own["curves"] = args.curves
+    if args.predictions:
+        own |= {"predictions": args.predictions, "run": "@score", "score#network": "$None"}
+    configs = ["inference", *_context(args)]
+    if args.architecture:
+        configs.append("teacher")
+        own |= {"architecture": args.architecture, "teacher_modalities": args.modalities}
+    _run(args, [*configs, "evaluate"], own)
+
+
+def segment(args: argparse.Namespace) -> None:
+    """Segment one case onto the reference modality's own grid."""
+    output = Path(args.output)
+    if not output.name.endswith(".nii.gz"):
+        raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    files = {key: getattr(args, key) for key in spec["modalities"] if getattr(args, key)}
+    reference = spec["modalities"][0]
+    if reference not in files:
+        raise ValueError(f"--{reference} is missing: it is the reference modality, on whose grid the mask is written.")
+    case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference], **files}
+    own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": []}
+    if args.weights:
+        own["weights"] = args.weights
+    _run(args, ["inference", *_context(args)], own)
+    if not args.dry_run:
+        print(f"mask: {output}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """One report of several evaluations."""
+    from scripts.data import datalist
+    from scripts.evaluation import compare
+
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    cases = datalist(args.data, args.dataset_dir) if args.dataset_dir else []
+    output = args.output_dir or "runs/report"
+    print(compare(args.evaluations, output, cases, spec["modalities"], args.curves, args.title))
+    print(f"report: {Path(output) / 'report.html'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", default="sts", choices=_names("data"), help="data set (its config in configs/data)")
+    common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
+    common.add_argument("--output-dir", help="folder for everything that is written")
+    common.add_argument("--scale", default="small", choices=_names("scale"), help="small: two cores; full: one GPU")
+    common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
+    common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
+    common.add_argument("--seed", type=int, help="of the split, the initial weights and the augmentation")
+    common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
+    common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
+    common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
+    training = argparse.ArgumentParser(add_help=False)
+    training.add_argument("--epochs", type=int, help="length of the training")
+    training.add_argument("--fold", type=int, help="fold that validates (default 0)")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--architecture", help="unetr, swinunetr, hdenseformer or uxnet")
+    named.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
+
+    parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(action: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added = verbs.add_parser(action.__name__, help=action.__doc__, description=action.__doc__, parents=[common, *parents])
+        added.set_defaults(action=action)
+        return added
+
+    verb(phantom).add_argument("--cases", type=int, default=24)
+    verb(train, training)
+    verb(teacher, training, named).set_defaults(architecture="unetr")
+    distilling = verb(distill, training)
+    distilling.add_argument("--method", action="append", choices=_names("methods"), help="may be given more than once")
+    distilling.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
+    evaluating = verb(evaluate, named)
+    evaluating.add_argument("--weights", help="weights of the network (default: models/model.pt)")
+    evaluating.add_argument("--name", help="how the table calls the network")
+    evaluating.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
+    evaluating.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
+    evaluating.add_argument("--curves", nargs="+", help="curves.csv files to draw")
+    segmenting = verb(segment)
+    for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
+        segmenting.add_argument(f"--{modality}", help="file or DICOM folder")
+    segmenting.add_argument("--output", required=True, help="the mask, .nii.gz")
+    segmenting.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+    reporting = verb(report)
+    reporting.add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
+    reporting.add_argument("--curves", nargs="+", default=[], help="curves.csv files to draw")
+    reporting.add_argument("--title", default="Comparison")
+    return parser
+
+
+def _sentence(error: BaseException) -> str:
+    """The cause at the bottom: MONAI wraps what went wrong in the name of the config item or the transform."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 on bad input (one sentence on stderr), 2 on bad arguments."""
+    args = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        args.action(args)
+    except (ValueError, FileNotFoundError, RuntimeError, KeyError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

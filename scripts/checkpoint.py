@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and training states on disk: checksums, strict loading, atomic writing, resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def sha256(path: str | Path) -> str:
+    """Checksum of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(network: nn.Module, path: str | Path, checksum: str | None = None, key: str = "model") -> str:
+    """Load weights strictly, without ever unpickling code.
+
+    Args:
+        network: receives the weights.
+        path: file of a state dict, or of a checkpoint that holds one under ``key``.
+        checksum: sha256 that the file must have.
+
+    Returns:
+        The file's sha256.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another checksum, a file that is no weights file, or weights that do not fit the network.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No weights at {path}: train the network first or give the right path.")
+    found = sha256(path)
+    if checksum is not None and found != checksum:
+        raise ValueError(f"{path} has the sha256 {found[:12]}..., not {checksum[:12]}...: it is not the expected file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of plain weights, and nothing else is loaded.") from error
+    try:
+        network.load_state_dict(state.get(key, state) if isinstance(state, dict) else state, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(f"The weights in {path} do not fit {type(network).__name__}: {detail}") from error
+    return found
+
+
+def write_atomically(state: dict[str, Any], path: str | Path) -> None:
+    """``torch.save`` beside the target, flushed to the disk, then renamed: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class TrainingCheckpoint:
+    """Handler: save the training state every few epochs, resume from it, and write the final weights.
+
+    The final weights are those of the last epoch, so that no network is selected on the validation cases.
+
+    Args:
+        path: file of the training state.
+        weights: file of the final weights, ``{"model": state dict}``.
+        objects: name -> anything with ``state_dict``; ``model`` is the network whose weights are shipped.
+        interval: epochs between two savings.
+        resume: continue from ``path`` if it is there.
+    """
+
+    def __init__(
+        self, path: str, weights: str, objects: Mapping[str, Any], interval: int = 5, resume: bool = False
+    ) -> None:
+        if "model" not in objects:
+            raise ValueError(f"objects must name the network as 'model', got {sorted(objects)}.")
+        self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
+        self.interval, self.resume = interval, resume
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def load(self, engine: Engine) -> None:
+        """Restore every object and the trainer's epoch, where asked and possible."""
+        if not self.resume:
+            return
+        if not self.path.is_file():
+            logger.warning("nothing to resume at %s: training starts at epoch 1", self.path)
+            return
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, item in self.objects.items():
+            item.load_state_dict(state[name])
+        # The run's own length counts, so that a finished training can be made longer.
+        max_epochs = engine.state.max_epochs
+        engine.load_state_dict(state["trainer"])
+        engine.state.max_epochs = max_epochs
+        logger.info("resumed %s at epoch %d", self.path, engine.state.epoch)
+
+    def save(self, engine: Engine) -> None:
+        """Write the training state."""
+        state = {name: item.state_dict() for name, item in self.objects.items()}
+        write_atomically({**state, "trainer": dict(engine.state_dict())}, self.path)
+
+    def finish(self, engine: Engine) -> None:
+        """Write the training state and the final weights."""
+        self.save(engine)
+        write_atomically({"model": self.objects["model"].state_dict()}, self.weights)
+
+
+class WeightsLoader:
+    """Handler: load weights strictly when an inference starts, so that only a run that needs them asks for them.
+
+    Args:
+        network: receives the weights.
+        path: file of the weights.
+        checksum: sha256 that the file must have; by default the one beside it (``<path>.sha256``), where there is one.
+    """
+
+    def __init__(self, network: nn.Module, path: str, checksum: str | None = None) -> None:
+        self.network, self.path = network, Path(path)
+        beside = self.path.with_name(self.path.name + ".sha256")
+        self.checksum = checksum or (beside.read_text().split()[0] if beside.is_file() else None)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an engine."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load."""
+        logger.info("weights %s, sha256 %s", self.path, load_weights(self.network, self.path, self.checksum))

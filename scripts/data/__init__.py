@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data lists, splits and transforms."""
+
+from scripts.data.lists import datalist as datalist
+from scripts.data.lists import require_cases as require_cases
+from scripts.data.splits import fold_split as fold_split
+from scripts.data.transforms import postprocessing as postprocessing
+from scripts.data.transforms import preprocessing as preprocessing

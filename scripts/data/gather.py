@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four transforms that MONAI does not have: complete, crop, map and stack the modalities of one case."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Crop, InvertibleTransform, MapTransform, Transform
+
+
+def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
+    """Files beside ``reference`` that a layout names, if the layout fits the reference's own name."""
+    head, _, tail = layout[key].partition("{case}")
+    name = reference.name
+    if "{case}" not in layout[key]:
+        case = name if name == layout[key] else ""
+    else:
+        case = name[len(head) : len(name) - len(tail)] if name.startswith(head) and name.endswith(tail) else ""
+    if not case:
+        return {}
+    paths = {k: reference.parent / pattern.replace("{case}", case) for k, pattern in layout.items() if k != key}
+    return {k: str(path) for k, path in paths.items() if path.exists()}
+
+
+class GatherModalitiesd(Transform):
+    """Complete a data list's item: explicit keys first, then the data set's naming rule.
+
+    Args:
+        modalities: keys to find; the first is the reference, which ``image`` names where its own key is absent.
+        naming: layouts, each a file name per modality relative to the reference's folder, tried in turn;
+            ``{case}`` stands for what varies, as in ``{"ct": "{case}_ct.nii.gz", "pet": "{case}_pt.nii.gz"}``.
+        allow_missing: accept absent modalities (they become zeros) instead of refusing the case.
+
+    Raises:
+        ValueError: (when called) the item names neither ``image`` nor the reference modality, or a modality is absent.
+        FileNotFoundError: a file that the item names does not exist.
+    """
+
+    def __init__(
+        self, modalities: Sequence[str], naming: Sequence[Mapping[str, str]] = (), allow_missing: bool = False
+    ) -> None:
+        self.modalities, self.allow_missing = list(modalities), allow_missing
+        self.naming = [layout for layout in naming if self.modalities[0] in layout]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        reference = self.modalities[0]
+        if "image" not in data and reference not in data:
+            raise ValueError(f"A case needs 'image' or '{reference}', the reference modality; got {sorted(map(str, data))}.")
+        item = dict(data)
+        item.setdefault(reference, data.get("image"))
+        item["image"] = item[reference]
+        if isinstance(item[reference], str | Path):
+            for layout in self.naming:
+                for key, path in _siblings(Path(item[reference]), layout, reference).items():
+                    if key in self.modalities:
+                        item.setdefault(key, path)
+            item.setdefault("case_id", Path(item[reference]).name.split(".")[0])
+        lost = [str(item[k]) for k in self.modalities if isinstance(item.get(k), str | Path) and not Path(item[k]).exists()]
+        if lost:
+            raise FileNotFoundError(f"Case {item.get('case_id')}: no such file: {', '.join(lost)}.")
+        absent = [k for k in self.modalities if k not in item]
+        if absent and not self.allow_missing:
+            raise ValueError(f"Case {item.get('case_id')}: no {', '.join(absent)} was given or found beside {item['image']}.")
+        return item
+
+
+class CropToBoxd(MapTransform, InvertibleTransform):
+    """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), where it has one."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.crop = Crop()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        if "bbox_mm" not in item:
+            return item
+        image = item[self.keys[0]]
+        lps = np.asarray(item["bbox_mm"], dtype=float).reshape(2, 3)
+        corners = np.stack(np.meshgrid(*(lps * [-1, -1, 1]).T, indexing="ij"), -1).reshape(-1, 3)
+        affine = np.asarray(image.affine, dtype=float)
+        voxels = (corners - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+        low = np.clip(np.floor(voxels.min(0)), 0, image.shape[1:]).astype(int)
+        high = np.clip(np.ceil(voxels.max(0)) + 1, 0, image.shape[1:]).astype(int)
+        if (high <= low).any():
+            raise ValueError(f"Case {item.get('case_id')}: its bounding box lies outside of {item['image']}.")
+        item[self.keys[0]] = self.crop(image, [slice(a, b) for a, b in zip(low, high, strict=True)])
+        return item
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            applied = item[key].applied_operations
+            # An item without a box was not cropped, so that there is nothing of this transform to undo.
+            if applied and applied[-1]["class"] == "Crop":
+                item[key] = self.crop.inverse(item[key])
+        return item
+
+
+class MapLabelsd(MapTransform):
+    """Label file values to class indices.
+
+    Args:
+        key: the label's key.
+        classes: per class the values that mean it: ``[[0], [1, 2, 3]]`` maps 1, 2 and 3 to class 1.
+
+    Raises:
+        ValueError: (when called) the label is missing or holds any other value, NaN included; the file is named.
+    """
+
+    def __init__(self, key: str, classes: Sequence[Sequence[float]]) -> None:
+        super().__init__(key)
+        self.classes = [list(values) for values in classes]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        key = self.keys[0]
+        if key not in item:
+            raise ValueError(f"Case {item.get('case_id')}: it has no label, which training and validation need.")
+        values = item[key]
+        mapped, known = torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bool)
+        for index, members in enumerate(self.classes):
+            for value in members:
+                hit = values == value
+                mapped[hit] = index
+                known |= hit
+        if not known.all():
+            strange = sorted({float(v) for v in torch.as_tensor(values[~known]).unique()[:5]})
+            raise ValueError(
+                f"{values.meta.get('filename_or_obj', 'The label')} holds the values {strange}, which the data set's "
+                f"mapping {self.classes} does not know: correct the file or the config's `labels`."
+            )
+        item[key] = mapped
+        return item
+
+
+class StackModalitiesd(Transform):
+    """Zeros for absent modalities and ``presence`` (M, bool); with ``stack`` also ``image`` (M H W D).
+
+    The reference's key stays, since its history (``applied_operations``) undoes the geometry after inference.
+    """
+
+    def __init__(self, modalities: Sequence[str], stack: bool) -> None:
+        self.modalities, self.stack = list(modalities), stack
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        reference = item[self.modalities[0]]
+        if "presence" not in item:
+            item["presence"] = torch.tensor([key in item for key in self.modalities])
+            for key in self.modalities:
+                item.setdefault(key, torch.zeros_like(reference))
+            if isinstance(reference, MetaTensor) and "case_id" in item:
+                reference.meta["case_id"] = item["case_id"]
+        if self.stack:
+            # An absent modality stays zero whatever augmentation (noise, gain) was drawn for it.
+            channels = [item[k] * float(p) for k, p in zip(self.modalities, item["presence"], strict=True)]
+            item["image"] = torch.cat(channels)
+            for key in self.modalities[1:]:
+                del item[key]
+        return item

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data lists: one dictionary of paths per case, made by the reader of each data set.
+
+An item holds `case_id`, `patient_id`, `image` (path of the reference modality), one key per modality that lies on disk
+(`ct`, `pet`, ...), and `label` where its file exists. Paths are strings; nothing is opened here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DATASETS = ("phantom", "sts", "hecktor21", "picai22")
+
+Item = dict[str, Any]
+
+
+def datalist(name: str, root: str | Path | None) -> list[Item]:
+    """List the cases of a data set, sorted by `case_id`.
+
+    Args:
+        name: one of `DATASETS`, the module of this package that knows the layout.
+        root: folder of the data set. Empty or None returns [], since a config that is only inspected has no data.
+
+    Raises:
+        ValueError: `name` is unknown, or two cases share an id.
+        FileNotFoundError: `root` does not exist, holds no case, or a case lacks its reference modality.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"Unknown data set '{name}': choose one of {', '.join(DATASETS)}.")
+    if root is None or str(root) == "":
+        return []
+    items: list[Item] = importlib.import_module(f"scripts.data.{name}").datalist(Path(root))
+    return items
+
+
+def require_folder(root: str | Path, name: str, layout: str) -> Path:
+    """Return `root` as a path.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"The folder {root} of the data set '{name}' does not exist: expected {layout}.")
+    return root
+
+
+def make_item(case_id: str, patient_id: str, files: dict[str, Path], label: Path) -> Item:
+    """Build one item from the expected files, reference modality first; those that do not exist are left out."""
+    present = {key: str(path) for key, path in files.items() if path.is_file()}
+    reference = next(iter(files.values()))
+    item: Item = {"case_id": case_id, "patient_id": patient_id, "image": str(reference), **present}
+    if label.is_file():
+        item["label"] = str(label)
+    return item
+
+
+def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name: str, layout: str) -> list[Item]:
+    """Check a cohort as a whole and return its items sorted by `case_id`.
+
+    Args:
+        cases: each item with the image files that it should have, reference modality first.
+
+    Raises:
+        FileNotFoundError: no case, or a case lacks its reference modality; every missing image file of the cohort is
+            named, so that one run tells all. Other modalities may be absent.
+        ValueError: two cases share an id.
+    """
+    if not cases:
+        raise FileNotFoundError(f"No case of the data set '{name}' found in {root}: expected {layout}.")
+    seen: dict[str, str] = {}
+    for item, _ in cases:
+        case_id, image = item["case_id"], item["image"]
+        if case_id in seen:
+            raise ValueError(f"The case {case_id} occurs twice, as {seen[case_id]} and {image}: remove one of them.")
+        seen[case_id] = image
+    missing = [[str(path) for path in files.values() if not path.is_file()] for _, files in cases]
+    if any(item["image"] in lost for (item, _), lost in zip(cases, missing, strict=True)):
+        names = [path for lost in missing for path in lost]
+        raise FileNotFoundError(
+            f"{len(names)} image file(s) of the data set '{name}' are missing, at least one of them of the reference "
+            f"modality, without which a case cannot be read (expected {layout}): {', '.join(sorted(names))}."
+        )
+    return sorted((item for item, _ in cases), key=lambda item: item["case_id"])
+
+
+def require_cases(
+    cases: Sequence[Item], root: str | Path | None, modalities: Sequence[str] = (), allow_missing: bool = False
+) -> None:
+    """Refuse to start on nothing, or on cases that lack a modality where that was not asked for.
+
+    Args:
+        cases: the data list.
+        root: folder that it was read from.
+        modalities: those that every case should have; the first may stand under ``image``.
+        allow_missing: accept absent modalities, and say which.
+
+    Raises:
+        ValueError: there is no case to work on, or modalities are absent; all of the cohort's are named at once.
+    """
+    if not cases:
+        where = f"{root} holds no case" if root else "no folder of data was given"
+        raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
+    lost = [
+        f"{case.get('case_id', case.get('image'))}: {key}"
+        for case in cases
+        for key in modalities[1:]
+        if key not in case
+    ]
+    if lost and not allow_missing:
+        raise ValueError(
+            f"Modalities are absent ({'; '.join(lost)}): add the files, or allow it by --allow_missing True."
+        )
+    if lost:
+        logger.warning("absent modalities, read as zeros: %s", "; ".join(lost))

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One transform factory for training, validation and inference.
+
+Orientation, resampling and spacing act on the modality keys, before they are stacked into ``image``: the reference
+modality goes to the target spacing, every other file straight onto that grid by its full affine (one interpolation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from monai import transforms as mt
+
+from scripts.data.gather import CropToBoxd, GatherModalitiesd, MapLabelsd, StackModalitiesd
+
+Intensity = Mapping[str, Sequence[float] | str]
+
+
+def _normalise(intensity: Intensity) -> list[mt.Transform]:
+    """Range [low, high] -> [0, 1], clipped; ``"zscore"`` -> zero mean and unit variance of the non-zero voxels."""
+    steps: list[mt.Transform] = []
+    for key, rule in intensity.items():
+        if rule == "zscore":
+            steps.append(mt.NormalizeIntensityd(key, nonzero=True, allow_missing_keys=True))
+        elif not isinstance(rule, str) and len(rule) == 2:
+            steps.append(mt.ScaleIntensityRanged(key, rule[0], rule[1], 0.0, 1.0, clip=True, allow_missing_keys=True))
+        else:
+            raise ValueError(f'intensity["{key}"] is {rule!r}: give [low, high] in the modality\'s units, or "zscore".')
+    return steps
+
+
+def _read(
+    modalities: Sequence[str],
+    intensity: Intensity,
+    spacing: Sequence[float],
+    naming: Sequence[Mapping[str, str]],
+    labels: Sequence[Sequence[float]] | None,
+    allow_missing: bool,
+) -> list[mt.Transform]:
+    """File paths -> normalised volumes on the reference modality's grid at ``spacing``, still one key per modality."""
+    reference, others = modalities[0], list(modalities[1:])
+    missing = [key for key in modalities if key not in intensity]
+    if missing:
+        raise ValueError(f"intensity has no entry for {missing}: every modality needs one.")
+    steps: list[mt.Transform] = [
+        GatherModalitiesd(modalities, naming, allow_missing),
+        mt.LoadImaged([*modalities, *(["label"] if labels else [])], ensure_channel_first=True, allow_missing_keys=True),
+        CropToBoxd(reference),
+        mt.Orientationd(reference, axcodes="RAS", labels=None),
+        mt.Spacingd(reference, pixdim=spacing, mode="bilinear"),
+    ]
+    # Normalised before it is resampled: outside its field of view a modality then reads as 0, like an absent one.
+    steps += _normalise({key: intensity[key] for key in modalities})
+    if others:
+        steps.append(mt.ResampleToMatchd(others, reference, "bilinear", padding_mode="zeros", allow_missing_keys=True))
+    if labels:
+        steps += [MapLabelsd("label", labels), mt.ResampleToMatchd("label", reference, "nearest", padding_mode="zeros")]
+    return steps
+
+
+def _augment(modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int) -> list[mt.Transform]:
+    """Random patch, flips, small rotations and scaling in common; gain, blur, contrast and noise per modality."""
+    keys = [*modalities, "label"]
+    modes = ["bilinear"] * len(modalities) + ["nearest"]
+    steps: list[mt.Transform] = [
+        mt.SpatialPadd(keys, patch),
+        mt.RandCropByPosNegLabeld(keys, "label", patch, pos=positives, neg=negatives, num_samples=1, allow_smaller=True),
+        mt.RandAffined(
+            keys, prob=0.5, rotate_range=(0.26,) * 3, scale_range=(0.15,) * 3, mode=modes, padding_mode="border"
+        ),
+        *(mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
+    ]
+    for key in modalities:
+        steps += [
+            mt.RandScaleIntensityd(key, factors=0.2, prob=0.5),
+            mt.RandAdjustContrastd(key, prob=0.2, gamma=(0.7, 1.4)),
+            mt.RandGaussianSmoothd(key, prob=0.1),
+            mt.RandGaussianNoised(key, prob=0.2, std=0.05),
+        ]
+    return steps
+
+
+def preprocessing(
+    modalities: Sequence[str],
+    intensity: Intensity,
+    spacing: Sequence[float],
+    mode: str,
+    naming: Sequence[Mapping[str, str]] = (),
+    labels: Sequence[Sequence[float]] | None = None,
+    patch: Sequence[int] | None = None,
+    positives: int = 2,
+    negatives: int = 1,
+    allow_missing: bool = False,
+) -> mt.Compose:
+    """The whole way from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
+
+    Args:
+        modalities: channel order of ``image``; the first is the reference, on whose grid everything is brought.
+        intensity: per modality ``[low, high]`` (HU, SUV, a.u.) or ``"zscore"``.
+        spacing: target spacing in mm.
+        mode: ``"train"`` (random patches, augmentation, plain tensors), ``"validate"`` (whole volumes, with label) or
+            ``"infer"`` (whole volumes; the label, if any, stays a path).
+        naming: layouts tried in turn for modalities that the data list does not name, see ``GatherModalitiesd``.
+        labels: per class the label file's values that mean it, as ``[[0], [1, 2]]``; needed to train and validate.
+        patch: size of a training patch in voxels.
+        positives, negatives: ratio of patches centred on foreground and on background.
+        allow_missing: read absent modalities as zeros instead of refusing the case.
+
+    Returns:
+        A ``Compose`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool), ``label``
+        (1 H W D), and in ``"infer"`` the reference key, whose history brings a prediction back to its own grid.
+
+    Raises:
+        ValueError: an unknown mode, a missing patch or label mapping, an intensity rule that is not one.
+    """
+    if mode not in ("train", "validate", "infer"):
+        raise ValueError(f"Unknown mode {mode!r}: choose train, validate or infer.")
+    if mode == "train" and (patch is None or not labels):
+        raise ValueError("Training needs a patch size and the labels' values.")
+    with_label = labels if mode != "infer" else None
+    steps = _read(modalities, intensity, spacing, naming, with_label, allow_missing)
+    # Absent modalities become zeros here, so that the random transforms always find every key.
+    steps.append(StackModalitiesd(modalities, stack=False))
+    if mode == "train" and patch is not None:
+        steps += _augment(modalities, patch, positives, negatives)
+    steps.append(StackModalitiesd(modalities, stack=True))
+    if mode == "train":
+        kept = ["image", "label", "presence"]
+        steps += [mt.SelectItemsd(kept), mt.EnsureTyped(kept, track_meta=False)]
+    elif mode == "validate":
+        steps.append(mt.SelectItemsd(["image", "label", "presence", "case_id"], allow_missing_keys=True))
+    return mt.Compose(steps)
+
+
+def postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str, save: bool = True) -> mt.Compose:
+    """Logits on the network's grid -> labels on the reference image's own grid, written as ``<case_id>.nii.gz``.
+
+    Probabilities, not labels, are resampled (linearly), so that borders stay smooth when voxels get smaller.
+
+    Args:
+        preprocessing: the transform whose geometry is undone.
+        reference: key of the reference modality.
+        output_dir: folder of the masks.
+        save: whether to write at all.
+    """
+    steps: list[mt.Transform] = [
+        mt.Activationsd("pred", softmax=True),
+        mt.Invertd("pred", preprocessing, orig_keys=reference, nearest_interp=False, to_tensor=True),
+        mt.AsDiscreted("pred", argmax=True),
+    ]
+    if save:
+        steps.append(
+            mt.SaveImaged(
+                "pred", output_dir=output_dir, output_postfix="", output_ext=".nii.gz", output_dtype="uint8",
+                resample=False, separate_folder=False, output_name_formatter=_case_name, print_log=False,
+            )
+        )  # fmt: skip
+    return mt.Compose(steps)
+
+
+def _case_name(meta: Mapping[str, Any], saver: Any) -> dict[str, Any]:
+    """Name a mask after its case, since a data set may call every reference file alike."""
+    return {"subject": meta.get("case_id") or meta.get("filename_or_obj", "mask"), "idx": None}

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score masks on disk against the reference masks; one table, one JSON and one report per evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from scripts.handlers import read_curves
+from scripts.manifest import write_manifest
+from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_json, write_rows
+from scripts.report import Overlay, pick_cases, write_report
+
+logger = logging.getLogger(__name__)
+
+Case = Mapping[str, Any]
+
+
+def _foreground(image: sitk.Image, labels: Sequence[Sequence[float]], source: str) -> np.ndarray:
+    """Foreground of a mask with the data set's values, as z y x."""
+    values = sitk.GetArrayFromImage(image)
+    known = {value for members in labels for value in members}
+    strange = sorted(set(np.unique(values).tolist()) - known)
+    if strange:
+        raise ValueError(f"{source} holds the values {strange[:5]}, which the mapping {list(labels)} does not know.")
+    return np.isin(values, [value for members in labels[1:] for value in members])
+
+
+def _onto(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
+    """The image on another grid, itself where it is there already."""
+    same = image.GetSize() == grid.GetSize() and all(
+        np.allclose(getattr(image, get)(), getattr(grid, get)(), atol=1e-3)
+        for get in ("GetOrigin", "GetSpacing", "GetDirection")
+    )
+    return image if same else sitk.Resample(image, grid, sitk.Transform(), interpolator, 0, image.GetPixelID())
+
+
+def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]]) -> Row:
+    """Compare one mask with its reference on the reference's own grid.
+
+    Args:
+        case: an item of the data list, with ``label``.
+        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
+        labels: per class the reference's values, as in the config.
+
+    Returns:
+        A row of the case table; ``status`` is ``error`` where the mask is missing, which counts as the worst value.
+    """
+    label = sitk.ReadImage(str(case["label"]))
+    reference = _foreground(label, labels, str(case["label"]))
+    spacing = label.GetSpacing()[::-1]
+    millilitres = float(np.prod(spacing)) / 1000
+    row: Row = {
+        "case_id": case["case_id"],
+        "patient_id": case.get("patient_id", case["case_id"]),
+        "reference_volume_ml": float(reference.sum()) * millilitres,
+        "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
+    }
+    path = Path(predictions) / f"{case['case_id']}.nii.gz"
+    if not path.is_file():
+        return {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
+    mask = _onto(sitk.ReadImage(str(path)), label, sitk.sitkNearestNeighbor)
+    prediction = _foreground(mask, [[i] for i in range(len(labels))], str(path))
+    return {**row, "volume_ml": float(prediction.sum()) * millilitres, **surface_metrics(prediction, reference, spacing)}
+
+
+def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
+    """Parameters and GFLOPs (2 per multiply-add) of one window; empty without a network."""
+    if network is None:
+        return {"parameters": None, "gflops": None}
+    network = network.cpu().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, channels, *patch))
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}
+
+
+def _overlays(cases: Sequence[Case], rows: Sequence[Row], predictions: str, modalities: Sequence[str]) -> list[Overlay]:
+    """Best, median and worst case on the label's grid."""
+    by_id = {case["case_id"]: case for case in cases}
+    drawn = []
+    for kind, case_id in pick_cases(rows).items():
+        case, path = by_id[case_id], Path(predictions) / f"{case_id}.nii.gz"
+        label = sitk.ReadImage(str(case["label"]))
+        if not path.is_file():
+            continue
+        volumes = {
+            key: _onto(sitk.ReadImage(str(case[key]), sitk.sitkFloat32), label, sitk.sitkLinear)
+            for key in modalities
+            if key in case
+        }
+        arrays = {key.upper(): sitk.GetArrayFromImage(volume).T for key, volume in volumes.items()}
+        dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
+        mask = _onto(sitk.ReadImage(str(path)), label, sitk.sitkNearestNeighbor)
+        drawn.append(
+            Overlay(
+                title=f"{kind}: {case_id}, Dice {dice:.3f}",
+                images=arrays,
+                reference=sitk.GetArrayFromImage(label).T > 0,
+                prediction=sitk.GetArrayFromImage(mask).T > 0,
+                spacing=label.GetSpacing(),
+                axcodes=sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(label.GetDirection()),
+            )
+        )
+    return drawn
+
+
+def score(
+    name: str,
+    cases: Sequence[Case],
+    labels: Sequence[Sequence[float]],
+    predictions: str,
+    output_dir: str,
+    intensity: Mapping[str, Any],
+    network: nn.Module | None = None,
+    curves: Sequence[str] = (),
+    patch: Sequence[int] = (64, 64, 64),
+    seed: int = 0,
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Score a folder of masks: ``cases.csv``, ``summary.json`` and ``report.html`` in ``output_dir``.
+
+    Foreground is every class but the first; several foreground classes are scored as their union.
+
+    Args:
+        name: how the report calls the network.
+        cases: data list; cases without ``label`` are left out, and named.
+        labels: per class the reference's values.
+        predictions: folder of ``<case_id>.nii.gz``.
+        output_dir: folder of the results.
+        intensity: its keys are the modalities to draw.
+        network: whose parameters and operations are noted.
+        curves: files of learning curves to draw.
+        patch: window for which operations are counted, in voxels.
+        seed: of the bootstrap.
+        workers: processes.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: no case has a reference mask, or a mask holds unknown values.
+        FileNotFoundError: the folder of masks does not exist.
+    """
+    scored = [case for case in cases if "label" in case]
+    if not scored:
+        raise ValueError(f"None of the {len(cases)} cases has a reference mask, so that there is nothing to score.")
+    if not Path(predictions).is_dir():
+        raise FileNotFoundError(f"There is no folder of masks at {predictions}.")
+    work = partial(score_case, predictions=predictions, labels=labels)
+    with ProcessPoolExecutor(min(workers, len(scored))) as pool:
+        rows = list(tqdm(pool.map(work, scored), total=len(scored), desc="scoring", unit="case"))
+    expected = {f"{case['case_id']}.nii.gz" for case in scored}
+    manifest = _manifest(output_dir, cases)
+    summary = {
+        "name": name,
+        "aggregate": aggregate(rows, seed=seed),
+        **_cost(network, patch, len(intensity)),
+        "seconds_per_case": _seconds_per_case(manifest, scored),
+        "missing": sorted(row["case_id"] for row in rows if row["status"] == "error"),
+        "without_reference": sorted(str(case["case_id"]) for case in cases if "label" not in case),
+        "extra_files": sorted(p.name for p in Path(predictions).glob("*.nii*") if p.name not in expected),
+        "predictions": str(predictions),
+    }
+    for kind in ("missing", "without_reference", "extra_files"):
+        if summary[kind]:
+            logger.warning("%s: %s", kind.replace("_", " "), ", ".join(summary[kind]))
+    write_rows(rows, Path(output_dir) / "cases.csv")
+    write_json(summary, Path(output_dir) / "summary.json")
+    write_report(
+        Path(output_dir) / "report.html",
+        f"Evaluation of {name}",
+        [{**summary, "rows": rows}],
+        _overlays(scored, rows, predictions, list(intensity)),
+        {Path(path).parent.name: read_curves(path) for path in curves},
+        manifest,
+    )
+    print(f"{table([summary])}\nreport: {Path(output_dir) / 'report.html'}")
+    return summary
+
+
+def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """The manifest of the inference that made the masks, or a new one where they were made elsewhere."""
+    path = Path(output_dir) / "manifest.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return write_manifest(output_dir, list(cases))
+
+
+def _seconds_per_case(manifest: Mapping[str, Any], scored: Sequence[Case]) -> float | None:
+    seconds = manifest.get("wall_seconds")
+    return None if seconds is None else round(float(seconds) / max(1, len(manifest["data"]) or len(scored)), 2)
+
+
+def table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The summaries as a Markdown table: mean [95% interval] and n of every metric."""
+    head = ["network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for each in summaries:
+        metrics = [_cell(each["aggregate"]["metrics"][m]["defined"], d) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
+        counts = each["aggregate"]["counts"]
+        failures = sum(counts[status] for status in ("missed", "false_positive", "error"))
+        parameters = "" if each["parameters"] is None else f"{each['parameters'] / 1e6:.2f} M"
+        cost = ["" if each[k] is None else f"{each[k]:.1f}" for k in ("gflops", "seconds_per_case")]
+        lines.append("| " + " | ".join([each["name"], *metrics, str(failures), parameters, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(summary: Mapping[str, Any], digits: int) -> str:
+    if summary["mean"] is None:
+        return "undefined (0)"
+    interval = "" if summary["ci95"] is None else " [" + ", ".join(f"{x:.{digits}f}" for x in summary["ci95"]) + "]"
+    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']})"
+
+
+def compare(
+    evaluations: Sequence[str],
+    output_dir: str,
+    cases: Sequence[Case] = (),
+    modalities: Sequence[str] = (),
+    curves: Sequence[str] = (),
+    title: str = "Comparison",
+) -> str:
+    """One report of several evaluations, with overlays of the last one's best, median and worst cases.
+
+    Args:
+        evaluations: folders that ``score`` wrote.
+        output_dir: folder of ``report.html`` and ``table.md``.
+        cases: data list, for the overlays.
+        modalities: keys of the data list to draw.
+        curves: files of learning curves, named after their folders.
+        title: head of the page.
+
+    Returns:
+        The table, as Markdown.
+
+    Raises:
+        FileNotFoundError: a folder holds no evaluation.
+    """
+    runs = []
+    for folder in evaluations:
+        summary = Path(folder) / "summary.json"
+        if not summary.is_file():
+            raise FileNotFoundError(f"{folder} holds no evaluation (summary.json): run `python -m scripts evaluate` first.")
+        runs.append({**json.loads(summary.read_text()), "rows": read_rows(Path(folder) / "cases.csv")})
+    scored = [case for case in cases if "label" in case]
+    last = runs[-1]
+    text = table(runs)
+    write_report(
+        Path(output_dir) / "report.html",
+        title,
+        runs,
+        _overlays(scored, last["rows"], last["predictions"], modalities) if scored else [],
+        {Path(path).parent.name: read_curves(path) for path in curves},
+        write_manifest(output_dir, list(cases)),
+    )
+    (Path(output_dir) / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text

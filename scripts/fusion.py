@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each teacher counts, per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+MODES = ("mean", "static", "confidence", "entropy")
+
+
+def available_teachers(presence: torch.Tensor, channels: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Which teachers can be asked: those all of whose modalities are present.
+
+    Args:
+        presence: B x M, bool.
+        channels: per teacher the channels that it sees.
+
+    Returns:
+        B x K, bool.
+    """
+    return torch.stack([presence[:, list(seen)].all(dim=1) for seen in channels], dim=1)
+
+
+def _cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy per sample, (B,); a single channel is a sigmoid head."""
+    if logits.shape[1] == 1:
+        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    else:
+        loss = functional.cross_entropy(logits, label[:, 0].long(), reduction="none")
+    return loss.flatten(1).mean(dim=1)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Mean predictive entropy per sample, (B,)."""
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    log_p = functional.log_softmax(logits, dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1).flatten(1).mean(dim=1)
+
+
+def _confidence(losses: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    """(1 - softmax(CE)) / (K - 1) over each sample's available teachers; 1 where there is but one."""
+    share = losses.masked_fill(~available, float("-inf")).softmax(dim=1).nan_to_num(0.0)
+    others = (available.sum(dim=1, keepdim=True) - 1).clamp_min(1)
+    single = available.sum(dim=1, keepdim=True) == 1
+    return torch.where(single, torch.ones_like(share), (1 - share) / others)
+
+
+def teacher_weights(
+    mode: str,
+    logits: Sequence[torch.Tensor],
+    available: torch.Tensor,
+    label: torch.Tensor | None = None,
+    static: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Weights of K teachers for each sample, B x K, non-negative, rows sum to 1 (to 0 where no teacher is available).
+
+    Source: [ours]. ``mean`` 1/K; ``static`` the given values; ``confidence``
+    ``(1 - softmax_k(CE_k)) / (K - 1)`` with the teacher's cross-entropy CE_k on the sample's label; ``entropy``
+    ``softmax_k`` of minus the mean predictive entropy, which needs no label. Unavailable teachers get 0 and the
+    rest is renormalised. No gradient flows.
+
+    Args:
+        mode: one of ``MODES``.
+        logits: per teacher ``B C H W [D]``.
+        available: B x K, bool, see ``available_teachers``.
+        label: ``B 1 H W [D]``, for ``confidence``.
+        static: K weights >= 0, for ``static``.
+
+    Raises:
+        ValueError: an unknown mode, or one whose label or static weights are missing or do not fit.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown weighting {mode!r}: choose one of {', '.join(MODES)}.")
+    scores = [z.detach().float() for z in logits]
+    if mode == "mean":
+        weights = torch.ones_like(available, dtype=torch.float32)
+    elif mode == "static":
+        if static is None or len(static) != available.shape[1] or min(static) < 0:
+            raise ValueError(f"static weighting needs {available.shape[1]} weights >= 0, got {static}.")
+        weights = torch.tensor(list(static), device=available.device).float().expand(available.shape)
+    elif mode == "confidence":
+        if label is None:
+            raise ValueError("confidence weighting needs the label.")
+        weights = _confidence(torch.stack([_cross_entropy(z, label) for z in scores], dim=1), available)
+    else:
+        # Unavailable teachers must not enter the softmax: one that sees zeros may be very sure of itself.
+        entropies = torch.stack([_entropy(z) for z in scores], dim=1).masked_fill(~available, float("inf"))
+        weights = (-entropies).softmax(dim=1).nan_to_num(0.0)
+    weights = weights * available
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss shares: the checks of its inputs and the common grid of two feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+EPS = 1e-12
+
+
+def check_option(name: str, value: str, valid: Sequence[str]) -> None:
+    """Raise ValueError that lists the valid options where ``value`` is none of them."""
+    if value not in valid:
+        raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(valid)}.")
+
+
+def check_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Raise ValueError naming both shapes where they differ."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape.")
+
+
+def to_common_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring both maps (``B C H W [D]``) to the element-wise smaller grid by adaptive average pooling.
+
+    Neither is ever up-sampled: invented detail would be distilled as if it were the teacher's.
+
+    Raises:
+        ValueError: the batch sizes or the numbers of dimensions differ, or the maps are not 2D or 3D.
+    """
+    if student.dim() != teacher.dim() or student.dim() not in (4, 5) or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be B C H W [D] with one B."
+        )
+    grid = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return pool(student, grid), pool(teacher, grid)
+
+
+def pool(x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Adaptive average pooling of ``B C H W [D]`` to ``grid``."""
+    if list(x.shape[2:]) == list(grid):
+        return x
+    adaptive = functional.adaptive_avg_pool3d if x.dim() == 5 else functional.adaptive_avg_pool2d
+    return adaptive(x, tuple(grid))

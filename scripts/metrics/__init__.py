@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dice, HD95 and ASSD per case, and their aggregates over a cohort."""
+
+from .aggregate import (
+    COLUMNS,
+    METRICS,
+    STATUSES,
+    Row,
+    aggregate,
+    paired_difference,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
+from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION, image_diagonal_mm, surface_metrics
+
+__all__ = [
+    "ASSD_DEFINITION",
+    "COLUMNS",
+    "DICE_DEFINITION",
+    "HD95_DEFINITION",
+    "METRICS",
+    "STATUSES",
+    "Row",
+    "aggregate",
+    "image_diagonal_mm",
+    "paired_difference",
+    "read_rows",
+    "surface_metrics",
+    "write_json",
+    "write_rows",
+    "write_text",
+]

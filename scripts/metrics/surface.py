@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dice, HD95 and ASSD of one predicted mask P against its reference R.
+
+With the boundaries ``B(M) = M & ~erode(M)`` and ``d(a, B)`` the distance in mm from the centre of voxel ``a`` to the
+nearest voxel centre of ``B``::
+
+    dice    = 2 |P & R| / (|P| + |R|)
+    hd95_mm = max(percentile95{d(p, B(R)) : p in B(P)}, percentile95{d(r, B(P)) : r in B(R)})
+    assd_mm = (sum_p d(p, B(R)) + sum_r d(r, B(P))) / (|B(P)| + |B(R)|)
+
+The erosion is by the face neighbours (6 in 3D, 4 in 2D). A mask voxel on the border of the volume is a boundary voxel.
+Percentiles interpolate linearly. These are the definitions of MONAI (``compute_hausdorff_distance`` with
+``percentile=95``; ``compute_average_surface_distance`` with ``symmetric=True``, which pools both boundaries, so the
+longer one weighs more) and of MetricsReloaded.
+
+A documented difference: DeepMind's surface-distance package puts surface elements between the voxels and weights them
+by their area, so its distances come out smaller. Measured on 13 sarcoma masks with voxels of about 2 x 2 x 3.3 mm: by 0
+to 0.8 mm (HD95) and 0.2 to 0.4 mm (ASSD) between the outlines on CT and PET, Dice 0.92 to 0.97; by 0 to 2.5 mm (HD95)
+and 0.3 to 0.9 mm (ASSD) against eroded and shifted copies, HD95 12 to 13 mm. Do not compare the two digit by digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion
+from scipy.spatial import cKDTree
+
+DICE_DEFINITION = "Dice = 2 |P and R| / (|P| + |R|), over voxels of prediction P and reference R."
+HD95_DEFINITION = (
+    "HD95 in mm = the larger of the two directed 95th percentiles (linear interpolation) of the distances from each "
+    "boundary voxel of one mask to the nearest boundary voxel of the other."
+)
+ASSD_DEFINITION = "ASSD in mm = the mean of those distances, pooled over the boundary voxels of both masks."
+
+
+def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float]) -> dict[str, Any]:
+    """Dice, HD95 in mm and ASSD in mm of two masks, and a status that says which of them are defined.
+
+    The formulas stand at the head of this file.
+    Empty masks (``None`` = undefined, never NaN or infinity):
+
+    ===================  ======================  =======  =========
+    ``status``           when                    dice     distances
+    ===================  ======================  =======  =========
+    ``ok``               neither is empty        defined  defined
+    ``missed``           only P is empty         0        None
+    ``false_positive``   only R is empty         0        None
+    ``true_negative``    both are empty          None     None
+    ===================  ======================  =======  =========
+
+    Args:
+        prediction: 2D or 3D mask P, array or tensor; non-zero is foreground.
+        reference: mask R of the same shape.
+        spacing: size of a voxel in mm, one value per axis, in the order of the arrays' axes.
+
+    Returns:
+        ``{"dice", "hd95_mm", "assd_mm", "status"}``.
+
+    Raises:
+        ValueError: if the shapes differ, are not 2D or 3D, if a floating point mask holds anything but 0 and 1, or if
+            ``spacing`` is not one finite positive value per axis.
+    """
+    p, r = _mask(prediction, "prediction"), _mask(reference, "reference")
+    if p.shape != r.shape:
+        raise ValueError(f"prediction of shape {p.shape} and reference of shape {r.shape} must have the same shape")
+    step = _spacing(spacing, p.ndim)
+    union = p | r
+    if not union.any():
+        return {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
+    box = _bounding_box(union)
+    p, r = p[box], r[box]
+    if not (p.any() and r.any()):
+        status = "missed" if r.any() else "false_positive"
+        return {"dice": 0.0, "hd95_mm": None, "assd_mm": None, "status": status}
+    dice = 2.0 * np.count_nonzero(p & r) / (np.count_nonzero(p) + np.count_nonzero(r))
+    p_points, r_points = _boundary_points(p, step), _boundary_points(r, step)
+    from_p = cKDTree(r_points, balanced_tree=False).query(p_points)[0]  # exact; unbalanced is faster on grid points
+    from_r = cKDTree(p_points, balanced_tree=False).query(r_points)[0]
+    hd95 = max(np.percentile(from_p, 95), np.percentile(from_r, 95))
+    assd = (from_p.sum() + from_r.sum()) / (from_p.size + from_r.size)
+    return {"dice": float(dice), "hd95_mm": float(hd95), "assd_mm": float(assd), "status": "ok"}
+
+
+def image_diagonal_mm(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Diagonal in mm of the image's physical extent, whole voxels included: ``sqrt(sum((shape_i * spacing_i)^2))``.
+
+    Not ``(shape - 1) * spacing``, the largest distance between two voxel centres: with whole voxels a failure counted
+    at the diagonal is worse than any distance that can be measured in that image, even in a single slice.
+
+    Raises:
+        ValueError: if a size is not positive, or ``spacing`` is not one finite positive value per axis.
+    """
+    size = np.asarray(shape, dtype=np.float64)
+    if size.ndim != 1 or size.size == 0 or not (size > 0).all():
+        raise ValueError(f"shape must hold positive sizes, got {tuple(shape)}")
+    return float(np.linalg.norm(size * _spacing(spacing, size.size)))
+
+
+def _mask(mask: Any, name: str) -> NDArray[np.bool_]:
+    """Boolean array of ``mask``; probabilities are refused, since the threshold is the caller's to choose."""
+    array = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{name} must be 2D or 3D without batch and channel axes, got shape {array.shape}")
+    if array.dtype.kind not in "biu" and not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} of type {array.dtype} holds values other than 0 and 1: threshold it first")
+    return array != 0
+
+
+def _spacing(spacing: Sequence[float], ndim: int) -> NDArray[np.float64]:
+    step = np.asarray(spacing, dtype=np.float64)
+    if step.shape != (ndim,) or not (np.isfinite(step).all() and (step > 0).all()):
+        raise ValueError(f"spacing must hold {ndim} finite positive values in mm, got {spacing}")
+    return step
+
+
+def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Smallest box around a non-empty mask; it needs no margin, since the erosion sees background outside of it."""
+    box = []
+    for axis in range(mask.ndim):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        box.append(slice(int(hits[0]), int(hits[-1]) + 1))
+    return tuple(box)
+
+
+def _boundary_points(mask: NDArray[np.bool_], step: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centres in mm of the voxels that have a face neighbour outside of the mask."""
+    return np.argwhere(mask & ~binary_erosion(mask, border_value=0)) * step

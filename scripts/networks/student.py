@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compact student: a U-Net with a stride-2 stem and one attention block on its deepest grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import Convolution
+from torch import nn
+
+
+def _conv(dims: int, inputs: int, outputs: int, norm: str | tuple, strides: int = 1) -> Convolution:
+    """3x3(x3) convolution, normalisation, ReLU; batch normalisation folds into the convolution at export."""
+    return Convolution(dims, inputs, outputs, strides=strides, adn_ordering="NA", act="RELU", norm=norm, bias=False)
+
+
+class GridAttention(nn.Module):
+    """Pre-norm multi-head self-attention and MLP over the cells of a grid.
+
+    No learned positions: the convolutions before it carry position, and any grid size works.
+
+    Args:
+        channels: channels of the grid; divisible by ``heads``.
+        heads: attention heads.
+    """
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"channels ({channels}) must be divisible by heads ({heads}).")
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.softmax = nn.Softmax(dim=-1)
+        self.project = nn.Linear(channels, channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend over the grid.
+
+        Args:
+            x: features, ``B C H W [D]``.
+
+        Returns:
+            The features (``B C H W [D]``) and the attention map (``B heads N N``, N cells, rows sum to 1).
+        """
+        tokens = x.flatten(2).transpose(1, 2)
+        batch, cells, channels = tokens.shape
+        qkv = self.qkv(self.norm1(tokens)).view(batch, cells, 3, self.heads, channels // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = self.softmax(q @ k.transpose(-2, -1) * (channels // self.heads) ** -0.5)
+        tokens = tokens + self.project((weights @ v).transpose(1, 2).reshape(batch, cells, channels))
+        tokens = tokens + self.mlp(self.norm2(tokens))
+        return tokens.transpose(1, 2).reshape(x.shape), weights
+
+
+class Student(nn.Module):
+    """U-Net for two CPU cores: all of its work but one thin stage is done at half resolution and below.
+
+    The stem halves the resolution at once, every stage is two regular 3^3 convolutions, and one attention block
+    sits on the deepest grid. The last stage returns to full resolution with ``full_features`` channels beside the
+    input, so that borders follow the image and not the half-resolution grid.
+
+    Tappable layers (see ``scripts.distiller.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
+    (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full`` (stride 1).
+
+    Args:
+        in_channels: one per modality, in the order of the config's ``modalities``.
+        out_channels: classes, background included.
+        features: widths from the stem to the deepest stage.
+        full_features: width of the full-resolution stage.
+        heads: attention heads.
+        norm: normalisation as MONAI names it.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int] = (24, 48, 96, 192),
+        full_features: int = 8,
+        heads: int = 4,
+        norm: str | tuple = "batch",
+        spatial_dims: int = 3,
+    ) -> None:
+        super().__init__()
+        self.divisor = 2 ** len(features)
+        widths = [in_channels, *features]
+        self.encoder = nn.ModuleList(
+            nn.Sequential(_conv(spatial_dims, i, o, norm, strides=2), _conv(spatial_dims, o, o, norm))
+            for i, o in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.attention = GridAttention(features[-1], heads)
+        upsample = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
+        deep_to_shallow = list(zip(reversed(features[1:]), reversed(features[:-1]), strict=True))
+        self.upsample = nn.ModuleList(upsample(i, o, 2, stride=2) for i, o in deep_to_shallow)
+        self.decoder = nn.ModuleList(
+            nn.Sequential(_conv(spatial_dims, 2 * o, o, norm), _conv(spatial_dims, o, o, norm))
+            for _, o in deep_to_shallow
+        )
+        self.upsample_full = upsample(features[0], full_features, 2, stride=2)
+        self.full = _conv(spatial_dims, full_features + in_channels, full_features, norm)
+        self.head = Convolution(spatial_dims, full_features, out_channels, kernel_size=1, conv_only=True)
+
+    def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Image (``B C H W [D]``) to its features, from full resolution (the image itself) to the attended deepest grid.
+
+        Raises:
+            ValueError: a spatial size that is not divisible by 2 to the number of stages.
+        """
+        for size in image.shape[2:]:
+            if size % self.divisor != 0:
+                raise ValueError(
+                    f"Student needs spatial sizes divisible by {self.divisor}, got {list(image.shape[2:])}: pad the "
+                    "image or choose another window."
+                )
+        features = [image]
+        for stage in self.encoder:
+            features.append(stage(features[-1]))
+        features[-1] = self.attention(features[-1])[0]
+        return features
+
+    def decode(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """What ``encode`` returned, to logits ``B classes H W [D]``."""
+        x = features[-1]
+        for i, (upsample, stage) in enumerate(zip(self.upsample, self.decoder)):  # noqa: B905 (TorchScript has no strict)
+            x = stage(torch.cat([upsample(x), features[len(features) - 2 - i]], dim=1))
+        return self.head(self.full(torch.cat([self.upsample_full(x), features[0]], dim=1)))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Image ``B C H W [D]`` to logits ``B classes H W [D]``."""
+        return self.decode(self.encode(image))

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Surface metrics against arithmetic, MONAI, brute force, SimpleITK, and real tumour outlines."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from scipy.ndimage import gaussian_filter
+
+from scripts.metrics import image_diagonal_mm, surface_metrics
+
+STS = Path(os.environ.get("STS_ROOT", Path(__file__).parents[2].parent / "shared" / "data" / "sts"))
+SPACING = (0.7, 1.3, 3.1)
+DISTANCES = ("hd95_mm", "assd_mm")
+
+
+def blobs(seed: int, shape: tuple[int, ...] = (18, 16, 14)) -> tuple[np.ndarray, np.ndarray]:
+    """Two smooth random masks that overlap in part and touch the border of the volume."""
+    rng = np.random.default_rng(seed)
+    fields = [gaussian_filter(rng.normal(size=shape), 2.0) for _ in range(3)]
+    a, b = fields[0] + 0.7 * fields[1], fields[0] + 0.7 * fields[2]
+    return a > np.quantile(a, 0.8), b > np.quantile(b, 0.7)
+
+
+def cube(shape: tuple[int, ...], start: tuple[int, ...], size: int) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(s, s + size) for s in start)] = True
+    return mask
+
+
+def boundary_by_neighbour_loop(mask: np.ndarray) -> list[tuple[int, ...]]:
+    """Mask voxels with a face neighbour that is background or outside of the volume, one voxel at a time."""
+    found = []
+    for voxel in zip(*np.nonzero(mask), strict=True):
+        for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
+            other = [int(v) for v in voxel]
+            other[axis] += step
+            if not 0 <= other[axis] < mask.shape[axis] or not mask[tuple(other)]:
+                found.append(tuple(int(v) for v in voxel))
+                break
+    return found
+
+
+def linear_percentile(values: np.ndarray, percent: float) -> float:
+    ordered = sorted(values.tolist())
+    position = percent / 100 * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def brute_force(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
+    """MetricsReloaded's definition in O(n^2): all distances between all boundary voxels."""
+    pa, pb = (np.array(boundary_by_neighbour_loop(m)) * np.array(spacing) for m in (a, b))
+    table = np.sqrt(((pa[:, None] - pb[None]) ** 2).sum(-1))
+    from_a, from_b = table.min(1), table.min(0)
+    hd95 = max(linear_percentile(from_a, 95), linear_percentile(from_b, 95))
+    return {"hd95_mm": hd95, "assd_mm": (from_a.sum() + from_b.sum()) / (len(pa) + len(pb))}
+
+
+def monai_metrics(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
+    p, r = (torch.from_numpy(m)[None, None].float() for m in (a, b))
+    hd95 = compute_hausdorff_distance(p, r, include_background=True, percentile=95, spacing=list(spacing))
+    assd = compute_average_surface_distance(p, r, include_background=True, symmetric=True, spacing=list(spacing))
+    return {"hd95_mm": float(hd95), "assd_mm": float(assd)}
+
+
+def sitk_metrics(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
+    """Distance maps of the boundaries instead of point sets; SimpleITK counts axes backwards."""
+    sitk = pytest.importorskip("SimpleITK")
+    edges, maps = [], []
+    for mask in (a, b):
+        edge = np.zeros(mask.shape, dtype=np.uint8)
+        edge[tuple(np.array(boundary_by_neighbour_loop(mask)).T)] = 1
+        image = sitk.GetImageFromArray(edge)
+        image.SetSpacing(tuple(reversed(spacing)))
+        distance = sitk.SignedMaurerDistanceMap(image, squaredDistance=False, useImageSpacing=True)
+        edges.append(edge > 0)
+        maps.append(np.maximum(sitk.GetArrayFromImage(distance), 0))  # negative: deeper inside of a thick boundary
+    from_a, from_b = maps[1][edges[0]], maps[0][edges[1]]
+    hd95 = max(np.percentile(from_a, 95), np.percentile(from_b, 95))
+    return {"hd95_mm": float(hd95), "assd_mm": float(np.concatenate([from_a, from_b]).mean())}
+
+
+def distances(result: dict) -> dict[str, float]:
+    assert result["status"] == "ok"
+    return {key: result[key] for key in DISTANCES}
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(0, 2.8), (1, 5.2), (2, 12.4)])
+def test_two_single_voxels_four_apart_are_four_spacings_apart(axis: int, expected: float) -> None:
+    a, b = np.zeros((2, 6, 6, 6), dtype=bool)
+    where = [1, 1, 1]
+    a[tuple(where)] = True
+    where[axis] += 4
+    b[tuple(where)] = True
+    assert surface_metrics(a, b, SPACING) == {
+        "dice": 0.0,
+        "hd95_mm": pytest.approx(expected),
+        "assd_mm": pytest.approx(expected),
+        "status": "ok",
+    }
+
+
+def test_two_cubes_shifted_by_one_voxel_follow_from_counting() -> None:
+    """Cubes of 3: 26 of 27 voxels are boundary. After a shift by 1 along x, each cube has 9 voxels outside of the other
+    at 1 spacing, 1 voxel in the other's centre at 1 face distance (0.7 along x), and 16 on the other's boundary."""
+    a, b = cube((8, 8, 8), (2, 2, 2), 3), cube((8, 8, 8), (3, 2, 2), 3)
+    result = surface_metrics(a, b, SPACING)
+    assert result["dice"] == pytest.approx(2 * 18 / 54)
+    assert result["hd95_mm"] == pytest.approx(0.7)
+    assert result["assd_mm"] == pytest.approx(10 * 0.7 / 26)
+
+
+def test_percentile_interpolates_linearly_between_two_distances() -> None:
+    """21 prediction voxels in a row, the reference holds the first 20: distances 20 times 0, once 5 mm. Position
+    0.95 * 20 = 19 is the last zero. With 11 and 10 voxels position 9.5 lies halfway between 0 and 5."""
+    for length, expected in ((21, 0.0), (11, 2.5)):
+        p, r = np.zeros((2, length, 1), dtype=bool)
+        p[:] = True
+        r[: length - 1] = True
+        assert surface_metrics(p, r, (5.0, 1.0))["hd95_mm"] == pytest.approx(expected)
+
+
+def test_assd_pools_both_boundaries_instead_of_averaging_two_means() -> None:
+    """One voxel against two at 0 and 2 mm: pooled (0 + 0 + 2) / 3, the mean of the two directed means would be 1/2."""
+    p, r = np.zeros((2, 4, 4), dtype=bool)
+    p[0, 0] = r[0, 0] = r[2, 0] = True
+    assert surface_metrics(p, r, (1.0, 1.0))["assd_mm"] == pytest.approx(2 / 3)
+
+
+def test_identical_masks_have_dice_one_and_distance_zero() -> None:
+    a, _ = blobs(0)
+    assert surface_metrics(a, a.copy(), SPACING) == {"dice": 1.0, "hd95_mm": 0.0, "assd_mm": 0.0, "status": "ok"}
+
+
+def test_swapped_arguments_give_the_same_values() -> None:
+    a, b = blobs(1)
+    assert surface_metrics(a, b, SPACING) == pytest.approx(surface_metrics(b, a, SPACING))
+
+
+def test_values_do_not_depend_on_the_volume_around_the_masks() -> None:
+    a, b = cube((9, 9, 9), (2, 3, 2), 4), cube((9, 9, 9), (3, 3, 4), 4)
+    padded = [np.pad(m, ((5, 0), (1, 9), (3, 3))) for m in (a, b)]
+    assert surface_metrics(*padded, SPACING) == pytest.approx(surface_metrics(a, b, SPACING))
+
+
+def test_distances_scale_with_the_spacing() -> None:
+    a, b = blobs(2)
+    one, ten = (surface_metrics(a, b, tuple(f * s for s in SPACING)) for f in (1, 10))
+    assert ten["hd95_mm"] == pytest.approx(10 * one["hd95_mm"])
+    assert ten["assd_mm"] == pytest.approx(10 * one["assd_mm"])
+    assert ten["dice"] == one["dice"]
+
+
+def test_voxels_on_the_border_of_the_volume_are_boundary() -> None:
+    """A full 3 x 3 x 3 volume has its centre as the only inner voxel: 26 distances to the centre voxel, 1 back."""
+    full, centre = np.ones((3, 3, 3), dtype=bool), cube((3, 3, 3), (1, 1, 1), 1)
+    expected = (6 * 1 + 12 * math.sqrt(2) + 8 * math.sqrt(3) + 1) / 27
+    assert surface_metrics(full, centre, (1, 1, 1))["assd_mm"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "dice", "status"),
+    [(0, 1, 0.0, "missed"), (1, 0, 0.0, "false_positive"), (0, 0, None, "true_negative")],
+)
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6)])
+def test_empty_masks_get_a_status_and_no_distance(prediction, reference, dice, status, shape) -> None:
+    masks = [np.zeros(shape, dtype=np.uint8) for _ in range(2)]
+    masks[0][1, 2], masks[1][2, 2] = prediction, reference
+    expected = {"dice": dice, "hd95_mm": None, "assd_mm": None, "status": status}
+    assert surface_metrics(*masks, (1.0,) * len(shape)) == expected
+
+
+@pytest.mark.parametrize("convert", [torch.from_numpy, lambda m: torch.from_numpy(m).float(), np.int16, np.float32])
+def test_tensors_integers_and_zero_one_floats_equal_booleans(convert) -> None:
+    a, b = blobs(3)
+    assert surface_metrics(convert(a), convert(b), SPACING) == surface_metrics(a, b, SPACING)
+
+
+def test_any_nonzero_label_is_foreground_without_overflow() -> None:
+    a, b = cube((12, 12, 12), (0, 0, 0), 10), cube((12, 12, 12), (1, 1, 1), 10)
+    labels = a.astype(np.uint8) * 255, b.astype(np.int8) * 3
+    assert surface_metrics(*labels, (1, 1, 1)) == surface_metrics(a, b, (1, 1, 1))
+
+
+def test_shape_mismatch_names_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 3, 5\)"):
+        surface_metrics(np.ones((2, 3, 4)), np.ones((2, 3, 5)), (1, 1, 1))
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 0), (1, -1, 1), (1, 1, math.nan), (math.inf, 1, 1), 1.0])
+def test_spacing_must_be_finite_positive_and_one_per_axis(spacing) -> None:
+    with pytest.raises(ValueError, match="spacing must hold 3 finite positive values in mm"):
+        surface_metrics(np.ones((2, 2, 2)), np.ones((2, 2, 2)), spacing)
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, math.nan])
+def test_probabilities_and_nan_are_refused_instead_of_thresholded_silently(value: float) -> None:
+    mask = np.full((2, 2, 2), value)
+    with pytest.raises(ValueError, match="prediction of type float64 holds values other than 0 and 1"):
+        surface_metrics(mask, np.ones((2, 2, 2)), (1, 1, 1))
+
+
+def test_a_channel_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"without batch and channel axes, got shape \(1, 2, 2, 2\)"):
+        surface_metrics(np.ones((1, 2, 2, 2)), np.ones((1, 2, 2, 2)), (1, 1, 1))
+
+
+@pytest.mark.parametrize("implementation", [monai_metrics, brute_force, sitk_metrics])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_blobs_agree_with_a_second_implementation(implementation, seed: int) -> None:
+    a, b = blobs(seed)
+    assert distances(surface_metrics(a, b, SPACING)) == pytest.approx(implementation(a, b, SPACING), abs=1e-4)
+
+
+@pytest.mark.parametrize("implementation", [monai_metrics, brute_force])
+def test_two_dimensional_masks_agree_with_a_second_implementation(implementation) -> None:
+    a, b = blobs(7, (30, 24))
+    assert distances(surface_metrics(a, b, SPACING[:2])) == pytest.approx(implementation(a, b, SPACING[:2]), abs=1e-4)
+
+
+@pytest.mark.skipif(not STS.is_dir(), reason="no STS data: set STS_ROOT to the folder with STS_001, STS_002, ...")
+@pytest.mark.parametrize("case", ["STS_002", "STS_012"])
+def test_real_tumour_outlines_of_ct_and_pet_agree_with_every_second_implementation(case: str) -> None:
+    """The tumour drawn on CT against the one drawn on PET, resampled onto the CT grid by nearest neighbour."""
+    sitk = pytest.importorskip("SimpleITK")
+    ct, pet = (sitk.ReadImage(str(STS / case / f"{name}_mask.nii.gz")) for name in ("CT", "PET"))
+    pet = sitk.Resample(pet, ct, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    a, b = (sitk.GetArrayFromImage(image) > 0 for image in (pet, ct))
+    spacing = tuple(reversed(ct.GetSpacing()))
+    result = surface_metrics(a, b, spacing)
+    assert 0.8 < result["dice"] < 1
+    for implementation in (monai_metrics, brute_force, sitk_metrics):
+        assert distances(result) == pytest.approx(implementation(a, b, spacing), abs=1e-4)
+
+
+def test_image_diagonal_covers_whole_voxels() -> None:
+    assert image_diagonal_mm((3, 4), (1, 1)) == pytest.approx(5)
+    assert image_diagonal_mm((10, 10, 1), (0.6, 0.8, 2.0)) == pytest.approx(math.sqrt(36 + 64 + 4))
+
+
+def test_image_diagonal_exceeds_every_distance_in_the_image() -> None:
+    a, b = np.zeros((2, 5, 4, 3), dtype=bool)
+    a[0, 0, 0] = b[-1, -1, -1] = True
+    assert surface_metrics(a, b, SPACING)["hd95_mm"] < image_diagonal_mm(a.shape, SPACING)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (3, -1, 3)])
+def test_image_diagonal_refuses_an_empty_image(shape) -> None:
+    with pytest.raises(ValueError, match="shape must hold positive sizes"):
+        image_diagonal_mm(shape, SPACING)

@@ -49,12 +49,17 @@ def _value(text: str) -> Any:
         return text
 
 
+def _quoted(value: Any) -> str:
+    """A value as a shell takes it; double quotes inside, so that the shell's own stay readable."""
+    return shlex.quote(value if isinstance(value, str) else repr(value).replace("'", '"'))
+
+
 def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
     """Print the ``monai.bundle run`` line of these configs, then do it."""
     files = [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
     overrides = {**overrides, **_settings(args)}
-    flags = [f"--{key} {shlex.quote(v if isinstance(v, str) else repr(v))}" for key, v in overrides.items()]
-    print(" ".join(["python -m monai.bundle run --config_file", shlex.quote(repr(files)), *flags]), flush=True)
+    flags = [f"--{key} {_quoted(value)}" for key, value in overrides.items()]
+    print(" ".join(["python -m monai.bundle run --config_file", _quoted(files), *flags]), flush=True)
     if args.dry_run:
         return
     from monai.bundle import run
@@ -147,6 +152,11 @@ def report(args: argparse.Namespace) -> None:
     print(f"report: {Path(output) / 'report.html'}")
 
 
+def _name_teacher(parser: argparse.ArgumentParser, architecture: str | None) -> None:
+    parser.add_argument("--architecture", default=architecture, help="unetr, swinunetr, hdenseformer or uxnet")
+    parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", default="sts", choices=_names("data"), help="data set (its config in configs/data)")
@@ -163,9 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--epochs", type=int, help="length of the training")
     training.add_argument("--fold", type=int, help="fold that validates (default 0)")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    named = argparse.ArgumentParser(add_help=False)
-    named.add_argument("--architecture", help="unetr, swinunetr, hdenseformer or uxnet")
-    named.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
 
     parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -177,11 +184,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verb(phantom).add_argument("--cases", type=int, default=24)
     verb(train, training)
-    verb(teacher, training, named).set_defaults(architecture="unetr")
+    _name_teacher(verb(teacher, training), architecture="unetr")
     distilling = verb(distill, training)
     distilling.add_argument("--method", action="append", choices=_names("methods"), help="may be given more than once")
     distilling.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
-    evaluating = verb(evaluate, named)
+    evaluating = verb(evaluate)
+    _name_teacher(evaluating, architecture=None)
     evaluating.add_argument("--weights", help="weights of the network (default: models/model.pt)")
     evaluating.add_argument("--name", help="how the table calls the network")
     evaluating.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
@@ -200,8 +208,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sentence(error: BaseException) -> str:
-    """The cause at the bottom: MONAI wraps what went wrong in the name of the config item or the transform."""
-    while error.__cause__ is not None:
+    """The cause below MONAI's RuntimeErrors, which name only the config item or the transform that failed."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
 
@@ -213,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         args.action(args)
-    except (ValueError, FileNotFoundError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
         if os.environ.get("DEBUG"):
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)

@@ -24,6 +24,14 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _read(path: str | Path) -> Any:
+    """Tensors and plain numbers of a file; ValueError, without running anything, where it holds anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of plain weights, and nothing else is loaded.") from error
+
+
 def load_weights(network: nn.Module, path: str | Path, checksum: str | None = None, key: str = "model") -> str:
     """Load weights strictly, without ever unpickling code.
 
@@ -44,10 +52,7 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
     found = sha256(path)
     if checksum is not None and found != checksum:
         raise ValueError(f"{path} has the sha256 {found[:12]}..., not {checksum[:12]}...: it is not the expected file.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of plain weights, and nothing else is loaded.") from error
+    state = _read(path)
     try:
         network.load_state_dict(state.get(key, state) if isinstance(state, dict) else state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -57,7 +62,7 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
 
 
 def write_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` beside the target, flushed to the disk, then renamed: a reader sees the old file or the new one."""
+    """``torch.save`` beside the target, flushed, then renamed: a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -105,7 +110,10 @@ class TrainingCheckpoint:
         if not self.path.is_file():
             logger.warning("nothing to resume at %s: training starts at epoch 1", self.path)
             return
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = _read(self.path)
+        missing = sorted({*self.objects, "trainer"} - set(state))
+        if missing:
+            raise ValueError(f"{self.path} holds no state of {', '.join(missing)}: it is from another kind of run.")
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
         # The run's own length counts, so that a finished training can be made longer.

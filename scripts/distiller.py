@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,9 @@ class Tap:
     """
 
     def __init__(self, owner: str, network: nn.Module, layer: str) -> None:
-        valid = [name for name, _ in network.named_modules() if name]
+        # Lists and dicts of modules are never called, so that a hook on them would hear nothing.
+        silent = (nn.ModuleList, nn.ModuleDict)
+        valid = [name for name, module in network.named_modules() if name and not isinstance(module, silent)]
         if layer not in valid:
             kind = type(network).__name__
             raise ValueError(f"{owner} ({kind}) has no layer {layer!r} to tap; it has: {', '.join(valid)}.")
@@ -72,7 +74,8 @@ class Distiller(nn.Module):
             alignment lives here, where DDP and the optimizer find it.
 
     Raises:
-        ValueError: no teacher; a tap that names no layer of a network; an adapter for an unknown tap or teacher.
+        ValueError: no teacher; a tap that names no layer of a network; an adapter for an unknown tap or teacher; a
+            name that is taken.
     """
 
     def __init__(
@@ -88,9 +91,11 @@ class Distiller(nn.Module):
         self.student = student
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False).eval()
         taps = taps or {}
+        if LOGITS in taps or "student" in teachers:
+            raise ValueError(f"A tap named {LOGITS!r} or a teacher named 'student' hides other outputs: rename it.")
         self._student_taps = {name: self._tap("student", student, name, layers) for name, layers in taps.items()}
         self._teacher_taps = {
-            key: {name: self._tap(key, teacher.network, name, layers) for name, layers in taps.items()}
+            key: {name: self._tap(key, cast(nn.Module, teacher.network), name, layers) for name, layers in taps.items()}
             for key, teacher in teachers.items()
         }
         self.adapters = nn.ModuleDict({tap: nn.ModuleDict(dict(each)) for tap, each in (adapters or {}).items()})
@@ -101,6 +106,11 @@ class Distiller(nn.Module):
                     f"The adapter of tap {tap!r} for {unknown or sorted(each)} fits nothing: "
                     f"taps are {sorted(taps)}, teachers {sorted(teachers)}."
                 )
+
+        # Configs place the student; whatever it learns from follows it there.
+        parameter = next(student.parameters(), None)
+        if parameter is not None:
+            self.to(parameter.device)
 
     @staticmethod
     def _tap(owner: str, network: nn.Module, name: str, layers: Mapping[str, str]) -> Tap:
@@ -145,13 +155,15 @@ class Distiller(nn.Module):
             outputs: dict[str, torch.Tensor] = {LOGITS: self.student(image)}
         for tap, feature in features.items():
             outputs[f"student.{tap}"] = feature
-            for teacher, adapter in (self.adapters[tap].items() if tap in self.adapters else ()):
+            adapters = cast(nn.ModuleDict, self.adapters[tap] if tap in self.adapters else nn.ModuleDict())
+            for teacher, adapter in adapters.items():
                 outputs[f"student.{tap}@{teacher}"] = adapter(feature)
         for name in self.teacher_names:
             outputs |= self._ask(name, image, (cached or {}).get(name))
         if presence is None:
             presence = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-        outputs["available"] = available_teachers(presence, [t.channels for t in self.teachers.values()])
+        channels = [cast(Sequence[int], teacher.channels) for teacher in self.teachers.values()]
+        outputs["available"] = available_teachers(presence, channels)
         return outputs
 
     def _ask(self, name: str, image: torch.Tensor, cached: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -254,19 +266,21 @@ class DistillationLoss(nn.Module):
         loss = self.losses[name]
         if bool((share == share[0]).all()):
             # A teacher that is nowhere available is not asked: 0 * its loss would still carry a NaN on.
-            return share[0] * loss(*tensors) if bool(share[0] > 0) else tensors[0].sum() * 0.0
+            return share[0] * loss(*tensors) if bool(share[0] > 0) else (tensors[0] * 0.0).sum()
         values = [w * loss(*(x[i : i + 1] for x in tensors)) for i, w in enumerate(share) if bool(w > 0)]
         return torch.stack(values).sum() / len(share)
 
     def _mixture(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits whose softened probabilities are the weighted mean of the teachers', and where there is any teacher."""
+        """Logits whose softened probabilities are the teachers' weighted mean, and where there is any teacher."""
         temperature = getattr(self.losses[name], "temperature", 1.0)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
-        shape = (*shares.shape, *[1] * (stacked.dim() - 2))
+        weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
+        # An absent teacher must not even pass on a NaN: 0 * NaN is NaN.
+        stacked = stacked.masked_fill(weights == 0, 0.0)
         if stacked.shape[2] == 1:
-            p = (stacked.sigmoid() * shares.view(shape)).sum(1)
+            p = (stacked.sigmoid() * weights).sum(1)
             return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
-        p = (stacked.softmax(2) * shares.view(shape)).sum(1)
+        p = (stacked.softmax(2) * weights).sum(1)
         return temperature * p.clamp_min(1e-12).log(), shares.sum(1)

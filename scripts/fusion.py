@@ -56,7 +56,9 @@ def teacher_weights(
     label: torch.Tensor | None = None,
     static: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Weights of K teachers for each sample, B x K, non-negative, rows sum to 1 (to 0 where no teacher is available).
+    """Weights of K teachers for each sample, B x K, non-negative.
+
+    Rows sum to 1, or to 0 where no teacher (``static``: none of a weight above 0) is available.
 
     Source: [ours]. ``mean`` 1/K; ``static`` the given values; ``confidence``
     ``(1 - softmax_k(CE_k)) / (K - 1)`` with the teacher's cross-entropy CE_k on the sample's label; ``entropy``
@@ -68,7 +70,7 @@ def teacher_weights(
         logits: per teacher ``B C H W [D]``.
         available: B x K, bool, see ``available_teachers``.
         label: ``B 1 H W [D]``, for ``confidence``.
-        static: K weights >= 0, for ``static``.
+        static: K weights >= 0, not all 0, for ``static``.
 
     Raises:
         ValueError: an unknown mode, or one whose label or static weights are missing or do not fit.
@@ -79,8 +81,8 @@ def teacher_weights(
     if mode == "mean":
         weights = torch.ones_like(available, dtype=torch.float32)
     elif mode == "static":
-        if static is None or len(static) != available.shape[1] or min(static) < 0:
-            raise ValueError(f"static weighting needs {available.shape[1]} weights >= 0, got {static}.")
+        if static is None or len(static) != available.shape[1] or min(static) < 0 or sum(static) <= 0:
+            raise ValueError(f"static weighting needs {available.shape[1]} weights >= 0 and not all 0, got {static}.")
         weights = torch.tensor(list(static), device=available.device).float().expand(available.shape)
     elif mode == "confidence":
         if label is None:

@@ -19,13 +19,16 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet")
 
 
-def _network(architecture: str, inputs: int, outputs: int, patch: Sequence[int], options: Mapping[str, Any]) -> nn.Module:
+def _network(
+    architecture: str, inputs: int, outputs: int, patch: Sequence[int], options: Mapping[str, Any]
+) -> nn.Module:
+    height, width, depth = patch
     if architecture == "unetr":
-        return UNETR(inputs, outputs, img_size=tuple(patch), **options)
+        return UNETR(inputs, outputs, img_size=(height, width, depth), **options)
     if architecture == "swinunetr":
         return SwinUNETR(inputs, outputs, **options)
     if architecture == "hdenseformer":
-        return HDenseFormer(inputs, outputs, img_size=tuple(patch), **options)
+        return HDenseFormer(inputs, outputs, img_size=(height, width, depth), **options)
     if architecture == "uxnet":
         return UXNet(inputs, outputs, **options)
     raise ValueError(f"Unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
@@ -82,5 +85,6 @@ def load_teachers(specs: Mapping[str, Mapping[str, Any]], **common: Any) -> dict
     """
     teachers = {name: Teacher(**common, **spec) for name, spec in specs.items()}
     for name, teacher in teachers.items():
-        logger.info("teacher %s: %s, sha256 %s", name, type(teacher.network).__name__, teacher.sha256 or "none (random)")
+        origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
+        logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers

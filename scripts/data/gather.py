@@ -50,7 +50,8 @@ class GatherModalitiesd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         reference = self.modalities[0]
         if "image" not in data and reference not in data:
-            raise ValueError(f"A case needs 'image' or '{reference}', the reference modality; got {sorted(map(str, data))}.")
+            found = sorted(map(str, data))
+            raise ValueError(f"A case needs 'image' or '{reference}', the reference modality; got {found}.")
         item = dict(data)
         item.setdefault(reference, data.get("image"))
         item["image"] = item[reference]
@@ -60,12 +61,15 @@ class GatherModalitiesd(Transform):
                     if key in self.modalities:
                         item.setdefault(key, path)
             item.setdefault("case_id", Path(item[reference]).name.split(".")[0])
-        lost = [str(item[k]) for k in self.modalities if isinstance(item.get(k), str | Path) and not Path(item[k]).exists()]
+        files = [Path(item[k]) for k in self.modalities if isinstance(item.get(k), str | Path)]
+        lost = [str(path) for path in files if not path.exists()]
         if lost:
             raise FileNotFoundError(f"Case {item.get('case_id')}: no such file: {', '.join(lost)}.")
         absent = [k for k in self.modalities if k not in item]
         if absent and not self.allow_missing:
-            raise ValueError(f"Case {item.get('case_id')}: no {', '.join(absent)} was given or found beside {item['image']}.")
+            raise ValueError(
+                f"Case {item.get('case_id')}: no {', '.join(absent)} was given or found beside {item['image']}."
+            )
         return item
 
 
@@ -89,7 +93,7 @@ class CropToBoxd(MapTransform, InvertibleTransform):
         high = np.clip(np.ceil(voxels.max(0)) + 1, 0, image.shape[1:]).astype(int)
         if (high <= low).any():
             raise ValueError(f"Case {item.get('case_id')}: its bounding box lies outside of {item['image']}.")
-        item[self.keys[0]] = self.crop(image, [slice(a, b) for a, b in zip(low, high, strict=True)])
+        item[self.keys[0]] = self.crop(image, tuple(slice(a, b) for a, b in zip(low, high, strict=True)))
         return item
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -130,7 +134,7 @@ class MapLabelsd(MapTransform):
                 mapped[hit] = index
                 known |= hit
         if not known.all():
-            strange = sorted({float(v) for v in torch.as_tensor(values[~known]).unique()[:5]})
+            strange = sorted({float(f"{v:.7g}") for v in values[~known].unique()[:5].tolist()})
             raise ValueError(
                 f"{values.meta.get('filename_or_obj', 'The label')} holds the values {strange}, which the data set's "
                 f"mapping {self.classes} does not know: correct the file or the config's `labels`."

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scripts.data.gather import GatherModalitiesd
 
 logger = logging.getLogger(__name__)
 
@@ -91,31 +93,42 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
 
 
 def require_cases(
-    cases: Sequence[Item], root: str | Path | None, modalities: Sequence[str] = (), allow_missing: bool = False
+    cases: Sequence[Item],
+    root: str | Path | None,
+    modalities: Sequence[str] = (),
+    naming: Sequence[Mapping[str, str]] = (),
+    allow_missing: bool = False,
 ) -> None:
-    """Refuse to start on nothing, or on cases that lack a modality where that was not asked for.
+    """Refuse to start on nothing, or on cases that lack files; all of the cohort's are named at once.
 
     Args:
         cases: the data list.
         root: folder that it was read from.
         modalities: those that every case should have; the first may stand under ``image``.
+        naming: rules by which absent keys are looked for, see ``GatherModalitiesd``.
         allow_missing: accept absent modalities, and say which.
 
     Raises:
-        ValueError: there is no case to work on, or modalities are absent; all of the cohort's are named at once.
+        ValueError: there is no case to work on, or modalities are absent.
+        FileNotFoundError: the data list names files that do not exist.
     """
     if not cases:
         where = f"{root} holds no case" if root else "no folder of data was given"
         raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
-    lost = [
-        f"{case.get('case_id', case.get('image'))}: {key}"
-        for case in cases
-        for key in modalities[1:]
-        if key not in case
-    ]
-    if lost and not allow_missing:
-        raise ValueError(
-            f"Modalities are absent ({'; '.join(lost)}): add the files, or allow it by --allow_missing True."
-        )
+    gather = GatherModalitiesd(modalities, naming, allow_missing=True) if modalities else dict
+    lost, absent = [], []
+    for case in cases:
+        try:
+            item = gather(case)
+        except FileNotFoundError as error:
+            lost.append(str(error))
+            continue
+        absent += [f"{item.get('case_id')}: {key}" for key in modalities if key not in item]
     if lost:
-        logger.warning("absent modalities, read as zeros: %s", "; ".join(lost))
+        raise FileNotFoundError(" ".join(lost))
+    if absent and not allow_missing:
+        raise ValueError(
+            f"Modalities are absent ({'; '.join(absent)}): add the files, or allow it by --allow_missing True."
+        )
+    if absent:
+        logger.warning("absent modalities, read as zeros: %s", "; ".join(absent))

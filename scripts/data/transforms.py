@@ -43,9 +43,10 @@ def _read(
     missing = [key for key in modalities if key not in intensity]
     if missing:
         raise ValueError(f"intensity has no entry for {missing}: every modality needs one.")
+    keys = [*modalities, *(["label"] if labels else [])]
     steps: list[mt.Transform] = [
         GatherModalitiesd(modalities, naming, allow_missing),
-        mt.LoadImaged([*modalities, *(["label"] if labels else [])], ensure_channel_first=True, allow_missing_keys=True),
+        mt.LoadImaged(keys, ensure_channel_first=True, allow_missing_keys=True),
         CropToBoxd(reference),
         mt.Orientationd(reference, axcodes="RAS", labels=None),
         mt.Spacingd(reference, pixdim=spacing, mode="bilinear"),
@@ -65,7 +66,9 @@ def _augment(modalities: Sequence[str], patch: Sequence[int], positives: int, ne
     modes = ["bilinear"] * len(modalities) + ["nearest"]
     steps: list[mt.Transform] = [
         mt.SpatialPadd(keys, patch),
-        mt.RandCropByPosNegLabeld(keys, "label", patch, pos=positives, neg=negatives, num_samples=1, allow_smaller=True),
+        mt.RandCropByPosNegLabeld(
+            keys, "label", patch, pos=positives, neg=negatives, num_samples=1, allow_smaller=True
+        ),
         mt.RandAffined(
             keys, prob=0.5, rotate_range=(0.26,) * 3, scale_range=(0.15,) * 3, mode=modes, padding_mode="border"
         ),
@@ -116,8 +119,10 @@ def preprocessing(
     """
     if mode not in ("train", "validate", "infer"):
         raise ValueError(f"Unknown mode {mode!r}: choose train, validate or infer.")
-    if mode == "train" and (patch is None or not labels):
-        raise ValueError("Training needs a patch size and the labels' values.")
+    if mode == "train" and patch is None:
+        raise ValueError("The mode 'train' needs a patch size.")
+    if mode != "infer" and not labels:
+        raise ValueError(f"The mode '{mode}' needs the labels' values.")
     with_label = labels if mode != "infer" else None
     steps = _read(modalities, intensity, spacing, naming, with_label, allow_missing)
     # Absent modalities become zeros here, so that the random transforms always find every key.

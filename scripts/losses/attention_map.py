@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import EPS, check_option, to_common_grid
+from scripts.losses.common import EPS, check_maps, check_option, to_common_grid
 
 
 class AttentionMapLoss(nn.Module):
@@ -27,18 +27,18 @@ class AttentionMapLoss(nn.Module):
         "loss#terms#coarse": {"tap": "coarse", "weight": 0.9, "loss": {"_target_": "scripts.losses.AttentionMapLoss"}}
 
     Args:
-        p: power of the activations.
+        p: power of the activations, from 1 (below, the gradient at an inactive feature is not finite).
         norm: ``"l2"`` or ``"l1"``.
 
     Raises:
-        ValueError: an unknown ``norm``, or ``p`` that is not positive.
+        ValueError: an unknown ``norm``, or ``p`` below 1.
     """
 
     def __init__(self, p: float = 2, norm: str = "l2") -> None:
         super().__init__()
         check_option("norm", norm, ("l1", "l2"))
-        if p <= 0:
-            raise ValueError(f"p must be positive, got {p}.")
+        if p < 1:
+            raise ValueError(f"p must be at least 1, got {p}.")
         self.p, self.norm = p, norm
 
     def _attention(self, features: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,7 @@ class AttentionMapLoss(nn.Module):
         Raises:
             ValueError: the maps are not two batches of one size and dimension; both shapes are named.
         """
+        check_maps(student, teacher)
         maps = to_common_grid(self._attention(student), self._attention(teacher.detach()))
         r = 1 if self.norm == "l1" else 2
         q_student, q_teacher = (m.flatten(1) / m.flatten(1).norm(r, dim=1, keepdim=True).clamp_min(EPS) for m in maps)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -23,6 +23,14 @@ def check_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
         raise ValueError(f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape.")
 
 
+def check_maps(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Raise ValueError naming both shapes where they are not ``B C H W [D]`` of one batch size and dimension."""
+    if student.dim() != teacher.dim() or student.dim() not in (4, 5) or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be B C H W [D] with one B."
+        )
+
+
 def to_common_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring both maps (``B C H W [D]``) to the element-wise smaller grid by adaptive average pooling.
 
@@ -31,10 +39,7 @@ def to_common_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.
     Raises:
         ValueError: the batch sizes or the numbers of dimensions differ, or the maps are not 2D or 3D.
     """
-    if student.dim() != teacher.dim() or student.dim() not in (4, 5) or student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be B C H W [D] with one B."
-        )
+    check_maps(student, teacher)
     grid = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return pool(student, grid), pool(teacher, grid)
 
@@ -43,5 +48,7 @@ def pool(x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Adaptive average pooling of ``B C H W [D]`` to ``grid``."""
     if list(x.shape[2:]) == list(grid):
         return x
-    adaptive = functional.adaptive_avg_pool3d if x.dim() == 5 else functional.adaptive_avg_pool2d
+    adaptive: Callable[..., torch.Tensor] = (
+        functional.adaptive_avg_pool3d if x.dim() == 5 else functional.adaptive_avg_pool2d
+    )
     return adaptive(x, tuple(grid))

@@ -16,7 +16,7 @@ class SoftPredictionLoss(nn.Module):
     Source: [ours] for Teach-Former (Hossain et al., Sci Rep 2025;15:15948), whose abstract says that final
     predictions are distilled; the formula is Hinton et al., arXiv 1503.02531::
 
-        L = temperature^2 * mean over batch and voxels of KL(softmax(teacher / temperature) || softmax(student / temperature))
+        L = temperature^2 * mean over batch and voxels of KL(p_teacher || p_student),  p = softmax(logits / temperature)
 
     softmax over channels. A single-channel (sigmoid) head uses the Bernoulli KL of the same softened logits.
 

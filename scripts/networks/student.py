@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks import Convolution
@@ -63,7 +64,8 @@ class Student(nn.Module):
     input, so that borders follow the image and not the half-resolution grid.
 
     Tappable layers (see ``scripts.distiller.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
-    (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full`` (stride 1).
+    (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full``
+    (stride 1).
 
     Args:
         in_channels: one per modality, in the order of the config's ``modalities``.
@@ -90,7 +92,7 @@ class Student(nn.Module):
         widths = [in_channels, *features]
         self.encoder = nn.ModuleList(
             nn.Sequential(_conv(spatial_dims, i, o, norm, strides=2), _conv(spatial_dims, o, o, norm))
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            for i, o in pairwise(widths)
         )
         self.attention = GridAttention(features[-1], heads)
         upsample = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
@@ -105,7 +107,7 @@ class Student(nn.Module):
         self.head = Convolution(spatial_dims, full_features, out_channels, kernel_size=1, conv_only=True)
 
     def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Image (``B C H W [D]``) to its features, from full resolution (the image itself) to the attended deepest grid.
+        """Image (``B C H W [D]``) to its features, from the image itself to the attended deepest grid.
 
         Raises:
             ValueError: a spatial size that is not divisible by 2 to the number of stages.

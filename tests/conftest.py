@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: one thread, the real samples where they are present, a cohort of phantoms, files on any grid."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from scripts.data.phantom import write_phantoms
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real samples, beside the repository; it may be absent."""
+    return Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def require_data(data_root: Path) -> Callable[[str], Path]:
+    """``require_data("sts")`` gives the sample's folder or skips the test."""
+
+    def require(name: str) -> Path:
+        if not (data_root / name).is_dir():
+            pytest.skip(f"the real sample '{name}' is not in {data_root}")
+        return data_root / name
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Data list of six phantoms, to be read only."""
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=6, seed=3, progress=False)
+
+
+@pytest.fixture(scope="session")
+def make_affine() -> Callable[..., Array]:
+    """Affine (RAS, mm) of a grid from its axes' directions (columns), spacing, shape and centre."""
+
+    def make(axes: Any, spacing: Sequence[float], shape: Sequence[int], centre: Sequence[float] = (0, 0, 0)) -> Array:
+        affine = np.eye(4)
+        affine[:3, :3] = np.asarray(axes) * np.asarray(spacing)
+        affine[:3, 3] = np.asarray(centre) - affine[:3, :3] @ (np.asarray(shape) - 1) / 2
+        return affine
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world() -> Callable[[Any, Sequence[int]], Array]:
+    """World coordinates (RAS, mm) of a grid's voxel centres, ``shape x 3``."""
+
+    def points(affine: Any, shape: Sequence[int]) -> Array:
+        matrix = np.asarray(affine, dtype=float)
+        return np.moveaxis(np.indices(shape), 0, -1) @ matrix[:3, :3].T + matrix[:3, 3]
+
+    return points
+
+
+@pytest.fixture(scope="session")
+def write_nifti() -> Callable[..., Path]:
+    """Write voxels as they are, with sform and qform; ``slope`` and ``intercept`` only go into the header."""
+
+    def write(path: Path, voxels: Array, affine: Any = None, slope: float = 1.0, intercept: float = 0.0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine)
+        image.set_qform(image.affine, code=1)
+        image.set_sform(image.affine, code=1)
+        if (slope, intercept) != (1.0, 0.0):
+            image.header.set_slope_inter(slope, intercept)
+        nib.save(image, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
+    """``fake_git(commit, clean)`` sets what git says about the checkout; at first a clean one at 0000..."""
+    binary = tmp_path / "bin" / "git"
+    binary.parent.mkdir()
+
+    def answer(commit: str, clean: bool) -> None:
+        status = 0 if clean else 1
+        binary.write_text(f'#!/bin/sh\ncase "$*" in *rev-parse*) echo {commit};; *diff*) exit {status};; esac\n')
+        binary.chmod(0o755)
+
+    answer("0" * 40, True)
+    monkeypatch.setenv("PATH", f"{binary.parent}{os.pathsep}{os.environ['PATH']}")
+    return answer

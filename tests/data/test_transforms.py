@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files to the network's input and back: one grid in world coordinates, units, absent modalities, labels, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+from monai.data import CacheDataset, DataLoader, MetaTensor, decollate_batch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from scripts.data import postprocessing, preprocessing
+
+Array = NDArray[Any]
+MODALITIES = ["ct", "pet", "mr"]
+CENTRE = np.array([12.0, -25.0, 40.0])  # mm
+LPS = np.diag([-1.0, -1.0, 1.0])
+# Axes, spacing in mm, shape: an oblique LPS one, one with its axes permuted and flipped, a small one turned otherwise.
+GRIDS = {
+    "ct": (Rotation.from_rotvec([4, 10, 17], degrees=True).as_matrix() @ LPS, (2.0, 2.0, 4.0), (26, 24, 14)),
+    "pet": (np.array([[0, -1, 0], [0, 0, 1], [1, 0, 0]]), (4.0, 4.5, 5.0), (16, 15, 14)),
+    "mr": (Rotation.from_euler("z", -20, degrees=True).as_matrix(), (1.5, 3.0, 2.5), (20, 10, 12)),
+}
+# Values are linear in mm, so that linear interpolation is exact: 200 + w . (x - CENTRE), in the range [0, 400].
+WEIGHTS = {"ct": [1.0, -0.5, 2.0], "pet": [-2.0, 1.5, 0.3], "mr": [0.4, 2.5, -1.0]}
+INTENSITY = dict.fromkeys(MODALITIES, [0, 400])
+
+
+def plane(key: str, points: Array) -> Array:
+    return 200 + (points - CENTRE) @ WEIGHTS[key]
+
+
+@pytest.fixture
+def oblique(tmp_path: Path, write_nifti: Any, make_affine: Any, world: Any) -> dict[str, str]:
+    """One case, every modality on its own grid; the label is a ball of 12 mm on the PET's grid."""
+    item = {"case_id": "A", "image": str(tmp_path / "ct.nii.gz")}
+    for key, (axes, spacing, shape) in GRIDS.items():
+        affine = make_affine(axes, spacing, shape, CENTRE)
+        points = world(affine, shape)
+        item[key] = str(write_nifti(tmp_path / f"{key}.nii.gz", plane(key, points).astype(np.float32), affine))
+        if key == "pet":
+            ball = np.linalg.norm(points - CENTRE, axis=-1) < 12
+            item["label"] = str(write_nifti(tmp_path / "label.nii.gz", ball.astype(np.uint8), affine))
+    return item
+
+
+@pytest.fixture
+def simple(tmp_path: Path, write_nifti: Any) -> Callable[..., dict[str, str]]:
+    """Write a case of one or two modalities on one grid of 1 mm, RAS, so that nothing is resampled."""
+
+    def make(label: Array | None = None, **volumes: Array) -> dict[str, str]:
+        item = {"case_id": "B"}
+        for key, voxels in {**volumes, **({} if label is None else {"label": label})}.items():
+            item[key] = str(write_nifti(tmp_path / f"{key}.nii.gz", voxels))
+        return {**item, "image": item["ct"]}
+
+    return make
+
+
+def whole(item: dict[str, str], mode: str = "infer", **options: Any) -> dict[str, Any]:
+    """Preprocess with one modality per volume that the item names, 1 mm, range [0, 1] unless told otherwise."""
+    keys = [key for key in MODALITIES if key in item]
+    settings = {"modalities": keys, "intensity": dict.fromkeys(keys, [0, 1]), "spacing": (1, 1, 1), "mode": mode}
+    return preprocessing(**{**settings, **options})(item)  # type: ignore[no-any-return]
+
+
+def train(shape: int = 16, seed: int = 0, allow_missing: bool = False, **options: Any) -> Any:
+    settings = {"intensity": {"ct": [0, 1], "pet": [0, 1]}, "modalities": ["ct", "pet"], "labels": [[0], [1], [2]]}
+    settings |= {"spacing": (1, 1, 1), "patch": (shape,) * 3, "allow_missing": allow_missing, **options}
+    return preprocessing(mode="train", **settings).set_random_state(seed)
+
+
+def boxes(size: int = 20) -> Array:
+    """Classes 1 and 2 as two neighbouring cuboids."""
+    label = np.zeros((size,) * 3, np.uint8)
+    label[5:15, 5:15, 5:10], label[5:15, 5:15, 10:15] = 1, 2
+    return label
+
+
+@pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (2.0, 2.5, 3.5)])
+def test_modalities_on_different_grids_land_on_one_by_the_full_affine(oblique: Any, world: Any, spacing: Any) -> None:
+    result = preprocessing(MODALITIES, INTENSITY, spacing, "infer")(oblique)
+    image = result["image"]
+    points = world(image.affine, image.shape[1:])
+    tested = {}
+    for channel, key in enumerate(MODALITIES):
+        source, last = nib.Nifti1Image.from_filename(oblique[key]).affine, np.array(GRIDS[key][2]) - 1
+        voxels = (points - source[:3, 3]) @ np.linalg.inv(source[:3, :3]).T
+        inside = ((voxels >= 0) & (voxels <= last)).all(-1)
+        outside = ((voxels <= -1) | (voxels >= last + 1)).any(-1)
+        values = image[channel].numpy()
+        np.testing.assert_allclose(values[inside], (plane(key, points) / 400)[inside], atol=1e-4)
+        tested[key] = (inside.sum(), outside.sum())
+        if key != "ct":
+            assert (values[outside] == 0).all()
+    assert min(tested[key][0] for key in MODALITIES) > 300
+    assert tested["mr"][1] > 300
+
+
+def test_the_result_is_ras_at_the_target_spacing_and_covers_the_reference(oblique: Any, world: Any) -> None:
+    image = preprocessing(MODALITIES, INTENSITY, (3.0, 2.5, 3.5), "infer")(oblique)["image"]
+    affine = np.asarray(image.affine)
+    assert nib.aff2axcodes(affine) == ("R", "A", "S")
+    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), (3.0, 2.5, 3.5), atol=1e-4)
+    reference = nib.Nifti1Image.from_filename(oblique["ct"])
+    voxels = (world(reference.affine, reference.shape) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    assert (voxels > -0.51).all()
+    assert (voxels < np.array(image.shape[1:]) - 0.49).all()
+
+
+def test_ranges_are_scaled_and_clipped(simple: Any) -> None:
+    hu = np.tile(np.float32([-1000, -200, 0, 50, 300, 3000]), (6, 6, 1))
+    image = whole(simple(ct=hu), intensity={"ct": [-200, 300]})["image"][0]
+    np.testing.assert_allclose(image[2, 3], [0, 0, 0.4, 0.5, 1, 1], atol=1e-6)
+
+
+def test_zscore_has_mean_0_and_deviation_1_over_the_non_zero_voxels(simple: Any) -> None:
+    values = np.random.default_rng(0).normal(300, 40, (8, 8, 8)).astype(np.float32)
+    values[:3] = 0
+    image = whole(simple(ct=values), intensity={"ct": "zscore"})["image"][0].numpy()
+    np.testing.assert_allclose(image[3:], (values[3:] - values[3:].mean()) / values[3:].std(), atol=1e-4)
+    assert (image[:3] == 0).all()
+
+
+def test_slope_and_intercept_are_applied_once(tmp_path: Path, write_nifti: Any) -> None:
+    path = write_nifti(tmp_path / "x.nii.gz", np.full((6, 6, 6), 500, np.int16), slope=2.0, intercept=-1000.0)
+    image = whole({"ct": str(path)}, intensity={"ct": [-100, 100]})["image"]
+    np.testing.assert_allclose(image, 0.5, atol=1e-6)  # 2 * 500 - 1000 = 0
+
+
+def test_an_absent_modality_is_zeros_and_absent_only_where_asked(oblique: Any) -> None:
+    del oblique["pet"]
+    result = preprocessing(MODALITIES, INTENSITY, (4, 4, 4), "infer", allow_missing=True)(oblique)
+    assert result["presence"].tolist() == [True, False, True]
+    assert result["presence"].dtype == torch.bool
+    assert result["image"].shape[0] == 3
+    assert (result["image"][1] == 0).all()
+    assert (result["image"][[0, 2]] > 0).any()
+    with pytest.raises(RuntimeError) as caught:  # MONAI's wrapping
+        preprocessing(MODALITIES, INTENSITY, (4, 4, 4), "infer")(oblique)
+    assert "Case A: no pet was given" in str(caught.value.__cause__)
+
+
+def test_training_gives_plain_tensors_under_three_keys(simple: Any) -> None:
+    volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
+    items = [simple(ct=volume, pet=volume, label=boxes())] * 2
+    data = CacheDataset(items, train(), progress=False)
+    batch = next(iter(DataLoader(data, batch_size=2)))
+    assert set(batch) == {"image", "label", "presence"}
+    assert all(type(value) is torch.Tensor for value in batch.values())
+    assert batch["image"].shape == (2, 2, 16, 16, 16)
+    assert batch["label"].shape == (2, 1, 16, 16, 16)
+    assert batch["presence"].tolist() == [[True, True]] * 2
+
+
+def test_a_patch_larger_than_the_volume_is_padded(simple: Any) -> None:
+    volume = np.ones((12, 20, 9), np.float32)
+    (sample,) = train(16)(simple(ct=volume, pet=volume, label=np.ones((12, 20, 9), np.uint8)))
+    assert sample["image"].shape == (2, 16, 16, 16)
+    assert sample["label"].shape == (1, 16, 16, 16)
+
+
+def test_the_same_seed_gives_the_same_patch_and_another_one_another(simple: Any) -> None:
+    volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
+    item = simple(ct=volume, pet=1 - volume, label=boxes())
+    first, again, other = (train(seed=seed)(item)[0] for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_augmentation_moves_image_and_label_together_and_keeps_the_classes(simple: Any) -> None:
+    label = boxes()
+    item = simple(ct=(label > 0).astype(np.float32), pet=(label == 2).astype(np.float32), label=label)
+    for seed in range(8):
+        (sample,) = train(seed=seed)(item)
+        assert set(sample["label"].unique().tolist()) <= {0.0, 1.0, 2.0}
+        for channel, wanted in zip(sample["image"], (sample["label"][0] > 0, sample["label"][0] == 2), strict=True):
+            found = channel > 0.5
+            assert 2 * (found & wanted).sum() > 0.85 * (found.sum() + wanted.sum()) > 0
+
+
+def test_an_absent_modality_stays_exactly_zero_through_augmentation(simple: Any) -> None:
+    item = simple(ct=np.random.default_rng(0).random((20, 20, 20), np.float32), label=boxes())
+    for seed in range(8):
+        (sample,) = train(seed=seed, allow_missing=True)(item)
+        assert sample["presence"].tolist() == [True, False]
+        assert (sample["image"][1] == 0).all()
+        assert sample["image"].isfinite().all()
+
+
+def test_an_empty_label_is_legal_in_training(simple: Any) -> None:
+    volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
+    (sample,) = train()(simple(ct=volume, pet=volume, label=np.zeros((20, 20, 20), np.uint8)))
+    assert (sample["label"] == 0).all()
+
+
+def test_validation_keeps_the_whole_volume_and_resamples_the_label_onto_it(oblique: Any, world: Any) -> None:
+    result = preprocessing(MODALITIES, INTENSITY, (2, 2, 2), "validate", labels=[[0], [1]])(oblique)
+    assert set(result) == {"image", "label", "presence", "case_id"}
+    label = result["label"]
+    assert label.shape[1:] == result["image"].shape[1:]
+    np.testing.assert_allclose(label.affine, result["image"].affine)
+    ball = np.linalg.norm(world(label.affine, label.shape[1:]) - CENTRE, axis=-1) < 12
+    found = label[0].numpy() == 1
+    assert 2 * (found & ball).sum() / (found.sum() + ball.sum()) > 0.85  # it was drawn in voxels of 4 to 5 mm
+
+
+def test_a_label_slightly_off_its_image_is_put_onto_its_grid(
+    tmp_path: Path, simple: Any, write_nifti: Any, make_affine: Any
+) -> None:
+    item = simple(ct=np.ones((20, 20, 20), np.float32))
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.385
+    item["label"] = str(write_nifti(tmp_path / "label.nii.gz", boxes(), shifted))
+    result = whole(item, "validate", labels=[[0], [1], [2]])
+    np.testing.assert_array_equal(result["label"][0], boxes())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mode": "test"}, "Unknown mode 'test': choose train, validate or infer"),
+        ({"mode": "train", "labels": [[0], [1]]}, "needs a patch size"),
+        ({"mode": "train", "patch": (8, 8, 8)}, "needs the labels' values"),
+        ({"mode": "validate"}, "needs the labels' values"),
+        ({"intensity": {"ct": "percentile"}}, r'intensity\["ct"\] is \'percentile\''),
+        ({"intensity": {"ct": [0, 1, 2]}}, r'intensity\["ct"\] is \[0, 1, 2\]'),
+        ({"intensity": {"pet": [0, 1]}}, r"no entry for \['ct'\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:
+    settings = {"modalities": ["ct"], "intensity": {"ct": [0, 1]}, "spacing": (1, 1, 1), "mode": "infer", **changed}
+    with pytest.raises(ValueError, match=message):
+        preprocessing(**settings)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scripts.networks import Student
+from scripts.networks.student import GridAttention
+
+SIZES = {2: (32, 48), 3: (32, 32, 48)}
+
+
+def build(dims: int = 3, **options: Any) -> Student:
+    torch.manual_seed(0)
+    return Student(3, 2, **{"features": (4, 8, 8, 8), "full_features": 4, "spatial_dims": dims, **options})
+
+
+def images(dims: int = 3, seed: int = 1) -> Tensor:
+    return torch.randn(2, 3, *SIZES[dims], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_logits_lie_on_the_images_own_grid(dims):
+    assert build(dims)(images(dims)).shape == (2, 2, *SIZES[dims])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_forward_is_encode_then_decode(dims):
+    network, image = build(dims).eval(), images(dims)
+    with torch.no_grad():
+        features = network.encode(image)
+        assert torch.equal(network.decode(features), network(image))
+    assert features[0] is image
+    grids = [tuple(s // stride for s in SIZES[dims]) for stride in (1, 2, 4, 8, 16)]
+    assert [tuple(f.shape) for f in features] == [(2, c, *g) for c, g in zip((3, 4, 8, 8, 8), grids, strict=True)]
+
+
+def test_the_documented_layers_can_be_tapped():
+    network, seen = build().eval(), {}
+    strides = {"encoder.0": 2, "encoder.3": 16, "decoder.0": 8, "decoder.2": 2, "full": 1}
+    for name in strides:
+        layer = network.get_submodule(name)
+        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+    with torch.no_grad():
+        network(images())
+    assert {name: tuple(shape[2:]) for name, shape in seen.items()} == {
+        name: tuple(s // stride for s in SIZES[3]) for name, stride in strides.items()
+    }
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_gradients_reach_every_parameter(dims):
+    network = build(dims)
+    logits = network(images(dims))
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("size", [(32, 32, 31), (24, 32, 32), (8, 8, 8)])
+def test_a_size_that_does_not_divide_is_refused(size):
+    with pytest.raises(ValueError, match="divisible by 16") as error:
+        build()(torch.zeros(1, 3, *size))
+    assert str(list(size)) in str(error.value)
+
+
+def test_three_stages_need_a_divisor_of_eight_only():
+    network = build(features=(4, 8, 8)).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 8, 24, 8)).shape == (1, 2, 8, 24, 8)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_torchscript_equals_eager(dims):
+    network = build(dims).eval()
+    scripted = torch.jit.script(network)
+    with torch.no_grad():
+        assert torch.equal(scripted(images(dims)), network(images(dims)))
+
+
+def test_batch_normalisation_in_eval_is_deterministic_and_sample_by_sample():
+    network = build()
+    network(images())  # running statistics that are not the initial ones
+    network.eval()
+    with torch.no_grad():
+        together, again, alone = network(images()), network(images()), network(images()[:1])
+    assert torch.equal(together, again)
+    np.testing.assert_allclose(together[:1].numpy(), alone.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["instance", ("group", {"num_groups": 2})])
+def test_other_normalisations_give_each_sample_its_own_result_in_training(norm):
+    network = build(norm=norm).train()
+    with torch.no_grad():
+        np.testing.assert_allclose(network(images())[:1].numpy(), network(images()[:1]).numpy(), atol=1e-5)
+
+
+def test_the_default_has_fewer_than_four_million_parameters():
+    with torch.device("meta"):
+        network = Student(3, 2)
+    assert 2e6 < sum(p.numel() for p in network.parameters()) < 4e6
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (2, 3, 2)])
+def test_the_attention_map_has_a_row_of_sum_one_per_cell_and_head(grid):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, *grid)
+    features, weights = GridAttention(8, heads=4)(x)
+    cells = math.prod(grid)
+    assert features.shape == x.shape
+    assert weights.shape == (2, 4, cells, cells)
+    assert (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(dim=-1).detach().numpy(), np.ones((2, 4, cells)), atol=1e-6)
+
+
+def layer_norm(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def test_attention_agrees_with_numpy():
+    torch.manual_seed(0)
+    block, x = GridAttention(4, heads=2), torch.randn(1, 4, 2, 3)
+    w = {name: p.detach().double().numpy() for name, p in block.named_parameters()}  # norms start as the identity
+    tokens = x.double().numpy().reshape(4, 6).T
+    q, k, v = np.split(layer_norm(tokens) @ w["qkv.weight"].T + w["qkv.bias"], 3, axis=1)
+    maps, mixed = [], []
+    for head in (slice(0, 2), slice(2, 4)):
+        e = np.exp(q[:, head] @ k[:, head].T / math.sqrt(2))
+        maps.append(e / e.sum(axis=1, keepdims=True))
+        mixed.append(maps[-1] @ v[:, head])
+    tokens = tokens + np.concatenate(mixed, axis=1) @ w["project.weight"].T + w["project.bias"]
+    hidden = layer_norm(tokens) @ w["mlp.0.weight"].T + w["mlp.0.bias"]
+    hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    tokens = tokens + hidden @ w["mlp.2.weight"].T + w["mlp.2.bias"]
+    features, weights = block(x)
+    np.testing.assert_allclose(weights[0].detach().numpy(), np.stack(maps), atol=1e-6)
+    np.testing.assert_allclose(features.detach().numpy(), tokens.T.reshape(1, 4, 2, 3), atol=1e-6)
+
+
+def test_channels_that_the_heads_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"channels \(6\) must be divisible by heads \(4\)"):
+        build(features=(4, 8, 8, 6))

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distiller and DistillationLoss on two-layer networks; expected totals come from NumPy in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scripts.distiller import DistillationLoss, Distiller
+from scripts.losses import AttentionMapLoss, SoftPredictionLoss
+from scripts.networks import ChannelAdapter, Student
+
+TAPS = {"body": {"student": "body", "Net": "body"}}
+SIZE = (4, 4, 4)
+
+
+class Net(nn.Module):
+    """Image -> body (features, batch-normalised) -> head (logits)."""
+
+    def __init__(self, inputs: int, features: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(inputs, features, 1), nn.BatchNorm3d(features))
+        self.blocks = nn.ModuleList([nn.Identity()])
+        self.head = nn.Conv3d(features, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[0](self.body(x)))
+
+
+class Expert(nn.Module):
+    """What Distiller asks of a teacher: ``network``, ``channels`` and a forward on the whole image."""
+
+    def __init__(self, channels: Sequence[int], features: int = 5) -> None:
+        super().__init__()
+        self.channels, self.network, self.calls = list(channels), Net(len(channels), features), 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.calls += 1
+        return self.network(image[:, self.channels])
+
+
+class Magnitude(nn.Module):
+    """Stands for the segmentation loss."""
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        return logits.square().mean()
+
+
+class Labelled(nn.Module):
+    """A term that takes the label: mean squared difference inside of it."""
+
+    def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        return ((student - teacher.detach()).square() * label).mean()
+
+
+def build(**options: Any) -> Distiller:
+    torch.manual_seed(0)
+    return Distiller(Net(3), {"ct": Expert([0]), "petmr": Expert([2, 1])}, **options)
+
+
+def image(seed: int = 1, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def label(batch: int = 2) -> Tensor:
+    return torch.randint(0, 2, (batch, 1, *SIZE), generator=torch.Generator().manual_seed(7))
+
+
+def criterion(distiller: Distiller, loss: nn.Module | None = None, weight: float = 0.5, **options: Any) -> Any:
+    terms = {"soft": {"tap": "logits", "weight": weight, "loss": loss or SoftPredictionLoss(2.0)}}
+    return DistillationLoss(Magnitude(), distiller, terms, **options)
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) for m in module.modules())
+
+
+def softmax(x: Any, axis: int = 1) -> np.ndarray:
+    x = x.detach().double().numpy() if isinstance(x, Tensor) else x
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) per sample, mean over voxels."""
+    return (p * np.log(p / q)).sum(axis=1).reshape(len(p), -1).mean(axis=1)
+
+
+def test_train_returns_a_flat_dict_and_eval_the_students_logits():
+    distiller = build(taps=TAPS, adapters={"body": {"ct": ChannelAdapter(4, 5)}})
+    outputs = distiller(image())
+    assert set(outputs) == {"logits", "student.body", "student.body@ct", "available"} | {
+        f"{k}.{what}" for k in ("ct", "petmr") for what in ("logits", "body")
+    }
+    assert all(isinstance(value, Tensor) for value in outputs.values())
+    assert outputs["student.body"].shape == (2, 4, *SIZE)
+    assert outputs["student.body@ct"].shape == outputs["ct.body"].shape == (2, 5, *SIZE)
+    distiller.eval()
+    with torch.no_grad():
+        assert torch.equal(distiller(image()), distiller.student(image()))
+    assert [teacher.calls for teacher in distiller.teachers.values()] == [1, 1]
+
+
+def test_tapped_features_are_those_of_the_named_layers():
+    distiller = build(taps=TAPS)
+    outputs = distiller(image())
+    with torch.no_grad():
+        expected = distiller.teachers["petmr"].network.body(image()[:, [2, 1]])
+    assert torch.equal(outputs["petmr.body"], expected)
+    assert outputs["student.body"].requires_grad
+    assert not any(outputs[f"{k}.{what}"].requires_grad for k in ("ct", "petmr") for what in ("logits", "body"))
+
+
+def test_teachers_stay_frozen_while_the_student_learns():
+    distiller = build().train()
+    assert distiller.student.training
+    assert not any(m.training for m in distiller.teachers.modules())
+    assert not any(p.requires_grad for p in distiller.teachers.parameters())
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=0.1, weight_decay=0.1)
+    criterion(distiller)(distiller(image()), label()).backward()
+    assert all(p.grad is None for p in distiller.teachers.parameters())
+    optimizer.step()
+    changed = {name for name, value in distiller.state_dict().items() if not torch.equal(value, before[name])}
+    assert {f"student.{n}" for n, _ in distiller.student.named_parameters()} <= changed
+    assert not [name for name in changed if name.startswith("teachers.")]
+
+
+def test_a_teacher_sees_its_own_channels_only():
+    distiller, other = build(), image()
+    other[:, 1:] = 100.0
+    first, second = distiller(image()), distiller(other)
+    assert torch.equal(first["ct.logits"], second["ct.logits"])
+    assert not torch.equal(first["petmr.logits"], second["petmr.logits"])
+
+
+def test_teachers_are_available_by_the_presence_of_their_modalities():
+    presence = torch.tensor([[True, True, False], [False, True, True]])
+    assert build()(image(), presence)["available"].tolist() == [[True, False], [False, True]]
+    assert build()(image())["available"].all()
+
+
+@pytest.mark.parametrize("layers", [{"student": "body", "Net": "tail"}, {"student": "body", "Net": "blocks"}])
+def test_an_unknown_layer_is_refused_by_naming_the_network_and_what_it_has(layers):
+    match = r"ct \(Net\) has no layer '(tail|blocks)' to tap; it has: body, body.0, body.1, blocks.0, head"
+    with pytest.raises(ValueError, match=match):
+        build(taps={"deep": layers})
+    with pytest.raises(ValueError, match=match.replace("ct", "student")):
+        build(taps={"deep": {**layers, "student": layers["Net"], "Net": "body"}})
+
+
+def test_a_tap_without_a_layer_for_some_network_is_refused():
+    with pytest.raises(ValueError, match=r"Tap 'deep' names no layer for petmr \(Net\); it knows \['ct', 'student'\]"):
+        build(taps={"deep": {"student": "body", "ct": "body"}})
+
+
+def test_a_teachers_own_name_goes_before_its_class():
+    assert build(taps={"deep": {**TAPS["body"], "ct": "head"}})(image())["ct.deep"].shape == (2, 2, *SIZE)
+
+
+@pytest.mark.parametrize("adapters", [{"bodies": {"ct": nn.Identity()}}, {"body": {"mr": nn.Identity()}}])
+def test_an_adapter_for_an_unknown_tap_or_teacher_is_refused(adapters):
+    with pytest.raises(ValueError, match=r"fits nothing: taps are \['body'\], teachers \['ct', 'petmr'\]"):
+        build(taps=TAPS, adapters=adapters)
+
+
+def test_names_that_would_hide_other_outputs_are_refused():
+    with pytest.raises(ValueError, match="rename it"):
+        build(taps={"logits": TAPS["body"]})
+    with pytest.raises(ValueError, match="rename it"):
+        Distiller(Net(3), {"student": Expert([0])})
+    with pytest.raises(ValueError, match="at least one teacher"):
+        Distiller(Net(3), {})
+
+
+def test_no_hook_remains_after_a_forward_even_if_it_fails():
+    distiller = build(taps=TAPS)
+    distiller(image())
+    assert hooks(distiller) == 0
+    with pytest.raises(RuntimeError):
+        distiller(image()[:, :2])
+    assert hooks(distiller) == 0
+
+
+def test_cached_logits_are_used_without_running_the_teacher(monkeypatch):
+    distiller, cached = build(), torch.randn(2, 2, *SIZE)
+    monkeypatch.setattr(distiller.teachers["ct"], "forward", lambda image: pytest.fail("the teacher ran"))
+    outputs = distiller(image(), cached={"ct": cached.requires_grad_()})
+    assert torch.equal(outputs["ct.logits"], cached)
+    assert not outputs["ct.logits"].requires_grad
+    assert distiller.teachers["petmr"].calls == 1
+
+
+def test_a_cached_teacher_still_runs_where_a_tap_is_asked():
+    distiller = build(taps=TAPS)
+    assert "ct.body" in distiller(image(), cached={"ct": torch.zeros(2, 2, *SIZE)})
+    assert distiller.teachers["ct"].calls == 1
+
+
+def test_the_students_weights_load_into_the_plain_student():
+    def student() -> Student:
+        return Student(3, 2, features=(4, 8), full_features=4)
+
+    network, fresh = student(), student()
+    distiller = Distiller(network, {"ct": Expert([0])})
+    assert list(distiller.student.state_dict()) == list(fresh.state_dict())
+    fresh.load_state_dict(distiller.student.state_dict(), strict=True)
+    x = torch.randn(1, 3, 8, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(distiller.eval()(x), fresh.eval()(x))
+
+
+def test_teachers_and_adapters_follow_the_student_to_its_device():
+    torch.manual_seed(0)
+    adapters = {"body": {"ct": ChannelAdapter(4, 5)}}
+    distiller = Distiller(Net(3).to("meta"), {"ct": Expert([0])}, TAPS, adapters)
+    assert {p.device.type for p in distiller.parameters()} == {"meta"}
+
+
+def test_adapters_receive_a_gradient():
+    distiller = build(taps=TAPS, adapters={"body": {"ct": ChannelAdapter(4, 5), "petmr": ChannelAdapter(4, 5)}})
+    terms = {"hint": {"tap": "body", "weight": 1.0, "loss": nn.MSELoss()}}
+    total = DistillationLoss(Magnitude(), distiller, terms)(distiller(image()), label())
+    total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.adapters.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "static", "rows"),
+    [("static", [1, 3], [[0.25, 0.75]] * 2), ("mean", None, [[0.5, 0.5]] * 2), ("confidence", None, None)],
+)
+def test_the_total_is_the_sum_computed_by_hand(weighting, static, rows):
+    distiller = build(taps=TAPS, adapters={"body": {"petmr": ChannelAdapter(4, 5)}})
+    terms = {
+        "soft": {"tap": "logits", "weight": 0.5, "loss": SoftPredictionLoss(2.0)},
+        "map": {"tap": "body", "weight": 0.9, "loss": AttentionMapLoss()},
+    }
+    loss = DistillationLoss(Magnitude(), distiller, terms, weighting=weighting, static=static)
+    loss.set_warmup(0.25)
+    outputs, y = distiller(image()), label()
+    total = loss(outputs, y)
+
+    logits = [outputs[f"{k}.logits"] for k in ("ct", "petmr")]
+    if rows is None:  # two teachers: each has the other's softmax of the cross-entropies
+        chosen = [np.take_along_axis(softmax(z), y.numpy(), axis=1) for z in logits]
+        ce = np.stack([-np.log(p).reshape(2, -1).mean(axis=1) for p in chosen], axis=1)
+        rows = softmax(ce)[:, ::-1]
+        assert abs(rows[0, 0] - rows[1, 0]) > 1e-4
+    soft = np.stack([4 * divergence(softmax(z / 2), softmax(outputs["logits"] / 2)) for z in logits], axis=1)
+    taps = [("student.body", "ct.body"), ("student.body@petmr", "petmr.body")]
+    maps = [[outputs[n].detach().double().square().mean(1).flatten(1).numpy() for n in pair] for pair in taps]
+    units = [[m / np.linalg.norm(m, axis=1, keepdims=True) for m in pair] for pair in maps]
+    attention = np.stack([((s - t) ** 2).sum(axis=1) for s, t in units], axis=1)
+    means = [float((np.asarray(rows) * each).sum(axis=1).mean()) for each in (soft, attention)]
+    segmentation = float(outputs["logits"].detach().double().square().mean())
+    assert total.item() == pytest.approx(segmentation + 0.25 * (0.5 * means[0] + 0.9 * means[1]), rel=1e-6)
+    weights = np.asarray(rows).mean(axis=0)
+    expected = {"segmentation": segmentation, "soft": means[0], "map": means[1]}
+    expected |= {"weight/ct": weights[0], "weight/petmr": weights[1]}
+    assert list(loss.logged) == list(expected)
+    assert loss.logged == pytest.approx(expected, rel=1e-5)
+    total.backward()
+    assert all(p.grad is not None for p in distiller.student.parameters())
+
+
+@pytest.mark.parametrize("mixing", ["loss", "probability"])
+def test_both_mixings_have_one_gradient_and_two_values(mixing):
+    distiller, temperature, static = build(), 2.0, [1.0, 3.0]
+    loss = criterion(distiller, weight=1.0, weighting="static", static=static, mixing=mixing)
+    outputs = distiller(image())
+    student = outputs["logits"] = outputs["logits"].detach().requires_grad_()
+    (loss(outputs, label()) - student.square().mean()).backward()
+    q, each = softmax(student / temperature), [softmax(outputs[f"{k}.logits"] / temperature) for k in ("ct", "petmr")]
+    mixed = 0.25 * each[0] + 0.75 * each[1]
+    gradient = temperature * (q - mixed) / (student.numel() / 2)
+    np.testing.assert_allclose(student.grad.numpy(), gradient, atol=1e-7)
+    values = {
+        "loss": 4 * float((0.25 * divergence(each[0], q) + 0.75 * divergence(each[1], q)).mean()),
+        "probability": 4 * float(divergence(mixed, q).mean()),
+    }
+    assert values["loss"] > 1.05 * values["probability"]
+    assert loss.logged["soft"] == pytest.approx(values[mixing], rel=1e-5)
+
+
+def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
+    distiller = build()
+    loss, outputs = criterion(distiller), distiller(image())
+    loss.set_warmup(0.0)
+    expected = float(outputs["logits"].detach().double().square().mean())
+    assert loss(outputs, label()).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.logged["soft"] > 0
+
+
+@pytest.mark.parametrize("mixing", ["loss", "probability"])
+@pytest.mark.parametrize("weighting", ["mean", "static", "confidence", "entropy"])
+@pytest.mark.parametrize("present", [[[1, 0, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]])
+def test_an_absent_teacher_contributes_nothing_even_if_it_says_nan(mixing, weighting, present):
+    distiller = build()
+    loss = criterion(distiller, weight=1.0, weighting=weighting, static=[1.0, 1.0], mixing=mixing)
+    outputs = distiller(image(), torch.tensor(present).bool())
+    absent = ~outputs["available"][:, 1]
+    outputs["petmr.logits"][absent] = float("nan")
+    total = loss(outputs, label())
+    total.backward()
+    q, p = (softmax(outputs[k] / 2) for k in ("logits", "ct.logits"))
+    assert torch.isfinite(total)
+    assert all(torch.isfinite(x.grad).all() for x in distiller.student.parameters())
+    if absent.all():
+        assert loss.logged["soft"] == pytest.approx(4 * float(divergence(p, q).mean()), rel=1e-5)
+
+
+def test_a_batch_without_any_teacher_has_the_segmentation_loss_alone():
+    distiller = build()
+    outputs = distiller(image(), torch.zeros(2, 3, dtype=torch.bool))
+    outputs["logits"] = torch.full_like(outputs["logits"], 60000.0).half().requires_grad_()  # its sum overflows
+    loss = criterion(distiller)
+    loss.segmentation = nn.Identity()
+    loss.segmentation.forward = lambda logits, label: logits.float().mean()
+    assert loss(outputs, label()).item() == pytest.approx(60000.0, rel=1e-3)
+    assert loss.logged["soft"] == 0.0
+
+
+@pytest.mark.parametrize("weighting", ["mean", "confidence"])
+def test_a_term_that_takes_the_label_gets_its_samples_own(weighting):
+    distiller = build()
+    loss, outputs, y = criterion(distiller, Labelled(), weighting=weighting), distiller(image()), label()
+    outputs["available"] = torch.tensor([[True, False], [False, True]])
+    loss(outputs, y)
+    pairs = [(outputs[f"{k}.logits"][i], outputs["logits"][i], y[i]) for i, k in enumerate(("ct", "petmr"))]
+    expected = np.mean([float(((t - s).detach().double().square() * mask).mean()) for t, s, mask in pairs])
+    assert loss.logged["soft"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_wiring_of_the_loss_is_refused():
+    distiller = build(taps=TAPS, adapters={"body": {"ct": ChannelAdapter(4, 5)}})
+    with pytest.raises(ValueError, match=r"No term uses the adapters of \['body'\]"):
+        criterion(distiller)
+    with pytest.raises(ValueError, match="Term 'x' wants the tap 'deep'; there are logits, body"):
+        DistillationLoss(Magnitude(), distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
+    with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
+        criterion(build(), mixing="sum")

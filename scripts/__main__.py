@@ -77,7 +77,7 @@ def _context(args: argparse.Namespace) -> list[str]:
 
 
 def _training(args: argparse.Namespace) -> Overrides:
-    chosen = {"fold": args.fold, "max_epochs": args.epochs, "resume": args.resume or None}
+    chosen = {"fold": args.fold, "max_epochs": args.epochs, "resume": args.resume or None, "pretrained": args.pretrained}
     return {key: value for key, value in chosen.items() if value is not None}
 
 
@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     training = argparse.ArgumentParser(add_help=False)
     training.add_argument("--epochs", type=int, help="length of the training")
     training.add_argument("--fold", type=int, help="fold that validates (default 0)")
+    training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
 
     parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,7 +73,8 @@ def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]]) 
         return {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
     mask = _onto(sitk.ReadImage(str(path)), label, sitk.sitkNearestNeighbor)
     prediction = _foreground(mask, [[i] for i in range(len(labels))], str(path))
-    return {**row, "volume_ml": float(prediction.sum()) * millilitres, **surface_metrics(prediction, reference, spacing)}
+    row["volume_ml"] = float(prediction.sum()) * millilitres
+    return {**row, **surface_metrics(prediction, reference, spacing)}
 
 
 def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
@@ -92,10 +93,11 @@ def _overlays(cases: Sequence[Case], rows: Sequence[Row], predictions: str, moda
     by_id = {case["case_id"]: case for case in cases}
     drawn = []
     for kind, case_id in pick_cases(rows).items():
-        case, path = by_id[case_id], Path(predictions) / f"{case_id}.nii.gz"
-        label = sitk.ReadImage(str(case["label"]))
-        if not path.is_file():
+        path = Path(predictions) / f"{case_id}.nii.gz"
+        if case_id not in by_id or not path.is_file():
             continue
+        case = by_id[case_id]
+        label = sitk.ReadImage(str(case["label"]))
         volumes = {
             key: _onto(sitk.ReadImage(str(case[key]), sitk.sitkFloat32), label, sitk.sitkLinear)
             for key in modalities
@@ -196,7 +198,8 @@ def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
     path = Path(output_dir) / "manifest.json"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        if found["data"] == json.loads(json.dumps(list(cases), default=str)):  # not of an earlier run on other cases
+            return found
     return write_manifest(output_dir, list(cases))
 
 
@@ -210,7 +213,8 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     head = ["network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for each in summaries:
-        metrics = [_cell(each["aggregate"]["metrics"][m]["defined"], d) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
+        measured = each["aggregate"]["metrics"]
+        metrics = [_cell(measured[m]["defined"], d) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
         counts = each["aggregate"]["counts"]
         failures = sum(counts[status] for status in ("missed", "false_positive", "error"))
         parameters = "" if each["parameters"] is None else f"{each['parameters'] / 1e6:.2f} M"
@@ -254,7 +258,7 @@ def compare(
     for folder in evaluations:
         summary = Path(folder) / "summary.json"
         if not summary.is_file():
-            raise FileNotFoundError(f"{folder} holds no evaluation (summary.json): run `python -m scripts evaluate` first.")
+            raise FileNotFoundError(f"{folder} holds no summary.json: run `python -m scripts evaluate` first.")
         runs.append({**json.loads(summary.read_text()), "rows": read_rows(Path(folder) / "cases.csv")})
     scored = [case for case in cases if "label" in case]
     last = runs[-1]

@@ -43,7 +43,7 @@ class CurveWriter:
         self.path, self.loss, self.optimizer, self.evaluator = Path(path), loss, optimizer, evaluator
         self.rows: list[Row] = []
         self.sums: dict[str, float] = defaultdict(float)
-        self.steps, self.began, self.validated = 0, 0.0, False
+        self.steps, self.began, self.validated, self.first = 0, 0.0, False, True
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
@@ -55,18 +55,21 @@ class CurveWriter:
             self.evaluator.add_event_handler(Events.COMPLETED, self.note_validation)
 
     def start(self, engine: Engine) -> None:
-        """Keep the rows of the epochs before a resumed run's first."""
-        if engine.state.epoch > 0 and self.path.is_file():
-            self.rows = [row for row in read_curves(self.path) if (row["epoch"] or 0) <= engine.state.epoch]
+        """Begin a run, whose checkpoint may be loaded by a later handler: its first epoch tells where it goes on."""
+        self.first = True
 
     def start_epoch(self, engine: Engine) -> None:
-        """Empty the sums."""
+        """Empty the sums; in a run's first epoch, keep the rows of the epochs before it."""
+        if self.first:
+            earlier = read_curves(self.path) if engine.state.epoch > 1 and self.path.is_file() else []
+            self.rows, self.first = [row for row in earlier if (row["epoch"] or 0) < engine.state.epoch], False
         self.sums.clear()
         self.steps, self.began, self.validated = 0, time.perf_counter(), False
 
     def note(self, engine: Engine) -> None:
         """Add a step's values; the clock stops here, so that validation is not counted."""
-        self.sums["loss"] += float(engine.state.output[CommonKeys.LOSS])
+        output: Any = engine.state.output
+        self.sums["loss"] += float(output[CommonKeys.LOSS])
         for name, value in getattr(self.loss, "logged", {}).items():
             self.sums[name if name.startswith("weight/") else f"loss/{name}"] += value
         self.steps += 1
@@ -82,7 +85,8 @@ class CurveWriter:
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         row["seconds_per_step"] = self.elapsed / self.steps
         if self.validated and self.evaluator is not None:
-            row["val_dice"] = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
+            state: Any = self.evaluator.state
+            row["val_dice"] = float(state.metrics[state.key_metric_name])
         self.rows.append(row)
         columns = list(dict.fromkeys(name for each in self.rows for name in each))
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,10 +134,10 @@ class MapLabelsd(MapTransform):
                 mapped[hit] = index
                 known |= hit
         if not known.all():
-            strange = sorted({float(f"{v:.7g}") for v in values[~known].unique()[:5].tolist()})
+            strange = list(dict.fromkeys(f"{v:.7g}" for v in values[~known].unique().tolist()))  # one NaN for all
             raise ValueError(
-                f"{values.meta.get('filename_or_obj', 'The label')} holds the values {strange}, which the data set's "
-                f"mapping {self.classes} does not know: correct the file or the config's `labels`."
+                f"{values.meta.get('filename_or_obj', 'The label')} holds the values {', '.join(strange[:5])}, which "
+                f"the data set's mapping {self.classes} does not know: correct the file or the config's `labels`."
             )
         item[key] = mapped
         return item

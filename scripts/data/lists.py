@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def require_cases(
     if not cases:
         where = f"{root} holds no case" if root else "no folder of data was given"
         raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
-    gather = GatherModalitiesd(modalities, naming, allow_missing=True) if modalities else dict
+    gather: Callable[[Any], Any] = GatherModalitiesd(modalities, naming, allow_missing=True) if modalities else dict
     lost, absent = [], []
     for case in cases:
         try:

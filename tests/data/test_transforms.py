@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
-from monai.data import CacheDataset, DataLoader, MetaTensor, decollate_batch
+from monai.data import CacheDataset, DataLoader, Dataset, decollate_batch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -30,7 +30,7 @@ GRIDS = {
 }
 # Values are linear in mm, so that linear interpolation is exact: 200 + w . (x - CENTRE), in the range [0, 400].
 WEIGHTS = {"ct": [1.0, -0.5, 2.0], "pet": [-2.0, 1.5, 0.3], "mr": [0.4, 2.5, -1.0]}
-INTENSITY = dict.fromkeys(MODALITIES, [0, 400])
+INTENSITY = {key: [0, 400] for key in MODALITIES}
 
 
 def plane(key: str, points: Array) -> Array:
@@ -67,7 +67,7 @@ def simple(tmp_path: Path, write_nifti: Any) -> Callable[..., dict[str, str]]:
 def whole(item: dict[str, str], mode: str = "infer", **options: Any) -> dict[str, Any]:
     """Preprocess with one modality per volume that the item names, 1 mm, range [0, 1] unless told otherwise."""
     keys = [key for key in MODALITIES if key in item]
-    settings = {"modalities": keys, "intensity": dict.fromkeys(keys, [0, 1]), "spacing": (1, 1, 1), "mode": mode}
+    settings = {"modalities": keys, "intensity": {key: [0, 1] for key in keys}, "spacing": (1, 1, 1), "mode": mode}
     return preprocessing(**{**settings, **options})(item)  # type: ignore[no-any-return]
 
 
@@ -138,9 +138,7 @@ def test_slope_and_intercept_are_applied_once(tmp_path: Path, write_nifti: Any) 
 def test_an_absent_modality_is_zeros_and_absent_only_where_asked(oblique: Any) -> None:
     del oblique["pet"]
     result = preprocessing(MODALITIES, INTENSITY, (4, 4, 4), "infer", allow_missing=True)(oblique)
-    assert result["presence"].tolist() == [True, False, True]
-    assert result["presence"].dtype == torch.bool
-    assert result["image"].shape[0] == 3
+    assert torch.equal(result["presence"], torch.tensor([True, False, True]))
     assert (result["image"][1] == 0).all()
     assert (result["image"][[0, 2]] > 0).any()
     with pytest.raises(RuntimeError) as caught:  # MONAI's wrapping
@@ -221,6 +219,66 @@ def test_a_label_slightly_off_its_image_is_put_onto_its_grid(
     item["label"] = str(write_nifti(tmp_path / "label.nii.gz", boxes(), shifted))
     result = whole(item, "validate", labels=[[0], [1], [2]])
     np.testing.assert_array_equal(result["label"][0], boxes())
+
+
+@pytest.fixture(params=["nii.gz", "mha"])
+def reference(request: pytest.FixtureRequest, tmp_path: Path, write_nifti: Any, make_affine: Any) -> Path:
+    """An oblique LPS image of 1.5 x 1.8 x 4 mm; the NIfTI one is int16 with slope and intercept."""
+    axes, shape = GRIDS["ct"][0], (40, 36, 15)
+    affine = make_affine(axes, (1.5, 1.8, 4.0), shape, CENTRE + np.array([5, -3, 2]))
+    voxels = np.random.default_rng(0).integers(400, 600, shape).astype(np.int16)
+    path = tmp_path / f"CT_image.{request.param}"
+    if request.param == "nii.gz":
+        return write_nifti(path, voxels, affine, slope=2.0, intercept=-1000.0)  # type: ignore[no-any-return]
+    image = sitk.GetImageFromArray(voxels.T)
+    image.SetSpacing((1.5, 1.8, 4.0))
+    image.SetOrigin(LPS @ affine[:3, 3])
+    image.SetDirection((LPS @ axes).ravel())
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def in_ball(points: Array) -> Array:
+    return np.linalg.norm(points - CENTRE, axis=-1) < 17
+
+
+def segment_ball(reference: Path, output: Path, world: Any, plain: bool = False, save: bool = True) -> Any:
+    """What inference does, with a network that knows the ball of `in_ball` and gives logits of 0 and 20."""
+    before = preprocessing(["ct"], {"ct": [-200, 300]}, (2.5, 2.5, 2.5), "infer")
+    data = Dataset([{"case_id": "P_7", "image": str(reference)}], before)
+    (batch,) = DataLoader(data, batch_size=1)
+    ball = torch.as_tensor(in_ball(world(batch["image"][0].affine, batch["image"].shape[2:])))
+    logits = batch["image"] * 0 + 20.0 * torch.stack([~ball, ball])[None]
+    batch["pred"] = logits.as_tensor() if plain else logits
+    after = postprocessing(before, "ct", str(output), save)
+    return [after(item) for item in decollate_batch(batch)]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_mask_returns_to_the_references_own_grid(reference: Path, tmp_path: Path, world: Any, plain: bool) -> None:
+    segment_ball(reference, tmp_path / "masks", world, plain)
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["P_7.nii.gz"]
+    written, image = sitk.ReadImage(str(tmp_path / "masks" / "P_7.nii.gz")), sitk.ReadImage(str(reference))
+    assert written.GetSize() == image.GetSize()
+    for get in ("GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(written, get)(), getattr(image, get)(), atol=1e-4)
+    mask = sitk.GetArrayFromImage(written).T
+    assert mask.dtype == np.uint8
+    assert np.unique(mask).tolist() == [0, 1]
+    axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    lps = np.moveaxis(np.indices(mask.shape), 0, -1) @ axes.T + image.GetOrigin()
+    wanted = in_ball(lps * [-1, -1, 1])
+    assert 2 * (mask & wanted).sum() / (mask.sum() + wanted.sum()) > 0.95
+    saved = nib.Nifti1Image.from_filename(tmp_path / "masks" / "P_7.nii.gz")
+    assert (saved.dataobj.slope, saved.dataobj.inter) == (1, 0)
+    if reference.suffix == ".gz":
+        np.testing.assert_allclose(saved.affine, nib.Nifti1Image.from_filename(reference).affine, atol=1e-4)
+
+
+def test_without_saving_the_mask_is_only_returned(reference: Path, tmp_path: Path, world: Any) -> None:
+    (item,) = segment_ball(reference, tmp_path / "masks", world, save=False)
+    assert item["pred"].shape == (1, 40, 36, 15)
+    assert not (tmp_path / "masks").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cohort is checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.data import datalist, require_cases
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> list[dict[str, Any]]:
+    """A has no MR, B no PET, C everything but an id."""
+    for name in ("a_ct", "a_pt", "b_ct", "b_mr", "c_ct", "c_pt", "c_mr"):
+        (tmp_path / f"{name}.nii").touch()
+    a, b, c = (str(tmp_path / f"{name}_") for name in "abc")
+    return [
+        {"case_id": "A", "image": f"{a}ct.nii", "ct": f"{a}ct.nii", "pet": f"{a}pt.nii"},
+        {"case_id": "B", "image": f"{b}ct.nii", "mr": f"{b}mr.nii"},
+        {"image": f"{c}ct.nii", "pet": f"{c}pt.nii", "mr": f"{c}mr.nii"},
+    ]
+
+
+def test_an_empty_cohort_is_refused_with_its_folder_and_the_option() -> None:
+    with pytest.raises(ValueError, match=r"somewhere/else holds no case: pass .*--dataset-dir"):
+        require_cases([], "somewhere/else")
+
+
+@pytest.mark.parametrize("root", ["", None])
+def test_without_a_folder_the_refusal_says_so(root: str | None) -> None:
+    with pytest.raises(ValueError, match="no folder of data was given"):
+        require_cases([], root, ["ct"], allow_missing=True)
+
+
+def test_every_absent_modality_of_the_cohort_is_named_at_once(cohort: Any) -> None:
+    with pytest.raises(ValueError, match=r"\(A: mr; B: pet\).*--allow_missing"):
+        require_cases(cohort, "data", ["ct", "pet", "mr"])
+
+
+def test_a_case_without_an_id_goes_by_its_file(cohort: Any) -> None:
+    with pytest.raises(ValueError, match=r"\(c_ct: adc\)"):
+        require_cases(cohort[2:], "data", ["ct", "adc"])
+
+
+def test_a_modality_that_the_naming_rule_finds_is_not_absent(cohort: Any) -> None:
+    rule = {"ct": "{case}_ct.nii", "pet": "{case}_pt.nii"}
+    require_cases([{"image": cohort[0]["image"]}], "data", ["ct", "pet"], [rule])
+    with pytest.raises(ValueError, match="a_ct: pet"):
+        require_cases([{"image": cohort[0]["image"]}], "data", ["ct", "pet"])
+
+
+def test_every_file_that_does_not_exist_is_named_at_once(cohort: Any, tmp_path: Path) -> None:
+    for name in ("a_pt", "c_ct", "c_mr"):
+        (tmp_path / f"{name}.nii").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        require_cases(cohort, "data", ["ct", "pet", "mr"], allow_missing=True)
+    assert all(name in str(caught.value) for name in ("Case A", "a_pt.nii", "c_ct.nii", "c_mr.nii"))
+    assert not any(name in str(caught.value) for name in ("a_ct.nii", "b_ct.nii", "c_pt.nii"))
+
+
+def test_absent_modalities_are_logged_where_they_are_allowed(cohort: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        require_cases(cohort, "data", ["ct", "pet", "mr"], allow_missing=True)
+    assert "A: mr; B: pet" in caplog.text
+
+
+def test_a_complete_cohort_passes_in_silence(phantoms: Any, cohort: Any, caplog: pytest.LogCaptureFixture) -> None:
+    require_cases(phantoms, "data", ["ct", "pet", "mr"])
+    require_cases(cohort, "data", ["ct"])  # the reference may stand under "image"
+    require_cases(cohort, "data")
+    assert not caplog.text
+
+
+def test_a_cohort_of_phantoms_is_read_back_as_it_was_written(phantoms: Any) -> None:
+    assert [item["case_id"] for item in phantoms] == [f"PHANTOM_{index:03d}" for index in range(1, 7)]
+    root = phantoms[0]["image"].split("PHANTOM_001")[0]
+    assert datalist("phantom", root) == phantoms

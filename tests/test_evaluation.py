@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring masks on disk: right numbers, nothing forgiven, nothing hidden."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from scripts.evaluation import compare, score
+
+pytestmark = pytest.mark.usefixtures("fake_git")
+SHAPE, SPACING = (24, 20, 16), (1.5, 2.0, 2.5)
+CUBE_ML = 8**3 * 1.5 * 2.0 * 2.5 / 1000  # 3.84
+DIAGONAL = float(np.sqrt((24 * 1.5) ** 2 + (20 * 2) ** 2 + (16 * 2.5) ** 2))
+AFFINE = np.diag([-1.5, -2.0, 2.5, 1.0])  # LPS
+
+
+def cube(shift: int = 0) -> Any:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[8 + shift : 16 + shift, 6:14, 4:12] = 1
+    return mask
+
+
+@pytest.fixture(autouse=True)
+def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds: only tests that speak of outlines in their names draw them."""
+    if "outlines" not in request.node.name:
+        monkeypatch.setattr("scripts.evaluation._overlays", lambda *arguments: [])
+
+
+@pytest.fixture
+def cohort(tmp_path: Path, write_nifti: Any) -> list[dict[str, Any]]:
+    """Six cases and, in ``masks``, what a network may have left behind."""
+    empty, masks = np.zeros(SHAPE, np.uint8), tmp_path / "masks"
+    half = np.diag([0.75, 1.0, 1.25, 1.0])  # voxels of half the size, two axes the other way round, the same place
+    half[:3, 3] = AFFINE[:3, :3] @ [24 - 0.75, 20 - 0.75, -0.25]
+    fine = cube()[::-1, ::-1].repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    made = {
+        "A_same": (cube(), (cube(), AFFINE)),
+        "B_shifted": (cube(), (cube(2), AFFINE)),
+        "C_other_grid": (cube(), (fine, half)),
+        "D_missing": (cube(), None),
+        "E_empty": (empty, (empty, AFFINE)),
+        "F_unlabelled": (None, (cube(), AFFINE)),
+    }
+    cases = []
+    for name, (label, prediction) in made.items():
+        image = write_nifti(tmp_path / name / "ct.nii.gz", (100 * cube()).astype(np.int16), AFFINE)
+        case = {"case_id": name, "patient_id": f"patient {name[0]}", "image": str(image), "ct": str(image)}
+        if label is not None:
+            case["label"] = str(write_nifti(tmp_path / name / "label.nii.gz", label, AFFINE))
+        if prediction is not None:
+            write_nifti(masks / f"{name}.nii.gz", *prediction)
+        cases.append(case)
+    write_nifti(masks / "stranger.nii.gz", cube(), AFFINE)
+    return cases
+
+
+def run(cases: Any, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    settings = {"labels": [[0], [1]], "intensity": {"ct": [0, 100]}, "workers": 1, "name": "network <X>"}
+    settings |= {"predictions": str(tmp_path / "masks"), "output_dir": str(tmp_path / "out"), **options}
+    return score(cases=cases, **settings)
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="") as file:
+        return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def strict(path: Path) -> dict[str, Any]:
+    """JSON without NaN or infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)  # type: ignore[no-any-return]
+
+
+def test_every_case_has_its_row_with_the_values_of_arithmetic(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    rows = read(tmp_path / "out" / "cases.csv")
+    assert list(rows) == ["A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"]
+    for name in ("A_same", "C_other_grid"):
+        assert [float(rows[name][key]) for key in ("dice", "hd95_mm", "assd_mm")] == [1, 0, 0]
+    assert float(rows["B_shifted"]["dice"]) == 0.75  # 6 of 8 layers overlap
+    assert float(rows["B_shifted"]["hd95_mm"]) == 3.0  # by two voxels of 1.5 mm
+    assert [rows[name]["status"] for name in rows] == ["ok", "ok", "ok", "error", "true_negative"]
+    for name, row in rows.items():
+        assert row["patient_id"] == f"patient {name[0]}"
+        assert float(row["diagonal_mm"]) == pytest.approx(DIAGONAL)
+        assert float(row["reference_volume_ml"]) == pytest.approx(0 if name == "E_empty" else CUBE_ML)
+        if name != "D_missing":
+            assert float(row["volume_ml"]) == pytest.approx(0 if name == "E_empty" else CUBE_ML)
+    for name in ("D_missing", "E_empty"):
+        assert [rows[name][key] for key in ("dice", "hd95_mm", "assd_mm")] == ["", "", ""]
+    assert rows["D_missing"]["volume_ml"] == ""
+
+
+def test_the_summary_counts_a_missing_mask_as_the_worst_value(cohort: Any, tmp_path: Path) -> None:
+    returned = run(cohort, tmp_path)
+    summary = strict(tmp_path / "out" / "summary.json")
+    assert summary == json.loads(json.dumps(returned))
+    whole = summary["aggregate"]
+    assert (whole["n"], whole["n_patients"]) == (5, 5)
+    assert whole["counts"] == {"ok": 3, "missed": 0, "false_positive": 0, "true_negative": 1, "error": 1}
+    assert whole["metrics"]["dice"]["defined"]["mean"] == pytest.approx((1 + 0.75 + 1) / 3)
+    assert whole["metrics"]["dice"]["worst_filled"]["mean"] == pytest.approx((1 + 0.75 + 1 + 0) / 4)
+    assert whole["metrics"]["hd95_mm"]["worst_filled"]["mean"] == pytest.approx((0 + 3 + 0 + DIAGONAL) / 4)
+
+
+def test_what_is_missing_extra_or_without_reference_is_listed_and_logged(
+    cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        summary = run(cohort, tmp_path)
+    assert summary["missing"] == ["D_missing"]
+    assert summary["without_reference"] == ["F_unlabelled"]
+    assert "stranger.nii.gz" in summary["extra_files"]
+    assert not {f"{name}.nii.gz" for name in ("A_same", "B_shifted", "C_other_grid")} & set(summary["extra_files"])
+    for name in ("D_missing", "F_unlabelled", "stranger.nii.gz"):
+        assert name in caplog.text
+
+
+def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+    run(cohort, tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "network &lt;X&gt;" in page
+    assert "<X>" not in page
+    assert "0.917" in page  # mean Dice where it is defined
+    for name in ("A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"):
+        assert name in page
+    assert "worst: B_shifted, Dice 0.750" in page
+    assert "data:image/jpeg" in page
+    assert "| network <X> | 0.917" in capsys.readouterr().out
+
+
+def test_the_masks_manifest_is_kept_unless_it_is_of_other_cases(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    path = tmp_path / "out" / "manifest.json"
+    made = strict(path)
+    assert made["data"] == cohort
+    path.write_text(json.dumps({**made, "wall_seconds": 12.0, "seed": 41}))  # as the inference leaves it
+    assert run(cohort, tmp_path)["seconds_per_case"] == pytest.approx(12 / 6)
+    assert strict(path)["seed"] == 41
+    assert run(cohort[:3], tmp_path)["seconds_per_case"] is None
+    assert strict(path)["data"] == cohort[:3]
+
+
+def test_parameters_and_operations_of_a_network_are_counted(cohort: Any, tmp_path: Path) -> None:
+    network = nn.Conv3d(2, 16, 3, padding=1)
+    summary = run(cohort[:1], tmp_path, network=network, patch=(32, 32, 16), intensity={"ct": [0, 1], "pet": [0, 1]})
+    assert summary["parameters"] == 2 * 16 * 27 + 16
+    assert summary["gflops"] == round(2 * 2 * 16 * 27 * 32 * 32 * 16 / 1e9, 2)
+    assert run(cohort[:1], tmp_path)["parameters"] is None
+
+
+def test_several_classes_are_scored_as_their_union(cohort: Any, tmp_path: Path, write_nifti: Any) -> None:
+    label = cube() * 3
+    label[8:12] *= 2  # the values 3 and 6 mean the classes 1 and 2
+    prediction = cube()
+    prediction[10:16] *= 2  # another border between the classes
+    case = {**cohort[0], "label": str(write_nifti(tmp_path / "classes.nii.gz", label, AFFINE))}
+    write_nifti(tmp_path / "masks" / "A_same.nii.gz", prediction, AFFINE)
+    run([case], tmp_path, labels=[[0], [3], [6]])
+    assert float(read(tmp_path / "out" / "cases.csv")["A_same"]["dice"]) == 1.0
+
+
+def test_a_cohort_without_any_reference_is_refused(cohort: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="None of the 1 cases has a reference mask"):
+        run(cohort[-1:], tmp_path)
+    with pytest.raises(ValueError, match="None of the 0 cases"):
+        run([], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_masks_that_does_not_exist_is_named(cohort: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder of masks at .*nowhere"):
+        run(cohort, tmp_path, predictions=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("which", ["label", "mask"])
+def test_values_that_the_mapping_does_not_know_are_refused_with_the_file(
+    cohort: Any, tmp_path: Path, write_nifti: Any, which: str
+) -> None:
+    path = Path(cohort[0]["label"]) if which == "label" else tmp_path / "masks" / "A_same.nii.gz"
+    write_nifti(path, cube() * 7, AFFINE)
+    with pytest.raises(ValueError, match=rf"{path.name} holds the values \[7\]"):
+        run(cohort[:1], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
+    cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.evaluation._overlays", lambda *arguments: [])
+        run(cohort, tmp_path, output_dir=str(tmp_path / "one"), name="first")
+        run(cohort[:2], tmp_path, output_dir=str(tmp_path / "two"), name="second")
+    curves = tmp_path / "student" / "curves.csv"
+    curves.parent.mkdir()
+    curves.write_text("epoch,loss,val_dice\n1,0.5,\n2,0.25,0.5\n")
+    text = compare(
+        [str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "both"), cohort, ["ct"], [str(curves)]
+    )
+    head, _, first, second = text.splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:5] == ["network", "Dice", "HD95 mm", "ASSD mm"]
+    cells = [[cell.strip() for cell in line.split("|")] for line in (first, second)]
+    assert [row[1] for row in cells] == ["first", "second"]
+    assert cells[0][2].startswith("0.917 [")
+    assert cells[0][2].endswith("(3)")
+    assert cells[1][2].startswith("0.875 [")
+    assert [row[5] for row in cells] == ["1", "0"]  # failures
+    assert (tmp_path / "both" / "table.md").read_text() == text + "\n"
+    assert strict(tmp_path / "both" / "manifest.json")["data"] == cohort
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "worst: B_shifted", "student"))
+
+
+def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    for cases in ([], [{**cohort[0], "case_id": "of another cohort"}]):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"), cases, ["ct"])
+        assert "data:image/jpeg" not in (tmp_path / "both" / "report.html").read_text()
+
+
+def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"masks holds no summary\.json"):
+        compare([str(tmp_path / "out"), str(tmp_path / "masks")], str(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()

@@ -3,23 +3,23 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) -W ignore -m scripts
 DEMO ?= runs/demo
-DEMO_DATA := --data phantom --dataset-dir $(DEMO)/train
-DEMO_TEST := --data phantom --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
+DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
+DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
 .PHONY: env demo demo-networks test test-real lint type clean
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
+	$(PY) -m pip install -q --disable-pip-version-check --no-compile torch==2.13.0
+	$(PY) -m pip install -q --disable-pip-version-check --no-compile -e ".[dev]"
 	touch $@
 
 # The main job on phantoms: three teachers and the student alone, two at a time on one thread each, then the student
 # with its teachers, all five on phantoms that none has seen, one report.
 demo: env
 	@echo "demo: about 8 minutes on two cores"
-	$(RUN) phantom --cases 24 --seed 1 --output-dir $(DEMO)/train
+	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/train
 	$(RUN) phantom --cases 8 --seed 2 --output-dir $(DEMO)/test
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(DEMO)/teacher_mr/model.pt $(DEMO)/teacher_pet/model.pt $(DEMO)/teacher_ct/model.pt $(DEMO)/alone/model.pt
 	$(MAKE) --no-print-directory $(DEMO)/distilled/model.pt
@@ -28,7 +28,7 @@ demo: env
 	  --evaluations $(foreach n,teacher_ct teacher_pet teacher_mr alone distilled,$(DEMO)/eval/$(n)) \
 	  --curves $(foreach n,teacher_ct teacher_pet teacher_mr alone distilled,$(DEMO)/$(n)/curves.csv)
 
-DEMO_EPOCHS ?= 30
+DEMO_EPOCHS ?= 14
 ARCH_ct := unetr
 ARCH_pet := hdenseformer
 ARCH_mr := swinunetr

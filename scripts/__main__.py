@@ -77,7 +77,12 @@ def _context(args: argparse.Namespace) -> list[str]:
 
 
 def _training(args: argparse.Namespace) -> Overrides:
-    chosen = {"fold": args.fold, "max_epochs": args.epochs, "resume": args.resume or None, "pretrained": args.pretrained}
+    chosen = {
+        "fold": args.fold,
+        "max_epochs": args.epochs,
+        "resume": args.resume or None,
+        "pretrained": args.pretrained,
+    }
     return {key: value for key, value in chosen.items() if value is not None}
 
 
@@ -178,8 +183,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(action: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added = verbs.add_parser(action.__name__, help=action.__doc__, description=action.__doc__, parents=[common, *parents])
+    def verb(
+        action: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            action.__name__, help=action.__doc__, description=action.__doc__, parents=[common, *parents]
+        )
         added.set_defaults(action=action)
         return added
 

@@ -164,7 +164,7 @@ def score(
     work = partial(score_case, predictions=predictions, labels=labels)
     with ProcessPoolExecutor(min(workers, len(scored))) as pool:
         rows = list(tqdm(pool.map(work, scored), total=len(scored), desc="scoring", unit="case"))
-    expected = {f"{case['case_id']}.nii.gz" for case in scored}
+    expected = {f"{case['case_id']}.nii.gz" for case in cases}
     manifest = _manifest(output_dir, cases)
     summary = {
         "name": name,

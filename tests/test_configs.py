@@ -47,8 +47,19 @@ def test_the_two_self_contained_configs_have_every_property_from_any_folder(
 def test_a_config_finds_its_bundle_in_a_process_that_only_knows_its_path(tmp_path: Path) -> None:
     # Without the installed package: monai.bundle run itself has to put the bundle on sys.path.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "train.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "monai.bundle",
+        "run",
+        "--config_file",
+        str(CONFIGS / "train.json"),
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert "There is nothing to work on, because no folder of data was given" in done.stderr
 
 

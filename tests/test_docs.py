@@ -63,7 +63,9 @@ def test_every_command_in_the_documents_is_one_that_the_program_takes(
 
 
 def test_the_reading_order_is_at_most_six_files_and_700_lines() -> None:
-    table = re.findall(r"^\| \d \| \[[^]]+\]\(([^)]+)\)", (ROOT / "docs/reading_order.md").read_text(), flags=re.MULTILINE)
+    table = re.findall(
+        r"^\| \d \| \[[^]]+\]\(([^)]+)\)", (ROOT / "docs/reading_order.md").read_text(), flags=re.MULTILINE
+    )
     assert 1 <= len(table) <= 6
     assert sum(len((ROOT / "docs" / target).read_text().splitlines()) for target in table) <= 700
 
@@ -118,7 +120,9 @@ def test_nothing_loads_pickles() -> None:
 
 
 def test_no_tracked_file_is_over_20_mb() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
     for name in filter(None, listed):
         assert (ROOT / name).stat().st_size < 20e6, name
 

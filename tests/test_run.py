@@ -94,7 +94,16 @@ def test_evaluate_writes_table_summary_and_report(trained: Path, cohort: Path, t
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 6
     # Scoring the same masks as if they came from elsewhere gives the same numbers.
-    _run("evaluate", *TINY, "--dataset-dir", cohort, "--predictions", tmp_path / "masks", "--output-dir", tmp_path / "again")
+    _run(
+        "evaluate",
+        *TINY,
+        "--dataset-dir",
+        cohort,
+        "--predictions",
+        tmp_path / "masks",
+        "--output-dir",
+        tmp_path / "again",
+    )
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert again["aggregate"] == summary["aggregate"]
     assert again["parameters"] is None
@@ -158,7 +167,11 @@ def test_a_missing_modality_is_refused_in_one_sentence_unless_it_is_allowed(
     ],
 )
 def test_bad_input_ends_in_one_sentence(
-    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
@@ -188,7 +201,7 @@ def test_the_student_is_exported_to_torchscript_by_the_bundle_verb(trained: Path
         torch.testing.assert_close(exported(image), student(image), atol=1e-5, rtol=1e-5)
 
 
-METHOD = '''
+METHOD = """
 import torch
 from torch import nn
 
@@ -196,7 +209,7 @@ from torch import nn
 class MeanDifferenceLoss(nn.Module):
     def forward(self, student, teacher):
         return (student.float().mean() - teacher.detach().float().mean()).abs()
-'''
+"""
 
 
 def test_a_method_is_one_loss_one_config_and_one_test_in_any_folder(

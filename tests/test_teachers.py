@@ -144,7 +144,7 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
 def test_weights_of_another_network_are_refused_in_one_sentence(kind, tmp_path):
     path, state = tmp_path / "foreign.pt", build().state_dict()
     if kind == "another network":
-        state = Student(3, 2, features=(4, 8), full_features=4).state_dict()
+        state = Student(3, 2, features=(8, 8)).state_dict()
     elif kind == "more modalities":
         state = build(seen=("ct", "pet")).state_dict()
     elif kind == "one name less":

@@ -214,11 +214,11 @@ def test_a_label_slightly_off_its_image_is_put_onto_its_grid(
     tmp_path: Path, simple: Any, write_nifti: Any, make_affine: Any
 ) -> None:
     item = simple(ct=np.ones((20, 20, 20), np.float32))
-    shifted = np.eye(4)
-    shifted[0, 3] = 0.385
+    shifted = make_affine(np.eye(3), (1, 1, 1), (20, 20, 20), (9.5 + 0.385, 9.5, 9.5))
     item["label"] = str(write_nifti(tmp_path / "label.nii.gz", boxes(), shifted))
     result = whole(item, "validate", labels=[[0], [1], [2]])
     np.testing.assert_array_equal(result["label"][0], boxes())
+    np.testing.assert_allclose(result["label"].affine, np.eye(4))
 
 
 @pytest.fixture(params=["nii.gz", "mha"])

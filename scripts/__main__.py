@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m scripts VERB``: composes configs, calls ``monai.bundle run`` and prints the command that does the same."""
+"""``python -m scripts VERB``: composes configs, calls ``monai.bundle run``, prints the command that does the same."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--curves", nargs="+", help="curves.csv files to draw")
     segmenting = verb(segment)
     for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
-        segmenting.add_argument(f"--{modality}", help="file or DICOM folder")
+        segmenting.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")
     segmenting.add_argument("--output", required=True, help="the mask, .nii.gz")
     segmenting.add_argument("--weights", help="weights of the student (default: models/model.pt)")
     reporting = verb(report)

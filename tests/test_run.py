@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import subprocess
@@ -54,8 +55,8 @@ def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--architecture", architecture, "--modalities", modality,
         )  # fmt: skip
     _run(
-        "distill", *TINY, "--dataset-dir", cohort, "--output-dir", out / "distilled", "--epochs", 2, "--teachers-dir", out,
-        "--set", "val_interval=1",
+        "distill", *TINY, "--dataset-dir", cohort, "--output-dir", out / "distilled", "--epochs", 2,
+        "--teachers-dir", out, "--set", "val_interval=1",
     )  # fmt: skip
     return out
 
@@ -232,5 +233,5 @@ def test_a_method_is_one_loss_one_config_and_one_test_in_any_folder(
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, object]]:
-    pairs = [value.partition("=") for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
+    pairs = [value.partition("=") for flag, value in itertools.pairwise(arguments) if flag == "--set"]
     return [(key, json.loads(value)) for key, _, value in pairs]

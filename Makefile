@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env demo demo-networks test test-real lint type clean
+.PHONY: env demo test test-real lint type bench clean
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt
@@ -55,11 +55,14 @@ test-real: env
 	$(PY) -m pytest -m "real or slow"
 
 lint: env
-	.venv/bin/ruff check scripts tests
-	.venv/bin/ruff format --check scripts tests
+	.venv/bin/ruff check scripts tests benchmarks
+	.venv/bin/ruff format --check scripts tests benchmarks
 
 type: env
 	.venv/bin/mypy
 
 clean:
 	rm -rf runs build *.egg-info
+
+bench: env
+	$(PY) benchmarks/networks.py

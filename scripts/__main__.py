@@ -162,7 +162,8 @@ def _name_teacher(parser: argparse.ArgumentParser, architecture: str | None) -> 
     parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _shared() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Options of every verb, and those of every training."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", default="sts", choices=_names("data"), help="data set (its config in configs/data)")
     common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
@@ -179,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--fold", type=int, help="fold that validates (default 0)")
     training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return common, training
 
+
+def _parser() -> argparse.ArgumentParser:
+    common, training = _shared()
     parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 

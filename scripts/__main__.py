@@ -64,6 +64,8 @@ def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides)
         return
     from monai.bundle import run
 
+    # It warns of every overlay that lies in a sub folder of configs, before configs/logging.conf is read.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     run(
         config_file=files,
         meta_file=str(CONFIGS / "metadata.json"),

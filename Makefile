@@ -11,8 +11,8 @@ DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check --no-compile torch==2.13.0
-	$(PY) -m pip install -q --disable-pip-version-check --no-compile -e ".[dev]"
+	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 # The main job on phantoms: three teachers and the student alone, two at a time on one thread each, then the student

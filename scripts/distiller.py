@@ -1,60 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tap, Distiller and DistillationLoss: the whole of the distillation machinery. It knows no method."""
+"""Distiller and DistillationLoss: the whole of the distillation machinery. It knows no method."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from scripts.fusion import available_teachers, teacher_weights
+from scripts.taps import Layers, Tap, layers_of, listening
 
 LOGITS = "logits"
-
-
-class Tap:
-    """One layer of one network, whose output is wanted.
-
-    Args:
-        owner: how to call the network in messages.
-        network: the network.
-        layer: dotted path of the layer, as ``named_modules`` gives it.
-
-    Raises:
-        ValueError: the network has no such layer; the valid names are listed.
-    """
-
-    def __init__(self, owner: str, network: nn.Module, layer: str) -> None:
-        # Lists and dicts of modules are never called, so that a hook on them would hear nothing.
-        silent = (nn.ModuleList, nn.ModuleDict)
-        valid = [name for name, module in network.named_modules() if name and not isinstance(module, silent)]
-        if layer not in valid:
-            kind = type(network).__name__
-            raise ValueError(f"{owner} ({kind}) has no layer {layer!r} to tap; it has: {', '.join(valid)}.")
-        self.module = network.get_submodule(layer)
-
-
-@contextmanager
-def _listening(taps: Mapping[str, Tap]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect the taps' outputs while the body runs; a layer that returns a tuple gives its first item."""
-    found: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [tap.module.register_forward_hook(keep(name)) for name, tap in taps.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Distiller(nn.Module):
@@ -69,56 +28,86 @@ class Distiller(nn.Module):
         student: network to train.
         teachers: name -> ``scripts.teachers.Teacher``; they stay in eval() and without gradient whatever happens.
         taps: tap name -> layer per network; a teacher is looked up by its name, then by its network's class name, the
-            student under ``student``, then its class name. A layer path is written nowhere else.
-        adapters: tap name -> teacher name -> module applied to the student's features for that teacher. Trainable
-            alignment lives here, where DDP and the optimizer find it.
+            student under ``student``, then its class name. A layer path is written nowhere else. ``None`` as a layer:
+            this tap is not for that teacher. A list of layers (of the student only): its adapter fuses them.
+        adapters: tap name -> what is applied to the student's features before they meet a teacher's: a callable
+            ``(student channels, teacher channels) -> module``, which is called once per teacher, or the modules
+            themselves by teacher. Trainable alignment lives here, where DDP and the optimizer find it.
+        window: ``[M, H, W, [D]]``, an image that all networks accept; needed where an adapter is a callable.
 
     Raises:
-        ValueError: no teacher; a tap that names no layer of a network; an adapter for an unknown tap or teacher; a
-            name that is taken.
+        ValueError: no teacher; a tap that names no layer of a network, or no teacher at all; an adapter for an
+            unknown tap or teacher; a name that is taken; a callable without a window.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teachers: Mapping[str, nn.Module],
-        taps: Mapping[str, Mapping[str, str]] | None = None,
-        adapters: Mapping[str, Mapping[str, nn.Module]] | None = None,
+        taps: Mapping[str, Mapping[str, Layers]] | None = None,
+        adapters: Mapping[str, Mapping[str, nn.Module] | Callable[..., nn.Module]] | None = None,
+        window: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not teachers:
             raise ValueError("A Distiller needs at least one teacher.")
         self.student = student
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False).eval()
-        taps = taps or {}
+        taps, adapters = taps or {}, adapters or {}
         if LOGITS in taps or "student" in teachers:
             raise ValueError(f"A tap named {LOGITS!r} or a teacher named 'student' hides other outputs: rename it.")
-        self._student_taps = {name: self._tap("student", student, name, layers) for name, layers in taps.items()}
-        self._teacher_taps = {
-            key: {name: self._tap(key, cast(nn.Module, teacher.network), name, layers) for name, layers in taps.items()}
-            for key, teacher in teachers.items()
-        }
-        self.adapters = nn.ModuleDict({tap: nn.ModuleDict(dict(each)) for tap, each in (adapters or {}).items()})
-        for tap, each in (adapters or {}).items():
-            unknown = sorted(set(each) - set(teachers))
+        self._student_taps: dict[str, Tap] = {}
+        self._teacher_taps: dict[str, dict[str, Tap]] = {key: {} for key in teachers}
+        for name, layers in taps.items():
+            self._connect(name, layers, with_adapter=name in adapters)
+        for tap, each in adapters.items():
+            unknown = [] if callable(each) else sorted(set(each) - set(teachers))
             if tap not in taps or unknown:
                 raise ValueError(
-                    f"The adapter of tap {tap!r} for {unknown or sorted(each)} fits nothing: "
+                    f"The adapter of tap {tap!r} for {unknown or 'any teacher'} fits nothing: "
                     f"taps are {sorted(taps)}, teachers {sorted(teachers)}."
                 )
-
         # Configs place the student; whatever it learns from follows it there.
-        parameter = next(student.parameters(), None)
-        if parameter is not None:
-            self.to(parameter.device)
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        self.teachers.to(device)
+        self.adapters = nn.ModuleDict({k: nn.ModuleDict(v) for k, v in self._fitted(adapters, window, device).items()})
+        self.adapters.to(device)
 
-    @staticmethod
-    def _tap(owner: str, network: nn.Module, name: str, layers: Mapping[str, str]) -> Tap:
-        kind = type(network).__name__
-        layer = layers.get(owner, layers.get(kind))
-        if layer is None:
-            raise ValueError(f"Tap {name!r} names no layer for {owner} ({kind}); it knows {sorted(layers)}.")
-        return Tap(owner, network, layer)
+    def _connect(self, name: str, layers: Mapping[str, Layers], with_adapter: bool) -> None:
+        """Find a tap's layers in the student and in every teacher that it is for."""
+        own = layers_of("student", self.student, name, layers)
+        if own is None or not (isinstance(own, str) or with_adapter):
+            raise ValueError(f"Tap {name!r} takes {own} of the student: name one layer, or add an adapter that fuses.")
+        self._student_taps[name] = Tap("student", self.student, own)
+        for key, teacher in self.teachers.items():
+            network = cast(nn.Module, teacher.network)
+            found = layers_of(key, network, name, layers)
+            if found is not None:
+                self._teacher_taps[key][name] = Tap(key, network, found)
+        if not self.teachers_of(name):
+            kinds = sorted(kind for kind, layer in layers.items() if layer and kind not in ("student", "Student"))
+            raise ValueError(f"Tap {name!r} is for no teacher of this run: add one of {', '.join(kinds)}.")
+
+    def _fitted(
+        self, adapters: Mapping[str, Any], window: Sequence[int] | None, device: torch.device
+    ) -> dict[str, dict[str, nn.Module]]:
+        """The adapters as modules; those given as a callable get the channels that one look at the networks shows."""
+        if not any(callable(each) for each in adapters.values()):
+            return {tap: dict(each) for tap, each in adapters.items()}
+        if window is None:
+            raise ValueError("An adapter that is built from the networks' channels needs the window's shape.")
+        image = torch.zeros(1, *window, device=device)
+        training, fitted = self.student.training, {}
+        with torch.no_grad(), listening(self._student_taps.values()) as heard:
+            self.student.eval()(image)
+        self.student.train(training)
+        seen = {key: self._ask(key, image, None) for key in self.teacher_names}
+        for tap, each in adapters.items():
+            mine = self._student_taps[tap].value(heard)
+            width = mine.shape[1] if isinstance(mine, torch.Tensor) else [x.shape[1] for x in mine]
+            theirs = {key: seen[key][f"{key}.{tap}"].shape[1] for key in self.teachers_of(tap)}
+            fitted[tap] = {k: each(width, w) for k, w in theirs.items()} if callable(each) else dict(each)
+        return fitted
 
     @property
     def tap_names(self) -> tuple[str, ...]:
@@ -129,6 +118,10 @@ class Distiller(nn.Module):
     def teacher_names(self) -> tuple[str, ...]:
         """Names of the teachers, in the order of the weights' columns."""
         return tuple(self.teachers)
+
+    def teachers_of(self, tap: str) -> tuple[str, ...]:
+        """Names of the teachers that a tap is for."""
+        return tuple(key for key in self.teacher_names if tap == LOGITS or tap in self._teacher_taps[key])
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of the student and its adapters; the teachers stay in eval()."""
@@ -151,13 +144,15 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.student(image)  # type: ignore[no-any-return]
-        with _listening(self._student_taps) as features:
+        with listening(self._student_taps.values()) as heard:
             outputs: dict[str, torch.Tensor] = {LOGITS: self.student(image)}
-        for tap, feature in features.items():
-            outputs[f"student.{tap}"] = feature
-            adapters = cast(nn.ModuleDict, self.adapters[tap] if tap in self.adapters else nn.ModuleDict())
+        for name, tap in self._student_taps.items():
+            feature = tap.value(heard)
+            if tap.single:
+                outputs[f"student.{name}"] = feature
+            adapters = cast(nn.ModuleDict, self.adapters[name] if name in self.adapters else nn.ModuleDict())
             for teacher, adapter in adapters.items():
-                outputs[f"student.{tap}@{teacher}"] = adapter(feature)
+                outputs[f"student.{name}@{teacher}"] = adapter(feature)
         for name in self.teacher_names:
             outputs |= self._ask(name, image, (cached or {}).get(name))
         if presence is None:
@@ -170,9 +165,9 @@ class Distiller(nn.Module):
         taps = self._teacher_taps[name]
         if cached is not None and not taps:
             return {f"{name}.{LOGITS}": cached.detach()}
-        with torch.no_grad(), _listening(taps) as features:
+        with torch.no_grad(), listening(taps.values()) as heard:
             logits = self.teachers[name](image)
-        return {f"{name}.{LOGITS}": logits, **{f"{name}.{tap}": feature for tap, feature in features.items()}}
+        return {f"{name}.{LOGITS}": logits, **{f"{name}.{key}": tap.value(heard) for key, tap in taps.items()}}
 
 
 class DistillationLoss(nn.Module):
@@ -190,7 +185,9 @@ class DistillationLoss(nn.Module):
             the teachers' softened probabilities, for terms on logits only; the same gradient for static weights,
             another value, which is then logged).
 
-    ``logged`` holds the last values, by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``.
+    A term on a tap that is not for every teacher shares its weight among those that it is for. ``logged`` holds the
+    last values, by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``, and what a term logs
+    itself, as ``<term>/<name>``.
 
     Raises:
         ValueError: a term on an unknown tap; an adapter that no term uses; an unknown mixing.
@@ -220,6 +217,7 @@ class DistillationLoss(nn.Module):
         self.taps, self.weights = taps, {name: float(term["weight"]) for name, term in terms.items()}
         self.wants_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
         self.teacher_names = distiller.teacher_names
+        self.teachers_of = {tap: distiller.teachers_of(tap) for tap in taps.values()}
         self.weighting, self.static, self.mixing = weighting, static, mixing
         self.warmup = 1.0
         self.logged: dict[str, float] = {}
@@ -242,6 +240,7 @@ class DistillationLoss(nn.Module):
         for name in self.losses:
             value = self._term(name, outputs, shares, label)
             self.logged[name] = float(value.detach())
+            self.logged |= {f"{name}/{key}": v for key, v in getattr(self.losses[name], "logged", {}).items()}
             total = total + self.warmup * self.weights[name] * value
         self.logged |= {f"weight/{k}": float(w) for k, w in zip(self.teacher_names, shares.mean(0), strict=True)}
         return total
@@ -250,15 +249,18 @@ class DistillationLoss(nn.Module):
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
         tap, extra = self.taps[name], [label] if self.wants_label[name] else []
-        if tap == LOGITS:
-            if self.mixing == "probability":
-                mixed, known = self._mixture(name, outputs, shares)
-                return self._per_sample(name, known, [outputs[LOGITS], mixed, *extra])
-            pairs = {k: (outputs[LOGITS], outputs[f"{k}.{LOGITS}"]) for k in self.teacher_names}
-        else:
-            plain = outputs[f"student.{tap}"]
-            pairs = {k: (outputs.get(f"student.{tap}@{k}", plain), outputs[f"{k}.{tap}"]) for k in self.teacher_names}
-        values = [self._per_sample(name, shares[:, i], [*pairs[k], *extra]) for i, k in enumerate(self.teacher_names)]
+        if tap == LOGITS and self.mixing == "probability":
+            mixed, known = self._mixture(name, outputs, shares)
+            return self._per_sample(name, known, [outputs[LOGITS], mixed, *extra])
+        keys = self.teachers_of[tap]
+        shares = shares[:, [self.teacher_names.index(k) for k in keys]]
+        if len(keys) < len(self.teacher_names):
+            shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        values = []
+        for share, key in zip(shares.unbind(dim=1), keys, strict=True):
+            adapted = f"student.{tap}@{key}"
+            mine = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
+            values.append(self._per_sample(name, share, [mine, outputs[f"{key}.{tap}"], *extra]))
         return torch.stack(values).sum()
 
     def _per_sample(self, name: str, share: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -71,7 +71,7 @@ class CurveWriter:
         output: Any = engine.state.output
         self.sums["loss"] += float(output[CommonKeys.LOSS])
         for name, value in getattr(self.loss, "logged", {}).items():
-            self.sums[name if name.startswith("weight/") else f"loss/{name}"] += value
+            self.sums[name if "/" in name else f"loss/{name}"] += value
         self.steps += 1
         self.elapsed = time.perf_counter() - self.began
 

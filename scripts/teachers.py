@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.networks.nets import UNETR, SwinUNETR
+from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
 from torch import nn
 
 from scripts.checkpoint import load_weights
@@ -16,7 +16,17 @@ from scripts.networks import HDenseFormer, UXNet
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet")
+ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet", "dynunet", "segresnet")
+
+
+def _nnunet(inputs: int, outputs: int, filters: Sequence[int] = (32, 64, 128, 256, 320, 320)) -> DynUNet:
+    """nnU-Net's 3D form: 3^3 kernels, one halving per stage after the first, instance norm, leaky ReLU.
+
+    Without its deep supervision: every network of a comparison is to be trained by the same loss.
+    """
+    stages = len(filters)
+    strides = [1] + [2] * (stages - 1)
+    return DynUNet(3, inputs, outputs, [3] * stages, strides, strides[1:], filters=list(filters))
 
 
 def _network(
@@ -31,6 +41,10 @@ def _network(
         return HDenseFormer(inputs, outputs, img_size=(height, width, depth), **options)
     if architecture == "uxnet":
         return UXNet(inputs, outputs, **options)
+    if architecture == "dynunet":
+        return _nnunet(inputs, outputs, **options)
+    if architecture == "segresnet":
+        return SegResNet(in_channels=inputs, out_channels=outputs, **options)
     raise ValueError(f"Unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
 
 

@@ -31,6 +31,25 @@ def check_maps(student: torch.Tensor, teacher: torch.Tensor) -> None:
         )
 
 
+def check_channels(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Raise ValueError naming both shapes where they are not maps (see ``check_maps``) of one number of channels."""
+    check_maps(student, teacher)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one C: put an adapter "
+            "before the loss."
+        )
+
+
+def unit(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Vectors along ``dim`` at length 1; a zero vector has no direction: it stays zero and gets no gradient.
+
+    Division by the clamped norm alone would give it a gradient of 1 / EPS.
+    """
+    norm = x.norm(dim=dim, keepdim=True)
+    return x * (norm > EPS) / norm.clamp_min(EPS)
+
+
 def to_common_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring both maps (``B C H W [D]``) to the element-wise smaller grid by adaptive average pooling.
 

@@ -10,6 +10,8 @@ import torch
 from monai.networks.blocks import Convolution
 from torch import nn
 
+from scripts.networks.selective_fusion import SelectiveFusion
+
 
 def _conv(dims: int, inputs: int, outputs: int, norm: str | tuple, strides: int = 1) -> Convolution:
     """3x3(x3) convolution, normalisation, ReLU."""
@@ -65,7 +67,7 @@ class Student(nn.Module):
 
     Tappable layers (see ``scripts.distiller.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
     (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full``
-    (stride 1).
+    (stride 1); with selective fusion its carriers ``fusion.local`` and ``fusion.context`` (stride 4).
 
     Args:
         in_channels: one per modality, in the order of the config's ``modalities``.
@@ -76,6 +78,8 @@ class Student(nn.Module):
         norm: normalisation as MONAI names it. Group normalisation by default: with batches of two patches the running
             statistics of batch normalisation misled it (docs/results.md); with large batches ``"batch"`` is faster,
             since it folds into the convolutions.
+        selective_fusion: weigh a local against a wider context after the decoder's stage at stride 4, see
+            ``SelectiveFusion``: the carriers of dual distillation.
         spatial_dims: 2 or 3.
     """
 
@@ -87,6 +91,7 @@ class Student(nn.Module):
         full_features: int = 8,
         heads: int = 4,
         norm: str | tuple = ("group", {"num_groups": 8}),
+        selective_fusion: bool = False,
         spatial_dims: int = 3,
     ) -> None:
         super().__init__()
@@ -104,6 +109,9 @@ class Student(nn.Module):
             nn.Sequential(_conv(spatial_dims, 2 * o, o, norm), _conv(spatial_dims, o, o, norm))
             for _, o in deep_to_shallow
         )
+        # Stride 4: enough cells for a dilated neighbourhood, few enough to cost little.
+        self.fused_stage = len(features) - 3 if selective_fusion else -1
+        self.fusion = SelectiveFusion(features[1], spatial_dims) if selective_fusion else nn.Identity()
         self.upsample_full = upsample(features[0], full_features, 2, stride=2)
         self.full = _conv(spatial_dims, full_features + in_channels, full_features, norm)
         self.head = Convolution(spatial_dims, full_features, out_channels, kernel_size=1, conv_only=True)
@@ -131,6 +139,8 @@ class Student(nn.Module):
         x = features[-1]
         for i, (upsample, stage) in enumerate(zip(self.upsample, self.decoder)):  # noqa: B905 (TorchScript has no strict)
             x = stage(torch.cat([upsample(x), features[len(features) - 2 - i]], dim=1))
+            if i == self.fused_stage:
+                x = self.fusion(x)
         return self.head(self.full(torch.cat([self.upsample_full(x), features[0]], dim=1)))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FeatureHintLoss against arithmetic and a float64 NumPy computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scripts.losses.feature_hint import FeatureHintLoss
+from scripts.networks.adapters import ChannelAdapter
+
+SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blocks(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Mean of the equal blocks that one cell of ``grid`` covers."""
+    for axis, cells in enumerate(grid, start=2):
+        x = np.stack([part.mean(axis) for part in np.split(x, cells, axis)], axis)
+    return x
+
+
+def reference(student: Tensor, teacher: Tensor) -> float:
+    """Mean squared error in float64; grids that divide each other."""
+    maps = [x.detach().double().numpy() for x in (student, teacher)]
+    grid = tuple(np.minimum(maps[0].shape, maps[1].shape)[2:])
+    s, t = (blocks(m, grid) for m in maps)
+    return float(sum((s[i] - t[i]) ** 2 for i in np.ndindex(*s.shape)) / s.size)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_constant_difference_gives_its_square(shape):
+    student = normal(shape, 0)
+    assert FeatureHintLoss()(student, student + 1.5).item() == pytest.approx(2.25, abs=1e-6)
+
+
+def test_one_voxel_of_one_channel_is_its_share_of_the_mean():
+    student = torch.zeros(2, 3, 1, 2, 2)
+    student[1, 2, 0, 1, 0] = 6.0
+    assert FeatureHintLoss()(student, torch.zeros_like(student)).item() == pytest.approx(36 / 24, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_features_agree_with_numpy(shape):
+    student, teacher = normal(shape, 0), normal(shape, 1)
+    assert FeatureHintLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_where_both_agree(shape):
+    features = normal(shape, 0)
+    assert FeatureHintLoss()(features, features.clone()).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("student_grid", "teacher_grid"),
+    [((4, 6), (2, 3)), ((2, 2), (4, 6)), ((2, 4, 3), (4, 2, 3)), ((4, 4, 4), (2, 2, 2))],
+)
+def test_differing_grids_meet_on_the_element_wise_smaller_one(student_grid, teacher_grid):
+    student, teacher = normal((2, 3, *student_grid), 0), normal((2, 3, *teacher_grid), 1)
+    assert FeatureHintLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
+
+
+def test_a_coarse_teacher_is_not_up_sampled():
+    # Detail of the student within a cell of the teacher costs nothing.
+    student = torch.tensor([1.0, 3.0, -1.0, 7.0]).view(1, 1, 1, 4)
+    teacher = torch.tensor([2.0, 3.0]).view(1, 1, 1, 2)
+    assert FeatureHintLoss()(student, teacher).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiling_the_same_voxels_changes_nothing(shape):
+    student, teacher = normal(shape, 0), normal(shape, 1)
+    tiles = (1, 1, *[2] * (len(shape) - 2))
+    loss = FeatureHintLoss()(student.repeat(tiles), teacher.repeat(tiles))
+    assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
+
+
+def test_the_value_grows_with_the_square_of_the_features():
+    student, teacher = normal(SHAPES[1], 0), normal(SHAPES[1], 1)
+    loss = FeatureHintLoss()(3 * student, 3 * teacher)
+    assert loss.item() == pytest.approx(9 * reference(student, teacher), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_is_twice_the_difference_over_the_count(shape):
+    student, teacher = normal(shape, 0).requires_grad_(), normal(shape, 1)
+    FeatureHintLoss()(student, teacher).backward()
+    expected = 2 * (student.detach().double().numpy() - teacher.double().numpy()) / student.numel()
+    np.testing.assert_allclose(student.grad.numpy(), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_an_adapter_fits_other_channels_and_learns_with_the_student(dimensions):
+    size = [4, 3, 2][:dimensions]
+    torch.manual_seed(0)
+    adapter = ChannelAdapter(3, 5, dimensions)
+    student, teacher = normal((2, 3, *size), 0).requires_grad_(), normal((2, 5, *size), 1)
+    loss = FeatureHintLoss()(adapter(student), teacher)
+    loss.backward()
+    weight, bias = (p.detach().double().numpy() for p in (adapter.conv.conv.weight, adapter.conv.conv.bias))
+    projected = np.tensordot(weight.reshape(5, 3), student.detach().double().numpy(), ([1], [1]))
+    projected = np.moveaxis(projected, 0, 1) + bias.reshape(1, 5, *[1] * dimensions)
+    assert loss.item() == pytest.approx(float(((projected - teacher.double().numpy()) ** 2).mean()), abs=1e-6)
+    assert student.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+def test_another_channel_count_is_refused_by_naming_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4, 4\).*\(2, 5, 2, 2, 2\) must have one C: put an adapter"):
+        FeatureHintLoss()(torch.zeros(2, 3, 4, 4, 4), torch.zeros(2, 5, 2, 2, 2))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TokenRankingLoss against arithmetic and a float64 NumPy computation."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scripts.losses.token_ranking import TokenRankingLoss
+
+W2 = 1 / math.log2(3)
+FALLING = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pool_axis(x: np.ndarray, axis: int, cells: int) -> np.ndarray:
+    size = x.shape[axis]
+    edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
+    return np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
+
+
+def importance(features: Tensor, cells: list[int]) -> np.ndarray:
+    x = features.detach().double().numpy()
+    for axis, n in enumerate(cells, start=2):
+        x = pool_axis(x, axis, n)
+    received = np.zeros((len(x), math.prod(cells)))
+    for b, sample in enumerate(x):
+        tokens = sample.reshape(len(sample), -1).T
+        tokens = (tokens - tokens.mean(1, keepdims=True)) / np.sqrt(tokens.var(1, keepdims=True) + 1e-5)
+        for token in tokens:
+            attention = np.exp(tokens @ token / math.sqrt(len(token)))
+            received[b] += attention / attention.sum() / len(tokens)
+    return received
+
+
+def rank(student: np.ndarray, teacher: np.ndarray, top_k: float = 0.25, flat: float = 0.995) -> float:
+    """Minus the discounted log-probability of drawing the teacher's top k without replacement."""
+    values = []
+    for worth, guide in zip(student, teacher, strict=True):
+        p = guide / guide.sum()
+        if -(p * np.log(p)).sum() / math.log(len(p)) > flat:
+            continue
+        left, total, weights = sorted(range(len(p)), key=lambda i: -p[i]), 0.0, 0.0
+        for i in range(max(1, round(top_k * len(p)))):
+            total += math.log(worth[left].sum() / worth[left[0]]) / math.log2(2 + i)
+            weights += 1 / math.log2(2 + i)
+            left.pop(0)
+        values.append(total / weights)
+    return float(np.mean(values)) if values else 0.0
+
+
+def reference(student: Tensor, teacher: Tensor, grid: int = 6, **options: Any) -> float:
+    cells = [min(grid, s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return rank(importance(student, cells), importance(teacher, cells), **options)
+
+
+def test_four_tokens_give_the_closed_form():
+    # The teacher's first two are drawn with probability 0.1 of 1, then 0.2 of the 0.9 that are left.
+    loss = TokenRankingLoss(top_k=0.5).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), FALLING)
+    assert loss.item() == pytest.approx((math.log(10) + W2 * math.log(4.5)) / (1 + W2), abs=1e-6)
+
+
+def test_three_tokens_of_two_directions_give_the_closed_form():
+    # Layer norm makes the tokens +-(1, -1); scores are +-sqrt(2), e against f, and the teacher's first token is 0.
+    e, f = math.exp(math.sqrt(2)), math.exp(-math.sqrt(2))
+    base = 100 * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    teacher = base * torch.tensor([1.0, 1.0, -1.0])
+    student = base * torch.tensor([1.0, -1.0, -1.0])
+    expected = -math.log((e / (e + 2 * f) + 2 * f / (2 * e + f)) / 3)
+    assert TokenRankingLoss(1 / 3, flat=1.0)(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student_grid", "teacher_grid", "grid"),
+    [((4, 4), (4, 4), 3), ((7, 5), (3, 6), 4), ((3, 3, 3), (3, 3, 3), 6), ((5, 2, 4), (4, 6, 2), 3)],
+)
+@pytest.mark.parametrize("top_k", [0.25, 1.0])
+def test_random_features_agree_with_numpy(student_grid, teacher_grid, grid, top_k):
+    student, teacher = normal((3, 4, *student_grid), 0), normal((3, 5, *teacher_grid), 1)
+    expected = reference(student, teacher, grid, top_k=top_k, flat=1.0)
+    assert TokenRankingLoss(top_k, grid, 1.0)(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_defaults_are_a_quarter_of_six_cells_per_axis_and_995():
+    # Silent cells spread their attention and receive little, so that the first teacher is not flat; the second is.
+    student, teacher = normal((2, 3, 8, 7), 0), normal((2, 4, 12, 12), 1)
+    teacher[0, :, 6:] = 0.0
+    loss, expected = TokenRankingLoss(), reference(student, teacher)
+    assert expected == reference(student[:1], teacher[:1]) > 0
+    assert loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.logged["flat_teachers"] == 0.5
+
+
+def test_importance_sums_to_one():
+    features = normal((2, 3, 3, 4, 2), 0)
+    received = TokenRankingLoss.importance(features)
+    assert received.shape == (2, 24)
+    np.testing.assert_allclose(received.numpy(), importance(features, [3, 4, 2]), atol=1e-6)
+    np.testing.assert_allclose(received.sum(1).numpy(), 1.0, atol=1e-6)
+
+
+def test_no_exchange_of_worths_beats_the_teachers_order():
+    loss = TokenRankingLoss(top_k=0.5)
+    best = loss.ranking(FALLING, FALLING).item()
+    for order in permutations(range(4)):
+        value = loss.ranking(FALLING[:, list(order)], FALLING).item()
+        # The order of those beyond the top k is free.
+        assert value == pytest.approx(best, abs=1e-6) if order[:2] == (0, 1) else value > best + 0.01
+
+
+def test_agreement_is_neither_zero_nor_stationary():
+    worth = FALLING.log().requires_grad_()
+    loss = TokenRankingLoss(top_k=0.5).ranking(worth.exp(), FALLING)
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(1 / 0.4) + W2 * math.log(2)) / (1 + W2), abs=1e-6)
+    assert worth.grad[0, 0].item() == pytest.approx(-0.6 / (1 + W2), abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [10.0, 100.0, 1000.0])
+def test_value_and_gradient_vanish_as_the_worths_separate_in_the_teachers_order(ratio):
+    # All that is left of a draw beyond its first token is at most 1 / ratio + 1 / ratio^2 + .. of it.
+    worth = (-math.log(ratio) * torch.arange(4.0)).view(1, 4).requires_grad_()
+    loss = TokenRankingLoss(top_k=0.75).ranking(worth.exp(), FALLING)
+    loss.backward()
+    assert 0 < loss.item() <= math.log(ratio / (ratio - 1)) + 1e-6
+    assert 0 < worth.grad.abs().sum().item() <= 2 / (ratio - 1)
+
+
+@pytest.mark.parametrize("top_k", [0.25, 0.5, 1.0])
+def test_the_gradient_is_that_of_successive_draws(top_k):
+    # d/ds_m of the i-th draw: its probability of m, minus one for the token that the teacher puts there.
+    worth, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
+    TokenRankingLoss(top_k).ranking(worth.exp(), teacher).backward()
+    order = np.argsort(-teacher[0].double().numpy())
+    worths, slope, weights = np.exp(worth[0].detach().double().numpy()), np.zeros(8), 0.0
+    for i in range(round(top_k * 8)):
+        left, w = order[i:], 1 / math.log2(2 + i)
+        slope[left] += w * worths[left] / worths[left].sum()
+        slope[order[i]] -= w
+        weights += w
+    np.testing.assert_allclose(worth.grad[0].numpy(), slope / weights, atol=1e-6)
+
+
+def test_the_gradient_through_the_features_is_that_of_finite_differences():
+    student, teacher = normal((1, 3, 2, 3), 0).requires_grad_(), normal((1, 3, 2, 3), 1)
+    TokenRankingLoss(0.5, flat=1.0)(student, teacher).backward()
+    for index in np.ndindex(*student.shape):
+        moved = [student.detach().double().clone() for _ in range(2)]
+        moved[0][index] += 1e-5
+        moved[1][index] -= 1e-5
+        above, below = (reference(x, teacher, top_k=0.5, flat=1.0) for x in moved)
+        assert student.grad[index].item() == pytest.approx((above - below) / 2e-5, abs=1e-5)
+
+
+def test_a_flat_teacher_is_skipped_at_its_own_threshold():
+    # Entropy of (p, 1 - p) in bits: 0.9954 at p = 0.54, 0.9941 at p = 0.545.
+    student = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).requires_grad_()
+    loss = TokenRankingLoss(top_k=0.5)
+    value = loss.ranking(student, torch.tensor([[0.54, 0.46], [0.545, 0.455]]))
+    value.backward()
+    assert value.item() == pytest.approx(-math.log(0.2), abs=1e-6)
+    assert loss.logged["flat_teachers"] == 0.5
+    assert student.grad[0].tolist() == [0.0, 0.0]
+    assert student.grad[1].abs().sum() > 0
+
+
+def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated():
+    student, loss = normal((2, 3, 3, 3, 3), 0).requires_grad_(), TokenRankingLoss()
+    value = loss(student, torch.ones(2, 5, 3, 3, 3))
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad.abs().sum() == 0.0
+    assert loss.logged == {"top_k_overlap": 0.0, "flat_teachers": 1.0}
+
+
+def test_a_constant_student_draws_each_of_the_tokens_left_with_equal_chance():
+    student = torch.full((1, 3, 4, 4), 2.0, requires_grad=True)
+    teacher, weights = 3 * normal((1, 2, 4, 4), 1), [1 / math.log2(2 + i) for i in range(4)]
+    value = TokenRankingLoss(flat=1.0)(student, teacher)
+    value.backward()
+    expected = sum(w * math.log(16 - i) for i, w in enumerate(weights)) / sum(weights)
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_worths_of_zero_keep_value_and_gradient_finite():
+    student = torch.tensor([[0.0, 0.0, 1.0, 0.0]], requires_grad=True)
+    value = TokenRankingLoss(top_k=0.5).ranking(student, FALLING)
+    value.backward()
+    assert value.item() == pytest.approx(math.log(1e12), rel=1e-6)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_the_logged_overlap_counts_the_samples_that_are_ranked():
+    teacher = torch.cat([FALLING, FALLING, torch.full((1, 4), 0.25)])
+    student = torch.tensor([[0.2, 0.4, 0.3, 0.1], [0.3, 0.4, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    loss = TokenRankingLoss(top_k=0.5)
+    loss.ranking(student.requires_grad_(), teacher)
+    assert loss.logged == pytest.approx({"top_k_overlap": 0.75, "flat_teachers": 1 / 3})
+    assert all(type(value) is float for value in loss.logged.values())
+
+
+def test_at_least_one_token_is_ranked():
+    value = TokenRankingLoss(top_k=0.01).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), FALLING)
+    assert value.item() == pytest.approx(math.log(10), abs=1e-6)
+
+
+def test_only_ratios_of_worths_and_the_teachers_order_count():
+    student = normal((1, 8), 0).exp()
+    teacher, loss = normal((1, 8), 1).exp(), TokenRankingLoss()
+    expected = loss.ranking(student, teacher).item()
+    assert loss.ranking(100 * student, teacher.square() / 7).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_order_of_channels_and_of_cells_changes_nothing():
+    student, teacher = normal((2, 4, 3, 4), 0), normal((2, 4, 3, 4), 1)
+    loss = TokenRankingLoss(flat=1.0)
+    moved = loss(student[:, [2, 0, 3, 1]].flip(2), teacher[:, [1, 3, 2, 0]].flip(2))
+    assert moved.item() == pytest.approx(loss(student, teacher).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 3, 3, 3, 3)])
+def test_a_finer_patch_of_the_same_cells_changes_nothing(shape):
+    student, teacher, loss = normal(shape, 0), normal(shape, 1), TokenRankingLoss(grid=3, flat=1.0)
+    fine = [torch.kron(x, torch.ones([1, 1, *[2] * (len(shape) - 2)])) for x in (student, teacher)]
+    assert loss(*fine).item() == pytest.approx(loss(student, teacher).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((2, 5), (2, 6)), ((2, 3, 4), (2, 3, 4))])
+def test_importance_of_another_shape_is_refused_by_naming_both(shapes):
+    with pytest.raises(ValueError, match="must") as error:
+        TokenRankingLoss().ranking(*(torch.ones(s) for s in shapes))
+    assert all(str(s) in str(error.value) for s in shapes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("top_k", 1.5), ("grid", 0), ("flat", 0), ("flat", 1.1)])
+def test_a_bad_option_is_refused_by_its_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .* got {value}"):
+        TokenRankingLoss(**{name: value})

@@ -106,11 +106,90 @@ def teacher(args: argparse.Namespace) -> None:
     _run(args, ["train", *_context(args), "teacher"], {**_training(args), **own})
 
 
+def _teachers(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The teachers of --teacher: ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS, WEIGHTS a file or "random"."""
+    found = {}
+    for text in args.teacher or []:
+        seen, _, weights = text.partition("=")
+        architecture, _, modalities = seen.partition(":")
+        if not weights:
+            raise ValueError(f"--teacher {text} names no weights: write {text}=FILE, or {text}=random as a control.")
+        found[seen.replace(":", "_").replace("+", "_")] = {
+            "architecture": architecture,
+            "modalities": modalities.split("+") if modalities else _merged(args)["modalities"],
+            "weights": None if weights == "random" else weights,
+        }
+    return found
+
+
+def _merged(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain values of the configs that every training composes, and of --set."""
+    merged: dict[str, Any] = {}
+    for name in ("train", *_context(args)):
+        merged |= json.loads((CONFIGS / f"{name}.json").read_text())
+    return {**merged, **_settings(args), **_training(args)}
+
+
+def _prepare(args: argparse.Namespace, teachers: dict[str, dict[str, Any]], own: Overrides) -> Overrides:
+    """Train what gkd builds on, where it is not there yet; returns the distillation's own overrides."""
+    from scripts.stages import finished, gkd_stages
+
+    if not teachers:
+        raise ValueError("gkd trains a header for each teacher: name them by --teacher ARCHITECTURE=WEIGHTS.")
+    epochs = int(_merged(args)["max_epochs"])
+    folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
+    for stage in gkd_stages(folder, teachers, epochs):
+        output = folder / stage.name
+        if not finished(output):
+            print(f"stage {stage.name}", flush=True)
+            resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
+            again = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
+            shared = {key: value for key, value in _training(args).items() if key == "fold"}
+            _run(again, ["train", *_context(args), *stage.configs], {**shared, **stage.overrides, **resume})
+    start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
+    return {**own, **start, "max_epochs": epochs - epochs // 2}
+
+
 def distill(args: argparse.Namespace) -> None:
     """Train the student with its teachers."""
-    own = {"teachers_dir": args.teachers_dir} if args.teachers_dir else {}
-    methods = [f"methods/{method}" for method in args.method or ["teachformer"]]
-    _run(args, ["train", *_context(args), "distill", *methods], {**_training(args), **own})
+    if args.list:
+        print(_methods())
+        return
+    chosen, teachers = args.method or ["teachformer"], _teachers(args)
+    own: Overrides = {**_training(args)}
+    if args.teachers_dir:
+        own["teachers_dir"] = args.teachers_dir
+    if teachers:
+        own["teacher_specs"] = teachers
+    if "gkd" in chosen:
+        own = _prepare(args, teachers, own)
+    configs = ["train", *_context(args), "distill", *(f"methods/{method}" for method in chosen)]
+    if args.balance is not None and not args.dry_run:
+        own |= _balance(args, configs, own)
+    _run(args, configs, own)
+
+
+def _balance(args: argparse.Namespace, configs: Sequence[str], own: Overrides) -> Overrides:
+    """The terms' weights by the size of their gradients, as overrides."""
+    from scripts.balance import balanced_weights
+
+    start = own.get("pretrained") or args.balance_with
+    if not start:
+        raise ValueError("--balance needs a student that has begun to learn: name its weights by --balance-with.")
+    files = [str(CONFIGS / f"{name}.json") for name in configs]
+    weights = balanced_weights(files, {**own, **_settings(args)}, args.balance, start)
+    return {f"loss#terms#{name}#weight": weight for name, weight in weights.items()}
+
+
+def _methods() -> str:
+    """One line per method: its name and its terms, each as loss(tap)."""
+    lines = []
+    for name in _names("methods"):
+        config = json.loads((CONFIGS / "methods" / f"{name}.json").read_text())
+        terms = [value for key, value in config.items() if key.startswith("loss#terms#")]
+        losses = (f"{term['loss']['_target_'].rsplit('.', 1)[-1]}({term['tap']})" for term in terms)
+        lines.append(f"{name:<12} {', '.join(losses)}")
+    return "\n".join(lines)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -159,8 +238,33 @@ def report(args: argparse.Namespace) -> None:
     print(f"report: {Path(output) / 'report.html'}")
 
 
+def benchmark(args: argparse.Namespace) -> None:
+    """Compare all methods on one data set: train, evaluate, one table; goes on where it was stopped."""
+    from scripts.comparison import Plan, compare_methods
+    from scripts.comparison_table import write_comparison
+
+    if not args.dataset_dir:
+        raise ValueError("There is nothing to compare on: name the data set's folder by --dataset-dir.")
+    plan = Plan(
+        data=args.data,
+        dataset_dir=args.dataset_dir,
+        scale=args.scale,
+        output=Path(args.output_dir or "runs/compare"),
+        modalities=tuple(_merged(args)["modalities"]),
+        methods=tuple(_names("methods")),
+        seeds=tuple(args.seeds),
+        epochs=args.epochs or Plan.epochs,
+        teacher_epochs=args.teacher_epochs,
+        fold=args.fold or 0,
+    )
+    jobs = compare_methods(plan, args.workers, main, args.only)
+    print(write_comparison(plan, jobs, args.json))
+
+
 def _name_teacher(parser: argparse.ArgumentParser, architecture: str | None) -> None:
-    parser.add_argument("--architecture", default=architecture, help="unetr, swinunetr, hdenseformer or uxnet")
+    parser.add_argument(
+        "--architecture", default=architecture, help="unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
+    )
     parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
 
 
@@ -173,7 +277,7 @@ def _shared() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     common.add_argument("--scale", default="small", choices=_names("scale"), help="small: two cores; full: one GPU")
     common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
     common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
-    common.add_argument("--seed", type=int, help="of the split, the initial weights and the augmentation")
+    common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
     common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
     common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
     common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
@@ -204,7 +308,22 @@ def _parser() -> argparse.ArgumentParser:
     _name_teacher(verb(teacher, training), architecture="unetr")
     distilling = verb(distill, training)
     distilling.add_argument("--method", action="append", choices=_names("methods"), help="may be given more than once")
+    distilling.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
     distilling.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
+    distilling.add_argument(
+        "--teacher",
+        action="append",
+        metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
+        help="a teacher in place of the default three; may be given more than once; WEIGHTS: a file, or random",
+    )
+    distilling.add_argument(
+        "--balance",
+        type=float,
+        metavar="SHARE",
+        help="weigh the terms so that their gradients together are SHARE times that of the segmentation loss",
+    )
+    distilling.add_argument("--balance-with", metavar="WEIGHTS", help="student on which --balance measures")
+    distilling.add_argument("--stages-dir", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
     evaluating = verb(evaluate)
     _name_teacher(evaluating, architecture=None)
     evaluating.add_argument("--weights", help="weights of the network (default: models/model.pt)")
@@ -212,6 +331,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
     evaluating.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
     evaluating.add_argument("--curves", nargs="+", help="curves.csv files to draw")
+    benchmarking = verb(benchmark, training)
+    benchmarking.set_defaults(scale="compare")
+    benchmarking.add_argument("name", choices=["methods"], help="what to compare")
+    benchmarking.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
+    benchmarking.add_argument("--teacher-epochs", type=int, default=100)
+    benchmarking.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
+    benchmarking.add_argument(
+        "--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need"
+    )
+    benchmarking.add_argument("--json", metavar="FILE", help="also write the training costs, for machines")
     segmenting = verb(segment)
     for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
         segmenting.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")

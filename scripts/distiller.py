@@ -13,7 +13,7 @@ from torch import nn
 from scripts.fusion import available_teachers, teacher_weights
 from scripts.taps import Layers, Tap, layers_of, listening
 
-LOGITS = "logits"
+LOGITS, SEGMENTATION = "logits", "segmentation"
 
 
 class Distiller(nn.Module):
@@ -233,17 +233,23 @@ class DistillationLoss(nn.Module):
             outputs: what ``Distiller.forward`` returned in train().
             label: class indices, ``B 1 H W [D]``.
         """
-        total = self.segmentation(outputs[LOGITS], label)
-        self.logged = {"segmentation": float(total.detach())}
+        values = self.terms(outputs, label)
+        total = values.pop(SEGMENTATION)
+        for name, value in values.items():
+            total = total + self.warmup * self.weights[name] * value
+        return total
+
+    def terms(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The segmentation loss and every term before its weight, by name."""
+        values = {SEGMENTATION: self.segmentation(outputs[LOGITS], label)}
         answers = [outputs[f"{k}.{LOGITS}"] for k in self.teacher_names]
         shares = teacher_weights(self.weighting, answers, outputs["available"], label, self.static)
-        for name in self.losses:
-            value = self._term(name, outputs, shares, label)
-            self.logged[name] = float(value.detach())
-            self.logged |= {f"{name}/{key}": v for key, v in getattr(self.losses[name], "logged", {}).items()}
-            total = total + self.warmup * self.weights[name] * value
+        values |= {name: self._term(name, outputs, shares, label) for name in self.losses}
+        self.logged = {name: float(value.detach()) for name, value in values.items()}
+        for name, loss in self.losses.items():
+            self.logged |= {f"{name}/{key}": value for key, value in getattr(loss, "logged", {}).items()}
         self.logged |= {f"weight/{k}": float(w) for k, w in zip(self.teacher_names, shares.mean(0), strict=True)}
-        return total
+        return values
 
     def _term(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor

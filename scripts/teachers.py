@@ -8,25 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
+from monai.networks.nets import UNETR, SegResNet, SwinUNETR
 from torch import nn
 
 from scripts.checkpoint import load_weights
-from scripts.networks import HDenseFormer, UXNet
+from scripts.networks import HDenseFormer, NNUNet, UXNet
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet", "dynunet", "segresnet")
-
-
-def _nnunet(inputs: int, outputs: int, filters: Sequence[int] = (32, 64, 128, 256, 320, 320)) -> DynUNet:
-    """nnU-Net's 3D form: 3^3 kernels, one halving per stage after the first, instance norm, leaky ReLU.
-
-    Without its deep supervision: every network of a comparison is to be trained by the same loss.
-    """
-    stages = len(filters)
-    strides = [1] + [2] * (stages - 1)
-    return DynUNet(3, inputs, outputs, [3] * stages, strides, strides[1:], filters=list(filters))
 
 
 def _network(
@@ -42,7 +32,7 @@ def _network(
     if architecture == "uxnet":
         return UXNet(inputs, outputs, **options)
     if architecture == "dynunet":
-        return _nnunet(inputs, outputs, **options)
+        return NNUNet(inputs, outputs, **options)
     if architecture == "segresnet":
         return SegResNet(in_channels=inputs, out_channels=outputs, **options)
     raise ValueError(f"Unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
@@ -88,6 +78,14 @@ class Teacher(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits from the modalities that this teacher sees."""
         return self.network(image[:, self.channels])  # type: ignore[no-any-return]
+
+    def encode(self, image: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Features from its modalities, shallow to deep, where the architecture has an encoder of its own."""
+        return self.network.encode(image[:, self.channels])  # type: ignore[operator, no-any-return]
+
+    def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What ``encode`` returned, to logits."""
+        return self.network.decode(tuple(features))  # type: ignore[operator, no-any-return]
 
 
 def load_teachers(specs: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, Teacher]:

@@ -10,18 +10,13 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import bundle_root
+from scripts.arguments import CONFIGS, build_parser, config_names
 
-CONFIGS = Path(bundle_root()) / "configs"
 Overrides = dict[str, Any]
-
-
-def _names(folder: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / folder).glob("*.json"))
 
 
 def _settings(args: argparse.Namespace) -> Overrides:
@@ -184,7 +179,7 @@ def _balance(args: argparse.Namespace, configs: Sequence[str], own: Overrides) -
 def _methods() -> str:
     """One line per method: its name and its terms, each as loss(tap)."""
     lines = []
-    for name in _names("methods"):
+    for name in config_names("methods"):
         config = json.loads((CONFIGS / "methods" / f"{name}.json").read_text())
         terms = [value for key, value in config.items() if key.startswith("loss#terms#")]
         losses = (f"{term['loss']['_target_'].rsplit('.', 1)[-1]}({term['tap']})" for term in terms)
@@ -251,106 +246,18 @@ def benchmark(args: argparse.Namespace) -> None:
         scale=args.scale,
         output=Path(args.output_dir or "runs/compare"),
         modalities=tuple(_merged(args)["modalities"]),
-        methods=tuple(_names("methods")),
+        methods=tuple(config_names("methods")),
         seeds=tuple(args.seeds),
         epochs=args.epochs or Plan.epochs,
         teacher_epochs=args.teacher_epochs,
         fold=args.fold or 0,
     )
+    if args.dry_run:
+        for job in plan.jobs():
+            print("\n".join(f"python -m scripts {shlex.join(command)}" for command in job.commands))
+        return
     jobs = compare_methods(plan, args.workers, main, args.only)
     print(write_comparison(plan, jobs, args.json))
-
-
-def _name_teacher(parser: argparse.ArgumentParser, architecture: str | None) -> None:
-    parser.add_argument(
-        "--architecture", default=architecture, help="unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
-    )
-    parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
-
-
-def _shared() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Options of every verb, and those of every training."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", default="sts", choices=_names("data"), help="data set (its config in configs/data)")
-    common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
-    common.add_argument("--output-dir", help="folder for everything that is written")
-    common.add_argument("--scale", default="small", choices=_names("scale"), help="small: two cores; full: one GPU")
-    common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
-    common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
-    common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
-    common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
-    common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
-    common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
-    training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--epochs", type=int, help="length of the training")
-    training.add_argument("--fold", type=int, help="fold that validates (default 0)")
-    training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    return common, training
-
-
-def _parser() -> argparse.ArgumentParser:
-    common, training = _shared()
-    parser = argparse.ArgumentParser(prog="python -m scripts", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(
-        action: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
-            action.__name__, help=action.__doc__, description=action.__doc__, parents=[common, *parents]
-        )
-        added.set_defaults(action=action)
-        return added
-
-    verb(phantom).add_argument("--cases", type=int, default=24)
-    verb(train, training)
-    _name_teacher(verb(teacher, training), architecture="unetr")
-    distilling = verb(distill, training)
-    distilling.add_argument("--method", action="append", choices=_names("methods"), help="may be given more than once")
-    distilling.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
-    distilling.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
-    distilling.add_argument(
-        "--teacher",
-        action="append",
-        metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
-        help="a teacher in place of the default three; may be given more than once; WEIGHTS: a file, or random",
-    )
-    distilling.add_argument(
-        "--balance",
-        type=float,
-        metavar="SHARE",
-        help="weigh the terms so that their gradients together are SHARE times that of the segmentation loss",
-    )
-    distilling.add_argument("--balance-with", metavar="WEIGHTS", help="student on which --balance measures")
-    distilling.add_argument("--stages-dir", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
-    evaluating = verb(evaluate)
-    _name_teacher(evaluating, architecture=None)
-    evaluating.add_argument("--weights", help="weights of the network (default: models/model.pt)")
-    evaluating.add_argument("--name", help="how the table calls the network")
-    evaluating.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
-    evaluating.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
-    evaluating.add_argument("--curves", nargs="+", help="curves.csv files to draw")
-    benchmarking = verb(benchmark, training)
-    benchmarking.set_defaults(scale="compare")
-    benchmarking.add_argument("name", choices=["methods"], help="what to compare")
-    benchmarking.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
-    benchmarking.add_argument("--teacher-epochs", type=int, default=100)
-    benchmarking.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
-    benchmarking.add_argument(
-        "--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need"
-    )
-    benchmarking.add_argument("--json", metavar="FILE", help="also write the training costs, for machines")
-    segmenting = verb(segment)
-    for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
-        segmenting.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")
-    segmenting.add_argument("--output", required=True, help="the mask, .nii.gz")
-    segmenting.add_argument("--weights", help="weights of the student (default: models/model.pt)")
-    reporting = verb(report)
-    reporting.add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
-    reporting.add_argument("--curves", nargs="+", default=[], help="curves.csv files to draw")
-    reporting.add_argument("--title", default="Comparison")
-    return parser
 
 
 def _sentence(error: BaseException) -> str:
@@ -362,7 +269,8 @@ def _sentence(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 on bad input (one sentence on stderr), 2 on bad arguments."""
-    args = _parser().parse_args(arguments)
+    actions = (phantom, train, teacher, distill, evaluate, segment, report, benchmark)
+    args = build_parser(actions).parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:

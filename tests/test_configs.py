@@ -13,6 +13,7 @@ import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
 from scripts.__main__ import main
+from scripts.teachers import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -23,6 +24,7 @@ SMALLEST = {
         "unetr": {"feature_size": 4, "hidden_size": 24, "mlp_dim": 24, "num_heads": 2},
         "swinunetr": {"feature_size": 12, "window_size": 2, "depths": [1, 1, 1, 1]},
         "hdenseformer": {"features": 4, "depth": 4},
+        "dynunet": {"filters": [4, 8, 16, 16]},
     }
 }
 
@@ -105,15 +107,20 @@ def test_every_method_composes_with_every_data_set(data: str, method: str) -> No
         "train", f"data/{data}", "scale/small", "distill", f"methods/{method}", patch=[64, 32, 32], **SMALLEST
     )
     reference = parser["modalities"][0]
-    parser["teacher_specs"] = {"one": {"architecture": "unetr", "modalities": [reference]}}
+    # One Transformer and one CNN, both with halves that can be called apart: whatever a method asks for.
+    parser["teacher_specs"] = {
+        name: {"architecture": name, "modalities": [reference]} for name in ("hdenseformer", "dynunet")
+    }
+    if "headers_dir" in parser:
+        parser["headers_dir"] = None
     loss, distiller = parser.get_parsed_content("loss"), parser.get_parsed_content("trained")
     assert set(loss.losses) == set(parser["loss"]["terms"])
     assert set(loss.losses), "a method without a term"
-    assert distiller.teacher_names == ("one",)
+    assert distiller.teacher_names == ("hdenseformer", "dynunet")
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
-@pytest.mark.parametrize("architecture", ["unetr", "swinunetr", "hdenseformer", "uxnet"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_a_teacher_at_every_scale(architecture: str, scale: str) -> None:
     parser = _composed("train", "data/sts", f"scale/{scale}", "teacher", architecture=architecture)
     assert parser.get_parsed_content("network_def").channels == [0]

@@ -25,7 +25,11 @@ ALLOWED = {
     "metrics": {"metrics"},
     "data": {"data"},
     "fusion": set(),
-    "distiller": {"fusion"},
+    "taps": set(),
+    "distiller": {"fusion", "taps"},
+    "gkd": {"checkpoint", "distiller", "networks"},
+    "balance": {"checkpoint", "distiller"},
+    "stages": set(),
     "checkpoint": set(),
     "teachers": {"checkpoint", "networks"},
 }

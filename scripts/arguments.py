@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of ``python -m scripts``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scripts import bundle_root
+
+CONFIGS = Path(bundle_root()) / "configs"
+Action = Callable[[argparse.Namespace], None]
+Parser = argparse.ArgumentParser
+
+
+def config_names(folder: str) -> list[str]:
+    """Names of the configs in a folder of configs/."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.json"))
+
+
+def build_parser(actions: Sequence[Action]) -> Parser:
+    """A verb for each action, named after it and described by its docstring.
+
+    Args:
+        actions: what the verbs do with their arguments.
+    """
+    common, training = _common(), _training()
+    parser = Parser(prog="python -m scripts", description="Train, distil, segment, score: see docs/README.md.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    added: dict[str, Parser] = {}
+    for action in actions:
+        name = action.__name__
+        parents = [common, training] if name in ("train", "teacher", "distill", "benchmark") else [common]
+        added[name] = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents)
+        added[name].set_defaults(action=action)
+    added["phantom"].add_argument("--cases", type=int, default=24)
+    _name_teacher(added["teacher"], architecture="unetr")
+    _distill(added["distill"])
+    _evaluate(added["evaluate"])
+    _segment(added["segment"])
+    added["report"].add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
+    added["report"].add_argument("--curves", nargs="+", default=[], help="curves.csv files to draw")
+    added["report"].add_argument("--title", default="Comparison")
+    _benchmark(added["benchmark"])
+    return parser
+
+
+def _common() -> Parser:
+    """Options of every verb."""
+    common = Parser(add_help=False)
+    common.add_argument("--data", default="sts", choices=config_names("data"), help="data set (a config of its own)")
+    common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
+    common.add_argument("--output-dir", help="folder for everything that is written")
+    common.add_argument("--scale", default="small", choices=config_names("scale"), help="small: two cores; full: a GPU")
+    common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
+    common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
+    common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
+    common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
+    common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
+    common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
+    return common
+
+
+def _training() -> Parser:
+    """Options of every training."""
+    training = Parser(add_help=False)
+    training.add_argument("--epochs", type=int, help="length of the training")
+    training.add_argument("--fold", type=int, help="fold that validates (default 0)")
+    training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return training
+
+
+def _name_teacher(parser: Parser, architecture: str | None) -> None:
+    names = "unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
+    parser.add_argument("--architecture", default=architecture, help=names)
+    parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
+
+
+def _distill(parser: Parser) -> None:
+    methods = config_names("methods")
+    parser.add_argument("--method", action="append", choices=methods, help="may be given more than once")
+    parser.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
+    parser.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
+        help="a teacher in place of the default three; may be given more than once; WEIGHTS: a file, or random",
+    )
+    parser.add_argument(
+        "--balance",
+        type=float,
+        metavar="SHARE",
+        help="weigh the terms so that their gradients together are SHARE times that of the segmentation loss",
+    )
+    parser.add_argument("--balance-with", metavar="WEIGHTS", help="student on which --balance measures")
+    parser.add_argument("--stages-dir", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
+
+
+def _evaluate(parser: Parser) -> None:
+    _name_teacher(parser, architecture=None)
+    parser.add_argument("--weights", help="weights of the network (default: models/model.pt)")
+    parser.add_argument("--name", help="how the table calls the network")
+    parser.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
+    parser.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
+    parser.add_argument("--curves", nargs="+", help="curves.csv files to draw")
+
+
+def _segment(parser: Parser) -> None:
+    for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
+        parser.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")
+    parser.add_argument("--output", required=True, help="the mask, .nii.gz")
+    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+
+
+def _benchmark(parser: Parser) -> None:
+    parser.set_defaults(scale="compare")
+    parser.add_argument("name", choices=["methods"], help="what to compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
+    parser.add_argument("--teacher-epochs", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need")
+    parser.add_argument("--json", metavar="FILE", help="also write the training costs, for machines")

@@ -47,14 +47,20 @@ def gradient_norms(
 def shared_weights(norms: Mapping[str, float], share: float) -> dict[str, float]:
     """``weight_t = share / number of terms * norm of L_seg's gradient / norm of the term's``, three digits.
 
+    A term that gives no gradient at all (a ranking whose teacher is flat) gets weight 0, and the others its part.
+
     Raises:
-        ValueError: a term without any gradient, which no weight can bring to its share.
+        ValueError: no term gives any gradient.
     """
     terms = {name: norm for name, norm in norms.items() if name != SEGMENTATION}
+    speaking = sum(norm > 0 for norm in terms.values())
     silent = sorted(name for name, norm in terms.items() if norm == 0)
+    if not speaking:
+        raise ValueError(f"The terms {', '.join(silent)} give the student no gradient here: there is nothing to weigh.")
     if silent:
-        raise ValueError(f"The term {', '.join(silent)} gives the student no gradient here: it cannot be balanced.")
-    return {name: float(f"{share / len(terms) * norms[SEGMENTATION] / norm:.3g}") for name, norm in terms.items()}
+        logger.warning("without any gradient, and therefore left out: %s", ", ".join(silent))
+    part = share / speaking * norms[SEGMENTATION]
+    return {name: float(f"{part / norm:.3g}") if norm else 0.0 for name, norm in terms.items()}
 
 
 def balanced_weights(

@@ -17,6 +17,8 @@ from scripts.distiller import SEGMENTATION, DistillationLoss, Distiller
 
 logger = logging.getLogger(__name__)
 
+SILENT = 1e-3
+
 
 def gradient_norms(
     distiller: Distiller,
@@ -47,20 +49,20 @@ def gradient_norms(
 def shared_weights(norms: Mapping[str, float], share: float) -> dict[str, float]:
     """``weight_t = share / number of terms * norm of L_seg's gradient / norm of the term's``, three digits.
 
-    A term that gives no gradient at all (a ranking whose teacher is flat) gets weight 0, and the others its part.
+    A term whose gradient is not ``SILENT`` of L_seg's (a ranking whose teacher is flat, graphs that agree already) gets
+    weight 0, and the others its part: a weight large enough to make it heard would amplify rounding.
 
     Raises:
-        ValueError: no term gives any gradient.
+        ValueError: all terms are silent.
     """
     terms = {name: norm for name, norm in norms.items() if name != SEGMENTATION}
-    speaking = sum(norm > 0 for norm in terms.values())
-    silent = sorted(name for name, norm in terms.items() if norm == 0)
-    if not speaking:
+    silent = sorted(name for name, norm in terms.items() if norm < SILENT * norms[SEGMENTATION])
+    if len(silent) == len(terms):
         raise ValueError(f"The terms {', '.join(silent)} give the student no gradient here: there is nothing to weigh.")
     if silent:
-        logger.warning("without any gradient, and therefore left out: %s", ", ".join(silent))
-    part = share / speaking * norms[SEGMENTATION]
-    return {name: float(f"{part / norm:.3g}") if norm else 0.0 for name, norm in terms.items()}
+        logger.warning("with hardly any gradient, and therefore left out: %s", ", ".join(silent))
+    part = share / (len(terms) - len(silent)) * norms[SEGMENTATION]
+    return {name: 0.0 if name in silent else float(f"{part / norm:.3g}") for name, norm in terms.items()}
 
 
 def balanced_weights(

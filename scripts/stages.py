@@ -33,7 +33,8 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
     """The stages before the distillation itself: auto-encoder, the student's first half, one header per network.
 
     The student's epochs are shared: half of them alone (its header needs features that mean something), the rest
-    distilled, so that its budget is that of any other method.
+    distilled, so that its budget is that of any other method. The auto-encoder has as many epochs as the student, each
+    header half.
 
     Args:
         folder: each stage writes into ``folder/<name>``.
@@ -45,20 +46,20 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
     """
     if epochs < 2:
         raise ValueError(f"The student needs at least 2 epochs, one alone and one distilled, got {epochs}.")
-    half, quarter = epochs // 2, max(1, epochs // 4)
+    half = epochs // 2
     autoencoder, student = str(folder / "autoencoder" / "model.pt"), str(folder / "student" / "model.pt")
     stages = [
-        Stage("autoencoder", ("stages/autoencoder",), {"max_epochs": half}),
+        Stage("autoencoder", ("stages/autoencoder",), {"max_epochs": epochs}),
         Stage("student", (), {"max_epochs": half}),
         Stage(
             "header_student",
             ("stages/header",),
-            {"max_epochs": quarter, "weights": student, "autoencoder": autoencoder},
+            {"max_epochs": half, "weights": student, "autoencoder": autoencoder},
         ),
     ]
     for name, spec in teachers.items():
         own = {
-            "max_epochs": quarter,
+            "max_epochs": half,
             "architecture": spec["architecture"],
             "teacher_modalities": spec["modalities"],
             "weights": spec["weights"] or "",

@@ -57,9 +57,9 @@ def test_norms_are_those_of_the_students_gradients_averaged_over_batches() -> No
 
 
 def test_the_share_is_divided_among_the_terms_that_have_a_gradient(caplog: pytest.LogCaptureFixture) -> None:
-    weights = shared_weights({"segmentation": 2.0, "a": 0.5, "b": 8.0, "c": 0.0}, share=1.0)
-    assert weights == {"a": 2.0, "b": 0.125, "c": 0.0}
-    assert "left out: c" in caplog.text
+    weights = shared_weights({"segmentation": 2.0, "a": 0.5, "b": 8.0, "c": 0.0, "d": 1e-4}, share=1.0)
+    assert weights == {"a": 2.0, "b": 0.125, "c": 0.0, "d": 0.0}
+    assert "left out: c, d" in caplog.text
     assert math.isclose(sum(w * n for w, n in ((2.0, 0.5), (0.125, 8.0))), 2.0)
 
 

@@ -8,7 +8,7 @@ Source: [paper] Qi et al., JBHI 2024, arXiv 2207.12995, as far as its abstract, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,18 @@ class AlignmentLoss(nn.Module):
         }
         self.logged = {name: float(value.detach()) for name, value in terms.items()}
         return torch.stack(list(terms.values())).sum()
+
+
+def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Codes of images, one row each, for ``scripts.metrics.FrechetSemanticDistance``.
+
+    Args:
+        network: see ``header_of``; in eval().
+        header: that network's trained header.
+        images: batches ``B M H W D``.
+    """
+    with torch.no_grad():
+        return torch.cat([header.encode(network.encode(batch)[-1]).flatten(1).cpu() for batch in images])
 
 
 def mask_batch(batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:

@@ -297,3 +297,95 @@ def test_bad_wiring_of_the_loss_is_refused():
         DistillationLoss(magnitude, distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
     with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
         criterion(build(), mixing="sum")
+
+
+class Fuse(nn.Module):
+    """Stands for an adapter that is built from the channels: sums what it is given, then a 1x1 convolution."""
+
+    def __init__(self, inputs: int | list[int], outputs: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        width = inputs if isinstance(inputs, int) else inputs[0]
+        self.conv = nn.Conv3d(width, outputs, 1)
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        return self.conv(x if isinstance(x, Tensor) else torch.stack(x).sum(0))
+
+
+def test_an_adapter_is_built_for_every_teacher_from_the_channels_that_are_there():
+    torch.manual_seed(0)
+    teachers = {"ct": Expert([0], features=5), "petmr": Expert([2, 1], features=7)}
+    distiller = Distiller(Net(3), teachers, TAPS, {"body": Fuse}, window=(3, *SIZE)).train()
+    assert {name: (a.inputs, a.conv.out_channels) for name, a in distiller.adapters["body"].items()} == {
+        "ct": (4, 5),
+        "petmr": (4, 7),
+    }
+    outputs = distiller(image())
+    assert outputs["student.body@petmr"].shape == outputs["petmr.body"].shape
+    assert distiller.student.training
+
+
+def test_an_adapter_fuses_several_layers_of_the_student():
+    taps = {"both": {"student": ["body.0", "body"], "Net": "body"}}
+    distiller = build(taps=taps, adapters={"both": Fuse}, window=(3, *SIZE)).train()
+    assert distiller.adapters["both"]["ct"].inputs == [4, 4]
+    outputs = distiller(image())
+    assert "student.both" not in outputs
+    first = distiller.student.body[0](image())
+    fused = distiller.adapters["both"]["ct"]([first, outputs_of_body(distiller)])
+    torch.testing.assert_close(outputs["student.both@ct"], fused)
+
+
+def outputs_of_body(distiller: Distiller) -> Tensor:
+    return distiller.student.body(image())
+
+
+def test_a_tap_may_be_for_some_teachers_only_and_its_term_then_counts_in_full():
+    taps = {"body": {"student": "body", "ct": "body", "petmr": None}}
+    distiller = build(taps=taps)
+    assert distiller.teachers_of("body") == ("ct",)
+    outputs = distiller(image())
+    assert "petmr.body" not in outputs
+    terms = {"map": {"tap": "body", "weight": 1.0, "loss": AttentionMapLoss()}}
+    loss = DistillationLoss(magnitude, distiller, terms)
+    expected = AttentionMapLoss()(outputs["student.body"], outputs["ct.body"])
+    assert loss.terms(outputs, label())["map"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"taps": {"body": {"student": "body", "Net": None}}}, "Tap 'body' is for no teacher of this run"),
+        ({"taps": {"body": {"student": None, "Net": "body"}}}, "takes None of the student"),
+        ({"taps": {"body": {"student": ["body", "head"], "Net": "body"}}}, "name one layer, or add an adapter"),
+        ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs the window's shape"),
+        ({"taps": TAPS, "adapters": {"head": Fuse}, "window": (3, *SIZE)}, "adapter of tap 'head'"),
+    ],
+)
+def test_bad_taps_and_adapters_are_refused_at_construction(options: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        build(**options)
+
+
+def test_a_tapped_layer_that_never_runs_is_named():
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.spare = nn.Conv3d(4, 4, 1)
+
+    taps = {"spare": {"student": "spare", "Net": "body"}}
+    distiller = Distiller(Lazy(), {"ct": Expert([0])}, taps).train()
+    with pytest.raises(ValueError, match=r"student \(Lazy\) never calls its layer 'spare'"):
+        distiller(image())
+
+
+def test_what_a_term_logs_itself_is_logged_under_its_name():
+    class Talking(SoftPredictionLoss):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            self.logged = {"overlap": 0.25}
+            return super().forward(student, teacher)
+
+    distiller = build()
+    loss = criterion(distiller, Talking())
+    loss(distiller(image()), label())
+    assert loss.logged["soft/overlap"] == 0.25

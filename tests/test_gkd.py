@@ -12,8 +12,17 @@ from torch import Tensor
 
 from scripts.checkpoint import write_atomically
 from scripts.distiller import DistillationLoss
-from scripts.gkd import AlignmentLoss, GeneralizableDistiller, HeaderTrainer, header_of, intensity_view, mask_batch
+from scripts.gkd import (
+    AlignmentLoss,
+    GeneralizableDistiller,
+    HeaderTrainer,
+    header_of,
+    intensity_view,
+    mask_batch,
+    semantic_codes,
+)
 from scripts.losses import ContrastiveGraphLoss, SoftPredictionLoss
+from scripts.metrics import FrechetSemanticDistance
 from scripts.networks import Student
 from scripts.teachers import Teacher
 
@@ -223,3 +232,16 @@ def test_the_mask_is_input_and_target_of_the_auto_encoder() -> None:
     given, wanted = mask_batch({"label": label(), "image": image()}, "cpu")
     assert torch.equal(given, label())
     assert torch.equal(wanted, label())
+
+
+def test_the_codes_of_other_images_are_farther_away_than_those_of_more_of_the_same() -> None:
+    network = student().eval()
+    header = header_of(network, WINDOW, code_channels=4, code=1)
+    generator = torch.Generator().manual_seed(6)
+    first, second = (torch.rand(40, *WINDOW, generator=generator).split(8) for _ in range(2))
+    codes, more = semantic_codes(network, header, first), semantic_codes(network, header, second)
+    assert codes.shape == (40, 4)
+    smooth = semantic_codes(network, header, [batch.cumsum(dim=2) / PATCH[0] for batch in second])
+    distance = FrechetSemanticDistance()
+    near, far = (distance(codes.numpy(), other.numpy())["distance"] for other in (more, smooth))
+    assert far > 10 * near

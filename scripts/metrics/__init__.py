@@ -13,6 +13,7 @@ from .aggregate import (
     write_rows,
     write_text,
 )
+from .frechet import FrechetSemanticDistance
 from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION, image_diagonal_mm, surface_metrics
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "HD95_DEFINITION",
     "METRICS",
     "STATUSES",
+    "FrechetSemanticDistance",
     "Row",
     "aggregate",
     "image_diagonal_mm",

@@ -147,3 +147,32 @@ def test_attention_agrees_with_numpy():
 def test_channels_that_the_heads_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"channels \(6\) must be divisible by heads \(4\)"):
         build(features=(8, 8, 8, 6), norm="batch")
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_selective_fusion_sits_at_stride_4_and_both_carriers_can_be_tapped(dims):
+    network, seen = build(dims, selective_fusion=True).eval(), {}
+    for name in ("fusion.local", "fusion.context"):
+        layer = network.get_submodule(name)
+        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+    with torch.no_grad():
+        assert network(images(dims)).shape == (2, 2, *SIZES[dims])
+    expected = (2, 8, *(s // 4 for s in SIZES[dims]))
+    assert {name: tuple(shape) for name, shape in seen.items()} == {
+        "fusion.local": expected,
+        "fusion.context": expected,
+    }
+
+
+def test_selective_fusion_changes_nothing_else_of_the_student():
+    plain, fused = build(), build(selective_fusion=True)
+    extra = {name for name in fused.state_dict() if name not in plain.state_dict()}
+    assert extra
+    assert all(name.startswith("fusion.") for name in extra)
+    assert set(plain.state_dict()) <= set(fused.state_dict())
+
+
+def test_the_student_with_selective_fusion_can_be_scripted():
+    network = build(selective_fusion=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(network)(images()), network(images()))

@@ -14,8 +14,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from scripts.checkpoint import sha256
 from scripts.comparison import ALONE, THRESHOLDS, Job, Plan
+from scripts.data import datalist, fold_split
 from scripts.handlers import read_curves
+from scripts.manifest import write_manifest
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
 
 WARMED = "student warmed up"
@@ -141,8 +144,21 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(plot)
 
 
+def _write_cases(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Every row's mean over its seeds, per case."""
+    lines = ["network,case_id,dice,hd95_mm,assd_mm"]
+    for each in found:
+        for row in each["rows"]:
+            lines.append(
+                ",".join([each["row"].replace(",", ""), str(row["case_id"]), *(f"{row[m]:.4f}" for m in METRICS)])
+            )
+    write_text("\n".join(lines) + "\n", path)
+
+
 def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = None) -> str:
-    """Write ``table.md``, ``table.json`` and ``figure.png`` into the plan's folder; returns the table.
+    """Write the comparison into the plan's folder and return the table.
+
+    ``table.md``, ``table.json`` (with the terms' weights), ``cases.csv``, ``figure.png`` and ``manifest.json``.
 
     Args:
         plan: what was compared.
@@ -155,7 +171,11 @@ def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = No
     text = markdown(found)
     write_text(text + "\n", plan.output / "table.md")
     write_json([{k: v for k, v in each.items() if k != "rows"} for each in found], plan.output / "table.json")
+    _write_cases(found, plan.output / "cases.csv")
     figure(found, plan.output / "figure.png")
+    teachers = {job.row: sha256(job.folder / "model.pt") for job in jobs if job.done and job.row.startswith("teacher ")}
+    cases = fold_split(datalist(plan.data, plan.dataset_dir), plan.fold)
+    write_manifest(plan.output, {"training": cases[0], "validation": cases[1]}, teachers)
     if json_file:
         base = next((each["step_s"] for each in found if each["row"] == ALONE), None)
         timed = [each for each in found if each.get("step_s")]

@@ -151,12 +151,20 @@ def test_the_table_pairs_every_row_with_the_lone_student(plan: Plan) -> None:
     assert "+0.150 [" in text
 
 
-def test_the_files_of_a_comparison_are_written(plan: Plan) -> None:
+def test_the_files_of_a_comparison_are_written(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        (tmp_path / "data" / f"STS_00{number}").mkdir(parents=True)
+        for name in ("CT_image", "PET_image", "MR_T1_image", "CT_mask"):
+            (tmp_path / "data" / f"STS_00{number}" / f"{name}.nii.gz").touch()
+    plan = Plan("sts", str(tmp_path / "data"), "compare", tmp_path / "out", ("ct", "pet", "mr"), METHODS, (0,))
     finish(plan.output / "student_alone" / "seed0", [0.5, 0.7])
     finish(plan.output / "cwd" / "seed0", [0.8, 0.7])
     text = write_comparison(plan, plan.jobs(), str(plan.output / "costs.json"))
     assert (plan.output / "table.md").read_text() == text + "\n"
     assert (plan.output / "figure.png").stat().st_size > 5_000
+    assert "cwd,p0,0.8000,3.0000,3.0000" in (plan.output / "cases.csv").read_text().splitlines()
+    manifest = json.loads((plan.output / "manifest.json").read_text())
+    assert (len(manifest["data"]["training"]), len(manifest["data"]["validation"])) == (4, 1)
     costs = {each["side"]: each for each in json.loads((plan.output / "costs.json").read_text())}
     assert costs["cwd"] == {
         "side": "cwd", "what": "training step", "median_s": 0.3, "ratio": 1.0, "peak_mib": 500.0

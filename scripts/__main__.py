@@ -256,7 +256,7 @@ def benchmark(args: argparse.Namespace) -> None:
         for job in plan.jobs():
             print("\n".join(f"python -m scripts {shlex.join(command)}" for command in job.commands))
         return
-    jobs = compare_methods(plan, args.workers, main, args.only)
+    jobs = plan.jobs() if args.table else compare_methods(plan, args.workers, main, args.only)
     print(write_comparison(plan, jobs, args.json))
 
 

@@ -122,4 +122,5 @@ def _benchmark(parser: Parser) -> None:
     parser.add_argument("--teacher-epochs", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need")
+    parser.add_argument("--table", action="store_true", help="train nothing: write the table of what is there")
     parser.add_argument("--json", metavar="FILE", help="also write the training costs, for machines")

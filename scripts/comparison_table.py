@@ -158,7 +158,8 @@ def _write_cases(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = None) -> str:
     """Write the comparison into the plan's folder and return the table.
 
-    ``table.md``, ``table.json`` (with the terms' weights), ``cases.csv``, ``figure.png`` and ``manifest.json``.
+    ``table.md``, ``table.json`` (with the terms' weights), ``cases.csv``, ``commands.json``, ``figure.png`` and
+    ``manifest.json``.
 
     Args:
         plan: what was compared.
@@ -171,9 +172,13 @@ def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = No
     text = markdown(found)
     write_text(text + "\n", plan.output / "table.md")
     write_json([{k: v for k, v in each.items() if k != "rows"} for each in found], plan.output / "table.json")
+    commands = [{"row": j.row, "seed": j.seed, "commands": [" ".join(c) for c in j.commands]} for j in jobs if j.done]
+    write_json(commands, plan.output / "commands.json")
     _write_cases(found, plan.output / "cases.csv")
     figure(found, plan.output / "figure.png")
-    teachers = {job.row: sha256(job.folder / "model.pt") for job in jobs if job.done and job.row.startswith("teacher ")}
+    teachers: dict[str, str | None] = {
+        job.row: sha256(job.folder / "model.pt") for job in jobs if job.done and job.row.startswith("teacher ")
+    }
     cases = fold_split(datalist(plan.data, plan.dataset_dir), plan.fold)
     write_manifest(plan.output, {"training": cases[0], "validation": cases[1]}, teachers)
     if json_file:

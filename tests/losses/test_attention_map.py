@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,27 +17,19 @@ SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 OPTIONS = [(1, "l1"), (1, "l2"), (2, "l1"), (2, "l2"), (3, "l2")]
 
 
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def pool_axis(x: np.ndarray, axis: int, cells: int) -> np.ndarray:
-    """Adaptive average pooling of one axis: cell i is the mean of floor(i n / m) up to ceil((i + 1) n / m)."""
-    size = x.shape[axis]
-    edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-    return np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-
-
-def reference(student: Tensor, teacher: Tensor, p: float = 2, norm: str = "l2") -> float:
+@pytest.fixture(scope="session")
+def reference(pooled: Callable[..., np.ndarray]) -> Callable[..., float]:
     """The docstring's formula in float64, on the element-wise smaller grid."""
-    maps = [(np.abs(x.detach().double().numpy()) ** p).mean(axis=1) for x in (student, teacher)]
-    grid = np.minimum(maps[0].shape, maps[1].shape)
-    for axis in range(1, len(grid)):
-        maps = [pool_axis(m, axis, int(grid[axis])) for m in maps]
-    flat = [m.reshape(len(m), -1) for m in maps]
-    r = 1 if norm == "l1" else 2
-    q_student, q_teacher = (m / np.linalg.norm(m, ord=r, axis=1, keepdims=True) for m in flat)
-    return float((np.abs(q_student - q_teacher) ** r).sum(axis=1).mean())
+
+    def compute(student: Tensor, teacher: Tensor, p: float = 2, norm: str = "l2") -> float:
+        maps = [(np.abs(x.detach().double().numpy()) ** p).mean(axis=1) for x in (student, teacher)]
+        grid = np.minimum(maps[0].shape, maps[1].shape)[1:]
+        flat = [pooled(m, grid).reshape(len(m), -1) for m in maps]
+        r = 1 if norm == "l1" else 2
+        q_student, q_teacher = (m / np.linalg.norm(m, ord=r, axis=1, keepdims=True) for m in flat)
+        return float((np.abs(q_student - q_teacher) ** r).sum(axis=1).mean())
+
+    return compute
 
 
 @pytest.mark.parametrize(
@@ -51,26 +44,26 @@ def test_two_voxels_give_the_closed_form(p, norm, expected):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("p", "norm"), OPTIONS)
-def test_random_features_agree_with_numpy(shape, p, norm):
+def test_random_features_agree_with_numpy(normal, reference, shape, p, norm):
     student, teacher = normal(shape, 0), normal(shape, 1)
     loss = AttentionMapLoss(p, norm)(student, teacher)
     assert loss.item() == pytest.approx(reference(student, teacher, p, norm), abs=1e-6)
 
 
-def test_the_defaults_are_squares_and_l2():
+def test_the_defaults_are_squares_and_l2(normal, reference):
     student, teacher = normal(SHAPES[1], 0), normal(SHAPES[1], 1)
     assert AttentionMapLoss()(student, teacher).item() == pytest.approx(reference(student, teacher, 2, "l2"), abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_it_is_zero_where_student_and_teacher_agree(shape, norm):
+def test_it_is_zero_where_student_and_teacher_agree(normal, shape, norm):
     features = normal(shape, 0)
     assert AttentionMapLoss(norm=norm)(features, features.clone()).item() == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_only_the_student_receives_a_gradient(shape):
+def test_only_the_student_receives_a_gradient(normal, shape):
     student, teacher = normal(shape, 0).requires_grad_(), normal(shape, 1).requires_grad_()
     AttentionMapLoss()(student, teacher).backward()
     assert student.grad is not None
@@ -79,7 +72,7 @@ def test_only_the_student_receives_a_gradient(shape):
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_the_gradient_is_that_of_finite_differences(norm):
+def test_the_gradient_is_that_of_finite_differences(normal, reference, norm):
     student, teacher = normal((1, 2, 2, 3), 0).requires_grad_(), normal((1, 2, 2, 3), 1)
     AttentionMapLoss(norm=norm)(student, teacher).backward()
     step = 1e-5
@@ -93,7 +86,7 @@ def test_the_gradient_is_that_of_finite_differences(norm):
 
 @pytest.mark.parametrize("p", [1, 2, 3])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_silent_features_keep_value_and_gradient_finite(p, norm):
+def test_silent_features_keep_value_and_gradient_finite(normal, p, norm):
     student = torch.zeros(2, 3, 2, 2, 2)
     student[0, 0] = 1.0
     student.requires_grad_()
@@ -105,7 +98,7 @@ def test_silent_features_keep_value_and_gradient_finite(p, norm):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(shape, dtype):
+def test_half_precision_is_computed_in_float32(normal, reference, shape, dtype):
     # 1000 squared is beyond the range of float16.
     student, teacher = (1000 * normal(shape, 0)).to(dtype), (1000 * normal(shape, 1)).to(dtype)
     loss = AttentionMapLoss()(student.requires_grad_(), teacher)
@@ -116,7 +109,7 @@ def test_half_precision_is_computed_in_float32(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_does_not_lower_the_precision(dtype):
+def test_autocast_does_not_lower_the_precision(normal, reference, dtype):
     student, teacher = normal((2, 3, 4, 4, 4), 0, dtype), normal((2, 5, 2, 2, 2), 1, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = AttentionMapLoss()(student, teacher)
@@ -124,7 +117,7 @@ def test_autocast_does_not_lower_the_precision(dtype):
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_the_order_and_sign_of_channels_change_nothing():
+def test_the_order_and_sign_of_channels_change_nothing(normal, reference):
     student, teacher = normal((2, 4, 3, 3, 3), 0), normal((2, 4, 3, 3, 3), 1)
     loss = AttentionMapLoss()(-student[:, [2, 0, 3, 1]], teacher[:, [1, 3, 2, 0]])
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
@@ -132,13 +125,13 @@ def test_the_order_and_sign_of_channels_change_nothing():
 
 @pytest.mark.parametrize(("p", "norm"), OPTIONS)
 @pytest.mark.parametrize("factor", [1e-2, 1e3])
-def test_a_common_scale_of_the_features_changes_nothing(p, norm, factor):
+def test_a_common_scale_of_the_features_changes_nothing(normal, reference, p, norm, factor):
     student, teacher = normal(SHAPES[1], 0), normal(SHAPES[1], 1)
     loss = AttentionMapLoss(p, norm)(factor * student, teacher / factor)
     assert loss.item() == pytest.approx(reference(student, teacher, p, norm), abs=1e-6)
 
 
-def test_the_channel_counts_may_differ():
+def test_the_channel_counts_may_differ(normal, reference):
     student, teacher = normal((2, 3, 3, 3, 3), 0), normal((2, 7, 3, 3, 3), 1)
     assert AttentionMapLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
     assert AttentionMapLoss()(student, student.repeat(1, 2, 1, 1, 1)).item() == pytest.approx(0.0, abs=1e-6)
@@ -154,7 +147,7 @@ def test_maps_that_share_no_voxel_give_the_upper_bound_two_at_any_size(size, nor
 
 @pytest.mark.parametrize("size", [2, 5, 9])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_the_value_lies_between_zero_and_two_at_any_size(size, norm):
+def test_the_value_lies_between_zero_and_two_at_any_size(normal, size, norm):
     for seed in range(5):
         student, teacher = normal((2, 2, size, size, size), seed), normal((2, 2, size, size, size), seed + 100)
         assert 0.0 <= AttentionMapLoss(4, norm)(student, teacher).item() <= 2.0
@@ -162,7 +155,7 @@ def test_the_value_lies_between_zero_and_two_at_any_size(size, norm):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_tiling_the_same_voxels_changes_nothing(shape, norm):
+def test_tiling_the_same_voxels_changes_nothing(normal, reference, shape, norm):
     # n tiles: every entry falls by n^(1/r), and n of them are summed at the power r.
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
@@ -175,7 +168,7 @@ def test_tiling_the_same_voxels_changes_nothing(shape, norm):
     [((4, 6), (2, 3)), ((2, 2), (4, 6)), ((4, 4, 4), (2, 2, 2)), ((2, 4, 3), (4, 2, 3)), ((3, 5, 4), (2, 4, 6))],
 )
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_differing_grids_meet_on_the_element_wise_smaller_one(student_grid, teacher_grid, norm):
+def test_differing_grids_meet_on_the_element_wise_smaller_one(normal, reference, student_grid, teacher_grid, norm):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 5, *teacher_grid), 1)
     loss = AttentionMapLoss(norm=norm)(student, teacher)
     assert loss.item() == pytest.approx(reference(student, teacher, 2, norm), abs=1e-6)

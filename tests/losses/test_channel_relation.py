@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,23 +16,15 @@ from scripts.losses.channel_relation import ChannelRelationLoss
 SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
+    """The docstring's formula in float64 by ``np.corrcoef``."""
 
+    def compute(student: Tensor, teacher: Tensor) -> float:
+        s, t = (m.reshape(*m.shape[:2], -1) for m in on_one_grid(student, teacher))
+        return float(np.mean([(np.corrcoef(a) - np.corrcoef(b)) ** 2 for a, b in zip(s, t, strict=True)]))
 
-def halved(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Mean of the equal blocks that one cell of ``grid`` covers."""
-    for axis, cells in enumerate(grid, start=2):
-        x = np.stack([part.mean(axis) for part in np.split(x, cells, axis)], axis)
-    return x
-
-
-def reference(student: Tensor, teacher: Tensor) -> float:
-    """The docstring's formula in float64 by ``np.corrcoef``; grids that divide each other."""
-    maps = [x.detach().double().numpy() for x in (student, teacher)]
-    grid = tuple(np.minimum(maps[0].shape, maps[1].shape)[2:])
-    s, t = (halved(m, grid).reshape(*m.shape[:2], -1) for m in maps)
-    return float(np.mean([(np.corrcoef(a) - np.corrcoef(b)) ** 2 for a, b in zip(s, t, strict=True)]))
+    return compute
 
 
 def two_channels(second: list[float]) -> Tensor:
@@ -50,7 +43,7 @@ def test_two_channels_give_the_closed_form(second, correlation):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_features_agree_with_numpy(shape):
+def test_random_features_agree_with_numpy(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     assert ChannelRelationLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
@@ -58,20 +51,20 @@ def test_random_features_agree_with_numpy(shape):
 @pytest.mark.parametrize(
     ("student_grid", "teacher_grid"), [((4, 6), (2, 3)), ((2, 4, 3), (4, 2, 3)), ((4, 4, 4), (2, 2, 2))]
 )
-def test_differing_grids_meet_on_the_smaller_one_before_centring(student_grid, teacher_grid):
+def test_differing_grids_meet_on_the_smaller_one_before_centring(normal, reference, student_grid, teacher_grid):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 3, *teacher_grid), 1)
     assert ChannelRelationLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_zero_where_both_agree(shape):
+def test_zero_where_both_agree(normal, shape):
     features = normal(shape, 0)
     assert ChannelRelationLoss()(features, features.clone()).item() == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("changed", ["student", "teacher"])
-def test_gain_and_offset_of_a_channel_change_nothing(shape, changed):
+def test_gain_and_offset_of_a_channel_change_nothing(normal, reference, shape, changed):
     maps = {"student": normal(shape, 0), "teacher": normal(shape, 1)}
     expected = reference(**maps)
     view = (1, 3, *[1] * (len(shape) - 2))
@@ -81,7 +74,7 @@ def test_gain_and_offset_of_a_channel_change_nothing(shape, changed):
     assert ChannelRelationLoss()(**maps).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_sign_of_a_channel_does_change_the_value():
+def test_the_sign_of_a_channel_does_change_the_value(normal, reference):
     features = normal(SHAPES[1], 0)
     turned = features * torch.tensor([1.0, 1.0, -1.0]).view(1, 3, 1, 1, 1)
     loss = ChannelRelationLoss()(turned, features)
@@ -90,7 +83,7 @@ def test_the_sign_of_a_channel_does_change_the_value():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_order_of_voxels_changes_nothing_if_it_is_common(shape):
+def test_the_order_of_voxels_changes_nothing_if_it_is_common(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     order = torch.randperm(math.prod(shape[2:]), generator=torch.Generator().manual_seed(2))
     moved = [x.flatten(2)[:, :, order].view(shape) for x in (student, teacher)]
@@ -98,7 +91,7 @@ def test_the_order_of_voxels_changes_nothing_if_it_is_common(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(shape):
+def test_tiling_the_same_voxels_changes_nothing(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = ChannelRelationLoss()(student.repeat(tiles), teacher.repeat(tiles))
@@ -106,7 +99,7 @@ def test_tiling_the_same_voxels_changes_nothing(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 5), (2, 2, 3, 4, 5)])
-def test_two_class_softmax_outputs_teach_nothing_and_raw_logits_do(shape):
+def test_two_class_softmax_outputs_teach_nothing_and_raw_logits_do(normal, shape):
     logits, teacher = normal(shape, 0).requires_grad_(), normal(shape, 1)
     loss = ChannelRelationLoss()(logits.softmax(1), teacher.softmax(1))
     loss.backward()
@@ -119,20 +112,15 @@ def test_two_class_softmax_outputs_teach_nothing_and_raw_logits_do(shape):
     assert logits.grad.abs().max() > 1e-3
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_is_that_of_finite_differences(normal, reference, central_differences):
     student, teacher = normal((1, 3, 2, 3), 0).requires_grad_(), normal((1, 3, 2, 3), 1)
     ChannelRelationLoss()(student, teacher).backward()
-    step = 1e-5
-    for index in np.ndindex(*student.shape):
-        moved = [student.detach().double().clone() for _ in range(2)]
-        moved[0][index] += step
-        moved[1][index] -= step
-        slope = (reference(moved[0], teacher) - reference(moved[1], teacher)) / (2 * step)
-        assert student.grad[index].item() == pytest.approx(slope, abs=1e-5)
+    slopes = central_differences(lambda x: reference(x, teacher), student)
+    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_moves_no_offset_and_no_gain(shape):
+def test_the_gradient_moves_no_offset_and_no_gain(normal, shape):
     student = normal(shape, 0).requires_grad_()
     ChannelRelationLoss()(student, normal(shape, 1)).backward()
     assert student.grad.flatten(2).sum(2).abs().max() < 1e-6
@@ -141,7 +129,7 @@ def test_the_gradient_moves_no_offset_and_no_gain(shape):
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e3 / 7])
 @pytest.mark.parametrize("grid", [7, 3])
-def test_a_constant_channel_correlates_with_nothing_and_gets_no_gradient(constant, grid):
+def test_a_constant_channel_correlates_with_nothing_and_gets_no_gradient(normal, constant, grid):
     # 0.1 is no float32 number: its mean is rounded, on a grid of 3 in each cell in another way.
     student, teacher = normal((1, 2, 7, 7, 7), 0), normal((1, 2, grid, grid, grid), 1)
     student[:, 1] = constant
@@ -154,7 +142,7 @@ def test_a_constant_channel_correlates_with_nothing_and_gets_no_gradient(constan
     assert torch.isfinite(student.grad).all()
 
 
-def test_a_constant_channel_of_the_teacher_keeps_the_gradient_finite():
+def test_a_constant_channel_of_the_teacher_keeps_the_gradient_finite(normal):
     student, teacher = normal((2, 3, 4, 4, 4), 0).requires_grad_(), normal((2, 3, 4, 4, 4), 1)
     teacher[:, 1] = 0.1
     ChannelRelationLoss()(student, teacher).backward()
@@ -163,7 +151,7 @@ def test_a_constant_channel_of_the_teacher_keeps_the_gradient_finite():
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_the_value_lies_between_zero_and_four(size):
+def test_the_value_lies_between_zero_and_four(normal, size):
     for seed in range(5):
         student, teacher = normal((1, 2, size, size, size), seed), normal((1, 2, size, size, size), seed + 100)
         assert 0.0 <= ChannelRelationLoss()(student, teacher).item() <= 4.0

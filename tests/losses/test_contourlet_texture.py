@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -20,10 +20,6 @@ STATISTICS = ["orientation", "subband_mse"]
 SHAPES = [(2, 3, 9, 8), (2, 3, 8, 9, 6)]
 
 
-def normal(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-
-
 def wave(grid: Sequence[int], cycles_per_voxel: Sequence[float], phase: float = 0.0) -> Tensor:
     turns = np.tensordot(cycles_per_voxel, np.indices(tuple(grid)), axes=1)
     return torch.from_numpy(np.cos(2 * np.pi * turns + phase)).float()[None, None]
@@ -31,14 +27,6 @@ def wave(grid: Sequence[int], cycles_per_voxel: Sequence[float], phase: float = 
 
 def along(x: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
-
-
-def pool(x: np.ndarray, grid: Sequence[int]) -> np.ndarray:
-    for axis, cells in enumerate(grid, start=2):
-        size = x.shape[axis]
-        edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-        x = np.stack([x.take(range(*edge), axis).mean(axis) for edge in edges], axis)
-    return x
 
 
 def down_and_up_matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,35 +74,40 @@ def levels_of(x: np.ndarray, levels: int, spacing: Sequence[float]) -> list[list
     return result
 
 
-def reference(loss: ContourletTextureLoss, student: Tensor, teacher: Tensor) -> float:
+@pytest.fixture(scope="session")
+def reference(pooled: Callable[..., np.ndarray]) -> Callable[..., float]:
     """The docstring's formula in float64."""
-    maps = [x.double().numpy() for x in (student, teacher)]
-    for i, x in enumerate(maps):
-        if x.shape[1] > loss.max_channels:
-            maps[i] = along(x, 1, loss.projection(x.shape[1]).double().numpy())
-    common = np.minimum(maps[0].shape[2:], maps[1].shape[2:])
-    maps = [pool(x, common) for x in maps]
-    s, t = (levels_of(x, loss.levels, loss.spacing) for x in maps)
-    if loss.statistic == "subband_mse":
-        return float(sum(np.mean((np.array(a) - np.array(b)) ** 2) for a, b in zip(s, t, strict=True)))
-    floors = [1e-4 * np.sqrt((x**2).reshape(len(x), -1).mean(axis=1)) + 1e-12 for x in maps]
-    total = 0.0
-    for level in zip(s, t, strict=True):
-        p, r = [], []
-        for responses, floor in zip(level, floors, strict=True):
-            cells = [min(loss.grid, n) for n in responses[0].shape[2:]]
-            e = np.stack([pool(np.abs(y).mean(axis=1, keepdims=True), cells)[:, 0] for y in responses], axis=1)
-            e = e.reshape(*e.shape[:2], -1) + floor[:, None, None]
-            p.append(e / e.sum(axis=1, keepdims=True))
-            r.append(e.sum(axis=1) / e.sum(axis=1).mean(axis=1, keepdims=True))
-        total += np.mean((p[1] * np.log(p[1] / p[0])).sum(axis=1) + np.abs(r[1] - r[0]))
-    return float(total)
+
+    def compute(loss: ContourletTextureLoss, student: Tensor, teacher: Tensor) -> float:
+        maps = [x.double().numpy() for x in (student, teacher)]
+        for i, x in enumerate(maps):
+            if x.shape[1] > loss.max_channels:
+                maps[i] = along(x, 1, loss.projection(x.shape[1]).double().numpy())
+        common = np.minimum(maps[0].shape[2:], maps[1].shape[2:])
+        maps = [pooled(x, common) for x in maps]
+        s, t = (levels_of(x, loss.levels, loss.spacing) for x in maps)
+        if loss.statistic == "subband_mse":
+            return float(sum(np.mean((np.array(a) - np.array(b)) ** 2) for a, b in zip(s, t, strict=True)))
+        floors = [1e-4 * np.sqrt((x**2).reshape(len(x), -1).mean(axis=1)) + 1e-12 for x in maps]
+        total = 0.0
+        for level in zip(s, t, strict=True):
+            p, r = [], []
+            for responses, floor in zip(level, floors, strict=True):
+                cells = [min(loss.grid, n) for n in responses[0].shape[2:]]
+                e = np.stack([pooled(np.abs(y).mean(axis=1, keepdims=True), cells)[:, 0] for y in responses], axis=1)
+                e = e.reshape(*e.shape[:2], -1) + floor[:, None, None]
+                p.append(e / e.sum(axis=1, keepdims=True))
+                r.append(e.sum(axis=1) / e.sum(axis=1).mean(axis=1, keepdims=True))
+            total += np.mean((p[1] * np.log(p[1] / p[0])).sum(axis=1) + np.abs(r[1] - r[0]))
+        return float(total)
+
+    return compute
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 2.0, 3.0)])
-def test_random_features_agree_with_numpy(shape, statistic, spacing):
+def test_random_features_agree_with_numpy(normal, reference, shape, statistic, spacing):
     loss = ContourletTextureLoss(2, 3, spacing, statistic)
     student, teacher = normal(shape, 0), normal(shape, 1)
     assert loss(student, teacher).item() == pytest.approx(reference(loss, student, teacher), rel=1e-6)
@@ -124,20 +117,20 @@ def test_random_features_agree_with_numpy(shape, statistic, spacing):
     ("student", "teacher"),
     [((2, 5, 9, 10), (2, 7, 7, 12)), ((1, 7, 8, 5, 6), (1, 2, 6, 7, 6)), ((1, 2, 2, 5, 6), (1, 2, 4, 5, 6))],
 )
-def test_other_channels_and_grids_agree_with_numpy(student, teacher):
+def test_other_channels_and_grids_agree_with_numpy(normal, reference, student, teacher):
     loss = ContourletTextureLoss(levels=2, grid=2, max_channels=3)
     a, b = normal(student, 0), normal(teacher, 1)
     assert loss(a, b).item() == pytest.approx(reference(loss, a, b), rel=1e-6)
 
 
-def test_the_defaults_are_two_levels_six_cells_and_orientation():
+def test_the_defaults_are_two_levels_six_cells_and_orientation(normal):
     maps = normal((1, 9, 14, 14), 0), normal((1, 9, 14, 14), 1)
     assert ContourletTextureLoss()(*maps) == ContourletTextureLoss(2, 6, (1, 1, 1), "orientation", 8, 0)(*maps)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_value_and_gradient_are_zero_where_both_agree(shape, statistic):
+def test_value_and_gradient_are_zero_where_both_agree(normal, shape, statistic):
     features = normal(shape, 0).requires_grad_()
     loss = ContourletTextureLoss(statistic=statistic)(features, features.detach().clone())
     loss.backward()
@@ -145,7 +138,7 @@ def test_value_and_gradient_are_zero_where_both_agree(shape, statistic):
     assert features.grad.abs().max() < 1e-7
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_is_that_of_finite_differences(normal, reference):
     loss, student, teacher = (
         ContourletTextureLoss(2, 2),
         normal((1, 2, 6, 5), 0).requires_grad_(),
@@ -175,7 +168,7 @@ def test_another_orientation_costs_over_ten_times_what_any_shift_does(grid, dire
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_subband_mse_knows_no_direction(shape):
+def test_subband_mse_knows_no_direction(normal, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     details, _ = laplacian_pyramid((student - teacher).double(), 2, (1.0,) * (len(shape) - 2))
     bands = 3 if len(shape) == 4 else 6
@@ -191,7 +184,7 @@ def test_waves_that_are_nearly_parallel_in_mm_cost_little_only_where_the_spacing
     assert in_mm < 0.1 * in_voxels
 
 
-def test_at_most_max_channels_enter_the_bank(monkeypatch):
+def test_at_most_max_channels_enter_the_bank(normal, monkeypatch):
     entered = []
     bank = contourlet_texture.directional_bands
     monkeypatch.setattr(contourlet_texture, "directional_bands", lambda d, s: entered.append(d.shape[1]) or bank(d, s))
@@ -209,7 +202,7 @@ def test_the_projection_is_orthonormal_and_repeats_with_its_seed(channels):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gains_of_the_maps_and_the_sign_change_nothing(shape):
+def test_gains_of_the_maps_and_the_sign_change_nothing(normal, shape):
     loss, student, teacher = ContourletTextureLoss(), normal(shape, 0), normal(shape, 1)
     assert loss(-1e3 * student, 1e-3 * teacher).item() == pytest.approx(loss(student, teacher).item(), rel=1e-5)
 
@@ -225,7 +218,7 @@ def test_maps_without_texture_agree_and_stay_finite(shape, values):
 
 
 @pytest.mark.parametrize("value", [0.0, 1 / 3])
-def test_a_student_without_texture_is_told_the_teachers(value):
+def test_a_student_without_texture_is_told_the_teachers(normal, reference, value):
     loss, teacher = ContourletTextureLoss(grid=2), normal((1, 2, 6, 8, 7), 0)
     student = torch.full_like(teacher, value)
     assert loss(student, teacher).item() == pytest.approx(reference(loss, student, teacher), rel=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,19 +17,6 @@ from scripts.losses.cross_image_relation import CrossImageRelationLoss
 SHAPES = [(3, 3, 4, 3), (2, 3, 3, 4, 2)]
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pooled(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Adaptive average pooling of C H W [D]: cell i is the mean of floor(i n / m) up to ceil((i + 1) n / m)."""
-    for axis, cells in enumerate(grid, start=1):
-        size = x.shape[axis]
-        edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-        x = np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-    return x
-
-
 def rows(x: np.ndarray, y: np.ndarray, temperature: float) -> np.ndarray:
     """Row-wise softmax of the cosines between the columns of C x N matrices."""
     lengths = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
@@ -36,18 +24,19 @@ def rows(x: np.ndarray, y: np.ndarray, temperature: float) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def reference(student: Tensor, teacher: Tensor, temperature: float = 0.1, grid: int = 4) -> float:
+@pytest.fixture(scope="session")
+def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
     """The docstring's formula in float64, pair by pair."""
-    cells = tuple(min(grid, a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    s, t = (
-        [pooled(image, cells).reshape(x.shape[1], -1) for image in x.detach().double().numpy()]
-        for x in (student, teacher)
-    )
-    values = []
-    for i, j in itertools.product(range(len(s)), repeat=2):
-        p, q = rows(t[i], t[j], temperature), rows(s[i], s[j], temperature)
-        values.append(np.mean(np.sum(p * np.log(p / q), axis=1)))
-    return float(np.mean(values))
+
+    def compute(student: Tensor, teacher: Tensor, temperature: float = 0.1, grid: int = 4) -> float:
+        s, t = (m.reshape(*m.shape[:2], -1) for m in on_one_grid(student, teacher, grid))
+        values = []
+        for i, j in itertools.product(range(len(s)), repeat=2):
+            p, q = rows(t[i], t[j], temperature), rows(s[i], s[j], temperature)
+            values.append(np.mean(np.sum(p * np.log(p / q), axis=1)))
+        return float(np.mean(values))
+
+    return compute
 
 
 def bernoulli_divergence(p: float, q: float) -> float:
@@ -77,14 +66,14 @@ def test_what_differs_across_images_only_is_seen():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_random_features_agree_with_numpy(shape, temperature):
+def test_random_features_agree_with_numpy(normal, reference, shape, temperature):
     student, teacher = normal(shape, 0), normal(shape, 1)
     expected = reference(student, teacher, temperature)
     assert expected > 0.01
     assert CrossImageRelationLoss(temperature)(student, teacher).item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_the_defaults_are_a_tenth_and_four_cells_per_axis():
+def test_the_defaults_are_a_tenth_and_four_cells_per_axis(normal, reference):
     student, teacher = normal((2, 3, 6, 5, 4), 0), normal((2, 3, 6, 5, 4), 1)
     expected = reference(student, teacher, temperature=0.1, grid=4)
     assert CrossImageRelationLoss()(student, teacher).item() == pytest.approx(expected, rel=1e-6)
@@ -94,7 +83,7 @@ def test_the_defaults_are_a_tenth_and_four_cells_per_axis():
     ("student_grid", "teacher_grid", "grid"),
     [((9, 6), (5, 8), 4), ((2, 7), (3, 5), 3), ((5, 6, 3), (4, 2, 9), 3), ((4, 4, 4), (2, 2, 2), 4)],
 )
-def test_differing_grids_and_channels_agree_with_numpy(student_grid, teacher_grid, grid):
+def test_differing_grids_and_channels_agree_with_numpy(normal, reference, student_grid, teacher_grid, grid):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 5, *teacher_grid), 1)
     expected = reference(student, teacher, grid=grid)
     loss = CrossImageRelationLoss(grid=grid)(student, teacher)
@@ -102,12 +91,12 @@ def test_differing_grids_and_channels_agree_with_numpy(student_grid, teacher_gri
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 2, 2, 2)])
-def test_it_is_zero_where_student_and_teacher_agree(shape):
+def test_it_is_zero_where_student_and_teacher_agree(normal, shape):
     features = normal(shape, 0)
     assert CrossImageRelationLoss()(features, features.clone()).item() == 0.0
 
 
-def test_a_batch_of_one_image_keeps_its_relation_to_itself():
+def test_a_batch_of_one_image_keeps_its_relation_to_itself(normal, reference):
     student, teacher = normal((1, 3, 3, 3, 3), 0).requires_grad_(), normal((1, 3, 3, 3, 3), 1)
     loss = CrossImageRelationLoss()(student, teacher)
     loss.backward()
@@ -115,14 +104,14 @@ def test_a_batch_of_one_image_keeps_its_relation_to_itself():
     assert student.grad.abs().sum() > 0
 
 
-def test_copies_of_one_image_give_the_value_of_that_image():
+def test_copies_of_one_image_give_the_value_of_that_image(normal, reference):
     student, teacher = normal((1, 3, 3, 3, 3), 0), normal((1, 3, 3, 3, 3), 1)
     loss = CrossImageRelationLoss()(student.repeat(3, 1, 1, 1, 1), teacher.repeat(3, 1, 1, 1, 1))
     assert loss.item() == pytest.approx(reference(student, teacher), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_rotation_of_the_channels_or_a_length_of_any_voxel_changes_nothing(shape):
+def test_a_rotation_of_the_channels_or_a_length_of_any_voxel_changes_nothing(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     rotation = torch.linalg.qr(normal((3, 3), 2))[0]
     lengths = 0.5 + normal((shape[0], 1, *shape[2:]), 3).abs()
@@ -132,31 +121,26 @@ def test_a_rotation_of_the_channels_or_a_length_of_any_voxel_changes_nothing(sha
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_a_larger_patch_of_the_same_content_changes_nothing(factor):
+def test_a_larger_patch_of_the_same_content_changes_nothing(normal, reference, factor):
     student, teacher = normal((2, 3, 4, 4, 4), 0), normal((2, 3, 4, 4, 4), 1)
     larger = [torch.nn.functional.interpolate(x, scale_factor=factor) for x in (student, teacher)]
     assert CrossImageRelationLoss()(*larger).item() == pytest.approx(reference(student, teacher), rel=1e-5)
 
 
-def test_a_map_of_one_cell_has_nothing_to_relate():
+def test_a_map_of_one_cell_has_nothing_to_relate(normal):
     loss = CrossImageRelationLoss(grid=1)(normal(SHAPES[1], 0), normal(SHAPES[1], 1))
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_is_that_of_finite_differences(normal, reference, central_differences):
     student, teacher = normal((2, 2, 2, 2), 0).requires_grad_(), normal((2, 2, 2, 2), 1)
     CrossImageRelationLoss(0.5)(student, teacher).backward()
-    step = 1e-5
-    for index in np.ndindex(*student.shape):
-        moved = [student.detach().double().clone() for _ in range(2)]
-        moved[0][index] += step
-        moved[1][index] -= step
-        slope = (reference(moved[0], teacher, 0.5) - reference(moved[1], teacher, 0.5)) / (2 * step)
-        assert student.grad[index].item() == pytest.approx(slope, abs=1e-5)
+    slopes = central_differences(lambda x: reference(x, teacher, 0.5), student)
+    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
 
 
 @pytest.mark.parametrize("silent", [[0, 1], [1]])
-def test_silent_features_have_cosine_zero_and_a_small_gradient(silent):
+def test_silent_features_have_cosine_zero_and_a_small_gradient(normal, reference, silent):
     student, teacher = normal((2, 3, 2, 2, 2), 0), normal((2, 3, 2, 2, 2), 1)
     student[..., silent] = 0
     student.requires_grad_()

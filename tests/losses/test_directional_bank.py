@@ -25,10 +25,6 @@ GRIDS = [(8, 6, 10), (9, 7, 5), (3, 4, 5), (2, 6, 1), (12, 10), (13, 8), (7, 5)]
 CPU = torch.device("cpu")
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def wave(grid: tuple[int, ...], cycles: tuple[int, ...]) -> Tensor:
     """Plane wave of so many cycles along each axis, periodic on the grid."""
     turns = np.tensordot(np.divide(cycles, grid), np.indices(grid), axes=1)
@@ -43,8 +39,8 @@ def shares(detail: Tensor, spacing: tuple[float, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("levels", [1, 2, 5])
-def test_details_and_residual_give_the_map_back(grid, levels):
-    x = normal(2, 3, *grid)
+def test_details_and_residual_give_the_map_back(normal, grid, levels):
+    x = normal((2, 3, *grid), 0)
     details, rebuilt = laplacian_pyramid(x, levels, (1.0,) * len(grid))
     for detail, _ in reversed(details):
         rebuilt = detail + up(rebuilt, detail.shape[2:])
@@ -77,8 +73,8 @@ def test_a_ramp_has_no_detail_away_from_the_border():
     assert detail.abs().max() > 0.1
 
 
-def test_an_axis_is_halved_while_it_has_three_voxels_and_doubles_its_spacing():
-    details, residual = laplacian_pyramid(normal(1, 1, 9, 4, 2), 5, (1.0, 2.0, 3.0))
+def test_an_axis_is_halved_while_it_has_three_voxels_and_doubles_its_spacing(normal):
+    details, residual = laplacian_pyramid(normal((1, 1, 9, 4, 2), 0), 5, (1.0, 2.0, 3.0))
     assert [tuple(detail.shape[2:]) for detail, _ in details] == [(9, 4, 2), (5, 2, 2), (3, 2, 2)]
     assert [spacing for _, spacing in details] == [(1.0, 2.0, 3.0), (2.0, 4.0, 3.0), (4.0, 4.0, 3.0)]
     assert residual.shape[2:] == (2, 2, 2)
@@ -107,8 +103,8 @@ def test_the_bands_are_a_tight_frame_at_every_frequency_but_zero(grid):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 1.7, 3.1)])
-def test_the_responses_hold_all_the_energy_but_the_means(grid, spacing):
-    assert shares(normal(1, 1, *grid), spacing[: len(grid)]).sum() == pytest.approx(1.0, abs=1e-5)
+def test_the_responses_hold_all_the_energy_but_the_means(normal, grid, spacing):
+    assert shares(normal((1, 1, *grid), 0), spacing[: len(grid)]).sum() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("band", [0, 1, 2])
@@ -140,29 +136,29 @@ def test_a_wave_aligned_in_voxels_is_oblique_in_mm():
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.5, 3.0)])
-def test_only_ratios_of_the_spacing_matter(spacing):
+def test_only_ratios_of_the_spacing_matter(normal, spacing):
     twice = tuple(2 * s for s in spacing)
-    same = zip(*(directional_bands(normal(1, 1, 6, 7, 8), s) for s in (spacing, twice)), strict=True)
+    same = zip(*(directional_bands(normal((1, 1, 6, 7, 8), 0), s) for s in (spacing, twice)), strict=True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in same)
 
 
 @pytest.mark.parametrize(("grid", "axis"), [((8, 6), 0), ((8, 6), 1), ((6, 4, 8), 0), ((6, 4, 8), 1), ((6, 4, 8), 2)])
-def test_mirroring_the_map_mirrors_bands_and_responses_on_even_grids(grid, axis):
+def test_mirroring_the_map_mirrors_bands_and_responses_on_even_grids(normal, grid, axis):
     # Fails where the Nyquist frequency is given one sign.
     n = axes(len(grid))
     signs = torch.ones(len(grid), dtype=torch.float64)
     signs[axis] = -1
     mirrored = ((n * signs) @ n.T).abs().argmax(dim=1).tolist()
-    x, spacing = normal(1, 1, *grid, dtype=torch.float64), (1.0, 1.3, 0.7)[: len(grid)]
+    x, spacing = normal((1, 1, *grid), 0, dtype=torch.float64), (1.0, 1.3, 0.7)[: len(grid)]
     straight = list(directional_bands(x, spacing))
     for k, y in enumerate(directional_bands(x.flip(2 + axis), spacing)):
         torch.testing.assert_close(y, straight[mirrored[k]].flip(2 + axis))
 
 
-def test_weights_made_in_inference_mode_serve_training():
+def test_weights_made_in_inference_mode_serve_training(normal):
     band_weights.cache_clear()
     with torch.inference_mode():
-        list(directional_bands(normal(1, 1, 4, 4), (1.0, 1.0)))
-    x = normal(1, 1, 4, 4).requires_grad_()
+        list(directional_bands(normal((1, 1, 4, 4), 0), (1.0, 1.0)))
+    x = normal((1, 1, 4, 4), 0).requires_grad_()
     sum(y.square().sum() for y in directional_bands(x, (1.0, 1.0))).backward()
     np.testing.assert_allclose(x.grad.numpy(), 2 * (x - x.mean()).detach().numpy(), atol=1e-5)

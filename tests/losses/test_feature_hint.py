@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -14,27 +16,19 @@ from scripts.networks.adapters import ChannelAdapter
 SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
+    """Mean squared error in float64."""
 
+    def compute(student: Tensor, teacher: Tensor) -> float:
+        s, t = on_one_grid(student, teacher)
+        return float(sum((s[i] - t[i]) ** 2 for i in np.ndindex(*s.shape)) / s.size)
 
-def blocks(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Mean of the equal blocks that one cell of ``grid`` covers."""
-    for axis, cells in enumerate(grid, start=2):
-        x = np.stack([part.mean(axis) for part in np.split(x, cells, axis)], axis)
-    return x
-
-
-def reference(student: Tensor, teacher: Tensor) -> float:
-    """Mean squared error in float64; grids that divide each other."""
-    maps = [x.detach().double().numpy() for x in (student, teacher)]
-    grid = tuple(np.minimum(maps[0].shape, maps[1].shape)[2:])
-    s, t = (blocks(m, grid) for m in maps)
-    return float(sum((s[i] - t[i]) ** 2 for i in np.ndindex(*s.shape)) / s.size)
+    return compute
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_constant_difference_gives_its_square(shape):
+def test_a_constant_difference_gives_its_square(normal, shape):
     student = normal(shape, 0)
     assert FeatureHintLoss()(student, student + 1.5).item() == pytest.approx(2.25, abs=1e-6)
 
@@ -46,13 +40,13 @@ def test_one_voxel_of_one_channel_is_its_share_of_the_mean():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_features_agree_with_numpy(shape):
+def test_random_features_agree_with_numpy(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     assert FeatureHintLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_zero_where_both_agree(shape):
+def test_zero_where_both_agree(normal, shape):
     features = normal(shape, 0)
     assert FeatureHintLoss()(features, features.clone()).item() == 0.0
 
@@ -61,7 +55,7 @@ def test_zero_where_both_agree(shape):
     ("student_grid", "teacher_grid"),
     [((4, 6), (2, 3)), ((2, 2), (4, 6)), ((2, 4, 3), (4, 2, 3)), ((4, 4, 4), (2, 2, 2))],
 )
-def test_differing_grids_meet_on_the_element_wise_smaller_one(student_grid, teacher_grid):
+def test_differing_grids_meet_on_the_element_wise_smaller_one(normal, reference, student_grid, teacher_grid):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 3, *teacher_grid), 1)
     assert FeatureHintLoss()(student, teacher).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
@@ -74,21 +68,21 @@ def test_a_coarse_teacher_is_not_up_sampled():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(shape):
+def test_tiling_the_same_voxels_changes_nothing(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = FeatureHintLoss()(student.repeat(tiles), teacher.repeat(tiles))
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_the_value_grows_with_the_square_of_the_features():
+def test_the_value_grows_with_the_square_of_the_features(normal, reference):
     student, teacher = normal(SHAPES[1], 0), normal(SHAPES[1], 1)
     loss = FeatureHintLoss()(3 * student, 3 * teacher)
     assert loss.item() == pytest.approx(9 * reference(student, teacher), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_is_twice_the_difference_over_the_count(shape):
+def test_the_gradient_is_twice_the_difference_over_the_count(normal, shape):
     student, teacher = normal(shape, 0).requires_grad_(), normal(shape, 1)
     FeatureHintLoss()(student, teacher).backward()
     expected = 2 * (student.detach().double().numpy() - teacher.double().numpy()) / student.numel()
@@ -96,7 +90,7 @@ def test_the_gradient_is_twice_the_difference_over_the_count(shape):
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_an_adapter_fits_other_channels_and_learns_with_the_student(dimensions):
+def test_an_adapter_fits_other_channels_and_learns_with_the_student(normal, dimensions):
     size = [4, 3, 2][:dimensions]
     torch.manual_seed(0)
     adapter = ChannelAdapter(3, 5, dimensions)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,45 +17,21 @@ from scripts.losses.intra_class_variation import IntraClassVariationLoss
 SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def reference(by_class: Callable[..., list[Any]], cosine: Callable[..., float]) -> Callable[..., float]:
+    """The docstring's formula in float64, sample by sample and cell by cell."""
 
+    def variation(cells: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
+        weighted = [(a, np.average(cells, axis=0, weights=a)) for a in shares]
+        return np.array([sum(a[i] * cosine(f, prototype) for a, prototype in weighted) for i, f in enumerate(cells)])
 
-def random_label(shape: tuple[int, ...], classes: int = 3, seed: int = 9) -> Tensor:
-    return torch.randint(classes, (shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(seed))
+    def compute(student: Tensor, teacher: Tensor, label: Tensor) -> float:
+        squares = []
+        for s, t, shares in by_class(student, teacher, label):
+            squares.append(np.mean((variation(s, shares) - variation(t, shares)) ** 2))
+        return float(np.mean(squares))
 
-
-def pooled(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Adaptive average pooling of C H W [D]: cell i is the mean of floor(i n / m) up to ceil((i + 1) n / m)."""
-    for axis, cells in enumerate(grid, start=1):
-        size = x.shape[axis]
-        edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-        x = np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-    return x
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    lengths = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / lengths) if lengths else 0.0
-
-
-def variation(features: np.ndarray, shares: dict[int, np.ndarray]) -> list[float]:
-    """The cosine map of C H W [D], cell by cell."""
-    cells = features.reshape(len(features), -1).T
-    weights = {k: a.reshape(-1) for k, a in shares.items()}
-    prototypes = {k: np.average(cells, axis=0, weights=a) for k, a in weights.items()}
-    return [sum(weights[k][i] * cosine(f, prototypes[k]) for k in weights) for i, f in enumerate(cells)]
-
-
-def reference(student: Tensor, teacher: Tensor, label: Tensor) -> float:
-    """The docstring's formula in float64, sample by sample, on the element-wise smaller grid."""
-    grid = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    squares = []
-    for s, t, y in zip(*(x.detach().double().numpy() for x in (student, teacher, label)), strict=True):
-        shares = {k: pooled((y == k).astype(float), grid) for k in np.unique(y)}
-        m_s, m_t = (np.array(variation(pooled(x, grid), shares)) for x in (s, t))
-        squares.append(np.mean((m_s - m_t) ** 2))
-    return float(np.mean(squares))
+    return compute
 
 
 def test_two_voxels_of_one_class_give_the_closed_form():
@@ -71,7 +49,7 @@ def test_every_voxel_is_compared_with_the_prototype_of_its_own_class_only():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_random_features_agree_with_numpy(shape, classes):
+def test_random_features_agree_with_numpy(normal, random_label, reference, shape, classes):
     student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape, classes)
     expected = reference(student, teacher, label)
     assert expected > 0.01
@@ -82,44 +60,46 @@ def test_random_features_agree_with_numpy(shape, classes):
     ("student_grid", "teacher_grid", "image"),
     [((4, 6), (2, 3), (8, 12)), ((2, 4, 3), (4, 2, 3), (8, 8, 6)), ((3, 2, 2), (3, 4, 5), (7, 6, 5))],
 )
-def test_differing_grids_channels_and_a_finer_label_agree_with_numpy(student_grid, teacher_grid, image):
+def test_differing_grids_channels_and_a_finer_label_agree_with_numpy(
+    normal, random_label, reference, student_grid, teacher_grid, image
+):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 5, *teacher_grid), 1)
-    label = random_label((2, 1, *image))
+    label = random_label((2, 1, *image), 3)
     expected = reference(student, teacher, label)
     assert IntraClassVariationLoss()(student, teacher, label).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_zero_where_student_and_teacher_agree(shape):
+def test_it_is_zero_where_student_and_teacher_agree(normal, random_label, shape):
     features = normal(shape, 0)
-    assert IntraClassVariationLoss()(features, features.clone(), random_label(shape)).item() == 0.0
+    assert IntraClassVariationLoss()(features, features.clone(), random_label(shape, 3)).item() == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_rotation_of_the_channels_or_a_common_scale_changes_nothing(shape):
-    student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape)
+def test_a_rotation_of_the_channels_or_a_common_scale_changes_nothing(normal, random_label, reference, shape):
+    student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape, 3)
     rotation = torch.linalg.qr(normal((3, 3), 2))[0]
     moved = 100 * torch.einsum("ij,bj...->bi...", rotation, student)
     expected = reference(student, teacher, label)
     assert IntraClassVariationLoss()(moved, teacher / 100, label).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_names_of_the_classes_change_nothing():
-    student, teacher, label = normal(SHAPES[1], 0), normal(SHAPES[1], 1), random_label(SHAPES[1])
+def test_the_names_of_the_classes_change_nothing(normal, random_label, reference):
+    student, teacher, label = normal(SHAPES[1], 0), normal(SHAPES[1], 1), random_label(SHAPES[1], 3)
     renamed = torch.tensor([7, 0, 3])[label].float()
     expected = reference(student, teacher, label)
     assert IntraClassVariationLoss()(student, teacher, renamed).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(shape):
-    student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape)
+def test_tiling_the_same_voxels_changes_nothing(normal, random_label, reference, shape):
+    student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape, 3)
     tiled = [x.repeat(1, 1, *[2] * (len(shape) - 2)) for x in (student, teacher, label)]
     expected = reference(student, teacher, label)
     assert IntraClassVariationLoss()(*tiled).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_samples_have_their_own_prototypes_and_classes():
+def test_samples_have_their_own_prototypes_and_classes(normal, random_label):
     student, teacher = normal((2, 3, 3, 3, 3), 0), normal((2, 3, 3, 3, 3), 1)
     label = torch.cat([torch.zeros(1, 1, 3, 3, 3), 4.0 + random_label((1, 1, 3, 3, 3), 2)])
     alone = [IntraClassVariationLoss()(student[i : i + 1], teacher[i : i + 1], label[i : i + 1]) for i in range(2)]
@@ -127,7 +107,7 @@ def test_samples_have_their_own_prototypes_and_classes():
     assert together.item() == pytest.approx((alone[0].item() + alone[1].item()) / 2, abs=1e-6)
 
 
-def test_a_lesion_smaller_than_a_cell_still_counts():
+def test_a_lesion_smaller_than_a_cell_still_counts(normal, reference):
     student, teacher, label = normal((1, 3, 2, 2, 2), 0), normal((1, 3, 2, 2, 2), 1), torch.zeros(1, 1, 8, 8, 8)
     without = IntraClassVariationLoss()(student, teacher, label).item()
     label[0, 0, :2, :2, :2] = 1  # 8 of the 64 voxels of one cell: neither the majority nor its centre
@@ -136,21 +116,18 @@ def test_a_lesion_smaller_than_a_cell_still_counts():
     assert abs(loss - without) > 1e-3
 
 
-def test_the_gradient_is_that_of_finite_differences_through_map_and_prototype():
+def test_the_gradient_is_that_of_finite_differences_through_map_and_prototype(
+    normal, random_label, reference, central_differences
+):
     student, teacher = normal((1, 2, 2, 3), 0).requires_grad_(), normal((1, 2, 2, 3), 1)
     label = random_label((1, 1, 4, 6), 2)
     IntraClassVariationLoss()(student, teacher, label).backward()
-    step = 1e-5
-    for index in np.ndindex(*student.shape):
-        moved = [student.detach().double().clone() for _ in range(2)]
-        moved[0][index] += step
-        moved[1][index] -= step
-        slope = (reference(moved[0], teacher, label) - reference(moved[1], teacher, label)) / (2 * step)
-        assert student.grad[index].item() == pytest.approx(slope, abs=1e-5)
+    slopes = central_differences(lambda x: reference(x, teacher, label), student)
+    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
 
 
 @pytest.mark.parametrize("silent", ["all", "one class", "one voxel"])
-def test_silent_features_keep_value_and_gradient_finite_and_small(silent):
+def test_silent_features_keep_value_and_gradient_finite_and_small(normal, reference, silent):
     student, teacher, label = normal((1, 3, 2, 2, 2), 0), normal((1, 3, 2, 2, 2), 1), torch.zeros(1, 1, 2, 2, 2)
     label[..., 1] = 1
     quiet = {"all": label >= 0, "one class": label == 1, "one voxel": torch.arange(8).view_as(label) == 0}[silent]
@@ -161,7 +138,7 @@ def test_silent_features_keep_value_and_gradient_finite_and_small(silent):
     assert student.grad.abs().max() < 10
 
 
-def test_constant_features_lie_on_their_prototype():
+def test_constant_features_lie_on_their_prototype(normal, random_label, reference):
     student, teacher, label = torch.full((1, 3, 2, 4), 5.0), normal((1, 2, 2, 4), 1), random_label((1, 1, 2, 4), 2)
     expected = reference(torch.ones(1, 1, 2, 4), teacher, label)
     student.requires_grad_()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,30 +16,21 @@ from scripts.losses.pixel_relation import PixelRelationLoss
 SHAPES = [(2, 3, 4, 5), (2, 3, 3, 2, 4)]
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pool_axis(x: np.ndarray, axis: int, cells: int) -> np.ndarray:
-    """Adaptive average pooling of one axis: cell i is the mean of floor(i n / m) up to ceil((i + 1) n / m)."""
-    size = x.shape[axis]
-    edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-    return np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-
-
-def cosines(x: np.ndarray, cells: list[int]) -> np.ndarray:
+def cosines(x: np.ndarray) -> np.ndarray:
     """Cosines of one sample, C x grid, between all pairs of cells, one by one."""
-    for axis, count in enumerate(cells, start=1):
-        x = pool_axis(x, axis, count)
-    vectors = [x[(slice(None), *i)] for i in np.ndindex(*cells)]
+    vectors = [x[(slice(None), *i)] for i in np.ndindex(*x.shape[1:])]
     return np.array([[a @ b / math.sqrt((a @ a) * (b @ b)) for a in vectors] for b in vectors])
 
 
-def reference(student: Tensor, teacher: Tensor, grid: int = 12) -> float:
+@pytest.fixture(scope="session")
+def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
     """The docstring's formula in float64."""
-    s, t = (x.detach().double().numpy() for x in (student, teacher))
-    cells = [min(grid, a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True)]
-    return float(np.mean([(cosines(a, cells) - cosines(b, cells)) ** 2 for a, b in zip(s, t, strict=True)]))
+
+    def compute(student: Tensor, teacher: Tensor, grid: int = 12) -> float:
+        maps = on_one_grid(student, teacher, grid)
+        return float(np.mean([(cosines(a) - cosines(b)) ** 2 for a, b in zip(*maps, strict=True)]))
+
+    return compute
 
 
 @pytest.mark.parametrize("degrees", [0, 60, 90, 180])
@@ -52,7 +44,7 @@ def test_two_voxels_give_the_closed_form(degrees):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("grid", [2, 3, 12])
-def test_random_features_agree_with_numpy(shape, grid):
+def test_random_features_agree_with_numpy(normal, reference, shape, grid):
     student, teacher = normal(shape, 0), normal(shape, 1)
     assert PixelRelationLoss(grid)(student, teacher).item() == pytest.approx(
         reference(student, teacher, grid), abs=1e-6
@@ -60,7 +52,7 @@ def test_random_features_agree_with_numpy(shape, grid):
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_the_default_has_twelve_cells_per_axis(dimensions):
+def test_the_default_has_twelve_cells_per_axis(normal, reference, dimensions):
     shape = (1, 2, 26, *[1] * (dimensions - 1))
     student, teacher = normal(shape, 0), normal(shape, 1)
     assert PixelRelationLoss()(student, teacher).item() == pytest.approx(reference(student, teacher, 12), abs=1e-6)
@@ -71,7 +63,9 @@ def test_the_default_has_twelve_cells_per_axis(dimensions):
     [((4, 6), (2, 3)), ((7, 3), (5, 4)), ((2, 4, 3), (4, 2, 3)), ((5, 5, 2), (3, 7, 1))],
 )
 @pytest.mark.parametrize("grid", [3, 12])
-def test_differing_grids_meet_on_cells_that_no_map_is_up_sampled_to(student_grid, teacher_grid, grid):
+def test_differing_grids_meet_on_cells_that_no_map_is_up_sampled_to(
+    normal, reference, student_grid, teacher_grid, grid
+):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 4, *teacher_grid), 1)
     assert PixelRelationLoss(grid)(student, teacher).item() == pytest.approx(
         reference(student, teacher, grid), abs=1e-6
@@ -79,7 +73,7 @@ def test_differing_grids_meet_on_cells_that_no_map_is_up_sampled_to(student_grid
 
 
 @pytest.mark.parametrize("grid", [2, 12])
-def test_no_matrix_is_larger_than_the_grid_allows(grid, monkeypatch):
+def test_no_matrix_is_larger_than_the_grid_allows(normal, grid, monkeypatch):
     sizes = []
     relations = PixelRelationLoss._relations
     monkeypatch.setattr(PixelRelationLoss, "_relations", lambda *a: sizes.append(relations(*a)) or sizes[-1])
@@ -90,13 +84,13 @@ def test_no_matrix_is_larger_than_the_grid_allows(grid, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("grid", [2, 12])
-def test_zero_where_both_agree(shape, grid):
+def test_zero_where_both_agree(normal, shape, grid):
     features = normal(shape, 0)
     assert PixelRelationLoss(grid)(features, features.clone()).item() == 0.0
 
 
 @pytest.mark.parametrize("changed", ["student", "teacher"])
-def test_a_rotation_of_the_channels_changes_nothing(changed):
+def test_a_rotation_of_the_channels_changes_nothing(normal, reference, changed):
     maps = {"student": normal((2, 4, 3, 3, 2), 0), "teacher": normal((2, 4, 3, 3, 2), 1)}
     expected = {grid: reference(**maps, grid=grid) for grid in (2, 12)}
     rotation, _ = np.linalg.qr(normal((4, 4), 2).double().numpy())
@@ -105,45 +99,40 @@ def test_a_rotation_of_the_channels_changes_nothing(changed):
         assert PixelRelationLoss(grid)(**maps).item() == pytest.approx(value, abs=1e-6)
 
 
-def test_the_length_of_a_feature_changes_nothing():
+def test_the_length_of_a_feature_changes_nothing(normal, reference):
     student, teacher = normal((2, 3, 2, 3, 2), 0), normal((2, 3, 2, 3, 2), 1)
     lengths = 10 ** normal((2, 1, 2, 3, 2), 2)
     loss = PixelRelationLoss()(student * lengths, teacher / lengths)
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_repeated_channels_are_the_same_relations():
+def test_repeated_channels_are_the_same_relations(normal):
     student = normal((2, 3, 3, 3, 2), 0)
     assert PixelRelationLoss()(student, student.repeat(1, 2, 1, 1, 1)).item() == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(shape):
+def test_tiling_the_same_voxels_changes_nothing(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = PixelRelationLoss()(student.repeat(tiles), teacher.repeat(tiles))
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_cells_of_repeated_voxels_change_nothing():
+def test_cells_of_repeated_voxels_change_nothing(normal, reference):
     student, teacher = normal((2, 3, 2, 2, 2), 0), normal((2, 3, 2, 2, 2), 1)
     fine = [x.repeat_interleave(3, 2).repeat_interleave(3, 3).repeat_interleave(3, 4) for x in (student, teacher)]
     assert PixelRelationLoss(2)(*fine).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_is_that_of_finite_differences(normal, reference, central_differences):
     student, teacher = normal((1, 2, 3, 4), 0).requires_grad_(), normal((1, 3, 3, 4), 1)
     PixelRelationLoss(2)(student, teacher).backward()
-    step = 1e-5
-    for index in np.ndindex(*student.shape):
-        moved = [student.detach().double().clone() for _ in range(2)]
-        moved[0][index] += step
-        moved[1][index] -= step
-        slope = (reference(moved[0], teacher, 2) - reference(moved[1], teacher, 2)) / (2 * step)
-        assert student.grad[index].item() == pytest.approx(slope, abs=1e-5)
+    slopes = central_differences(lambda x: reference(x, teacher, 2), student)
+    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
 
 
-def test_the_gradient_turns_features_and_does_not_stretch_them():
+def test_the_gradient_turns_features_and_does_not_stretch_them(normal):
     student = normal((2, 3, 2, 3, 2), 0).requires_grad_()
     PixelRelationLoss()(student, normal((2, 3, 2, 3, 2), 1)).backward()
     assert student.grad.abs().max() > 1e-3

@@ -16,10 +16,6 @@ def features_of(*grid: int, batch: int = 1) -> Tensor:
     return torch.zeros(batch, 3, *grid)
 
 
-def random_label(shape: tuple[int, ...], classes: int, seed: int = 0) -> Tensor:
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_on_the_labels_own_grid_the_shares_are_its_one_hot_masks(dtype):
     label = torch.tensor([[0, 2], [2, 5]]).view(1, 1, 2, 2).to(dtype)
@@ -34,8 +30,8 @@ def test_a_coarse_cell_belongs_to_each_class_by_its_share_of_the_voxels():
 
 
 @pytest.mark.parametrize("grid", [(4, 5, 6), (3, 2, 4), (1, 1, 1)])
-def test_the_shares_of_a_cell_sum_to_one_on_any_grid(grid):
-    shares = class_shares(random_label((2, 1, 4, 5, 6), 4), features_of(*grid, batch=2))
+def test_the_shares_of_a_cell_sum_to_one_on_any_grid(random_label, grid):
+    shares = class_shares(random_label((2, 1, 4, 5, 6), 4, seed=0), features_of(*grid, batch=2))
     assert shares.shape == (2, 4, int(np.prod(grid)))
     np.testing.assert_allclose(shares.sum(dim=1).numpy(), 1.0, atol=1e-6)
 
@@ -67,8 +63,8 @@ def test_a_class_that_only_another_sample_holds_has_no_share_and_a_zero_mean():
     assert class_means(features.flatten(2), shares)[:, 1].tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_class_means_are_the_masked_means_of_numpy():
-    label = random_label((2, 1, 3, 4, 2), 3)
+def test_class_means_are_the_masked_means_of_numpy(random_label):
+    label = random_label((2, 1, 3, 4, 2), 3, seed=0)
     features = torch.randn(2, 5, 3, 4, 2, generator=torch.Generator().manual_seed(1))
     means = class_means(features.flatten(2), class_shares(label, features)).numpy()
     for b in range(2):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
@@ -18,21 +19,8 @@ W2 = 1 / math.log2(3)
 FALLING = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pool_axis(x: np.ndarray, axis: int, cells: int) -> np.ndarray:
-    size = x.shape[axis]
-    edges = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
-    return np.stack([x.take(range(a, b), axis).mean(axis) for a, b in edges], axis)
-
-
-def importance(features: Tensor, cells: list[int]) -> np.ndarray:
-    x = features.detach().double().numpy()
-    for axis, n in enumerate(cells, start=2):
-        x = pool_axis(x, axis, n)
-    received = np.zeros((len(x), math.prod(cells)))
+def importance(x: np.ndarray) -> np.ndarray:
+    received = np.zeros((len(x), math.prod(x.shape[2:])))
     for b, sample in enumerate(x):
         tokens = sample.reshape(len(sample), -1).T
         tokens = (tokens - tokens.mean(1, keepdims=True)) / np.sqrt(tokens.var(1, keepdims=True) + 1e-5)
@@ -58,9 +46,14 @@ def rank(student: np.ndarray, teacher: np.ndarray, top_k: float = 0.25, flat: fl
     return float(np.mean(values)) if values else 0.0
 
 
-def reference(student: Tensor, teacher: Tensor, grid: int = 6, **options: Any) -> float:
-    cells = [min(grid, s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    return rank(importance(student, cells), importance(teacher, cells), **options)
+@pytest.fixture(scope="session")
+def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
+    """The docstring's formula in float64."""
+
+    def compute(student: Tensor, teacher: Tensor, grid: int = 6, **options: Any) -> float:
+        return rank(*(importance(m) for m in on_one_grid(student, teacher, grid)), **options)
+
+    return compute
 
 
 def test_four_tokens_give_the_closed_form():
@@ -84,13 +77,13 @@ def test_three_tokens_of_two_directions_give_the_closed_form():
     [((4, 4), (4, 4), 3), ((7, 5), (3, 6), 4), ((3, 3, 3), (3, 3, 3), 6), ((5, 2, 4), (4, 6, 2), 3)],
 )
 @pytest.mark.parametrize("top_k", [0.25, 1.0])
-def test_random_features_agree_with_numpy(student_grid, teacher_grid, grid, top_k):
+def test_random_features_agree_with_numpy(normal, reference, student_grid, teacher_grid, grid, top_k):
     student, teacher = normal((3, 4, *student_grid), 0), normal((3, 5, *teacher_grid), 1)
     expected = reference(student, teacher, grid, top_k=top_k, flat=1.0)
     assert TokenRankingLoss(top_k, grid, 1.0)(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_defaults_are_a_quarter_of_six_cells_per_axis_and_995():
+def test_the_defaults_are_a_quarter_of_six_cells_per_axis_and_995(normal, reference):
     # Silent cells spread their attention and receive little, so that the first teacher is not flat; the second is.
     student, teacher = normal((2, 3, 8, 7), 0), normal((2, 4, 12, 12), 1)
     teacher[0, :, 6:] = 0.0
@@ -100,11 +93,11 @@ def test_the_defaults_are_a_quarter_of_six_cells_per_axis_and_995():
     assert loss.logged["flat_teachers"] == 0.5
 
 
-def test_importance_sums_to_one():
+def test_importance_sums_to_one(normal, pooled):
     features = normal((2, 3, 3, 4, 2), 0)
     received = TokenRankingLoss.importance(features)
     assert received.shape == (2, 24)
-    np.testing.assert_allclose(received.numpy(), importance(features, [3, 4, 2]), atol=1e-6)
+    np.testing.assert_allclose(received.numpy(), importance(pooled(features.double().numpy(), [3, 4, 2])), atol=1e-6)
     np.testing.assert_allclose(received.sum(1).numpy(), 1.0, atol=1e-6)
 
 
@@ -136,7 +129,7 @@ def test_value_and_gradient_vanish_as_the_worths_separate_in_the_teachers_order(
 
 
 @pytest.mark.parametrize("top_k", [0.25, 0.5, 1.0])
-def test_the_gradient_is_that_of_successive_draws(top_k):
+def test_the_gradient_is_that_of_successive_draws(normal, top_k):
     # d/ds_m of the i-th draw: its probability of m, minus one for the token that the teacher puts there.
     worth, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
     TokenRankingLoss(top_k).ranking(worth.exp(), teacher).backward()
@@ -150,15 +143,11 @@ def test_the_gradient_is_that_of_successive_draws(top_k):
     np.testing.assert_allclose(worth.grad[0].numpy(), slope / weights, atol=1e-6)
 
 
-def test_the_gradient_through_the_features_is_that_of_finite_differences():
+def test_the_gradient_through_the_features_is_that_of_finite_differences(normal, reference, central_differences):
     student, teacher = normal((1, 3, 2, 3), 0).requires_grad_(), normal((1, 3, 2, 3), 1)
     TokenRankingLoss(0.5, flat=1.0)(student, teacher).backward()
-    for index in np.ndindex(*student.shape):
-        moved = [student.detach().double().clone() for _ in range(2)]
-        moved[0][index] += 1e-5
-        moved[1][index] -= 1e-5
-        above, below = (reference(x, teacher, top_k=0.5, flat=1.0) for x in moved)
-        assert student.grad[index].item() == pytest.approx((above - below) / 2e-5, abs=1e-5)
+    slopes = central_differences(lambda x: reference(x, teacher, top_k=0.5, flat=1.0), student)
+    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
 
 
 def test_a_flat_teacher_is_skipped_at_its_own_threshold():
@@ -173,7 +162,7 @@ def test_a_flat_teacher_is_skipped_at_its_own_threshold():
     assert student.grad[1].abs().sum() > 0
 
 
-def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated():
+def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated(normal):
     student, loss = normal((2, 3, 3, 3, 3), 0).requires_grad_(), TokenRankingLoss()
     value = loss(student, torch.ones(2, 5, 3, 3, 3))
     value.backward()
@@ -182,7 +171,7 @@ def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated():
     assert loss.logged == {"top_k_overlap": 0.0, "flat_teachers": 1.0}
 
 
-def test_a_constant_student_draws_each_of_the_tokens_left_with_equal_chance():
+def test_a_constant_student_draws_each_of_the_tokens_left_with_equal_chance(normal):
     student = torch.full((1, 3, 4, 4), 2.0, requires_grad=True)
     teacher, weights = 3 * normal((1, 2, 4, 4), 1), [1 / math.log2(2 + i) for i in range(4)]
     value = TokenRankingLoss(flat=1.0)(student, teacher)
@@ -214,14 +203,14 @@ def test_at_least_one_token_is_ranked():
     assert value.item() == pytest.approx(math.log(10), abs=1e-6)
 
 
-def test_only_ratios_of_worths_and_the_teachers_order_count():
+def test_only_ratios_of_worths_and_the_teachers_order_count(normal):
     student = normal((1, 8), 0).exp()
     teacher, loss = normal((1, 8), 1).exp(), TokenRankingLoss()
     expected = loss.ranking(student, teacher).item()
     assert loss.ranking(100 * student, teacher.square() / 7).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_order_of_channels_and_of_cells_changes_nothing():
+def test_the_order_of_channels_and_of_cells_changes_nothing(normal):
     student, teacher = normal((2, 4, 3, 4), 0), normal((2, 4, 3, 4), 1)
     loss = TokenRankingLoss(flat=1.0)
     moved = loss(student[:, [2, 0, 3, 1]].flip(2), teacher[:, [1, 3, 2, 0]].flip(2))
@@ -229,7 +218,7 @@ def test_the_order_of_channels_and_of_cells_changes_nothing():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 3, 3, 3, 3)])
-def test_a_finer_patch_of_the_same_cells_changes_nothing(shape):
+def test_a_finer_patch_of_the_same_cells_changes_nothing(normal, shape):
     student, teacher, loss = normal(shape, 0), normal(shape, 1), TokenRankingLoss(grid=3, flat=1.0)
     fine = [torch.kron(x, torch.ones([1, 1, *[2] * (len(shape) - 2)])) for x in (student, teacher)]
     assert loss(*fine).item() == pytest.approx(loss(student, teacher).item(), abs=1e-6)

@@ -60,12 +60,6 @@ class AlignmentHeader(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(cells, hidden), nn.GELU(), nn.Linear(hidden, code))
         self.decoder = nn.Sequential(nn.Linear(code, hidden), nn.GELU(), nn.Linear(hidden, cells))
         self.restore = Convolution(spatial_dims, code_channels, channels, kernel_size=1, conv_only=True)
-        # PyTorch's default shrinks four layers in a row: of two masks' difference 7% would reach the decoder's output.
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
-                nn.init.kaiming_normal_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Features ``B channels h w [d]`` to their code, ``B code_channels code``.

@@ -109,12 +109,27 @@ def test_files_and_functions_stay_small() -> None:
 
 def test_public_losses_and_networks_keep_their_names() -> None:
     import scripts.losses
+    import scripts.metrics
     import scripts.networks
 
-    for name in ("SoftPredictionLoss", "AttentionMapLoss"):
-        assert hasattr(scripts.losses, name)
-    for name in ("Student", "HDenseFormer", "UXNet"):
-        assert hasattr(scripts.networks, name)
+    losses = (
+        "SoftPredictionLoss AttentionMapLoss ChannelRelationLoss PixelRelationLoss TokenRankingLoss ContourletTextureLoss "
+        "HierarchicalContextLoss MultiScalePriorLoss ContrastiveGraphLoss FeatureHintLoss ChannelWiseDivergence "
+        "IntraClassVariationLoss CrossImageRelationLoss DISTLoss RegionAffinityLoss"
+    )
+    networks = "Student HDenseFormer UXNet SelectiveFusion SpaceChannelCascade AlignmentHeader SemanticAutoEncoder"
+    for module, names in (
+        (scripts.losses, losses),
+        (scripts.networks, networks),
+        (scripts.metrics, "surface_metrics FrechetSemanticDistance"),
+    ):
+        assert not [name for name in names.split() if not hasattr(module, name)]
+
+
+def test_every_method_has_its_place_in_the_documents() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for path in (ROOT / "configs" / "methods").glob("*.json"):
+        assert f"(../configs/methods/{path.name})" in text
 
 
 def test_nothing_loads_pickles() -> None:

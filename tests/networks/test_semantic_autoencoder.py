@@ -33,11 +33,11 @@ def dice(prediction: Tensor, mask: Tensor, index: int) -> float:
     return float(2 * (p & r).sum() / (p.sum() + r.sum()))
 
 
-def test_three_hundred_steps_learn_two_masks_by_heart():
-    net, mask = autoencoder(), masks((16, 16, 16))
+def test_a_hundred_steps_learn_two_masks_by_heart():
+    net, mask = autoencoder(code_channels=64), masks((16, 16, 16))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-    for _ in range(300):
+    for _ in range(100):
         optimizer.zero_grad()
         loss(net(mask), mask).backward()
         optimizer.step()

@@ -113,7 +113,8 @@ def test_public_losses_and_networks_keep_their_names() -> None:
     import scripts.networks
 
     losses = (
-        "SoftPredictionLoss AttentionMapLoss ChannelRelationLoss PixelRelationLoss TokenRankingLoss ContourletTextureLoss "
+        "SoftPredictionLoss AttentionMapLoss ChannelRelationLoss PixelRelationLoss TokenRankingLoss "
+        "ContourletTextureLoss "
         "HierarchicalContextLoss MultiScalePriorLoss ContrastiveGraphLoss FeatureHintLoss ChannelWiseDivergence "
         "IntraClassVariationLoss CrossImageRelationLoss DISTLoss RegionAffinityLoss"
     )

@@ -85,18 +85,25 @@ def _term_weights(folder: Path) -> dict[str, float]:
 def entries(plan: Plan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """All rows that have a result, in the order of the jobs, each with its paired difference to the lone student."""
     folders: dict[str, list[Path]] = {}
+    seeds: dict[str, list[int]] = {}
     for job in jobs:
         if job.done and not job.row.startswith(WARMED):
             folders.setdefault(job.row, []).append(job.folder)
+            seeds.setdefault(job.row, []).append(job.seed)
     found = [entry(row, each, [folder / "eval" for folder in each]) for row, each in folders.items()]
     for row in THRESHOLDS:
         folder = plan.output / row.replace(" ", "_").replace("%", "")
         if (folder / "cases.csv").is_file():
             found.append(entry(row, [], [folder]))
-    alone = next((each for each in found if each["row"] == ALONE), None)
+    alone = dict(
+        zip(seeds.get(ALONE, []), (read_rows(f / "eval" / "cases.csv") for f in folders.get(ALONE, [])), strict=True)
+    )
     for each in found:
-        if alone is not None and each is not alone:
-            each["difference"] = {m: paired_difference(each["rows"], alone["rows"], m) for m in METRICS}
+        if alone and each["row"] != ALONE:
+            # Students meet the lone student of their own seeds; teachers and thresholds have no seed in common with it.
+            own = [] if each["row"].startswith("teacher ") else seeds.get(each["row"], [])
+            rows = seed_mean([alone[seed] for seed in (own or alone) if seed in alone])
+            each["difference"] = {m: paired_difference(each["rows"], rows, m) for m in METRICS}
     return found
 
 

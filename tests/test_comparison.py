@@ -134,14 +134,16 @@ def test_seeds_are_averaged_per_case_and_a_failure_counts_with_its_worst_value()
 
 def test_the_table_pairs_every_row_with_the_lone_student(plan: Plan) -> None:
     finish(plan.output / "student_alone" / "seed0", [0.5, 0.7])
-    finish(plan.output / "student_alone" / "seed1", [0.7, 0.5])
+    finish(plan.output / "student_alone" / "seed1", [0.9, 0.9])
+    finish(plan.output / "teacher_dynunet" / "seed0", [0.9, 0.9])
     finish(plan.output / "cwd" / "seed0", [0.8, 0.7], seconds=20.0)
     finish(plan.output / "cwd" / "stages" / "ignored", [0.0, 0.0])
     finish(plan.output / "cwd" / "seed0" / "stages" / "student", [0.0, 0.0], seconds=7.0)
     found = {each["row"]: each for each in entries(plan, plan.jobs())}
-    assert set(found) == {ALONE, "cwd"}
-    assert found[ALONE]["dice_per_seed"] == [0.6, 0.6]
-    assert found["cwd"]["difference"]["dice"]["mean"] == pytest.approx(0.15)
+    assert set(found) == {ALONE, "cwd", "teacher dynunet"}
+    assert found[ALONE]["dice_per_seed"] == [0.6, 0.9]
+    assert found["teacher dynunet"]["difference"]["dice"]["mean"] == pytest.approx(0.9 - 0.75)  # all seeds
+    assert found["cwd"]["difference"]["dice"]["mean"] == pytest.approx(0.75 - 0.6)  # its own seed
     assert found["cwd"]["seconds"] == pytest.approx(27.0)  # its stages included
     assert found["cwd"]["step_s"] == pytest.approx(0.3)
     assert found["cwd"]["term_weights"] == [{"cwd": 0.5}]

@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swinunetr": {"feature_size": 12, "window_size": 4, "depths": (1, 1, 1, 1)},
     "hdenseformer": {"features": 4, "depth": 4},
     "uxnet": {"features": 4, "depths": (1, 1, 1, 1)},
+    "dynunet": {"filters": [4, 8, 16]},
+    "segresnet": {"init_filters": 8},
 }
 MODALITIES = ["ct", "pet", "mr"]
 PATCH = (32, 32, 32)
@@ -65,7 +67,9 @@ def test_weights_survive_the_way_through_a_file(architecture, tmp_path):
 
 
 def test_an_unknown_architecture_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="'vnet': choose one of unetr, swinunetr, hdenseformer, uxnet"):
+    with pytest.raises(
+        ValueError, match="'vnet': choose one of unetr, swinunetr, hdenseformer, uxnet, dynunet, segresnet"
+    ):
         build("vnet")
 
 

@@ -54,6 +54,14 @@ def test_logits_have_the_size_of_the_mask(size):
     assert net.decode(net.encode(mask), size).shape == (2, 3, *size)
 
 
+def test_the_decoder_returns_over_the_grids_of_the_encoder():
+    net, grids = autoencoder(), []
+    for stage in [*net.encoder, *net.decoder]:
+        stage.register_forward_hook(lambda _module, _inputs, output: grids.append(tuple(output.shape[2:])))
+    net(torch.zeros(1, 1, 17, 14, 15))
+    assert grids == [(9, 7, 8), (5, 4, 4), (9, 7, 8), (17, 14, 15)]
+
+
 @pytest.mark.parametrize("code", [1, 4])
 def test_its_code_has_the_shape_of_the_codes_of_the_headers(code):
     mask, features = torch.zeros(2, 1, 16, 16, 16), torch.zeros(2, 7, 4, 4, 2)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -70,6 +72,7 @@ def entry(row: str, folders: Sequence[Path], evaluations: Sequence[Path]) -> dic
         "dice_per_seed": [round(statistics.fmean(float(r["dice"] or 0.0) for r in run), 3) for run in runs],
         "missed": sum(r["status"] != "ok" for run in runs for r in run),
         "term_weights": weights,
+        "distilled": any(weights),
         **{key: statistics.median(c[key] for c in costs) for key in ("seconds", "step_s", "peak_mib") if costs},
     }
 
@@ -132,7 +135,7 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows = sorted(found, key=lambda each: each["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"])
     plot, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(11, 0.3 * len(rows) + 1.2), layout="constrained")
     for i, each in enumerate(rows):
-        colour = "tab:red" if each["row"] == ALONE else "tab:blue" if each["step_terms"] else "tab:gray"
+        colour = "tab:red" if each["row"] == ALONE else "tab:blue" if each["distilled"] else "tab:gray"
         summary = each["aggregate"]["metrics"]["dice"]["worst_filled"]
         left.plot(summary["ci95"], [i, i], color=colour)
         left.plot(each["dice_per_seed"], [i] * len(each["dice_per_seed"]), ".", color=colour, alpha=0.5)
@@ -153,13 +156,13 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _write_cases(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Every row's mean over its seeds, per case."""
-    lines = ["network,case_id,dice,hd95_mm,assd_mm"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["network", "case_id", *METRICS])
     for each in found:
-        for row in each["rows"]:
-            lines.append(
-                ",".join([each["row"].replace(",", ""), str(row["case_id"]), *(f"{row[m]:.4f}" for m in METRICS)])
-            )
-    write_text("\n".join(lines) + "\n", path)
+        name = each["row"].replace(",", "")
+        writer.writerows([name, row["case_id"], *(f"{row[m]:.4f}" for m in METRICS)] for row in each["rows"])
+    write_text(text.getvalue(), path)
 
 
 def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = None) -> str:
@@ -174,8 +177,6 @@ def write_comparison(plan: Plan, jobs: Sequence[Job], json_file: str | None = No
         json_file: also write the costs as rows ``{"side", "what", "median_s", "ratio", "peak_mib"}``.
     """
     found = entries(plan, jobs)
-    for each in found:
-        each["step_terms"] = any(each["term_weights"])
     text = markdown(found)
     write_text(text + "\n", plan.output / "table.md")
     write_json([{k: v for k, v in each.items() if k != "rows"} for each in found], plan.output / "table.json")

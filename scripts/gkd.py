@@ -7,7 +7,6 @@ Source: [paper] Qi et al., JBHI 2024, arXiv 2207.12995, as far as its abstract, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from scripts.checkpoint import load_weights
 from scripts.distiller import LOGITS, Distiller
 from scripts.networks import AlignmentHeader, SemanticAutoEncoder
 
-logger = logging.getLogger(__name__)
-
 CODES, TO_STUDENT, TO_TEACHER = "codes", "to_student", "to_teacher"
 
 
@@ -30,7 +27,7 @@ def header_of(network: nn.Module, window: Sequence[int], **options: Any) -> Alig
     """A new alignment header for a network's deepest features.
 
     Args:
-        network: has ``encode`` and ``decode`` (``Student``, or a ``Teacher`` of H-DenseFormer or 3D UX-Net).
+        network: has ``encode`` and ``decode`` (``Student``, or a ``Teacher`` of H-DenseFormer, 3D UX-Net or DynUNet).
         window: ``[M, H, W, D]``, an image that it accepts.
         options: further arguments of ``AlignmentHeader``.
 
@@ -41,7 +38,7 @@ def header_of(network: nn.Module, window: Sequence[int], **options: Any) -> Alig
     if not (hasattr(inner, "encode") and hasattr(inner, "decode")):
         raise ValueError(
             f"{type(inner).__name__} has no encoder and decoder that can be called apart, as alignment headers need: "
-            "choose hdenseformer or uxnet as the teacher."
+            "choose hdenseformer, uxnet or dynunet as the teacher."
         )
     parameter = next(network.parameters())
     training = network.training

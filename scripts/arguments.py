@@ -26,12 +26,15 @@ def build_parser(actions: Sequence[Action]) -> Parser:
         actions: what the verbs do with their arguments.
     """
     common, training = _common(), _training()
+    # Parents share their actions with every verb, so that another default needs another parent.
+    compared = _common(scale="compare")
     parser = Parser(prog="python -m scripts", description="Train, distil, segment, score: see docs/README.md.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     added: dict[str, Parser] = {}
     for action in actions:
         name = action.__name__
-        parents = [common, training] if name in ("train", "teacher", "distill", "benchmark") else [common]
+        shared = compared if name == "benchmark" else common
+        parents = [shared, training] if name in ("train", "teacher", "distill", "benchmark") else [shared]
         added[name] = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents)
         added[name].set_defaults(action=action)
     added["phantom"].add_argument("--cases", type=int, default=24)
@@ -46,13 +49,13 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     return parser
 
 
-def _common() -> Parser:
+def _common(scale: str = "small") -> Parser:
     """Options of every verb."""
     common = Parser(add_help=False)
     common.add_argument("--data", default="sts", choices=config_names("data"), help="data set (a config of its own)")
     common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
     common.add_argument("--output-dir", help="folder for everything that is written")
-    common.add_argument("--scale", default="small", choices=config_names("scale"), help="small: two cores; full: a GPU")
+    common.add_argument("--scale", default=scale, choices=config_names("scale"), help="small: two cores; full: a GPU")
     common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
     common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
@@ -116,7 +119,6 @@ def _segment(parser: Parser) -> None:
 
 
 def _benchmark(parser: Parser) -> None:
-    parser.set_defaults(scale="compare")
     parser.add_argument("name", choices=["methods"], help="what to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--teacher-epochs", type=int, default=100)

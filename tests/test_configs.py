@@ -140,5 +140,6 @@ def test_every_line_that_a_verb_prints_composes_existing_files(capsys: pytest.Ca
         assert main([*verb, "--dry-run", "--dataset-dir", "x"]) == 0
         line = capsys.readouterr().out
         assert line.startswith("python -m monai.bundle run --config_file")
+        assert "configs/scale/small.json" in line  # the scale of the shipped weights
         for name in line.split("[", 1)[1].split("]", 1)[0].replace('"', "").split(", "):
             assert Path(name).is_file()

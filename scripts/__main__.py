@@ -79,8 +79,14 @@ def _training(args: argparse.Namespace) -> Overrides:
         "max_epochs": args.epochs,
         "resume": args.resume or None,
         "pretrained": args.pretrained,
+        "volumes_dir": args.volumes_dir,
+        "modality_dropout": getattr(args, "modality_dropout", None),  # not of a teacher
     }
     return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _processes(args: argparse.Namespace) -> list[str]:
+    return ["multi_gpu"] if args.multi_gpu else []
 
 
 def phantom(args: argparse.Namespace) -> None:
@@ -92,13 +98,13 @@ def phantom(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train the student alone."""
-    _run(args, ["train", *_context(args)], _training(args))
+    _run(args, ["train", *_context(args), *_processes(args)], _training(args))
 
 
 def teacher(args: argparse.Namespace) -> None:
     """Train one teacher."""
     own = {"architecture": args.architecture, "teacher_modalities": args.modalities}
-    _run(args, ["train", *_context(args), "teacher"], {**_training(args), **own})
+    _run(args, ["train", *_context(args), "teacher", *_processes(args)], {**_training(args), **own})
 
 
 def _teachers(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -115,6 +121,23 @@ def _teachers(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "weights": None if weights == "random" else weights,
         }
     return found
+
+
+def _named_teachers(args: argparse.Namespace) -> Overrides:
+    """Where the teachers are, as overrides."""
+    found = {"teachers_dir": args.teachers_dir, "teacher_specs": _teachers(args)}
+    return {key: value for key, value in found.items() if value}
+
+
+def cache_teachers(args: argparse.Namespace) -> None:
+    """Run the teachers once per training case and keep their predictions."""
+    own: Overrides = {**_training(args), **_named_teachers(args)}
+    if args.rebuild:
+        own["rebuild"] = True
+    maps = ["methods/teachformer"] if args.maps else []
+    if maps:
+        own["maps"] = "@taps"
+    _run(args, ["train", *_context(args), "distill", *maps, "cache_teachers"], own)
 
 
 def _merged(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +162,7 @@ def _prepare(args: argparse.Namespace, teachers: dict[str, dict[str, Any]], own:
             print(f"stage {stage.name}", flush=True)
             resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
             again = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
-            shared = {key: value for key, value in _training(args).items() if key == "fold"}
+            shared = {key: value for key, value in _training(args).items() if key in ("fold", "modality_dropout")}
             _run(again, ["train", *_context(args), *stage.configs], {**shared, **stage.overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**own, **start, "max_epochs": epochs - epochs // 2}
@@ -151,14 +174,14 @@ def distill(args: argparse.Namespace) -> None:
         print(_methods())
         return
     chosen, teachers = args.method or ["teachformer"], _teachers(args)
-    own: Overrides = {**_training(args)}
-    if args.teachers_dir:
-        own["teachers_dir"] = args.teachers_dir
-    if teachers:
-        own["teacher_specs"] = teachers
+    own: Overrides = {**_training(args), **_named_teachers(args)}
     if "gkd" in chosen:
         own = _prepare(args, teachers, own)
     configs = ["train", *_context(args), "distill", *(f"methods/{method}" for method in chosen)]
+    if args.cache_dir:
+        configs.append("cached")
+        own["cache_dir"] = args.cache_dir
+    configs += _processes(args)
     if args.balance is not None and not args.dry_run:
         own |= _balance(args, configs, own)
     _run(args, configs, own)
@@ -191,8 +214,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Segment a cohort and score it, or score masks made elsewhere."""
     own: Overrides = {"name": args.name} if args.name else {}
     own |= {key: value for key, value in (("weights", args.weights), ("fold", args.fold)) if value is not None}
-    if args.curves:
-        own["curves"] = args.curves
+    own |= {key: value for key, value in (("curves", args.curves), ("present", args.present)) if value}
     if args.predictions:
         own |= {"predictions": args.predictions, "run": "@score", "score#network": "$None"}
     configs = ["inference", *_context(args)]
@@ -203,17 +225,24 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def segment(args: argparse.Namespace) -> None:
-    """Segment one case onto the reference modality's own grid."""
+    """Segment one case onto the grid of its first modality."""
     output = Path(args.output)
     if not output.name.endswith(".nii.gz"):
         raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
-    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
-    files = {key: getattr(args, key) for key in spec["modalities"] if getattr(args, key)}
-    reference = spec["modalities"][0]
-    if reference not in files:
-        raise ValueError(f"--{reference} is missing: it is the reference modality, on whose grid the mask is written.")
+    modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())["modalities"]
+    files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
+    if not files:
+        raise ValueError(f"There is no image to segment: name it by --{' or --'.join(modalities)}.")
+    reference, absent = next(iter(files)), [key for key in modalities if key not in files]
+    if reference != modalities[0]:
+        if not _settings(args).get("allow_missing"):
+            lost = ", ".join(f"--{key} is missing" for key in absent)
+            raise ValueError(
+                f"{lost}: add the files, or allow it by --allow-missing (the mask gets --{reference}'s grid)."
+            )
+        print(f"The mask is written on the grid of --{reference}, since {absent[0]} is absent.")
     case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference], **files}
-    own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": []}
+    own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": [], "reference": reference}
     if args.weights:
         own["weights"] = args.weights
     _run(args, ["inference", *_context(args)], own)
@@ -269,7 +298,7 @@ def _sentence(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 on bad input (one sentence on stderr), 2 on bad arguments."""
-    actions = (phantom, train, teacher, distill, evaluate, segment, report, benchmark)
+    actions = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark)
     args = build_parser(actions).parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -12,6 +12,7 @@ from scripts import bundle_root
 CONFIGS = Path(bundle_root()) / "configs"
 Action = Callable[[argparse.Namespace], None]
 Parser = argparse.ArgumentParser
+TRAININGS = ("train", "teacher", "cache-teachers", "distill", "benchmark")
 
 
 def config_names(folder: str) -> list[str]:
@@ -32,14 +33,17 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     added: dict[str, Parser] = {}
     for action in actions:
-        name = action.__name__
+        name = action.__name__.replace("_", "-")
         shared = compared if name == "benchmark" else common
-        parents = [shared, training] if name in ("train", "teacher", "distill", "benchmark") else [shared]
+        parents = [shared, training] if name in TRAININGS else [shared]
         added[name] = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents)
         added[name].set_defaults(action=action)
     added["phantom"].add_argument("--cases", type=int, default=24)
     _name_teacher(added["teacher"], architecture="unetr")
+    _student(added["train"])
+    _student(added["distill"])
     _distill(added["distill"])
+    _cache(added["cache-teachers"])
     _evaluate(added["evaluate"])
     _segment(added["segment"])
     added["report"].add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
@@ -71,8 +75,20 @@ def _training() -> Parser:
     training.add_argument("--epochs", type=int, help="length of the training")
     training.add_argument("--fold", type=int, help="fold that validates (default 0)")
     training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
+    training.add_argument("--volumes-dir", help="keep preprocessed cases on disk there, for cohorts larger than memory")
+    training.add_argument("--multi-gpu", action="store_true", help="one process per GPU: start it by torchrun")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return training
+
+
+def _student(parser: Parser) -> None:
+    """Options of every training of a student."""
+    parser.add_argument(
+        "--modality-dropout",
+        type=float,
+        metavar="P",
+        help="the student loses each modality with this probability while it trains; its teachers see all",
+    )
 
 
 def _name_teacher(parser: Parser, architecture: str | None) -> None:
@@ -81,10 +97,7 @@ def _name_teacher(parser: Parser, architecture: str | None) -> None:
     parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
 
 
-def _distill(parser: Parser) -> None:
-    methods = config_names("methods")
-    parser.add_argument("--method", action="append", choices=methods, help="may be given more than once")
-    parser.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
+def _name_teachers(parser: Parser) -> None:
     parser.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
     parser.add_argument(
         "--teacher",
@@ -92,6 +105,20 @@ def _distill(parser: Parser) -> None:
         metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
         help="a teacher in place of the default three; may be given more than once; WEIGHTS: a file, or random",
     )
+
+
+def _cache(parser: Parser) -> None:
+    _name_teachers(parser)
+    parser.add_argument("--maps", action="store_true", help="also cache the attention maps that Teach-Former compares")
+    parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
+
+
+def _distill(parser: Parser) -> None:
+    methods = config_names("methods")
+    _name_teachers(parser)
+    parser.add_argument("--method", action="append", choices=methods, help="may be given more than once")
+    parser.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
+    parser.add_argument("--cache-dir", help="folder that cache-teachers wrote: the teachers are read, not run")
     parser.add_argument(
         "--balance",
         type=float,
@@ -107,6 +134,7 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--weights", help="weights of the network (default: models/model.pt)")
     parser.add_argument("--name", help="how the table calls the network")
     parser.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
+    parser.add_argument("--present", nargs="+", metavar="MODALITY", help="as if the cases had no others (default: all)")
     parser.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
     parser.add_argument("--curves", nargs="+", help="curves.csv files to draw")
 

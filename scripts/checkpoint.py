@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: str | Path) -> Any:
+def load_plain(path: str | Path) -> Any:
     """Tensors and plain numbers of a file; ValueError, without running anything, where it holds anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -53,7 +55,7 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
     found = sha256(path)
     if checksum is not None and found != checksum:
         raise ValueError(f"{path} has the sha256 {found[:12]}..., not {checksum[:12]}...: it is not the expected file.")
-    state = _read(path)
+    state = load_plain(path)
     try:
         network.load_state_dict(state.get(key, state) if isinstance(state, dict) else state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -77,56 +79,108 @@ def write_atomically(state: dict[str, Any], path: str | Path) -> None:
         beside.unlink(missing_ok=True)
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether a file that ``torch.save`` wrote is there with every byte: each member's CRC-32 is compared."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError):
+        return False
+
+
 class TrainingCheckpoint:
     """Handler: save the training state every few epochs, resume from it, and write the final weights.
 
-    The final weights are those of the last epoch, so that no network is selected on the validation cases.
+    A resumed run ends with the same bits as one that was never interrupted: states are saved at the ends of epochs, and
+    all random numbers of an epoch come from the seed and its number (``SeedEpochs``, ``scripts.data.draws``). The last
+    two states are kept; where the newest is broken, the one before is taken, and that is said. The final weights are
+    those of the last epoch, so that no network is selected on the validation cases. Of several processes all load, the
+    first saves.
 
     Args:
-        path: file of the training state.
+        path: file of the training state; the one before lies beside it, with ``.previous`` before its suffix.
         weights: file of the final weights, ``{"model": state dict}``.
         objects: name -> anything with ``state_dict``; ``model`` is the network whose weights are shipped.
         interval: epochs between two savings.
         resume: continue from ``path`` if it is there.
+        seed: of the run; a state of another seed is refused.
     """
 
     def __init__(
-        self, path: str, weights: str, objects: Mapping[str, Any], interval: int = 5, resume: bool = False
+        self,
+        path: str,
+        weights: str,
+        objects: Mapping[str, Any],
+        interval: int = 5,
+        resume: bool = False,
+        seed: int = 0,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must name the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
-        self.interval, self.resume = interval, resume
+        self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
+        self.interval, self.resume, self.seed = interval, resume, seed
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Register with a trainer."""
         engine.add_event_handler(Events.STARTED, self.load)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        if engine.state.rank == 0:  # MONAI's workflows know their process
+            engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+            engine.add_event_handler(Events.COMPLETED, self.finish)
 
-    def load(self, engine: Engine) -> None:
-        """Restore every object and the trainer's epoch, where asked and possible."""
+    def load(self, engine: Any) -> None:
+        """Restore every object and the trainer's epoch, where asked and possible.
+
+        Raises:
+            ValueError: no state that is there can be read, or it is from another kind of run.
+        """
         if not self.resume:
             return
-        if not self.path.is_file():
+        state = self._newest()
+        if state is None:
             logger.warning("nothing to resume at %s: training starts at epoch 1", self.path)
             return
-        state = _read(self.path)
         missing = sorted({*self.objects, "trainer"} - set(state))
         if missing:
             raise ValueError(f"{self.path} holds no state of {', '.join(missing)}: it is from another kind of run.")
+        trainer = dict(state["trainer"])
+        for name, found, now in (
+            ("seed", state.get("seed", self.seed), self.seed),
+            ("number of steps per epoch", trainer["epoch_length"], engine.state.epoch_length),
+        ):
+            if found != now:
+                raise ValueError(f"{self.path} is from another run: its {name} is {found}, here it is {now}.")
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
+        if "scaler" in state and engine.scaler is not None:
+            engine.scaler.load_state_dict(state["scaler"])
         # The run's own length counts, so that a finished training can be made longer.
-        max_epochs = engine.state.max_epochs
-        engine.load_state_dict(state["trainer"])
-        engine.state.max_epochs = max_epochs
+        engine.load_state_dict({**trainer, "max_epochs": engine.state.max_epochs})
         logger.info("resumed %s at epoch %d", self.path, engine.state.epoch)
 
-    def save(self, engine: Engine) -> None:
-        """Write the training state."""
+    def _newest(self) -> Any:
+        """The newest state that is whole; None where there is none at all."""
+        there = [path for path in (self.path, self.previous) if path.exists()]
+        for path in there:
+            if is_whole(path):
+                return load_plain(path)
+            logger.warning("%s is broken: falling back to the state before it", path)
+        if there:
+            names = " and ".join(map(str, there))
+            raise ValueError(f"{names} cannot be read: remove them to start anew, or restore one from a backup.")
+        return None
+
+    def save(self, engine: Any) -> None:
+        """Write the training state, and keep the one before."""
         state = {name: item.state_dict() for name, item in self.objects.items()}
-        write_atomically({**state, "trainer": dict(engine.state_dict())}, self.path)
+        if engine.scaler is not None:
+            state["scaler"] = engine.scaler.state_dict()
+        if is_whole(self.path):  # a broken one must not take the good one's place
+            beside = self.path.with_name(f".{self.previous.name}")
+            beside.unlink(missing_ok=True)
+            os.link(self.path, beside)
+            os.replace(beside, self.previous)
+        write_atomically({**state, "trainer": dict(engine.state_dict()), "seed": self.seed}, self.path)
 
     def finish(self, engine: Engine) -> None:
         """Write the training state and the final weights."""

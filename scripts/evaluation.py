@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from scripts.data.gather import modalities_used
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
 from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_json, write_rows
@@ -131,6 +132,7 @@ def score(
     patch: Sequence[int] = (64, 64, 64),
     seed: int = 0,
     workers: int = 2,
+    present: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score a folder of masks: ``cases.csv``, ``summary.json`` and ``report.html`` in ``output_dir``.
 
@@ -148,12 +150,13 @@ def score(
         patch: window for which operations are counted, in voxels.
         seed: of the bootstrap.
         workers: processes.
+        present: modalities that the network was given, by default all; others stand behind its name in the report.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: no case has a reference mask, or a mask holds unknown values.
+        ValueError: an unknown modality, no case has a reference mask, or a mask holds unknown values.
         FileNotFoundError: the folder of masks does not exist.
     """
     scored = [case for case in cases if "label" in case]
@@ -161,6 +164,9 @@ def score(
         raise ValueError(f"None of the {len(cases)} cases has a reference mask, so that there is nothing to score.")
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"There is no folder of masks at {predictions}.")
+    used = modalities_used(list(intensity), present)
+    if len(used) < len(intensity):
+        name = f"{name} ({', '.join(used)} only)"
     work = partial(score_case, predictions=predictions, labels=labels)
     with ProcessPoolExecutor(min(workers, len(scored))) as pool:
         rows = list(tqdm(pool.map(work, scored), total=len(scored), desc="scoring", unit="case"))
@@ -168,6 +174,7 @@ def score(
     manifest = _manifest(output_dir, cases)
     summary = {
         "name": name,
+        "present": used,
         "aggregate": aggregate(rows, seed=seed),
         **_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored),

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
+from ignite.utils import manual_seed
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
+from scripts.data.draws import mixed_seed
 from scripts.manifest import write_manifest
 
 Row = dict[str, float | int | None]
@@ -131,6 +133,27 @@ class Progress:
         if isinstance(output, dict) and CommonKeys.LOSS in output:
             self.bar.set_postfix(loss=f"{float(output[CommonKeys.LOSS]):.3f}", refresh=False)
         self.bar.update()
+
+
+class SeedEpochs:
+    """Seed every global generator at the start of each epoch by the run's seed, the epoch and the process.
+
+    So an epoch's dropout and masks do not depend on how many runs it took to come to it, and processes differ.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Seed them."""
+        manual_seed(mixed_seed(self.seed, engine.state.epoch, engine.state.rank))
 
 
 class ManifestWriter:

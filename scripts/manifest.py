@@ -45,6 +45,12 @@ def _commit() -> str | None:
     return head if clean else head + "+"
 
 
+def code_version() -> str:
+    """The bundle's version and commit."""
+    version_ = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text())["version"]
+    return f"{version_} ({_commit() or 'no checkout'})"
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -128,7 +128,7 @@ def test_a_finished_training_can_be_made_longer_and_is_else_left_as_it_is(tmp_pa
 def test_the_saved_state_holds_tensors_and_plain_values_only(tmp_path):
     run = Run(tmp_path, 2).start()
     state = run.saved()
-    assert list(state) == ["model", "optimizer", "lr_scheduler", "trainer"]
+    assert list(state) == ["model", "optimizer", "lr_scheduler", "trainer", "seed"]
     kinds = {type(value) for value in leaves(state).values()}
     assert kinds <= {Tensor, int, float, bool, str, type(None)}
     assert state["trainer"]["iteration"] == 2 * ITERATIONS

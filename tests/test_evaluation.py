@@ -235,3 +235,13 @@ def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match=r"masks holds no summary\.json"):
         compare([str(tmp_path / "out"), str(tmp_path / "masks")], str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
+
+
+def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: Path) -> None:
+    intensity = {"ct": [0, 100], "pet": [0, 10]}
+    assert run(cohort, tmp_path, intensity=intensity)["present"] == ["ct", "pet"]
+    part = run(cohort, tmp_path, intensity=intensity, present=["pet"])
+    assert (part["name"], part["present"]) == ("network <X> (pet only)", ["pet"])
+    assert strict(tmp_path / "out" / "summary.json")["present"] == ["pet"]
+    with pytest.raises(ValueError, match="present is \\['mr'\\]: name one or more of ct, pet"):
+        run(cohort, tmp_path, intensity=intensity, present=["mr"])

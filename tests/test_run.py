@@ -56,7 +56,7 @@ def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
     _run(
         "distill", *TINY, "--dataset-dir", cohort, "--output-dir", out / "distilled", "--epochs", 2,
-        "--teachers-dir", out, "--set", "val_interval=1",
+        "--teachers-dir", out, "--modality-dropout", 0.3, "--set", "val_interval=1",
     )  # fmt: skip
     return out
 
@@ -73,7 +73,7 @@ def test_the_student_learns_and_its_weights_fit_the_plain_student(trained: Path)
     state = _weights(trained / "distilled")
     assert not any(name.startswith(("student.", "teachers.")) for name in state)
     checkpoint = torch.load(trained / "distilled" / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "adapters", "trainer"}
+    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "adapters", "trainer", "seed"}
 
 
 def test_a_run_leaves_a_manifest_with_its_teachers_checksums(trained: Path) -> None:
@@ -81,6 +81,7 @@ def test_a_run_leaves_a_manifest_with_its_teachers_checksums(trained: Path) -> N
     assert set(manifest["teachers_sha256"]) == {"ct", "pet", "mr"}
     assert all(len(value) == 64 for value in manifest["teachers_sha256"].values())
     assert manifest["config"]["max_epochs"] == 2
+    assert manifest["config"]["modality_dropout"] == 0.3
     assert len(manifest["data"][0]) + len(manifest["data"][1]) == 6
 
 
@@ -156,12 +157,45 @@ def test_a_missing_modality_is_refused_in_one_sentence_unless_it_is_allowed(
     assert (tmp_path / "mask.nii.gz").is_file()
 
 
+def test_a_case_without_ct_is_segmented_on_the_grid_of_its_pet(
+    trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pet = cohort / "PHANTOM_001" / "PET_image.nii.gz"
+    output = tmp_path / "mask.nii.gz"
+    _run(
+        "segment", *TINY, "--pet", pet, "--mr", pet.with_name("MR_T1_image.nii.gz"), "--allow-missing",
+        "--output", output, "--weights", trained / "distilled" / "model.pt",
+    )  # fmt: skip
+    assert "The mask is written on the grid of --pet, since ct is absent." in capsys.readouterr().out
+    mask, reference, ct = (nib.load(path) for path in (output, pet, pet.with_name("CT_image.nii.gz")))
+    assert mask.shape == reference.shape != ct.shape
+    np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-4)
+    assert not np.allclose(mask.affine, ct.affine, atol=1e-4)
+
+
+def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
+    trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for present, name in (["mr", "pet"], "student (pet, mr only)"), (["ct", "pet", "mr"], "student"):
+        _run(
+            "evaluate", *TINY, "--dataset-dir", cohort, "--weights", trained / "distilled" / "model.pt", "--fold", 0,
+            "--output-dir", tmp_path, "--present", *present,
+        )  # fmt: skip
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["present"] == [key for key in ("ct", "pet", "mr") if key in present]
+        assert summary["name"] == name
+    assert main(["evaluate", "--data", "phantom", "--dataset-dir", str(cohort), "--present", "ct", "adc"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: present is ['ct', 'adc']: name one or more of ct, pet, mr."
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["train", "--dataset-dir", "/nowhere"], "/nowhere"),
         (["train"], "no folder of data was given"),
-        (["segment", "--pet", "p.nii.gz", "--output", "m.nii.gz"], "--ct is missing"),
+        (["segment", "--pet", "p.nii.gz", "--output", "m.nii.gz"], "--ct is missing, --mr is missing: add the files"),
+        (["segment", "--output", "m.nii.gz", "--allow-missing"], "name it by --ct or --pet or --mr"),
         (["segment", "--ct", "nowhere.nii.gz", "--output", "m.nii.gz"], "nowhere.nii.gz"),
         (["segment", "--ct", "a.nii.gz", "--output", "m.mha"], ".nii.gz"),
         (["report", "--evaluations", "/nowhere"], "/nowhere"),

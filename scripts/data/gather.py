@@ -27,29 +27,54 @@ def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str,
     return {k: str(path) for k, path in paths.items() if path.exists()}
 
 
+def modalities_used(modalities: Sequence[str], present: Sequence[str] | None = None) -> list[str]:
+    """Those of ``modalities`` that ``present`` names, in their own order; all of them where it is None.
+
+    Raises:
+        ValueError: it names none, or one that there is not.
+    """
+    if present is not None and (not present or not set(present) <= set(modalities)):
+        raise ValueError(f"present is {list(present)}: name one or more of {', '.join(modalities)}.")
+    return [key for key in modalities if present is None or key in present]
+
+
 class GatherModalitiesd(Transform):
     """Complete a data list's item: explicit keys first, then the data set's naming rule.
 
     Args:
-        modalities: keys to find; the first is the reference, which ``image`` names where its own key is absent.
+        modalities: keys to find.
         naming: layouts, each a file name per modality relative to the reference's folder, tried in turn;
             ``{case}`` stands for what varies, as in ``{"ct": "{case}_ct.nii.gz", "pet": "{case}_pt.nii.gz"}``.
         allow_missing: accept absent modalities (they become zeros) instead of refusing the case.
+        reference: the modality that ``image`` names where its own key is absent; by default the first.
+        present: modalities to use, by default all. The others are left out where they exist and not asked for where
+            they do not; only the reference's file stays, since it gives the grid.
 
     Raises:
-        ValueError: (when called) the item names neither ``image`` nor the reference modality, or a modality is absent.
+        ValueError: an unknown reference or ``present``; (when called) the item names neither ``image`` nor the
+            reference modality, or a modality is absent.
         FileNotFoundError: a file that the item names does not exist.
     """
 
     def __init__(
-        self, modalities: Sequence[str], naming: Sequence[Mapping[str, str]] = (), allow_missing: bool = False
+        self,
+        modalities: Sequence[str],
+        naming: Sequence[Mapping[str, str]] = (),
+        allow_missing: bool = False,
+        reference: str | None = None,
+        present: Sequence[str] | None = None,
     ) -> None:
         self.modalities, self.allow_missing = list(modalities), allow_missing
-        self.naming = [layout for layout in naming if self.modalities[0] in layout]
+        self.reference, self.used = reference or self.modalities[0], modalities_used(modalities, present)
+        if self.reference not in self.modalities:
+            raise ValueError(f"The reference {reference!r} is no modality: choose one of {', '.join(modalities)}.")
+        self.naming = [layout for layout in naming if self.reference in layout]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        reference = self.modalities[0]
-        if "image" not in data and reference not in data:
+        reference = self.reference
+        # An image that the item also names as another modality is not the reference.
+        others = [str(data[k]) for k in self.modalities if k != reference and k in data]
+        if reference not in data and ("image" not in data or str(data["image"]) in others):
             found = sorted(map(str, data))
             raise ValueError(f"A case needs 'image' or '{reference}', the reference modality; got {found}.")
         item = dict(data)
@@ -61,6 +86,8 @@ class GatherModalitiesd(Transform):
                     if key in self.modalities:
                         item.setdefault(key, path)
             item.setdefault("case_id", Path(item[reference]).name.split(".")[0])
+        for key in set(self.modalities) - {reference, *self.used}:
+            item.pop(key, None)
         files = [Path(item[k]) for k in self.modalities if isinstance(item.get(k), str | Path)]
         lost = [str(path) for path in files if not path.exists()]
         if lost:
@@ -70,7 +97,7 @@ class GatherModalitiesd(Transform):
                 f"Case {item.get('case_id')}: {item['pet']} is a DICOM folder, whose PET is in Bq/ml: convert it to "
                 "SUV by body weight and give the file."
             )
-        absent = [k for k in self.modalities if k not in item]
+        absent = [k for k in self.used if k not in item]
         if absent and not self.allow_missing:
             raise ValueError(
                 f"Case {item.get('case_id')}: no {', '.join(absent)} was given or found beside {item['image']}."
@@ -151,25 +178,34 @@ class MapLabelsd(MapTransform):
 class StackModalitiesd(Transform):
     """Zeros for absent modalities and ``presence`` (M, bool); with ``stack`` also ``image`` (M H W D).
 
-    The reference's key stays, since its history (``applied_operations``) undoes the geometry after inference.
+    The reference's key stays, since its history (``applied_operations``) undoes the geometry after inference. Its
+    channel is zeros too where ``present`` does not name it. See ``GatherModalitiesd`` for both.
     """
 
-    def __init__(self, modalities: Sequence[str], stack: bool) -> None:
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        stack: bool,
+        reference: str | None = None,
+        present: Sequence[str] | None = None,
+    ) -> None:
         self.modalities, self.stack = list(modalities), stack
+        self.reference, self.used = reference or self.modalities[0], modalities_used(modalities, present)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        reference = item[self.modalities[0]]
+        reference = item[self.reference]
         if "presence" not in item:
-            item["presence"] = torch.tensor([key in item for key in self.modalities])
+            item["presence"] = torch.tensor([key in item and key in self.used for key in self.modalities])
             for key in self.modalities:
                 item.setdefault(key, torch.zeros_like(reference))
             if isinstance(reference, MetaTensor) and "case_id" in item:
                 reference.meta["case_id"] = item["case_id"]
         if self.stack:
             # An absent modality stays zero whatever augmentation (noise, gain) was drawn for it.
-            channels = [item[k] * float(p) for k, p in zip(self.modalities, item["presence"], strict=True)]
-            item["image"] = torch.cat(channels)
-            for key in self.modalities[1:]:
-                del item[key]
+            pairs = [(item[k], p) for k, p in zip(self.modalities, item["presence"], strict=True)]
+            item["image"] = torch.cat([channel if p else torch.zeros_like(channel) for channel, p in pairs])
+            for key in self.modalities:
+                if key != self.reference:
+                    del item[key]
         return item

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.data.gather import GatherModalitiesd
+from scripts.data.gather import GatherModalitiesd, modalities_used
 
 logger = logging.getLogger(__name__)
 
@@ -98,24 +98,31 @@ def require_cases(
     modalities: Sequence[str] = (),
     naming: Sequence[Mapping[str, str]] = (),
     allow_missing: bool = False,
+    reference: str | None = None,
+    present: Sequence[str] | None = None,
 ) -> None:
     """Refuse to start on nothing, or on cases that lack files; all of the cohort's are named at once.
 
     Args:
         cases: the data list.
         root: folder that it was read from.
-        modalities: those that every case should have; the first may stand under ``image``.
+        modalities: those that every case should have.
         naming: rules by which absent keys are looked for, see ``GatherModalitiesd``.
         allow_missing: accept absent modalities, and say which.
+        reference: the modality that may stand under ``image``; by default the first.
+        present: the modalities to use, by default all; a case need not have any other.
 
     Raises:
-        ValueError: there is no case to work on, or modalities are absent.
+        ValueError: there is no case to work on, modalities are absent, or an unknown one is asked for.
         FileNotFoundError: the data list names files that do not exist.
     """
     if not cases:
         where = f"{root} holds no case" if root else "no folder of data was given"
         raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
-    gather: Callable[[Any], Any] = GatherModalitiesd(modalities, naming, allow_missing=True) if modalities else dict
+    used = modalities_used(modalities, present)
+    gather: Callable[[Any], Any] = (
+        GatherModalitiesd(modalities, naming, True, reference, present) if modalities else dict
+    )
     lost, absent = [], []
     for case in cases:
         try:
@@ -123,7 +130,7 @@ def require_cases(
         except FileNotFoundError as error:
             lost.append(str(error))
             continue
-        absent += [f"{item.get('case_id')}: {key}" for key in modalities if key not in item]
+        absent += [f"{item.get('case_id')}: {key}" for key in used if key not in item]
     if lost:
         raise FileNotFoundError(" ".join(lost))
     if absent and not allow_missing:

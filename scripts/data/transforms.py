@@ -7,14 +7,18 @@ modality goes to the target spacing, every other file straight onto that grid by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from monai import transforms as mt
 
 from scripts.data.gather import CropToBoxd, GatherModalitiesd, MapLabelsd, StackModalitiesd
+from scripts.data.volumes import CentreCandidatesd, Pipeline
 
 Intensity = Mapping[str, Sequence[float] | str]
+CANDIDATES = ("foreground", "background")
+FORMAT = 1  # raised when the fixed part of the same settings gives other volumes
 
 
 def _normalise(intensity: Intensity) -> list[mt.Transform]:
@@ -37,15 +41,17 @@ def _read(
     naming: Sequence[Mapping[str, str]],
     labels: Sequence[Sequence[float]] | None,
     allow_missing: bool,
+    reference: str,
+    present: Sequence[str] | None,
 ) -> list[mt.Transform]:
     """File paths -> normalised volumes on the reference modality's grid at ``spacing``, still one key per modality."""
-    reference, others = modalities[0], list(modalities[1:])
+    others = [key for key in modalities if key != reference]
     missing = [key for key in modalities if key not in intensity]
     if missing:
         raise ValueError(f"intensity has no entry for {missing}: every modality needs one.")
     keys = [*modalities, *(["label"] if labels else [])]
     steps: list[mt.Transform] = [
-        GatherModalitiesd(modalities, naming, allow_missing),
+        GatherModalitiesd(modalities, naming, allow_missing, reference, present),
         mt.LoadImaged(keys, ensure_channel_first=True, allow_missing_keys=True),
         CropToBoxd(reference),
         mt.Orientationd(reference, axcodes="RAS", labels=None),
@@ -60,19 +66,39 @@ def _read(
     return steps
 
 
-def _augment(modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int) -> list[mt.Transform]:
-    """Random patch, flips, small rotations and scaling in common; gain, blur, contrast and noise per modality."""
-    keys = [*modalities, "label"]
-    modes = ["bilinear"] * len(modalities) + ["nearest"]
-    steps: list[mt.Transform] = [
-        mt.SpatialPadd(keys, patch),
-        mt.RandCropByPosNegLabeld(
-            keys, "label", patch, pos=positives, neg=negatives, num_samples=1, allow_smaller=True
-        ),
+def _keep(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]:
+    """The end of training's fixed part: plain tensors of at least a patch, and voxels to centre patches on."""
+    volumes = [*modalities, "label"]
+    return [
+        mt.SpatialPadd(volumes, patch),
+        CentreCandidatesd("label"),
+        mt.SelectItemsd([*volumes, "presence", "case_id", *CANDIDATES], allow_missing_keys=True),
+        mt.EnsureTyped(volumes, dtype=[torch.float32] * len(modalities) + [torch.uint8], track_meta=False),
+    ]
+
+
+def _augment(
+    modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int, cached: Any
+) -> list[Callable[..., Any]]:
+    """Random patch, flips, small rotations and scaling in common; gain, blur, contrast and noise per modality.
+
+    Cached predictions of teachers take the same patch and the same spatial transforms.
+    """
+    keys = [*modalities, "label", *(cached.keys if cached else ())]
+    spatial = [*modalities, *(["cached"] if cached else []), "label"]
+    modes = ["bilinear"] * (len(spatial) - 1) + ["nearest"]
+    foreground, background = CANDIDATES
+    crop = mt.RandCropByPosNegLabeld(
+        keys, "label", patch, positives, negatives, fg_indices_key=foreground, bg_indices_key=background
+    )
+    steps: list[Callable[..., Any]] = [*([cached] if cached else []), crop]
+    if cached:
+        steps += [mt.ConcatItemsd(cached.keys, "cached"), mt.CastToTyped("cached", torch.float32)]
+    steps += [
         mt.RandAffined(
-            keys, prob=0.5, rotate_range=(0.26,) * 3, scale_range=(0.15,) * 3, mode=modes, padding_mode="border"
+            spatial, prob=0.5, rotate_range=(0.26,) * 3, scale_range=(0.15,) * 3, mode=modes, padding_mode="border"
         ),
-        *(mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
+        *(mt.RandFlipd(spatial, prob=0.5, spatial_axis=axis) for axis in range(3)),
     ]
     for key in modalities:
         steps += [
@@ -82,6 +108,16 @@ def _augment(modalities: Sequence[str], patch: Sequence[int], positives: int, ne
             mt.RandGaussianNoised(key, prob=0.2, std=0.05),
         ]
     return steps
+
+
+def _finish(cached: Any) -> list[mt.Transform]:
+    """The end of training's random part: what a batch holds, as plain tensors."""
+    tensors = ["image", "label", "presence", *(["cached"] if cached else [])]
+    return [
+        mt.SelectItemsd([*tensors, "case_id"], allow_missing_keys=True),
+        mt.EnsureTyped(tensors, track_meta=False),
+        mt.CastToTyped("label", torch.float32),
+    ]
 
 
 def preprocessing(
@@ -95,11 +131,14 @@ def preprocessing(
     positives: int = 2,
     negatives: int = 1,
     allow_missing: bool = False,
-) -> mt.Compose:
+    reference: str | None = None,
+    present: Sequence[str] | None = None,
+    cached: Any = None,
+) -> Pipeline:
     """The whole way from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
     Args:
-        modalities: channel order of ``image``; the first is the reference, on whose grid everything is brought.
+        modalities: channel order of ``image``.
         intensity: per modality ``[low, high]`` (HU, SUV, a.u.) or ``"zscore"``.
         spacing: target spacing in mm.
         mode: ``"train"`` (random patches, augmentation, plain tensors), ``"validate"`` (whole volumes, with label) or
@@ -109,13 +148,18 @@ def preprocessing(
         patch: size of a training patch in voxels.
         positives, negatives: ratio of patches centred on foreground and on background.
         allow_missing: read absent modalities as zeros instead of refusing the case.
+        reference: the modality on whose grid everything is brought; by default the first.
+        present: the modalities to use, by default all: any other is absent, even where its file exists. The
+            reference's file gives the grid in any case, and nothing else where it is not named.
+        cached: predictions of teachers that ride along with training patches, see ``scripts.teacher_cache``.
 
     Returns:
-        A ``Compose`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool), ``label``
+        A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool), ``label``
         (1 H W D), and in ``"infer"`` the reference key, whose history brings a prediction back to its own grid.
 
     Raises:
-        ValueError: an unknown mode, a missing patch or label mapping, an intensity rule that is not one.
+        ValueError: an unknown mode, a missing patch or label mapping, an intensity rule that is not one, an
+            unknown reference or ``present``.
     """
     if mode not in ("train", "validate", "infer"):
         raise ValueError(f"Unknown mode {mode!r}: choose train, validate or infer.")
@@ -123,19 +167,25 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the labels' values.")
+    settings = {
+        "format": FORMAT,
+        **{"modalities": list(modalities), "intensity": dict(intensity), "spacing": list(spacing)},
+        **{"labels": labels, "patch": patch, "naming": naming, "allow_missing": allow_missing},
+        **{"reference": reference, "present": present},
+    }
     with_label = labels if mode != "infer" else None
-    steps = _read(modalities, intensity, spacing, naming, with_label, allow_missing)
+    reference = reference or modalities[0]
+    fixed = _read(modalities, intensity, spacing, naming, with_label, allow_missing, reference, present)
     # Absent modalities become zeros here, so that the random transforms always find every key.
-    steps.append(StackModalitiesd(modalities, stack=False))
-    if mode == "train" and patch is not None:
-        steps += _augment(modalities, patch, positives, negatives)
-    steps.append(StackModalitiesd(modalities, stack=True))
-    if mode == "train":
-        kept = ["image", "label", "presence"]
-        steps += [mt.SelectItemsd(kept), mt.EnsureTyped(kept, track_meta=False)]
-    elif mode == "validate":
-        steps.append(mt.SelectItemsd(["image", "label", "presence", "case_id"], allow_missing_keys=True))
-    return mt.Compose(steps)
+    fixed.append(StackModalitiesd(modalities, False, reference, present))
+    stack = StackModalitiesd(modalities, True, reference, present)
+    if mode != "train" or patch is None:
+        kept = mt.SelectItemsd(["image", "label", "presence", "case_id"], allow_missing_keys=True)
+        return Pipeline([*fixed, stack, *([kept] if mode == "validate" else [])], [], settings)
+    random = _augment(modalities, patch, positives, negatives, cached)
+    pipeline = Pipeline([*fixed, *_keep(modalities, patch)], [*random, stack, *_finish(cached)], settings)
+    pipeline.cached = cached
+    return pipeline
 
 
 def postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str, save: bool = True) -> mt.Compose:

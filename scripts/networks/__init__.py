@@ -4,6 +4,7 @@
 from scripts.networks.adapters import ChannelAdapter as ChannelAdapter
 from scripts.networks.alignment import AlignmentHeader as AlignmentHeader
 from scripts.networks.h_denseformer import HDenseFormer as HDenseFormer
+from scripts.networks.modality_dropout import ModalityDropout as ModalityDropout
 from scripts.networks.nnunet import NNUNet as NNUNet
 from scripts.networks.selective_fusion import SelectiveFusion as SelectiveFusion
 from scripts.networks.semantic_autoencoder import SemanticAutoEncoder as SemanticAutoEncoder

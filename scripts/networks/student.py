@@ -10,6 +10,7 @@ import torch
 from monai.networks.blocks import Convolution
 from torch import nn
 
+from scripts.networks.modality_dropout import ModalityDropout
 from scripts.networks.selective_fusion import SelectiveFusion
 
 
@@ -80,6 +81,8 @@ class Student(nn.Module):
             since it folds into the convolutions.
         selective_fusion: weigh a local against a wider context after the decoder's stage at stride 4, see
             ``SelectiveFusion``: the carriers of dual distillation.
+        modality_dropout: probability of losing each modality while training, see ``ModalityDropout``; it has no
+            weights and does nothing in eval().
         spatial_dims: 2 or 3.
     """
 
@@ -92,10 +95,12 @@ class Student(nn.Module):
         heads: int = 4,
         norm: str | tuple = ("group", {"num_groups": 8}),
         selective_fusion: bool = False,
+        modality_dropout: float = 0.0,
         spatial_dims: int = 3,
     ) -> None:
         super().__init__()
         self.divisor = 2 ** len(features)
+        self.modality_dropout = ModalityDropout(modality_dropout)
         widths = [in_channels, *features]
         self.encoder = nn.ModuleList(
             nn.Sequential(_conv(spatial_dims, i, o, norm, strides=2), _conv(spatial_dims, o, o, norm))
@@ -117,7 +122,8 @@ class Student(nn.Module):
         self.head = Convolution(spatial_dims, full_features, out_channels, kernel_size=1, conv_only=True)
 
     def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Image (``B C H W [D]``) to its features, from the image itself to the attended deepest grid.
+        """Image (``B C H W [D]``) to its features, from the image (in train() less the modalities it loses) to
+        the attended deepest grid.
 
         Raises:
             ValueError: a spatial size that is not divisible by 2 to the number of stages.
@@ -128,7 +134,7 @@ class Student(nn.Module):
                     f"Student needs spatial sizes divisible by {self.divisor}, got {list(image.shape[2:])}: pad the "
                     "image or choose another window."
                 )
-        features = [image]
+        features = [self.modality_dropout(image)]
         for stage in self.encoder:
             features.append(stage(features[-1]))
         features[-1] = self.attention(features[-1])[0]

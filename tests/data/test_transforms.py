@@ -146,13 +146,13 @@ def test_an_absent_modality_is_zeros_and_absent_only_where_asked(oblique: Any) -
     assert "Case A: no pet was given" in str(caught.value.__cause__)
 
 
-def test_training_gives_plain_tensors_under_three_keys(simple: Any) -> None:
+def test_training_gives_plain_tensors_and_the_case(simple: Any) -> None:
     volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
     items = [simple(ct=volume, pet=volume, label=boxes())] * 2
     data = CacheDataset(items, train(), progress=False)
     batch = next(iter(DataLoader(data, batch_size=2)))
-    assert set(batch) == {"image", "label", "presence"}
-    assert all(type(value) is torch.Tensor for value in batch.values())
+    assert set(batch) == {"image", "label", "presence", "case_id"}
+    assert all(type(batch[key]) is torch.Tensor for key in ("image", "label", "presence"))
     assert batch["image"].shape == (2, 2, 16, 16, 16)
     assert batch["label"].shape == (2, 1, 16, 16, 16)
     assert batch["presence"].tolist() == [[True, True]] * 2
@@ -169,7 +169,7 @@ def test_the_same_seed_gives_the_same_patch_and_another_one_another(simple: Any)
     volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
     item = simple(ct=volume, pet=1 - volume, label=boxes())
     first, again, other = (train(seed=seed)(item)[0] for seed in (1, 1, 2))
-    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all(torch.equal(first[key], again[key]) for key in ("image", "label", "presence"))
     assert not torch.equal(first["image"], other["image"])
 
 

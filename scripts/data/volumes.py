@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data: cases preprocessed once, kept in memory or on disk, cut and augmented anew for every sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import Dataset
+from monai.transforms import Compose, Transform
+from tqdm import tqdm
+
+from scripts.data.draws import Drawn
+from scripts.data.lists import Item
+
+
+class Pipeline(Compose):
+    """A ``Compose`` that knows where chance begins, and what its fixed part was made of.
+
+    Args:
+        fixed: transforms whose result can be kept.
+        random: transforms that are drawn for each sample.
+        settings: everything that the fixed part's result depends on, besides the files; plain values.
+
+    ``cached`` holds what gives cached predictions of teachers, where the random part asks for them.
+    """
+
+    cached: Any
+
+    def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
+        super().__init__([*fixed, *random])
+        self.fixed, self.cached = len(fixed), None
+        self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def prepare(self, case: Item) -> dict[str, Any]:
+        """The fixed part."""
+        return self(dict(case), end=self.fixed, threading=True)  # type: ignore[no-any-return]
+
+    def draw(self, volumes: Mapping[str, Any]) -> Any:
+        """The random part."""
+        return self(dict(volumes), start=self.fixed)
+
+
+class CentreCandidatesd(Transform):
+    """Voxels that a patch may be centred on, so that no sample has to search its volume for them.
+
+    Adds ``foreground`` and ``background``, flat indices of at most ``count`` voxels each, evenly spread over those of
+    the label; ``RandCropByPosNegLabeld`` takes them.
+    """
+
+    def __init__(self, label: str, count: int = 20_000) -> None:
+        self.label, self.count = label, count
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        inside = torch.as_tensor(data[self.label][0] > 0).flatten()
+        return {**data, "foreground": self._spread(inside), "background": self._spread(~inside)}
+
+    def _spread(self, mask: torch.Tensor) -> torch.Tensor:
+        found = mask.nonzero()[:, 0]
+        return found[torch.linspace(0, len(found) - 1, min(len(found), self.count)).round().long()]
+
+
+class Volumes(Dataset):
+    """Preprocessed cases; an item is drawn from them by the pipeline's random part, and never changes them.
+
+    Args:
+        cases: data list.
+        transform: the pipeline; where it has ``cached`` (predictions of teachers), that is checked first.
+        folder: keep the volumes in files there, mapped into memory, so that a sample reads its patch only and a cohort
+            may be larger than memory; empty: keep them in memory. A file is found again by case, its files' sizes and
+            times, and the pipeline's settings; one that is broken is made again.
+        workers: threads that preprocess.
+    """
+
+    def __init__(self, cases: Sequence[Item], transform: Pipeline, folder: str = "", workers: int = 2) -> None:
+        super().__init__(cases, transform)
+        self.pipeline = transform
+        self.folder = Path(folder) if folder else None
+        if transform.cached is not None and cases:
+            transform.cached.check(cases, transform.fingerprint)
+        with ThreadPoolExecutor(workers) as pool:
+            made = pool.map(self._write if self.folder else transform.prepare, cases)
+            self.kept = list(tqdm(made, total=len(cases), desc="preprocessing", unit="case", disable=not cases))
+
+    def _file(self, case: Item) -> Path:
+        """Where a case's volumes are kept."""
+        paths = [Path(value) for value in case.values() if isinstance(value, str) and os.path.isfile(value)]
+        states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        key = json.dumps([self.pipeline.fingerprint, case, states], sort_keys=True, default=str)
+        return Path(self.folder or "") / f"{case['case_id']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+    def _write(self, case: Item) -> Path:
+        path = self._file(case)
+        if not _readable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            torch.save(self.pipeline.prepare(case), beside)
+            os.replace(beside, path)
+        return path
+
+    def _transform(self, index: int) -> Any:
+        kept = self.kept[index]
+        volumes = torch.load(kept, mmap=True, weights_only=True) if isinstance(kept, Path) else kept
+        return self.pipeline.draw(volumes)
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file of volumes is there and whole."""
+    try:
+        torch.load(path, mmap=True, weights_only=True)
+    except Exception:  # bytes that are no such file make the reader fail in a dozen ways
+        return False
+    return True
+
+
+def training_set(cases: Sequence[Item], transform: Pipeline, seed: int = 0, folder: str = "") -> Drawn:
+    """The training cases, each sample a function of seed, epoch and case; see ``Volumes`` and ``Drawn``."""
+    return Drawn(Volumes(cases, transform, folder), seed)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision on any device: the networks run in bfloat16 or float16, the losses see float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.inferers import SimpleInferer
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AutocastInferer(SimpleInferer):
+    """Call the network under autocast and give back float32, of one tensor or of a dict of tensors.
+
+    Args:
+        device: that the network is on; MONAI's trainers know autocast on CUDA only.
+        precision: one of ``PRECISIONS``; ``float32`` changes nothing.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(self, device: str | torch.device, precision: str = "float32") -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"Unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}.")
+        self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the network."""
+        enabled = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            outputs = network(inputs, *args, **kwargs)
+        return {k: _full(v) for k, v in outputs.items()} if isinstance(outputs, dict) else _full(outputs)
+
+
+def _full(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+class GradientScaling:
+    """Handler: scale the loss so that float16 gradients do not vanish; attach it before the checkpoint's handler.
+
+    A trainer with ``amp`` scales by its ``scaler``; MONAI's is for CUDA only, this one is for the device.
+
+    Args:
+        device: of the training.
+        initial: first scale; it halves after each overflow and doubles after 2000 steps without one.
+    """
+
+    def __init__(self, device: str | torch.device, initial: float = 2.0**16) -> None:
+        self.device, self.initial = torch.device(device), initial
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Put the scaler in place."""
+        engine.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.initial)

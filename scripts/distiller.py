@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         if LOGITS in taps or "student" in teachers:
             raise ValueError(f"A tap named {LOGITS!r} or a teacher named 'student' hides other outputs: rename it.")
         self._student_taps: dict[str, Tap] = {}
-        self._teacher_taps: dict[str, dict[str, Tap]] = {key: {} for key in teachers}
+        self._teacher_taps: dict[str, dict[str, Tap | None]] = {key: {} for key in teachers}  # None: cached
         for name, layers in taps.items():
             self._connect(name, layers, with_adapter=name in adapters)
         for tap, each in adapters.items():
@@ -80,6 +80,10 @@ class Distiller(nn.Module):
             raise ValueError(f"Tap {name!r} takes {own} of the student: name one layer, or add an adapter that fuses.")
         self._student_taps[name] = Tap("student", self.student, own)
         for key, teacher in self.teachers.items():
+            cached = cast("tuple[str, ...] | None", getattr(teacher, "outputs", None))
+            if cached is not None:
+                self._connect_cached(key, name, cached, with_adapter)
+                continue
             network = cast(nn.Module, teacher.network)
             found = layers_of(key, network, name, layers)
             if found is not None:
@@ -87,6 +91,15 @@ class Distiller(nn.Module):
         if not self.teachers_of(name):
             kinds = sorted(kind for kind, layer in layers.items() if layer and kind not in ("student", "Student"))
             raise ValueError(f"Tap {name!r} is for no teacher of this run: add one of {', '.join(kinds)}.")
+
+    def _connect_cached(self, key: str, name: str, cached: Sequence[str], with_adapter: bool) -> None:
+        """A tap of a teacher that is not there to be asked: its cache must hold it, as a map without channels."""
+        if name not in cached or with_adapter:
+            raise ValueError(
+                f"Tap {name!r} needs features of the teacher {key!r}, whose cache holds {', '.join(cached)}: train "
+                "without the cache, or, for Teach-Former, cache its attention maps too (cache-teachers --maps)."
+            )
+        self._teacher_taps[key][name] = None
 
     def _fitted(
         self, adapters: Mapping[str, Any], window: Sequence[int] | None, device: torch.device
@@ -101,7 +114,7 @@ class Distiller(nn.Module):
         with torch.no_grad(), listening(self._student_taps.values()) as heard:
             self.student.eval()(image)
         self.student.train(training)
-        seen = {key: self._ask(key, image, None) for key in self.teacher_names}
+        seen = {key: self._ask(key, image, {}) for key in self.teacher_names}
         for tap, each in adapters.items():
             mine = self._student_taps[tap].value(heard)
             width = mine.shape[1] if isinstance(mine, torch.Tensor) else [x.shape[1] for x in mine]
@@ -140,10 +153,13 @@ class Distiller(nn.Module):
         Args:
             image: ``B M H W [D]``, one channel per modality.
             presence: B x M, bool; None means that all are present.
-            cached: teacher name -> its logits, for teachers that need not run again. They still run if a tap is asked.
+            cached: ``<teacher>.logits`` and ``<teacher>.<tap>`` of teachers that need not run again; one of whose
+                outputs any is absent runs.
         """
         if not self.training:
             return self.student(image)  # type: ignore[no-any-return]
+        if self._student_taps and getattr(self.student, "_compiled_call_impl", None) is not None:
+            raise ValueError("A compiled student cannot be tapped: train it without compile, or with terms on logits.")
         with listening(self._student_taps.values()) as heard:
             outputs: dict[str, torch.Tensor] = {LOGITS: self.student(image)}
         for name, tap in self._student_taps.items():
@@ -154,17 +170,19 @@ class Distiller(nn.Module):
             for teacher, adapter in adapters.items():
                 outputs[f"student.{name}@{teacher}"] = adapter(feature)
         for name in self.teacher_names:
-            outputs |= self._ask(name, image, (cached or {}).get(name))
+            outputs |= self._ask(name, image, cached or {})
         if presence is None:
             presence = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         channels = [cast(Sequence[int], teacher.channels) for teacher in self.teachers.values()]
         outputs["available"] = available_teachers(presence, channels)
         return outputs
 
-    def _ask(self, name: str, image: torch.Tensor, cached: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        taps = self._teacher_taps[name]
-        if cached is not None and not taps:
-            return {f"{name}.{LOGITS}": cached.detach()}
+    def _ask(self, name: str, image: torch.Tensor, cached: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A teacher's outputs by their flat names: the cached ones where all are there, else by running it."""
+        wanted = [f"{name}.{output}" for output in (LOGITS, *self._teacher_taps[name])]
+        if all(key in cached for key in wanted):
+            return {key: cached[key].detach() for key in wanted}
+        taps = {key: tap for key, tap in self._teacher_taps[name].items() if tap is not None}
         with torch.no_grad(), listening(taps.values()) as heard:
             logits = self.teachers[name](image)
         return {f"{name}.{LOGITS}": logits, **{f"{name}.{key}": tap.value(heard) for key, tap in taps.items()}}

@@ -263,30 +263,11 @@ def report(args: argparse.Namespace) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Compare all methods on one data set: train, evaluate, one table; goes on where it was stopped."""
-    from scripts.comparison import Plan, compare_methods
-    from scripts.comparison_table import write_comparison
+    """Compare methods, subsets of the modalities, or the cost of training; goes on where it was stopped."""
+    import scripts.benchmark as benchmarks
 
-    if not args.dataset_dir:
-        raise ValueError("There is nothing to compare on: name the data set's folder by --dataset-dir.")
-    plan = Plan(
-        data=args.data,
-        dataset_dir=args.dataset_dir,
-        scale=args.scale,
-        output=Path(args.output_dir or "runs/compare"),
-        modalities=tuple(_merged(args)["modalities"]),
-        methods=tuple(config_names("methods")),
-        seeds=tuple(args.seeds),
-        epochs=args.epochs or Plan.epochs,
-        teacher_epochs=args.teacher_epochs,
-        fold=args.fold or 0,
-    )
-    if args.dry_run:
-        for job in plan.jobs():
-            print("\n".join(f"python -m scripts {shlex.join(command)}" for command in job.commands))
-        return
-    jobs = plan.jobs() if args.table else compare_methods(plan, args.workers, main, args.only)
-    print(write_comparison(plan, jobs, args.json))
+    run = getattr(benchmarks, args.name)
+    print(run(args, _merged(args)["modalities"], main))
 
 
 def _sentence(error: BaseException) -> str:

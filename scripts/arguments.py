@@ -147,8 +147,9 @@ def _segment(parser: Parser) -> None:
 
 
 def _benchmark(parser: Parser) -> None:
-    parser.add_argument("name", choices=["methods"], help="what to compare")
+    parser.add_argument("name", choices=["methods", "missing", "training", "scaling"], help="what to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
+    parser.add_argument("--rounds", type=int, default=5, help="training, scaling: turns that each side gets")
     parser.add_argument("--teacher-epochs", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need")

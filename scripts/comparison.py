@@ -19,7 +19,7 @@ import SimpleITK as sitk  # noqa: N813
 from tqdm import tqdm
 
 from scripts.data import datalist, fold_split
-from scripts.stages import finished
+from scripts.stages import FINISHED
 
 TEACHER = ("dynunet",)  # of every method, so that nothing but the method differs
 BOTH = ("dynunet", "hdenseformer")  # dual distillation needs a CNN and a Transformer
@@ -35,26 +35,42 @@ Command = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """One training and its evaluation, as the commands that a user would type.
+    """One training and its evaluations, as the commands that a user would type.
 
     Args:
         row: the row of the table to which it belongs.
         seed: of the training.
-        folder: where it writes; ``eval/summary.json`` comes last.
-        commands: arguments of ``python -m scripts``: the training, the evaluation.
+        folder: where it writes.
+        commands: arguments of ``python -m scripts``: the training, then the evaluations.
         needs: weights that must be there before it can begin.
+        evaluations: what each evaluation is called, in ``folder``.
+        makes: files that the first command leaves in ``folder`` when it has come to its end.
     """
 
     row: str
     seed: int
     folder: Path
-    commands: tuple[Command, Command]
+    commands: tuple[Command, ...]
     needs: tuple[Path, ...] = ()
+    evaluations: tuple[str, ...] = ("eval",)
+    makes: tuple[str, ...] = FINISHED
+
+    @property
+    def todo(self) -> list[Command]:
+        """The commands whose results are not there."""
+        training = [] if self._made() else [self.commands[0]]
+        named = zip(self.evaluations, self.commands[1:], strict=True)
+        return [*training, *(c for name, c in named if not (self.folder / name / "summary.json").is_file())]
 
     @property
     def done(self) -> bool:
-        """Whether its evaluation is there."""
-        return (self.folder / "eval" / "summary.json").is_file()
+        """Whether every evaluation is there; a training without any is done when it has come to its end."""
+        if not self.evaluations:
+            return self._made()
+        return all((self.folder / name / "summary.json").is_file() for name in self.evaluations)
+
+    def _made(self) -> bool:
+        return all((self.folder / name).is_file() for name in self.makes)
 
 
 @dataclass(frozen=True)
@@ -161,10 +177,8 @@ def _warmed(method: str) -> str:
 def _work(main: Callable[[Sequence[str]], int], job: Job) -> None:
     """Run a job's commands in this (forked) process; its words go into a log beside its results."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    train, evaluate = job.commands
-    if (job.folder / "checkpoint.pt").is_file():
-        train = (*train, "--resume")
-    commands = [evaluate] if finished(job.folder) else [train, evaluate]
+    resumed = (*job.commands[0], "--resume") if (job.folder / "checkpoint.pt").is_file() else job.commands[0]
+    commands = [resumed if command is job.commands[0] else command for command in job.todo]
     path = job.folder / "log.txt"
     with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FINISHED = ("model.pt", "manifest.json")  # what a training leaves at its end, the last one last
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -26,7 +28,7 @@ class Stage:
 
 def finished(folder: Path) -> bool:
     """Whether a training has come to its end there; the manifest is written last."""
-    return (folder / "model.pt").is_file() and (folder / "manifest.json").is_file()
+    return all((folder / name).is_file() for name in FINISHED)
 
 
 def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: int) -> list[Stage]:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a student is worth when modalities are missing: every subset, with and without modality dropout and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from scripts.comparison import SHARE, TEACHER_RATE, Command, Job
+from scripts.comparison_table import seed_mean
+from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
+
+METHOD = "dist"  # the best on predictions alone in the comparison of all methods
+PLAIN, DROPPED, DISTILLED = "alone", "alone, dropout", f"distilled ({METHOD}), dropout"
+ROWS = (PLAIN, DROPPED, f"distilled ({METHOD})", DISTILLED)
+
+
+def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every non-empty subset, the whole first, then by size."""
+    sizes = range(len(modalities), 0, -1)
+    return [subset for size in sizes for subset in combinations(modalities, size)]
+
+
+@dataclass(frozen=True)
+class MissingPlan:
+    """Four students, each scored on every subset of the modalities.
+
+    Args:
+        common: arguments of every command: data, folder, scale, threads, fold.
+        output: folder of everything.
+        modalities: of the data set.
+        seeds: of the students.
+        epochs: of the students.
+        teacher_epochs: of the one teacher, DynUNet on all modalities.
+        dropout: probability of losing a modality.
+    """
+
+    common: Command
+    output: Path
+    modalities: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 60
+    teacher_epochs: int = 100
+    dropout: float = 0.25
+
+    def jobs(self) -> list[Job]:
+        """The teacher, its cache, a student on which the terms are weighed, then the students seed by seed."""
+        teacher, cache, warmed = (self.output / name for name in ("teacher_dynunet", "cache", "warmed"))
+        named = ("--architecture", "dynunet", "--modalities", *self.modalities, "--epochs", str(self.teacher_epochs))
+        learn = ("teacher", *named, *self._to(teacher, 0), "--set", f"learning_rate={TEACHER_RATE}")
+        start = ("train", "--epochs", str(max(1, self.epochs // 5)), *self._to(warmed, 0))
+        weights = ("--teacher", f"dynunet={teacher / 'model.pt'}")
+        keep = ("cache-teachers", *weights, *self._to(cache, 0))
+        jobs = [
+            Job("teacher", 0, teacher, (learn,), (), ()),
+            Job("student warmed up", 0, warmed, (start,), (), ()),
+            Job("cache", 0, cache, (keep,), (teacher / "model.pt",), (), ("dynunet/manifest.json",)),
+        ]
+        needs = (cache / "dynunet" / "manifest.json", warmed / "model.pt")
+        taught = ("--method", METHOD, *weights, "--cache-dir", str(cache), "--balance", str(SHARE))
+        taught = (*taught, "--balance-with", str(needs[1]))
+        jobs += [self._student(row, seed, needs, taught) for seed in self.seeds for row in ROWS]
+        return jobs
+
+    def _to(self, folder: Path, seed: int) -> Command:
+        return (*self.common, "--seed", str(seed), "--output-dir", str(folder))
+
+    def _student(self, row: str, seed: int, needs: tuple[Path, ...], taught: Command) -> Job:
+        folder = self.folder(row, seed)
+        distilled = row.startswith("distilled")
+        verb = ("distill", *taught) if distilled else ("train",)
+        lost: Command = ("--modality-dropout", str(self.dropout)) if row.endswith("dropout") else ()
+        train = (*verb, *lost, "--epochs", str(self.epochs), *self._to(folder, seed))
+        score = ("evaluate", *self.common, "--weights", str(folder / "model.pt"), "--name", row)
+        names = [f"eval_{'_'.join(subset)}" for subset in subsets(self.modalities)]
+        scores = [
+            (*score, "--present", *subset, "--output-dir", str(folder / name))
+            for subset, name in zip(subsets(self.modalities), names, strict=True)
+        ]
+        return Job(row, seed, folder, (train, *scores), needs if distilled else (), tuple(names))
+
+    def folder(self, row: str, seed: int) -> Path:
+        """Where a student of a seed is."""
+        return self.output / row.replace(", ", "_").replace(" ", "_").replace("(", "").replace(")", "") / f"seed{seed}"
+
+    def rows(self, row: str, subset: Sequence[str]) -> list[Row]:
+        """Per case the mean over the seeds that are there."""
+        files = [self.folder(row, seed) / f"eval_{'_'.join(subset)}" / "cases.csv" for seed in self.seeds]
+        return seed_mean([read_rows(file) for file in files if file.is_file()])
+
+
+def measured(plan: MissingPlan) -> list[dict[str, Any]]:
+    """One entry per student and subset: metrics, and Dice against the same student with every modality."""
+    found = []
+    for row in ROWS:
+        whole = plan.rows(row, plan.modalities)
+        for subset in subsets(plan.modalities):
+            rows = plan.rows(row, subset)
+            if not rows:
+                continue
+            plain = plan.rows(PLAIN, subset)
+            entry: dict[str, Any] = {"row": row, "present": list(subset), "metrics": aggregate(rows)["metrics"]}
+            entry["loss"] = paired_difference(rows, whole, "dice")
+            if row != PLAIN and plain:
+                entry["against_plain"] = paired_difference(rows, plain, "dice")
+            found.append(entry)
+    return found
+
+
+def shares(found: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> dict[str, float]:
+    """Dice that each student loses with one modality missing, on average, as a share of what the plain one loses."""
+    losses: dict[str, list[float]] = {}
+    for entry in found:
+        if len(entry["present"]) == len(modalities) - 1:
+            losses.setdefault(entry["row"], []).append(entry["loss"]["mean"])
+    means = {row: sum(values) / len(values) for row, values in losses.items()}
+    return {row: mean / means[PLAIN] for row, mean in means.items()} if means.get(PLAIN) else {}
+
+
+def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> str:
+    """The table: means over seeds and patients, 95% bootstrap intervals over patients."""
+    head = ("present", "student", "Dice", "loss of Dice", "Dice - plain", "HD95 mm", "ASSD mm")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for entry in sorted(found, key=lambda each: -len(each["present"])):
+        metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
+        dice, hd95, assd = (_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
+        plain = _interval(entry["against_plain"], 3, "+") if "against_plain" in entry else ""
+        cells = [", ".join(entry["present"]), entry["row"], dice, _interval(entry["loss"], 3, "+"), plain, hd95, assd]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "With one modality missing, a student loses this share of what the plain one loses:"]
+    lines += [f"- {row}: {value:.2f}" for row, value in share.items()]
+    return "\n".join(lines)
+
+
+def _interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    low, high = summary["ci95"] or (float("nan"),) * 2
+    return f"{summary['mean']:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def write_missing(plan: MissingPlan) -> str:
+    """Write ``table.md``, ``table.json`` and ``commands.json`` into the plan's folder; returns the table."""
+    found = measured(plan)
+    share = shares(found, plan.modalities)
+    text = markdown(found, share)
+    write_text(text + "\n", plan.output / "table.md")
+    write_json({"rows": found, "share_of_the_plain_loss": share, "dropout": plan.dropout}, plan.output / "table.json")
+    commands = [{"row": j.row, "seed": j.seed, "commands": [" ".join(c) for c in j.commands]} for j in plan.jobs()]
+    write_json(commands, plan.output / "commands.json")
+    return text

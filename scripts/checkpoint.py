@@ -136,39 +136,39 @@ class TrainingCheckpoint:
         """
         if not self.resume:
             return
-        state = self._newest()
+        path, state = self._newest()
         if state is None:
-            logger.warning("nothing to resume at %s: training starts at epoch 1", self.path)
+            logger.warning("nothing to resume at %s: training starts at epoch 1", path)
             return
         missing = sorted({*self.objects, "trainer"} - set(state))
         if missing:
-            raise ValueError(f"{self.path} holds no state of {', '.join(missing)}: it is from another kind of run.")
+            raise ValueError(f"{path} holds no state of {', '.join(missing)}: it is from another kind of run.")
         trainer = dict(state["trainer"])
         for name, found, now in (
             ("seed", state.get("seed", self.seed), self.seed),
             ("number of steps per epoch", trainer["epoch_length"], engine.state.epoch_length),
         ):
             if found != now:
-                raise ValueError(f"{self.path} is from another run: its {name} is {found}, here it is {now}.")
+                raise ValueError(f"{path} is from another run: its {name} is {found}, here it is {now}.")
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
         if "scaler" in state and engine.scaler is not None:
             engine.scaler.load_state_dict(state["scaler"])
         # The run's own length counts, so that a finished training can be made longer.
         engine.load_state_dict({**trainer, "max_epochs": engine.state.max_epochs})
-        logger.info("resumed %s at epoch %d", self.path, engine.state.epoch)
+        logger.info("resumed %s after epoch %d", path, engine.state.epoch)
 
-    def _newest(self) -> Any:
-        """The newest state that is whole; None where there is none at all."""
+    def _newest(self) -> tuple[Path, Any]:
+        """The newest state that is whole and its file; None where there is none at all."""
         there = [path for path in (self.path, self.previous) if path.exists()]
         for path in there:
             if is_whole(path):
-                return load_plain(path)
+                return path, load_plain(path)
             logger.warning("%s is broken: falling back to the state before it", path)
         if there:
             names = " and ".join(map(str, there))
             raise ValueError(f"{names} cannot be read: remove them to start anew, or restore one from a backup.")
-        return None
+        return self.path, None
 
     def save(self, engine: Any) -> None:
         """Write the training state, and keep the one before."""
@@ -183,8 +183,9 @@ class TrainingCheckpoint:
         write_atomically({**state, "trainer": dict(engine.state_dict()), "seed": self.seed}, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Write the training state and the final weights."""
-        self.save(engine)
+        """Write the training state, unless the last epoch did, and the final weights."""
+        if engine.state.epoch % self.interval:
+            self.save(engine)
         write_atomically({"model": self.objects["model"].state_dict()}, self.weights)
 
 

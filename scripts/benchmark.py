@@ -11,6 +11,7 @@ from pathlib import Path
 from scripts.arguments import config_names
 from scripts.comparison import Job, Plan, compare_methods, work_off
 from scripts.comparison_table import write_comparison
+from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
 
 Main = Callable[[Sequence[str]], int]
@@ -63,3 +64,25 @@ def missing(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> 
     if not args.table:
         work_off(plan.jobs(), args.workers, main)
     return write_missing(plan)
+
+
+def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
+    """Time a training step of every side, in turns; phantoms where no data set is named."""
+    from scripts import training_benchmark as cost
+
+    output = Path(args.output_dir or "runs/training_benchmark")
+    data, folder = args.data, args.dataset_dir
+    if not folder:
+        data, folder = "phantom", str(output / "phantoms")
+        if not Path(folder).is_dir():
+            main(["phantom", "--cases", "10", "--output-dir", folder])
+    threads = args.threads or 1
+    base = ("train", f"data/{data}", f"scale/{args.scale}")
+    common = {"dataset_dir": folder, "threads": threads, "output_dir": str(output / "unused"), "fold": args.fold or 0}
+    named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(threads))
+    cache = cost.prepare(output / "cache", (*named, "--fold", str(args.fold or 0)), main)
+    rows = cost.alternate(cost.cost_sides(base, common, modalities, cache), args.rounds)
+    methods = cost.method_sides(base, common, modalities, config_names("methods"))
+    rows += cost.alternate(methods, args.rounds)
+    write_json(rows, args.json or output / "training.json")
+    return cost.table(rows)

@@ -17,6 +17,7 @@ from typing import Any
 from scripts.arguments import CONFIGS, build_parser, config_names
 
 Overrides = dict[str, Any]
+_SHARED = ("fold", "experiment_tracking", "modality_dropout")  # what gkd's stages take from the options of a training
 
 
 def _settings(args: argparse.Namespace) -> Overrides:
@@ -74,6 +75,11 @@ def _context(args: argparse.Namespace) -> list[str]:
 
 
 def _training(args: argparse.Namespace) -> Overrides:
+    tracking = getattr(args, "tracking", None)
+    if tracking and not args.dry_run:  # rather now than when the cases have been loaded
+        from scripts.tracking import require_mlflow
+
+        require_mlflow()
     chosen = {
         "fold": args.fold,
         "max_epochs": args.epochs,
@@ -81,6 +87,7 @@ def _training(args: argparse.Namespace) -> Overrides:
         "pretrained": args.pretrained,
         "volumes_dir": args.volumes_dir,
         "modality_dropout": getattr(args, "modality_dropout", None),  # not of a teacher
+        "experiment_tracking": tracking,
     }
     return {key: value for key, value in chosen.items() if value is not None}
 
@@ -162,7 +169,7 @@ def _prepare(args: argparse.Namespace, teachers: dict[str, dict[str, Any]], own:
             print(f"stage {stage.name}", flush=True)
             resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
             again = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
-            shared = {key: value for key, value in _training(args).items() if key in ("fold", "modality_dropout")}
+            shared = {key: value for key, value in _training(args).items() if key in _SHARED}
             _run(again, ["train", *_context(args), *stage.configs], {**shared, **stage.overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**own, **start, "max_epochs": epochs - epochs // 2}

@@ -38,6 +38,8 @@ def build_parser(actions: Sequence[Action]) -> Parser:
         parents = [shared, training] if name in TRAININGS else [shared]
         added[name] = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents)
         added[name].set_defaults(action=action)
+    for name in ("train", "teacher", "distill"):
+        added[name].add_argument("--tracking", choices=["mlflow"], help="also track by MLflow; TensorBoard always does")
     added["phantom"].add_argument("--cases", type=int, default=24)
     _name_teacher(added["teacher"], architecture="unetr")
     _student(added["train"])

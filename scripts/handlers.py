@@ -32,7 +32,8 @@ def read_curves(path: str | Path) -> list[Row]:
 class CurveWriter:
     """Write one row per epoch: every loss term by its name, learning rate, seconds per step, validation Dice.
 
-    Attach it after the ``ValidationHandler``, so that the epoch's own validation is in its row.
+    The row is also in ``engine.state.metrics``, from where MONAI's handlers take what they track. So attach it after
+    the ``ValidationHandler``, whose validation is in the epoch's row, and before those handlers.
 
     Args:
         path: CSV file, rewritten whole each time, so that new columns and resumed runs fit.
@@ -66,6 +67,8 @@ class CurveWriter:
             earlier = read_curves(self.path) if engine.state.epoch > 1 and self.path.is_file() else []
             self.rows, self.first = [row for row in earlier if (row["epoch"] or 0) < engine.state.epoch], False
         self.sums.clear()
+        for name in self.rows[-1] if self.rows else ():  # a validation's value is of its own epoch only
+            engine.state.metrics.pop(name, None)
         self.steps, self.began, self.validated = 0, time.perf_counter(), False
 
     def note(self, engine: Engine) -> None:
@@ -90,6 +93,7 @@ class CurveWriter:
             state: Any = self.evaluator.state
             row["val_dice"] = float(state.metrics[state.key_metric_name])
         self.rows.append(row)
+        engine.state.metrics.update({k: v for k, v in row.items() if k != "epoch" and not _undefined(v)})
         columns = list(dict.fromkeys(name for each in self.rows for name in each))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}")
@@ -129,7 +133,8 @@ class Progress:
 
     def step(self, engine: Engine) -> None:
         """Move the bar on, with the last loss of a training."""
-        output = engine.state.output
+        output: Any = engine.state.output
+        output = output[0] if isinstance(output, list) else output
         if isinstance(output, dict) and CommonKeys.LOSS in output:
             self.bar.set_postfix(loss=f"{float(output[CommonKeys.LOSS]):.3f}", refresh=False)
         self.bar.update()

@@ -60,8 +60,8 @@ class MissingPlan:
             Job("cache", 0, cache, (keep,), (teacher / "model.pt",), (), ("dynunet/manifest.json",)),
         ]
         needs = (cache / "dynunet" / "manifest.json", warmed / "model.pt")
-        taught = ("--method", METHOD, *weights, "--cache-dir", str(cache), "--balance", str(SHARE))
-        taught = (*taught, "--balance-with", str(needs[1]))
+        balance = ("--balance", str(SHARE), "--balance-with", str(needs[1]))
+        taught = ("--method", METHOD, *weights, "--cache-dir", str(cache), *balance)
         jobs += [self._student(row, seed, needs, taught) for seed in self.seeds for row in ROWS]
         return jobs
 

@@ -257,33 +257,73 @@ def _overlay_figures(overlays: Sequence[Overlay]) -> Iterator[str]:
         yield f"<figure><figcaption>{escape(overlay.title)}</figcaption>{image}</figure>"
 
 
-def _overlay_figure(overlay: Overlay) -> Any:
-    """Rows are modalities, columns planes through the slice with the most reference (or, without one, prediction)."""
+def slice_figure(overlay: Overlay) -> Any:
+    """Modalities side by side, in the axial slice with the most reference (or, without one, prediction)."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+
+    masks, images, step = _turned(overlay)
+    _, axis, letters = _PLANES[0]
+    at = _fullest(masks, axis)
+    cuts = {name: np.take(mask, at, axis).T for name, mask in masks.items()}
+    rows, columns = np.multiply(cuts["reference"].shape, step[1::-1])
+    height = float(np.clip(3.2 * rows / columns, 2, 6))
+    figure = Figure(figsize=(3.2 * len(images), height + 1.0), layout="constrained")
+    grid = figure.subplots(1, len(images), squeeze=False)[0]
+    for axes, (modality, image) in zip(grid, images.items(), strict=True):
+        _draw_panel(axes, np.take(image, at, axis).T, cuts, step[:2], _window(image), letters)
+        axes.set_title(_plain(modality))
+    figure.suptitle(_plain(overlay.title))
+    _add_legend(figure)
+    return figure
+
+
+def _turned(overlay: Overlay) -> tuple[dict[str, Any], dict[str, Any], NDArray[Any]]:
+    """Masks, images and mm per axis, as a panel shows them: the axes run to the left, to anterior, to superior."""
     from nibabel.orientations import apply_orientation, axcodes2ornt
 
     turn = axcodes2ornt(tuple(overlay.axcodes), (("R", "L"), ("P", "A"), ("I", "S")))
     masks = {name: apply_orientation(np.asarray(getattr(overlay, name)) > 0, turn) for name in _OUTLINES}
     images = {name: apply_orientation(np.asarray(image, dtype=float), turn) for name, image in overlay.images.items()}
-    windows = {name: np.nanpercentile(image[np.isfinite(image)], (1, 99)) for name, image in images.items()}
-    step = np.asarray(overlay.spacing, dtype=float)[np.argsort(turn[:, 0])]
+    return masks, images, np.asarray(overlay.spacing, dtype=float)[np.argsort(turn[:, 0])]
+
+
+def _window(image: NDArray[Any]) -> Any:
+    return np.nanpercentile(image[np.isfinite(image)], (1, 99))
+
+
+def _fullest(masks: Mapping[str, NDArray[Any]], axis: int) -> int:
+    """The slice across this axis with the most reference or, without one, prediction; the middle without both."""
     chosen = masks["reference"] if masks["reference"].any() else masks["prediction"]
-    x, y, z = chosen.shape * step
+    area = chosen.sum(axis=tuple(a for a in range(3) if a != axis))
+    return int(area.argmax()) if area.any() else chosen.shape[axis] // 2
+
+
+def _add_legend(figure: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, ls=style, label=name) for name, (colour, style) in _OUTLINES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, facecolor="#333333", labelcolor="white")
+
+
+def _overlay_figure(overlay: Overlay) -> Any:
+    """Rows are modalities, columns planes through the slice with the most reference (or, without one, prediction)."""
+    from matplotlib.figure import Figure
+
+    masks, images, step = _turned(overlay)
+    windows = {name: _window(image) for name, image in images.items()}
+    x, y, z = masks["reference"].shape * step
     height = float(np.clip(10 * max(y, z) / (2 * x + y), 2, 6))
     figure = Figure(figsize=(10, height * len(overlay.images) + 0.6), layout="constrained")
     grid = figure.subplots(len(overlay.images), 3, squeeze=False, width_ratios=(x, x, y))
     for column, (plane, axis, letters) in enumerate(_PLANES):
-        area = chosen.sum(axis=tuple(a for a in range(3) if a != axis))
-        at = int(area.argmax()) if area.any() else chosen.shape[axis] // 2
+        at = _fullest(masks, axis)
         cuts = {name: np.take(mask, at, axis).T for name, mask in masks.items()}
         for row, (modality, image) in enumerate(images.items()):
             cut = np.take(image, at, axis).T
             _draw_panel(grid[row, column], cut, cuts, np.delete(step, axis), windows[modality], letters)
             grid[row, 0].set_ylabel(_plain(modality), fontsize="large")
         grid[0, column].set_title(plane)
-    handles = [Line2D([], [], color=colour, ls=style, label=name) for name, (colour, style) in _OUTLINES.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, facecolor="#333333", labelcolor="white")
+    _add_legend(figure)
     return figure
 
 

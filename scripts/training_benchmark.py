@@ -165,7 +165,9 @@ def method_sides(
     sides = [Side(PLAIN, tuple(base), common)]
     for method in methods:
         own = {"teacher_specs": specs(("dynunet", "hdenseformer") if method == "dual" else ("dynunet",), modalities)}
-        extra = {"dual": {"selective_fusion": True}, "gkd": {"headers_dir": None}}.get(method, {})
+        extra: dict[str, Any] = {"selective_fusion": True} if method == "dual" else {}
+        if method == "gkd":
+            extra = {"headers_dir": None}  # untrained headers cost what trained ones do
         sides.append(Side(method, (*base, "distill", f"methods/{method}"), {**common, **own, **extra}))
     return sides
 

@@ -140,4 +140,5 @@ def test_validation_counts_an_uneven_number_of_cases_once_each(records: dict[str
 def test_only_the_first_rank_writes(records: dict[str, Any]) -> None:
     expected = {path.name for path in records["one"].iterdir()}
     assert {path.name for path in records["two"].iterdir()} == expected | {"rank1.pt"}
+    assert len(list((records["two"] / "tensorboard").iterdir())) == 1  # a file for each process that writes
     assert len((records["two"] / "curves.csv").read_text().splitlines()) == 1 + EPOCHS

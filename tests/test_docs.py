@@ -32,6 +32,7 @@ ALLOWED = {
     "stages": set(),
     "checkpoint": set(),
     "teachers": {"checkpoint", "networks"},
+    "tracking": {"handlers", "report"},
 }
 
 

@@ -165,6 +165,14 @@ def test_progress_needs_no_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2/2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decollated", [False, True])
+def test_progress_shows_the_last_loss(decollated: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(lambda engine, value: [{"loss": value}] if decollated else {"loss": value})
+    Progress("training", epochs=True).attach(engine)
+    engine.run([1.5, 0.25])
+    assert "loss=0.250" in capsys.readouterr().err
+
+
 def test_the_manifest_is_written_when_the_run_ends(tmp_path: Path, fake_git: Any) -> None:
     cases = [{"case_id": "A", "image": "a.nii"}]
     engine = engine_of([1.0])

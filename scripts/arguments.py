@@ -28,7 +28,7 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     """
     common, training = _common(), _training()
     # Parents share their actions with every verb, so that another default needs another parent.
-    compared = _common(scale="compare")
+    compared = _common(scale=None)  # each benchmark has its own
     parser = Parser(prog="python -m scripts", description="Train, distil, segment, score: see docs/README.md.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     added: dict[str, Parser] = {}
@@ -55,7 +55,7 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     return parser
 
 
-def _common(scale: str = "small") -> Parser:
+def _common(scale: str | None = "small") -> Parser:
     """Options of every verb."""
     common = Parser(add_help=False)
     common.add_argument("--data", default="sts", choices=config_names("data"), help="data set (a config of its own)")

@@ -15,6 +15,7 @@ from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
 
 Main = Callable[[Sequence[str]], int]
+SCALES = {"methods": "compare", "missing": "compare", "training": "small", "scaling": "small"}
 
 
 def _require_data(args: argparse.Namespace) -> None:
@@ -66,21 +67,39 @@ def missing(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> 
     return write_missing(plan)
 
 
+def _data(args: argparse.Namespace, output: Path, main: Main) -> tuple[str, str]:
+    """The data set to train on: the one that was named, or phantoms."""
+    if args.dataset_dir:
+        return args.data, args.dataset_dir
+    folder = output / "phantoms"
+    if not folder.is_dir():
+        main(["phantom", "--cases", "10", "--output-dir", str(folder)])
+    return "phantom", str(folder)
+
+
+def scaling(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
+    """Time a training step in one and in two processes of one core each, in turns."""
+    from scripts import scaling_benchmark
+
+    output = Path(args.output_dir or "runs/benchmark")
+    data, folder = _data(args, output, main)
+    named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--fold", str(args.fold or 0))
+    rows = scaling_benchmark.measure(named, output / "scaling", args.rounds, args.epochs or 3)
+    write_json(rows, args.json or output / "scaling.json")
+    return scaling_benchmark.table(rows)
+
+
 def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
     """Time a training step of every side, in turns; phantoms where no data set is named."""
     from scripts import training_benchmark as cost
 
-    output = Path(args.output_dir or "runs/training_benchmark")
-    data, folder = args.data, args.dataset_dir
-    if not folder:
-        data, folder = "phantom", str(output / "phantoms")
-        if not Path(folder).is_dir():
-            main(["phantom", "--cases", "10", "--output-dir", folder])
+    output = Path(args.output_dir or "runs/benchmark")
+    data, folder = _data(args, output, main)
     threads = args.threads or 1
     base = ("train", f"data/{data}", f"scale/{args.scale}")
     common = {"dataset_dir": folder, "threads": threads, "output_dir": str(output / "unused"), "fold": args.fold or 0}
     named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(threads))
-    cache = cost.prepare(output / "cache", (*named, "--fold", str(args.fold or 0)), main)
+    cache = cost.prepare(output / f"cache_{args.scale}", (*named, "--fold", str(args.fold or 0), "--set", "overlap=0"), main)
     rows = cost.alternate(cost.cost_sides(base, common, modalities, cache), args.rounds)
     methods = cost.method_sides(base, common, modalities, config_names("methods"))
     rows += cost.alternate(methods, args.rounds)

@@ -44,7 +44,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_architecture_segments_the_patch_from_its_own_modalities(architecture):
-    teacher = build(architecture, seen=("mr", "ct")).eval()
+    teacher = build(architecture, seen=("mr", "ct")).eval().to(memory_format=torch.channels_last_3d)  # as configs do
     patch = LONG if architecture == "swinunetr" else PATCH
     image = torch.randn(1, 3, *patch)
     other = image.clone()

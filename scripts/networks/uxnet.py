@@ -47,11 +47,11 @@ class UXBlock(nn.Module):
         self.activation = nn.GELU()
         self.reduce = nn.Conv3d(EXPANSION * channels, channels, kernel_size=1, groups=channels)
         # Starts near the identity, hence trains from a plain pyramid of strided convolutions.
-        self.scale = nn.Parameter(torch.full((channels, 1, 1, 1), LAYER_SCALE))
+        self.scale = nn.Parameter(torch.full((channels,), LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.reduce(self.activation(self.expand(self.norm(self.depthwise(x)))))
-        return x + self.scale * y
+        return x + self.scale.view(-1, 1, 1, 1) * y
 
 
 class UXStage(nn.Module):

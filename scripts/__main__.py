@@ -75,21 +75,23 @@ def _context(args: argparse.Namespace) -> list[str]:
 
 
 def _training(args: argparse.Namespace) -> Overrides:
-    tracking = getattr(args, "tracking", None)
-    if tracking and not args.dry_run:  # rather now than when the cases have been loaded
+    """The overrides of a training's options, as far as the verb has them."""
+    given = vars(args)
+    if given.get("tracking") and not args.dry_run:  # rather now than when the cases have been loaded
         from scripts.tracking import require_mlflow
 
         require_mlflow()
-    chosen = {
-        "fold": args.fold,
-        "max_epochs": args.epochs,
-        "resume": args.resume or None,
-        "pretrained": args.pretrained,
-        "volumes_dir": args.volumes_dir,
-        "modality_dropout": getattr(args, "modality_dropout", None),  # not of a teacher
-        "experiment_tracking": tracking,
+    ids = {
+        "fold": "fold",
+        "epochs": "max_epochs",
+        "resume": "resume",
+        "pretrained": "pretrained",
+        "volumes_dir": "volumes_dir",
+        "modality_dropout": "modality_dropout",
+        "tracking": "experiment_tracking",
     }
-    return {key: value for key, value in chosen.items() if value is not None}
+    # An option that was not given is None, a switch False; fold 0 counts.
+    return {key: given[name] for name, key in ids.items() if given.get(name) is not None and given[name] is not False}
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
@@ -138,12 +140,9 @@ def _named_teachers(args: argparse.Namespace) -> Overrides:
 
 def cache_teachers(args: argparse.Namespace) -> None:
     """Run the teachers once per training case and keep their predictions."""
-    own: Overrides = {**_training(args), **_named_teachers(args)}
-    if args.rebuild:
-        own["rebuild"] = True
+    chosen = {"fold": args.fold, "rebuild": args.rebuild or None, "maps": "@taps" if args.maps else None}
+    own = {**_named_teachers(args), **{key: value for key, value in chosen.items() if value is not None}}
     maps = ["methods/teachformer"] if args.maps else []
-    if maps:
-        own["maps"] = "@taps"
     _run(args, ["train", *_context(args), "distill", *maps, "cache_teachers"], own)
 
 

@@ -12,7 +12,7 @@ from scripts import bundle_root
 CONFIGS = Path(bundle_root()) / "configs"
 Action = Callable[[argparse.Namespace], None]
 Parser = argparse.ArgumentParser
-TRAININGS = ("train", "teacher", "cache-teachers", "distill", "benchmark")
+TRAININGS = ("train", "teacher", "distill", "benchmark")
 
 
 def config_names(folder: str) -> list[str]:
@@ -111,6 +111,7 @@ def _name_teachers(parser: Parser) -> None:
 
 def _cache(parser: Parser) -> None:
     _name_teachers(parser)
+    parser.add_argument("--fold", type=int, help="whose training cases are cached (default 0)")
     parser.add_argument("--maps", action="store_true", help="also cache the attention maps that Teach-Former compares")
     parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
 

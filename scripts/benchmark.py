@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scripts.arguments import config_names
-from scripts.comparison import Job, Plan, compare_methods, work_off
+from scripts.comparison import Job, Plan, compare_methods, with_needs, work_off
 from scripts.comparison_table import write_comparison
 from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
@@ -63,7 +63,7 @@ def missing(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> 
     if args.dry_run:
         return _lines(plan.jobs())
     if not args.table:
-        work_off(plan.jobs(), args.workers, main)
+        work_off(with_needs(plan.jobs(), args.only), args.workers, main)
     return write_missing(plan)
 
 
@@ -72,7 +72,7 @@ def _data(args: argparse.Namespace, output: Path, main: Main) -> tuple[str, str]
     if args.dataset_dir:
         return args.data, args.dataset_dir
     folder = output / "phantoms"
-    if not folder.is_dir():
+    if not folder.is_dir() and not args.dry_run:
         main(["phantom", "--cases", "10", "--output-dir", str(folder)])
     return "phantom", str(folder)
 
@@ -84,6 +84,8 @@ def scaling(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> 
     output = Path(args.output_dir or "runs/benchmark")
     data, folder = _data(args, output, main)
     named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--fold", str(args.fold or 0))
+    if args.dry_run:
+        return "\n".join(scaling_benchmark.SIDES)
     rows = scaling_benchmark.measure(named, output / "scaling", args.rounds, args.epochs or 3)
     write_json(rows, args.json or output / "scaling.json")
     return scaling_benchmark.table(rows)
@@ -99,9 +101,14 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
     base = ("train", f"data/{data}", f"scale/{args.scale}")
     common = {"dataset_dir": folder, "threads": threads, "output_dir": str(output / "unused"), "fold": args.fold or 0}
     named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(threads))
-    cache = cost.prepare(output / f"cache_{args.scale}", (*named, "--fold", str(args.fold or 0), "--set", "overlap=0"), main)
-    rows = cost.alternate(cost.cost_sides(base, common, modalities, cache), args.rounds)
-    methods = cost.method_sides(base, common, modalities, config_names("methods"))
-    rows += cost.alternate(methods, args.rounds)
+    cache = output / f"cache_{args.scale}"
+    groups = [
+        cost.cost_sides(base, common, modalities, cache),
+        cost.method_sides(base, common, modalities, config_names("methods")),
+    ]
+    if args.dry_run:
+        return "\n".join(f"{side.name}: {', '.join(side.configs)}" for sides in groups for side in sides)
+    cost.prepare(cache, (*named, "--fold", str(args.fold or 0), "--set", "overlap=0"), main)
+    rows = [row for sides in groups for row in cost.alternate(sides, args.rounds)]
     write_json(rows, args.json or output / "training.json")
     return cost.table(rows)

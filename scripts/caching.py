@@ -18,7 +18,7 @@ from scripts.checkpoint import is_whole, load_plain, sha256, write_atomically
 from scripts.manifest import code_version
 from scripts.metrics import write_json
 from scripts.taps import Tap, layers_of, listening
-from scripts.teacher_cache import FORMAT, LOGITS, Case, case_path, read_manifest, require_same, source_sizes
+from scripts.teacher_cache import FORMAT, LOGITS, Case, case_path, read_manifest, require_same, source_states
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def cache_teachers(
         specs: name -> ``architecture`` and ``modalities``, which the manifest notes.
         inferer: sliding window of (image, network).
         folder: of the cache.
-        settings: ``modalities`` (the image's channels), ``classes`` and ``spacing`` in mm.
+        settings: ``modalities`` (the image's channels), ``classes``, ``spacing`` in mm and the windows' ``overlap``.
         taps: tap name -> layer per network, for attention maps; by default only logits are kept.
         device: that the teachers run on.
         rebuild: make a cache of other weights or other preprocessing anew instead of refusing it.
@@ -95,9 +95,9 @@ def cache_teachers(
             "outputs": [LOGITS, *found],
             "channels": settings["classes"],
             "spacing": list(settings["spacing"]),
+            "overlap": settings["overlap"],
         }
-        if not rebuild:
-            _refuse_another(Path(folder), name, head)
+        _claim(Path(folder), name, head, rebuild)
         answers = _Answers(teacher, found).to(device).eval()
 
         def ask(case: Case, answers: nn.Module = answers) -> torch.Tensor:
@@ -109,19 +109,26 @@ def cache_teachers(
         entries = {}
         for case in tqdm(cases, desc=f"caching {name}", unit="case"):
             path = case_path(Path(folder), name, case)
-            identity = json.dumps({**head, "sources": source_sizes(case)}, sort_keys=True)
+            identity = json.dumps({**head, "sources": source_states(case)}, sort_keys=True)
             if not _whole(path, identity):
                 _write(path, ask(case), head["outputs"], settings["classes"], identity)
             entries[str(case["case_id"])] = _entry(path, case)
         _write_manifest(Path(folder) / name, head, entries)
 
 
-def _refuse_another(folder: Path, name: str, head: Mapping[str, Any]) -> None:
-    """A cache that is there must be of the same teacher and preprocessing."""
-    if (folder / name / "manifest.json").is_file():
+def _claim(folder: Path, name: str, head: Mapping[str, Any], rebuild: bool) -> None:
+    """Refuse a cache of another teacher or preprocessing, or take its manifest away before its files are replaced."""
+    path = folder / name / "manifest.json"
+    if not path.is_file():
+        return
+    try:
         manifest = read_manifest(folder, name)
         for key, value in head.items():
             require_same(manifest, name, key, value)
+    except ValueError:
+        if not rebuild:
+            raise
+        path.unlink()
 
 
 def _whole(path: Path, identity: str) -> bool:
@@ -139,14 +146,13 @@ def _write(path: Path, said: torch.Tensor, outputs: Sequence[str], classes: int,
 def _entry(path: Path, case: Case) -> dict[str, Any]:
     """A case's line in the manifest."""
     shape = list(torch.load(path, mmap=True, weights_only=True)[LOGITS].shape)
-    return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_sizes(case)}
+    return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}
 
 
 def _write_manifest(folder: Path, head: Mapping[str, Any], entries: dict[str, Any]) -> None:
-    """Entries of cases that were not asked for this time stay, as far as they are of the same teacher."""
+    """Entries of cases that were not asked for this time stay."""
     path = folder / "manifest.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    kept = old.get("cases", {}) if all(old.get(key) == value for key, value in head.items()) else {}
+    kept = json.loads(path.read_text())["cases"] if path.is_file() else {}  # of the same head, see ``_claim``
     approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
     write_json({**head, "version": code_version(), "approximate": approximate, "cases": {**kept, **entries}}, path)
     logger.info("%s: %d cases, %.1f MB", folder, len(entries), sum(e["bytes"] for e in entries.values()) / 1e6)

@@ -224,6 +224,18 @@ def _next(todo: Sequence[Job]) -> Job | None:
     return next((job for job in todo if all(path.is_file() for path in job.needs)), None)
 
 
+def with_needs(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs of some rows and what they need, directly or not; all of them where no row is named."""
+    wanted = [job for job in jobs if not only or job.row in only]
+    while more := [job for job in jobs if job not in wanted and _serves(job, wanted)]:
+        wanted += more
+    return [job for job in jobs if job in wanted]
+
+
+def _serves(job: Job, others: Sequence[Job]) -> bool:
+    return any(path.is_relative_to(job.folder) for other in others for path in other.needs)
+
+
 def threshold_masks(plan: Plan) -> Iterator[tuple[str, Path]]:
     """Write the masks of the fixed PET thresholds on the PET's own grid; gives each row's name and folder.
 
@@ -253,11 +265,7 @@ def compare_methods(
         main: of ``scripts.__main__``.
         only: rows to which it is limited, with what they need; empty: all.
     """
-    jobs = plan.jobs()
-    if only:
-        wanted = [job for job in jobs if job.row in only]
-        needed = {path.parent for job in wanted for path in job.needs}
-        jobs = [job for job in jobs if job in wanted or job.folder in needed]
+    jobs = with_needs(plan.jobs(), only)
     work_off(jobs, workers, main)
     if "pet" in plan.modalities:
         for row, masks in threshold_masks(plan):

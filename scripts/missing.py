@@ -86,26 +86,43 @@ class MissingPlan:
         """Where a student of a seed is."""
         return self.output / row.replace(", ", "_").replace(" ", "_").replace("(", "").replace(")", "") / f"seed{seed}"
 
-    def rows(self, row: str, subset: Sequence[str]) -> list[Row]:
-        """Per case the mean over the seeds that are there."""
-        files = [self.folder(row, seed) / f"eval_{'_'.join(subset)}" / "cases.csv" for seed in self.seeds]
-        return seed_mean([read_rows(file) for file in files if file.is_file()])
+    def rows(self, row: str, subset: Sequence[str], seeds: Sequence[int] | None = None) -> list[Row]:
+        """Per case the mean over these seeds, by default those that are there."""
+        seeds = self.scored(row, subset) if seeds is None else seeds
+        return seed_mean([read_rows(self._cases(row, subset, seed)) for seed in seeds])
+
+    def scored(self, row: str, subset: Sequence[str]) -> list[int]:
+        """Seeds of a student that have been scored on a subset."""
+        return [seed for seed in self.seeds if self._cases(row, subset, seed).is_file()]
+
+    def _cases(self, row: str, subset: Sequence[str], seed: int) -> Path:
+        return self.folder(row, seed) / f"eval_{'_'.join(subset)}" / "cases.csv"
+
+    def difference(
+        self, row: str, subset: Sequence[str], other: str, other_subset: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """Dice less that of another student or subset, over the seeds that both have; None where there is none."""
+        others = self.scored(other, other_subset)
+        seeds = [seed for seed in self.scored(row, subset) if seed in others]
+        pair = self.rows(row, subset, seeds), self.rows(other, other_subset, seeds)
+        return paired_difference(*pair, "dice") if seeds else None
 
 
 def measured(plan: MissingPlan) -> list[dict[str, Any]]:
-    """One entry per student and subset: metrics, and Dice against the same student with every modality."""
+    """One entry per student and subset: metrics, and Dice against the same student with every modality.
+
+    Differences are taken over the seeds that both sides have, so that a plan that is half done compares like with like.
+    """
     found = []
     for row in ROWS:
-        whole = plan.rows(row, plan.modalities)
         for subset in subsets(plan.modalities):
             rows = plan.rows(row, subset)
             if not rows:
                 continue
-            plain = plan.rows(PLAIN, subset)
             entry: dict[str, Any] = {"row": row, "present": list(subset), "metrics": aggregate(rows)["metrics"]}
-            entry["loss"] = paired_difference(rows, whole, "dice")
-            if row != PLAIN and plain:
-                entry["against_plain"] = paired_difference(rows, plain, "dice")
+            entry["loss"] = plan.difference(row, subset, row, plan.modalities)
+            if row != PLAIN and (against := plan.difference(row, subset, PLAIN, subset)):
+                entry["against_plain"] = against
             found.append(entry)
     return found
 
@@ -114,7 +131,7 @@ def shares(found: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> dic
     """Dice that each student loses with one modality missing, on average, as a share of what the plain one loses."""
     losses: dict[str, list[float]] = {}
     for entry in found:
-        if len(entry["present"]) == len(modalities) - 1:
+        if len(entry["present"]) == len(modalities) - 1 and entry["loss"]:
             losses.setdefault(entry["row"], []).append(entry["loss"]["mean"])
     means = {row: sum(values) / len(values) for row, values in losses.items()}
     return {row: mean / means[PLAIN] for row, mean in means.items()} if means.get(PLAIN) else {}
@@ -127,8 +144,8 @@ def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> 
     for entry in sorted(found, key=lambda each: -len(each["present"])):
         metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
         dice, hd95, assd = (_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
-        plain = _interval(entry["against_plain"], 3, "+") if "against_plain" in entry else ""
-        cells = [", ".join(entry["present"]), entry["row"], dice, _interval(entry["loss"], 3, "+"), plain, hd95, assd]
+        loss, plain = (_interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain"))
+        cells = [", ".join(entry["present"]), entry["row"], dice, loss, plain, hd95, assd]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "With one modality missing, a student loses this share of what the plain one loses:"]
     lines += [f"- {row}: {value:.2f}" for row, value in share.items()]

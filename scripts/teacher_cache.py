@@ -11,6 +11,7 @@ quite its flipped answer.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,7 @@ def cached_teachers(
         manifest = read_manifest(Path(folder), name)
         for key in ("architecture", "modalities"):
             require_same(manifest, name, key, spec[key])
-        if spec.get("weights"):
-            require_same(manifest, name, "weights_sha256", sha256(spec["weights"]))
+        require_same(manifest, name, "weights_sha256", sha256(spec["weights"]) if spec.get("weights") else None)
         seen = [list(channels).index(m) for m in spec["modalities"]]
         found[name] = CachedTeacher(seen, manifest["outputs"], manifest["weights_sha256"])
     return found
@@ -80,12 +80,15 @@ def read_manifest(folder: Path, teacher: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it has another format.
+        ValueError: it has another format, or none.
     """
     path = folder / teacher / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no cache of the teacher {teacher} at {path}: run cache-teachers first.")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path} cannot be read: make the cache again by cache-teachers --rebuild.") from error
     require_same(manifest, teacher, "format", FORMAT)
     return manifest
 
@@ -152,7 +155,7 @@ class TeacherCache:
         if size != noted["bytes"] or (self.verify == "full" and sha256(path) != noted["sha256"]):
             found = "is missing" if size is None else "is damaged"
             raise ValueError(f"{path} {found}: run cache-teachers again, it makes what is not whole anew.")
-        if noted["sources"] != source_sizes(case):
+        if noted["sources"] != source_states(case):
             raise ValueError(
                 f"The image files of case {case['case_id']} have changed since {path} was made: "
                 "run cache-teachers again."
@@ -181,9 +184,9 @@ def case_path(folder: Path, teacher: str, case: Case) -> Path:
     return folder / teacher / f"{case['case_id']}.pt"
 
 
-def source_sizes(case: Case) -> dict[str, int]:
-    """Bytes of every image file that the case names."""
-    paths = {
-        key: Path(value) for key, value in case.items() if isinstance(value, str) and key not in ("case_id", "label")
-    }
-    return {key: path.stat().st_size for key, path in sorted(paths.items()) if path.is_file()}
+def source_states(case: Case) -> dict[str, Any]:
+    """Bytes of every image file that the case names, and what it holds besides text, such as ``bbox_mm``."""
+    texts = {key: value for key, value in case.items() if isinstance(value, str) and key not in ("case_id", "label")}
+    sizes = {key: os.path.getsize(path) for key, path in sorted(texts.items()) if os.path.isfile(path)}
+    others = {key: value for key, value in case.items() if not isinstance(value, str)}
+    return {**sizes, **json.loads(json.dumps(others, sort_keys=True, default=str))}

@@ -11,9 +11,11 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -98,26 +100,41 @@ def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: a side's process has ended; its own message is above.
     """
-    context, pipes, processes = multiprocessing.get_context("fork"), [], []
     times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     peaks = {}
-    for side in tqdm(sides, desc="starting", unit="side"):
-        here, there = context.Pipe()
-        process = context.Process(target=_train, args=(side, there), daemon=False)
-        process.start()
-        there.close()
-        processes.append(process)
-        pipes.append(here)
-        _turn(here, side, WARM_UP)
-    for _ in tqdm(range(rounds), desc="turns", unit="round"):
-        for side, pipe in zip(sides, pipes, strict=True):
-            steps, peaks[side.name] = _turn(pipe, side, TURN)
-            times[side.name] += steps
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(0)
-        process.join()
+    with _started(sides) as pipes:
+        for _ in tqdm(range(rounds), desc="turns", unit="round"):
+            for side, pipe in zip(sides, pipes, strict=True):
+                steps, peaks[side.name] = _turn(pipe, side, TURN)
+                times[side.name] += steps
     base = statistics.median(step for step, _ in times[sides[0].name])
     return [_row(side.name, times[side.name], base, peaks[side.name]) for side in sides]
+
+
+@contextmanager
+def _started(sides: Sequence[Side]) -> Iterator[list[Connection]]:
+    """A process per side, warmed up, by its pipe; none of them outlives the body, however it ends."""
+    context = multiprocessing.get_context("fork")
+    pipes: list[Connection] = []
+    processes: list[ForkProcess] = []
+    try:
+        for side in tqdm(sides, desc="starting", unit="side"):
+            here, there = context.Pipe()
+            process = context.Process(target=_train, args=(side, there), daemon=False)
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+            _turn(here, side, WARM_UP)
+        yield pipes
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(0)
+            process.join()
+    finally:
+        for pipe, process in zip(pipes, processes, strict=True):
+            process.kill()  # nothing where it has ended
+            process.join()
+            pipe.close()
 
 
 def _turn(pipe: Connection, side: Side, steps: int) -> tuple[list[tuple[float, float]], float]:
@@ -125,7 +142,7 @@ def _turn(pipe: Connection, side: Side, steps: int) -> tuple[list[tuple[float, f
     try:
         pipe.send(steps)
         return pipe.recv()  # type: ignore[no-any-return]
-    except (EOFError, BrokenPipeError) as error:
+    except (EOFError, ConnectionError) as error:
         raise RuntimeError(f"The side {side.name!r} has ended: see its message above.") from error
 
 
@@ -184,7 +201,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def prepare(folder: Path, args: Sequence[str], main: Callable[[Sequence[str]], int]) -> Path:
+def prepare(folder: Path, args: Sequence[str], main: Callable[[Sequence[str]], int]) -> None:
     """Cache the five teachers, in a process of its own; what is there is not made again."""
     weights = [x for name in TEACHERS for x in ("--teacher", f"{name}=random")]
     process = multiprocessing.get_context("fork").Process(
@@ -194,4 +211,3 @@ def prepare(folder: Path, args: Sequence[str], main: Callable[[Sequence[str]], i
     process.join()
     if process.exitcode:
         raise RuntimeError("The teachers could not be cached: see the message above.")
-    return folder

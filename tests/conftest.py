@@ -15,8 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
+from scripts.arguments import CONFIGS
 from scripts.data.phantom import write_phantoms
 
 Array = NDArray[Any]
@@ -49,6 +51,28 @@ def require_data(data_root: Path) -> Callable[[str], Path]:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Data list of six phantoms, to be read only."""
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=6, seed=3, progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ConfigParser]:
+    """``tiny_bundle(output, *configs, **overrides)``: a training of four phantoms, composed and not yet run."""
+    cohort = tmp_path_factory.mktemp("tiny")
+    write_phantoms(cohort, cases=6, seed=3, progress=False)
+    small = {
+        "dataset_dir": str(cohort), "device": torch.device("cpu"), "threads": 1, "val_interval": 100, "max_epochs": 1,
+        "patch": [16, 16, 16], "spacing": [12.0, 12.0, 12.0], "student_features": [4, 8, 8, 8],
+        "student_norm": ["group", {"num_groups": 4}],
+    }  # fmt: skip
+
+    def compose(output: Path, *configs: str, **overrides: Any) -> ConfigParser:
+        parser = ConfigParser()
+        names = ("train", "data/phantom", "scale/small", *configs)
+        parser.read_config([str(CONFIGS / f"{name}.json") for name in names])
+        parser.update({**small, "output_dir": str(output), **overrides})
+        parser.get_parsed_content("initialize")
+        return parser
+
+    return compose
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 
-from scripts.checkpoint import TrainingCheckpoint, WeightsLoader, sha256, write_atomically
+from scripts.checkpoint import TrainingCheckpoint, WeightsLoader, is_whole, load_plain, sha256, write_atomically
 
 ITERATIONS = 3
 
@@ -233,3 +233,26 @@ def test_weights_are_asked_for_only_when_the_engine_starts(tmp_path):
     loader = WeightsLoader(nn.Conv2d(1, 1, 1), str(tmp_path / "later.pt"))
     with pytest.raises(FileNotFoundError, match=r"No weights at .*later\.pt"):
         started(loader)
+
+
+def test_no_flipped_bit_passes_for_whole_and_reads_as_something_else(tmp_path: Path) -> None:
+    path, values = tmp_path / "x.pt", torch.arange(1.0, 257.0)
+    write_atomically({"values": values, "name": "abc"}, path)
+    content = path.read_bytes()
+    assert is_whole(path)
+    directory = content.index(b"PK\x01\x02")
+    tensor = content.index(b"PK\x01\x02", content.rindex(b"/data/0") - 60)  # the tensor's line of the directory
+    bits = {*range(0, 8 * directory, 97), *range(8 * directory, 8 * len(content), 13)}
+    passed = 0
+    for bit in sorted(bits | set(range(8 * tensor, 8 * tensor + 8 * 46))):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(flipped))
+        if is_whole(path):  # some bits, as those of a date, say nothing
+            found, passed = load_plain(path), passed + 1
+            assert torch.equal(found["values"], values), bit
+            assert found["name"] == "abc"
+    assert 0 < passed < len(bits)
+    path.write_bytes(content[:-1])
+    assert not is_whole(path)
+    assert not is_whole(tmp_path / "nowhere.pt")

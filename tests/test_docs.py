@@ -33,6 +33,8 @@ ALLOWED = {
     "checkpoint": set(),
     "teachers": {"checkpoint", "networks"},
     "tracking": {"handlers", "report"},
+    "teacher_cache": {"checkpoint"},
+    "caching": {"checkpoint", "manifest", "metrics", "taps", "teacher_cache"},
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -18,7 +20,7 @@ from monai.handlers import MeanDice, ValidationHandler, from_engine
 from torch import nn
 
 from scripts.checkpoint import TrainingCheckpoint
-from scripts.handlers import CurveWriter, ManifestWriter, Progress, read_curves
+from scripts.handlers import CurveWriter, ManifestWriter, Progress, SeedEpochs, read_curves
 
 OPTIMIZER = SimpleNamespace(param_groups=[{"lr": 0.25}])
 
@@ -196,3 +198,34 @@ def test_a_run_that_fails_leaves_no_manifest(tmp_path: Path, fake_git: Any) -> N
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.run([1.0], max_epochs=1)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def drawn(seed: int, rank: int, first: int, history: int) -> dict[int, tuple[float, ...]]:
+    """What every global generator gives first in each epoch up to 3, in a run that begins after ``first`` epochs."""
+    found: dict[int, tuple[float, ...]] = {}
+
+    def step(engine: Any, value: float) -> None:
+        numbers = (random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64)))
+        found.setdefault(engine.state.epoch, numbers)
+        torch.rand(history)  # dropout takes more or less of them
+
+    engine: Any = Engine(step)
+    engine.add_event_handler(Events.STARTED, lambda: setattr(engine.state, "rank", rank))
+    SeedEpochs(seed).attach(engine)
+    if first:
+        engine.load_state_dict({"epoch": first, "epoch_length": 2, "max_epochs": 3})
+    random.seed(history)
+    np.random.seed(history)
+    torch.manual_seed(history)
+    engine.run([0.0, 0.0], max_epochs=3)
+    return found
+
+
+def test_an_epochs_random_numbers_depend_on_seed_epoch_and_process_alone() -> None:
+    whole = drawn(seed=5, rank=0, first=0, history=1)
+    assert list(whole) == [1, 2, 3]
+    again = drawn(seed=5, rank=0, first=1, history=7)
+    assert again == {epoch: whole[epoch] for epoch in (2, 3)}
+    others = [*whole.values(), *drawn(5, 1, 0, 1).values(), *drawn(6, 0, 0, 1).values()]
+    for generator in zip(*others, strict=True):
+        assert len(set(generator)) == len(others)

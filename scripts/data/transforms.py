@@ -71,9 +71,10 @@ def _keep(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]
     volumes = [*modalities, "label"]
     return [
         mt.SpatialPadd(volumes, patch),
+        # Plain before anything is derived from them: a file with MONAI's metadata would not load as plain tensors.
+        mt.EnsureTyped(volumes, dtype=[torch.float32] * len(modalities) + [torch.uint8], track_meta=False),
         CentreCandidatesd("label"),
         mt.SelectItemsd([*volumes, "presence", "case_id", *CANDIDATES], allow_missing_keys=True),
-        mt.EnsureTyped(volumes, dtype=[torch.float32] * len(modalities) + [torch.uint8], track_meta=False),
     ]
 
 

@@ -63,7 +63,8 @@ class CentreCandidatesd(Transform):
 
     def _spread(self, mask: torch.Tensor) -> torch.Tensor:
         found = mask.nonzero()[:, 0]
-        return found[torch.linspace(0, len(found) - 1, min(len(found), self.count)).round().long()]
+        # float32 would not tell the voxels beyond 2^24 apart.
+        return found[torch.linspace(0, len(found) - 1, min(len(found), self.count), dtype=torch.float64).round().long()]
 
 
 class Volumes(Dataset):
@@ -100,8 +101,11 @@ class Volumes(Dataset):
         if not _readable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f".{path.name}.{os.getpid()}")
-            torch.save(self.pipeline.prepare(case), beside)
-            os.replace(beside, path)
+            try:
+                torch.save(self.pipeline.prepare(case), beside)
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)  # half a file, where the disk is full
         return path
 
     def _transform(self, index: int) -> Any:

@@ -9,6 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 from scripts.comparison import SHARE, TEACHER_RATE, Command, Job
 from scripts.comparison_table import seed_mean
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
@@ -141,7 +146,8 @@ def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> 
     """The table: means over seeds and patients, 95% bootstrap intervals over patients."""
     head = ("present", "student", "Dice", "loss of Dice", "Dice - plain", "HD95 mm", "ASSD mm")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for entry in sorted(found, key=lambda each: -len(each["present"])):
+    order = list(dict.fromkeys(tuple(entry["present"]) for entry in found))
+    for entry in sorted(found, key=lambda each: order.index(tuple(each["present"]))):
         metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
         dice, hd95, assd = (_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
         loss, plain = (_interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain"))
@@ -152,13 +158,36 @@ def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> 
     return "\n".join(lines)
 
 
+def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Dice of every student on every subset, with its interval."""
+    groups = list(dict.fromkeys(tuple(entry["present"]) for entry in found))
+    plot, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    for i, row in enumerate(ROWS):
+        mine = {tuple(e["present"]): e["metrics"]["dice"]["worst_filled"] for e in found if e["row"] == row}
+        places = [(groups.index(subset) + 0.2 * (i - 1.5), summary) for subset, summary in mine.items()]
+        bars = axis.bar([x for x, _ in places], [s["mean"] for _, s in places], width=0.18, label=row)
+        for bar, (x, summary) in zip(bars, places, strict=True):
+            if summary["ci95"]:
+                axis.plot([x, x], summary["ci95"], color="black", linewidth=1)
+            bar.set_alpha(0.85)
+    axis.set_xticks(range(len(groups)), [" + ".join(subset) for subset in groups])
+    axis.set_ylabel("Dice, 95% interval over patients")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(ROWS), frameon=False)
+    plot.savefig(path, dpi=110)
+    plt.close(plot)
+
+
 def _interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
     low, high = summary["ci95"] or (float("nan"),) * 2
     return f"{summary['mean']:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def write_missing(plan: MissingPlan) -> str:
-    """Write ``table.md``, ``table.json`` and ``commands.json`` into the plan's folder; returns the table."""
+    """Write ``table.md``, ``table.json``, ``commands.json`` and ``figure.png`` into the plan's folder.
+
+    Returns:
+        The table.
+    """
     found = measured(plan)
     share = shares(found, plan.modalities)
     text = markdown(found, share)
@@ -166,4 +195,5 @@ def write_missing(plan: MissingPlan) -> str:
     write_json({"rows": found, "share_of_the_plain_loss": share, "dropout": plan.dropout}, plan.output / "table.json")
     commands = [{"row": j.row, "seed": j.seed, "commands": [" ".join(c) for c in j.commands]} for j in plan.jobs()]
     write_json(commands, plan.output / "commands.json")
+    figure(found, plan.output / "figure.png")
     return text

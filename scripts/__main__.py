@@ -17,7 +17,12 @@ from typing import Any
 from scripts.arguments import CONFIGS, build_parser, config_names
 
 Overrides = dict[str, Any]
-_SHARED = ("fold", "experiment_tracking", "modality_dropout")  # what gkd's stages take from the options of a training
+_SHARED = (
+    "fold",
+    "experiment_tracking",
+    "modality_dropout",
+    "volumes_dir",
+)  # what gkd's stages take from the options of a training
 
 
 def _settings(args: argparse.Namespace) -> Overrides:
@@ -55,7 +60,10 @@ def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides)
     files = [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
     overrides = {**overrides, **_settings(args)}
     flags = [f"--{key} {_quoted(value)}" for key, value in overrides.items()]
-    print(" ".join(["python -m monai.bundle run --config_file", _quoted(files), *flags]), flush=True)
+    several = (
+        f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 2)}" if "multi_gpu" in configs else "python"
+    )
+    print(" ".join([several, "-m monai.bundle run --config_file", _quoted(files), *flags]), flush=True)
     if args.dry_run:
         return
     from monai.bundle import run
@@ -95,7 +103,14 @@ def _training(args: argparse.Namespace) -> Overrides:
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
-    return ["multi_gpu"] if args.multi_gpu else []
+    """The overlay of several processes, where they are asked for and torchrun has started this one."""
+    if not args.multi_gpu:
+        return []
+    if "RANK" not in os.environ and not args.dry_run:
+        raise ValueError(
+            "--multi-gpu needs one process per GPU: start it by torchrun --nproc_per_node=N -m scripts ..."
+        )
+    return ["multi_gpu"]
 
 
 def phantom(args: argparse.Namespace) -> None:
@@ -182,6 +197,11 @@ def distill(args: argparse.Namespace) -> None:
     chosen, teachers = args.method or ["teachformer"], _teachers(args)
     own: Overrides = {**_training(args), **_named_teachers(args)}
     if "gkd" in chosen:
+        if args.cache_dir or args.multi_gpu:
+            raise ValueError(
+                "gkd needs its teachers' features and trains in stages, one process after the other: leave out "
+                "--cache-dir and --multi-gpu."
+            )
         own = _prepare(args, teachers, own)
     configs = ["train", *_context(args), "distill", *(f"methods/{method}" for method in chosen)]
     if args.cache_dir:
@@ -201,7 +221,7 @@ def _balance(args: argparse.Namespace, configs: Sequence[str], own: Overrides) -
     if not start:
         raise ValueError("--balance needs a student that has begun to learn: name its weights by --balance-with.")
     files = [str(CONFIGS / f"{name}.json") for name in configs]
-    weights = balanced_weights(files, {**own, **_settings(args)}, args.balance, start)
+    weights = balanced_weights(files, {**own, **_settings(args), "rank": 0, "world": 1}, args.balance, start)
     return {f"loss#terms#{name}#weight": weight for name, weight in weights.items()}
 
 

@@ -12,7 +12,7 @@ from scripts import bundle_root
 CONFIGS = Path(bundle_root()) / "configs"
 Action = Callable[[argparse.Namespace], None]
 Parser = argparse.ArgumentParser
-TRAININGS = ("train", "teacher", "distill", "benchmark")
+TRAININGS = ("train", "teacher", "distill")
 
 
 def config_names(folder: str) -> list[str]:
@@ -151,6 +151,8 @@ def _segment(parser: Parser) -> None:
 
 def _benchmark(parser: Parser) -> None:
     parser.add_argument("name", choices=["methods", "missing", "training", "scaling"], help="what to compare")
+    parser.add_argument("--epochs", type=int, help="of every student (scaling: of every training)")
+    parser.add_argument("--fold", type=int, help="fold that is scored (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--rounds", type=int, default=5, help="training, scaling: turns that each side gets")
     parser.add_argument("--teacher-epochs", type=int, default=100)

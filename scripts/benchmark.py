@@ -63,7 +63,9 @@ def missing(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> 
     if args.dry_run:
         return _lines(plan.jobs())
     if not args.table:
-        work_off(with_needs(plan.jobs(), args.only), args.workers, main)
+        failed = work_off(with_needs(plan.jobs(), args.only), args.workers, main)
+        if failed:
+            raise RuntimeError(f"{len(failed)} run(s) failed: see their log.txt in {plan.output}, and start it again.")
     return write_missing(plan)
 
 
@@ -101,7 +103,7 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
     base = ("train", f"data/{data}", f"scale/{args.scale}")
     common = {"dataset_dir": folder, "threads": threads, "output_dir": str(output / "unused"), "fold": args.fold or 0}
     named = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(threads))
-    cache = output / f"cache_{args.scale}"
+    cache = output / f"cache_{data}_{args.scale}"
     groups = [
         cost.cost_sides(base, common, modalities, cache),
         cost.method_sides(base, common, modalities, config_names("methods")),
@@ -109,6 +111,6 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
     if args.dry_run:
         return "\n".join(f"{side.name}: {', '.join(side.configs)}" for sides in groups for side in sides)
     cost.prepare(cache, (*named, "--fold", str(args.fold or 0), "--set", "overlap=0"), main)
-    rows = [row for sides in groups for row in cost.alternate(sides, args.rounds)]
+    rows = [row for sides in groups for row in cost.alternate(sides, max(args.rounds, cost.LEAST_ROUNDS))]
     write_json(rows, args.json or output / "training.json")
     return cost.table(rows)

@@ -82,77 +82,93 @@ def cache_teachers(
     Raises:
         ValueError: there is a cache of something else and ``rebuild`` is off, or an answer is not finite in fp16.
     """
+    common = {
+        "preprocessing_sha256": preprocessing.fingerprint,
+        "preprocessing": preprocessing.settings,
+        "channels": settings["classes"],
+        "spacing": [float(x) for x in settings["spacing"]],
+        "overlap": float(settings["overlap"]),
+    }
+    writers = []
     for name, teacher in teachers.items():
-        network = cast(nn.Module, teacher.network)
-        layers = {tap: layers_of(name, network, tap, table) for tap, table in (taps or {}).items()}
-        found = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
-        head = {
-            "format": FORMAT,
-            "architecture": specs[name]["architecture"],
-            "modalities": list(specs[name]["modalities"]),
-            "weights_sha256": teacher.sha256,
-            "preprocessing_sha256": preprocessing.fingerprint,
-            "outputs": [LOGITS, *found],
-            "channels": settings["classes"],
-            "spacing": list(settings["spacing"]),
-            "overlap": settings["overlap"],
-        }
-        _claim(Path(folder), name, head, rebuild)
-        answers = _Answers(teacher, found).to(device).eval()
+        own = {key: specs[name][key] for key in ("architecture", "modalities")}
+        writers.append(_Writer(Path(folder), name, teacher.to(device).eval(), {**own, **common}, taps or {}))
+        writers[-1].claim(rebuild)
 
-        def ask(case: Case, answers: nn.Module = answers) -> torch.Tensor:
-            volumes = preprocessing.prepare(case)
-            image = torch.cat([volumes[key] for key in settings["modalities"]])
+    for case in tqdm(cases, desc="caching", unit="case"):
+        image = None
+        for writer in writers:
+            if writer.has(case):
+                continue
+            if image is None:  # once for all teachers
+                volumes = preprocessing.prepare(case)
+                image = torch.cat([volumes[key] for key in settings["modalities"]])[None].to(device)
             with torch.no_grad():
-                return inferer(image[None].to(device), answers)[0].half().cpu()
-
-        entries = {}
-        for case in tqdm(cases, desc=f"caching {name}", unit="case"):
-            path = case_path(Path(folder), name, case)
-            identity = json.dumps({**head, "sources": source_states(case)}, sort_keys=True)
-            if not _whole(path, identity):
-                _write(path, ask(case), head["outputs"], settings["classes"], identity)
-            entries[str(case["case_id"])] = _entry(path, case)
-        _write_manifest(Path(folder) / name, head, entries)
+                writer.write(case, inferer(image, writer.answers)[0].half().cpu())
+    for writer in writers:
+        writer.finish(cases)
 
 
-def _claim(folder: Path, name: str, head: Mapping[str, Any], rebuild: bool) -> None:
-    """Refuse a cache of another teacher or preprocessing, or take its manifest away before its files are replaced."""
-    path = folder / name / "manifest.json"
-    if not path.is_file():
-        return
-    try:
-        manifest = read_manifest(folder, name)
-        for key, value in head.items():
-            require_same(manifest, name, key, value)
-    except ValueError:
-        if not rebuild:
-            raise
-        path.unlink()
+class _Writer:
+    """One teacher's folder of the cache."""
 
+    def __init__(
+        self, folder: Path, name: str, teacher: nn.Module, settings: Mapping[str, Any], taps: Mapping[str, Any]
+    ) -> None:
+        network = cast(nn.Module, teacher.network)
+        layers = {tap: layers_of(name, network, tap, table) for tap, table in taps.items()}
+        found = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
+        self.folder, self.name, self.answers = folder, name, _Answers(teacher, found)
+        self.outputs = [LOGITS, *found]
+        self.head = {"format": FORMAT, **settings, "weights_sha256": teacher.sha256, "outputs": self.outputs}
+        self.manifest = folder / name / "manifest.json"
 
-def _whole(path: Path, identity: str) -> bool:
-    """Whether a file is there, undamaged (every member's CRC) and of this teacher, preprocessing and case."""
-    return is_whole(path) and load_plain(path).get("made_of") == identity
+    def claim(self, rebuild: bool) -> None:
+        """Refuse a cache of something else, or take its manifest away before its files are replaced."""
+        if not self.manifest.is_file():
+            return
+        try:
+            manifest = read_manifest(self.folder, self.name)
+            for key, value in self.head["preprocessing"].items():
+                require_same(manifest["preprocessing"], self.name, key, value)
+            for key, value in self.head.items():
+                require_same(manifest, self.name, key, value)
+        except (ValueError, KeyError):
+            if not rebuild:
+                raise
+            self.manifest.unlink()
 
+    def _identity(self, case: Case) -> str:
+        return json.dumps({**self.head, "sources": source_states(case)}, sort_keys=True)
 
-def _write(path: Path, said: torch.Tensor, outputs: Sequence[str], classes: int, identity: str) -> None:
-    if not bool(said.isfinite().all()):
-        raise ValueError(f"What would go into {path} is not finite in half precision: check that teacher's weights.")
-    parts = said.split([classes, *[1] * (len(outputs) - 1)])
-    write_atomically({**{o: p.clone() for o, p in zip(outputs, parts, strict=True)}, "made_of": identity}, path)
+    def has(self, case: Case) -> bool:
+        """Whether the case's file is there, of this teacher, preprocessing and images, and undamaged (every CRC)."""
+        path = case_path(self.folder, self.name, case)
+        return is_whole(path) and load_plain(path).get("made_of") == self._identity(case)
 
+    def write(self, case: Case, said: torch.Tensor) -> None:
+        """Keep what the teacher said of a case, in fp16."""
+        path = case_path(self.folder, self.name, case)
+        if not bool(said.isfinite().all()):
+            raise ValueError(
+                f"What would go into {path} is not finite in half precision: check that teacher's weights."
+            )
+        parts = said.split([self.head["channels"], *[1] * (len(self.outputs) - 1)])
+        tensors = {output: part.clone() for output, part in zip(self.outputs, parts, strict=True)}
+        write_atomically({**tensors, "made_of": self._identity(case)}, path)
 
-def _entry(path: Path, case: Case) -> dict[str, Any]:
-    """A case's line in the manifest."""
-    shape = list(torch.load(path, mmap=True, weights_only=True)[LOGITS].shape)
-    return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}
+    def finish(self, cases: Sequence[Case]) -> None:
+        """Write the manifest; entries of cases that were not asked for this time stay."""
+        kept = json.loads(self.manifest.read_text())["cases"] if self.manifest.is_file() else {}  # of the same head
+        entries = {str(case["case_id"]): self._entry(case) for case in cases}
+        approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
+        notes = {"version": code_version(), "approximate": approximate}
+        write_json({**self.head, **notes, "cases": {**kept, **entries}}, self.manifest)
+        size = sum(entry["bytes"] for entry in entries.values()) / 1e6
+        logger.info("%s: %d cases, %.1f MB", self.manifest.parent, len(entries), size)
 
-
-def _write_manifest(folder: Path, head: Mapping[str, Any], entries: dict[str, Any]) -> None:
-    """Entries of cases that were not asked for this time stay."""
-    path = folder / "manifest.json"
-    kept = json.loads(path.read_text())["cases"] if path.is_file() else {}  # of the same head, see ``_claim``
-    approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
-    write_json({**head, "version": code_version(), "approximate": approximate, "cases": {**kept, **entries}}, path)
-    logger.info("%s: %d cases, %.1f MB", folder, len(entries), sum(e["bytes"] for e in entries.values()) / 1e6)
+    def _entry(self, case: Case) -> dict[str, Any]:
+        """A case's line in the manifest."""
+        path = case_path(self.folder, self.name, case)
+        shape = list(torch.load(path, mmap=True, weights_only=True)[LOGITS].shape)
+        return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}

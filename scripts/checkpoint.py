@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,10 +65,13 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
 
 
 def write_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` beside the target, flushed, then renamed: a reader sees the old file or the new one."""
+    """``torch.save`` beside the target, flushed, then renamed: a reader sees the old file or the new one.
+
+    What a killed process left beside it is overwritten next time.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as file:
             torch.save(state, file)
@@ -138,6 +142,9 @@ class TrainingCheckpoint:
             ValueError: no state that is there can be read, or it is from another kind of run.
         """
         if not self.resume:
+            if engine.state.rank == 0:  # an earlier run's states must not become this one's fallback
+                self.path.unlink(missing_ok=True)
+                self.previous.unlink(missing_ok=True)
             return
         path, state = self._newest()
         if state is None:
@@ -152,12 +159,15 @@ class TrainingCheckpoint:
             ("number of steps per epoch", trainer["epoch_length"], engine.state.epoch_length),
         ):
             if found != now:
-                raise ValueError(f"{path} is from another run: its {name} is {found}, here it is {now}.")
+                raise ValueError(
+                    f"{path} is from another run: its {name} is {found}, here it is {now}. Go on with the same seed, "
+                    "data, batch size and number of processes, or name another output folder."
+                )
         for name, item in self.objects.items():
+            _require_length(path, state[name], item)
             item.load_state_dict(state[name])
         if "scaler" in state and engine.scaler is not None:
             engine.scaler.load_state_dict(state["scaler"])
-        # The run's own length counts, so that a finished training can be made longer.
         engine.load_state_dict({**trainer, "max_epochs": engine.state.max_epochs})
         logger.info("resumed %s after epoch %d", path, engine.state.epoch)
 
@@ -181,7 +191,10 @@ class TrainingCheckpoint:
         if is_whole(self.path):  # a broken one must not take the good one's place
             beside = self.path.with_name(f".{self.previous.name}")
             beside.unlink(missing_ok=True)
-            os.link(self.path, beside)
+            try:
+                os.link(self.path, beside)
+            except OSError:  # some network file systems know no links
+                shutil.copyfile(self.path, beside)
             os.replace(beside, self.previous)
         write_atomically({**state, "trainer": dict(engine.state_dict()), "seed": self.seed}, self.path)
 
@@ -190,6 +203,16 @@ class TrainingCheckpoint:
         if engine.state.epoch % self.interval:
             self.save(engine)
         write_atomically({"model": self.objects["model"].state_dict()}, self.weights)
+
+
+def _require_length(path: Path, state: Any, item: Any) -> None:
+    """A learning rate that has come down along one schedule cannot go on along a longer one."""
+    planned, now = (state.get("total_iters") if isinstance(state, dict) else None), getattr(item, "total_iters", None)
+    if planned is not None and now is not None and planned != now:
+        raise ValueError(
+            f"{path} is of a run of {planned} epochs, here there are {now}: go on with {planned}, or start a new run "
+            "from its weights (--pretrained)."
+        )
 
 
 class WeightsLoader:

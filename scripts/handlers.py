@@ -69,6 +69,7 @@ class CurveWriter:
         self.sums.clear()
         for name in self.rows[-1] if self.rows else ():  # a validation's value is of its own epoch only
             engine.state.metrics.pop(name, None)
+        self.rate = self.optimizer.param_groups[0]["lr"]  # this epoch's: the scheduler steps at its end
         self.steps, self.began, self.validated = 0, time.perf_counter(), False
 
     def note(self, engine: Engine) -> None:
@@ -87,7 +88,7 @@ class CurveWriter:
     def write(self, engine: Engine) -> None:
         """Add the epoch's row and write the file."""
         row: Row = {"epoch": engine.state.epoch, **{name: total / self.steps for name, total in self.sums.items()}}
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row["learning_rate"] = self.rate
         row["seconds_per_step"] = self.elapsed / self.steps
         if self.validated and self.evaluator is not None:
             state: Any = self.evaluator.state

@@ -139,7 +139,8 @@ def shares(found: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> dic
         if len(entry["present"]) == len(modalities) - 1 and entry["loss"]:
             losses.setdefault(entry["row"], []).append(entry["loss"]["mean"])
     means = {row: sum(values) / len(values) for row, values in losses.items()}
-    return {row: mean / means[PLAIN] for row, mean in means.items()} if means.get(PLAIN) else {}
+    # Without a loss there is nothing to have a share of.
+    return {row: mean / means[PLAIN] for row, mean in means.items()} if means.get(PLAIN, 0.0) < 0 else {}
 
 
 def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> str:
@@ -147,7 +148,7 @@ def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> 
     head = ("present", "student", "Dice", "loss of Dice", "Dice - plain", "HD95 mm", "ASSD mm")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     order = list(dict.fromkeys(tuple(entry["present"]) for entry in found))
-    for entry in sorted(found, key=lambda each: order.index(tuple(each["present"]))):
+    for entry in sorted(found, key=lambda each: (-len(each["present"]), order.index(tuple(each["present"])))):
         metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
         dice, hd95, assd = (_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
         loss, plain = (_interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain"))

@@ -31,7 +31,8 @@ def _train(arguments: Sequence[str], output: Path, processes: int, batch: int, e
     (output / "manifest.json").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-W", "ignore", *command], capture_output=True, text=True, check=False)
     if not (output / "manifest.json").is_file():
-        raise RuntimeError(f"A training with {processes} process(es) failed: {done.stderr[-300:]}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or [done.stderr[-300:]]
+        raise RuntimeError(f"A training with {processes} process(es) failed: {said[0]}")
     steps = [row["seconds_per_step"] or 0.0 for row in read_curves(output / "curves.csv") if (row["epoch"] or 0) > 1]
     peak = json.loads((output / "manifest.json").read_text())["peak_mib"]
     return statistics.median(steps), peak

@@ -11,7 +11,6 @@ quite its flipped answer.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.checkpoint import sha256
+from scripts.data.lists import source_files
 
 LOGITS = "logits"
 FORMAT = 1  # raised when the files' layout changes
@@ -112,7 +112,8 @@ class TeacherCache:
     Args:
         folder: of the cache.
         teachers: name -> ``CachedTeacher``.
-        verify: ``"full"`` compares every file's checksum when training starts, ``"size"`` only its size.
+        verify: ``"full"`` compares the checksums of every cached file and of every image when training starts,
+            ``"size"`` only their sizes.
     """
 
     def __init__(self, folder: str, teachers: Mapping[str, CachedTeacher], verify: str = "full") -> None:
@@ -127,23 +128,24 @@ class TeacherCache:
             for output in each.outputs
         ]
 
-    def check(self, cases: Sequence[Case], fingerprint: str) -> None:
+    def check(self, cases: Sequence[Case], preprocessing: Mapping[str, Any]) -> None:
         """Refuse what does not belong to these cases and this preprocessing, or is not whole.
 
         Args:
             cases: the training cases; every one must be in the cache.
-            fingerprint: of the preprocessing, see ``scripts.data.volumes.Pipeline``.
+            preprocessing: settings of the training pipeline, see ``scripts.data.volumes.Pipeline``.
 
         Raises:
             ValueError: the cache is of another preprocessing, of other image files, lacks cases, or is damaged.
         """
         for name, manifest in self.manifests.items():
-            require_same(manifest, name, "preprocessing_sha256", fingerprint)
+            for key, value in preprocessing.items():
+                require_same(manifest["preprocessing"], name, key, value)
             lacking = [str(case["case_id"]) for case in cases if case["case_id"] not in manifest["cases"]]
             if lacking:
                 raise ValueError(
                     f"The cache of the teacher {name} lacks {len(lacking)} case(s): {', '.join(lacking[:5])}: "
-                    "run cache-teachers again, it adds what is missing."
+                    "run cache-teachers again with this run's --fold, it adds what is missing."
                 )
         every = [(name, case) for name in self.manifests for case in cases]
         for name, case in tqdm(every, desc="checking the cache", unit="file", delay=2):
@@ -155,7 +157,8 @@ class TeacherCache:
         if size != noted["bytes"] or (self.verify == "full" and sha256(path) != noted["sha256"]):
             found = "is missing" if size is None else "is damaged"
             raise ValueError(f"{path} {found}: run cache-teachers again, it makes what is not whole anew.")
-        if noted["sources"] != source_states(case):
+        found_sources = source_states(case, checksums=self.verify == "full")
+        if found_sources != {key: value for key, value in noted["sources"].items() if key in found_sources}:
             raise ValueError(
                 f"The image files of case {case['case_id']} have changed since {path} was made: "
                 "run cache-teachers again."
@@ -184,9 +187,11 @@ def case_path(folder: Path, teacher: str, case: Case) -> Path:
     return folder / teacher / f"{case['case_id']}.pt"
 
 
-def source_states(case: Case) -> dict[str, Any]:
-    """Bytes of every image file that the case names, and what it holds besides text, such as ``bbox_mm``."""
-    texts = {key: value for key, value in case.items() if isinstance(value, str) and key not in ("case_id", "label")}
-    sizes = {key: os.path.getsize(path) for key, path in sorted(texts.items()) if os.path.isfile(path)}
+def source_states(case: Case, checksums: bool = True) -> dict[str, Any]:
+    """What a case's images are: the bytes of every file, its checksum, and values such as ``bbox_mm``."""
+    files = {key: path for key, path in source_files(case).items() if key != "label"}
+    found: dict[str, Any] = {f"{key} bytes": path.stat().st_size for key, path in files.items()}
+    if checksums:
+        found |= {f"{key} sha256": sha256(path) for key, path in files.items()}
     others = {key: value for key, value in case.items() if not isinstance(value, str)}
-    return {**sizes, **json.loads(json.dumps(others, sort_keys=True, default=str))}
+    return {**found, **json.loads(json.dumps(others, sort_keys=True, default=str))}

@@ -24,7 +24,12 @@ def _network(
 ) -> nn.Module:
     height, width, depth = patch
     if architecture == "unetr":
-        return UNETR(inputs, outputs, img_size=(height, width, depth), **options)
+        network = UNETR(inputs, outputs, img_size=(height, width, depth), **options)
+        # MONAI builds a norm for cross-attention into every block and never calls it: several processes would wait
+        # for its gradient.
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("norm_cross_attn" not in name)
+        return network
     if architecture == "swinunetr":
         return SwinUNETR(inputs, outputs, **options)
     if architecture == "hdenseformer":

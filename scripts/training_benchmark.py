@@ -25,6 +25,7 @@ from tqdm import tqdm
 from scripts.arguments import CONFIGS
 
 WARM_UP, TURN = 3, 5  # steps before the first turn; steps per turn
+LEAST_ROUNDS = 4  # 20 steps
 TEACHERS = ("unetr", "hdenseformer", "swinunetr", "uxnet", "dynunet")  # the first one, three or five of them
 COUNTS = (1, 3, 5)
 PLAIN = "plain"

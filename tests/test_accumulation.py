@@ -92,5 +92,5 @@ def test_an_epoch_ends_with_a_step_of_what_is_left_and_its_records_count_every_b
     rows = read_curves(tmp_path / "curves.csv")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)  # of whole batches, not of their thirds
-    assert [row["learning_rate"] for row in rows] == pytest.approx([RATE * 0.5**0.9, 0.0])  # per epoch, for the next
+    assert [row["learning_rate"] for row in rows] == pytest.approx([RATE, RATE * 0.5**0.9])  # per epoch
     assert [(bar.total, bar.done) for bar in bars] == [(EPOCHS, EPOCHS)]

@@ -164,7 +164,9 @@ def test_one_file_per_case_and_teacher_and_a_complete_manifest(written: Path, ca
             assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
             assert entry["bytes"] == path.stat().st_size
             assert entry["shape"] == [2, *image.shape[1:]]
-            assert entry["sources"]["pet"] == Path(case["pet"]).stat().st_size
+            content = Path(case["pet"]).read_bytes()
+            assert entry["sources"]["pet bytes"] == len(content)
+            assert entry["sources"]["pet sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_an_attention_map_is_the_root_of_the_channels_mean_square_and_gives_the_loss_of_its_features() -> None:
@@ -219,7 +221,10 @@ def test_a_later_call_for_more_cases_adds_them(cases: Any, tmp_path: Path) -> No
             {"asked": {"pair": Fake([1, 0], sha256="c" * 64)}},
             "its weights sha256 is aaaaaaaaaaaa..., this run's cccccc",
         ),
-        ({"transform": pipeline(spacing=[8.0, 9.0, 9.0])}, "its preprocessing sha256 is"),
+        (
+            {"transform": pipeline(spacing=[8.0, 9.0, 9.0])},
+            r"its spacing is \[9.0, 9.0, 9.0\], this run's \[8.0, 9.0, 9.0\]",
+        ),
         ({"taps": TAPS}, r"its outputs is \['logits'\], this run's \['logits', 'deep'\]"),
     ],
 )
@@ -304,7 +309,7 @@ def test_the_command_writes_what_it_is_told_and_refuses_in_one_sentence(
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits"]
     assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: The cache of the teacher dynunet_pet is stale: its preprocessing sha256 is ")
+    assert error.startswith("error: The cache of the teacher dynunet_pet is stale: its spacing is [12.0, 12.0, 12.0], ")
     assert main([*arguments, "--set", "spacing=[14,12,12]", "--rebuild", "--maps"]) == 0
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits", "coarse", "fine"]
     assert manifest(folder, "dynunet_pet")["spacing"] == [14, 12, 12]

@@ -122,7 +122,28 @@ def test_a_finished_training_can_be_made_longer_and_is_else_left_as_it_is(tmp_pa
     assert again.epochs == []
     assert_identical(again.network.state_dict(), first.network.state_dict())
     assert_identical(torch.load(tmp_path / "model.pt", weights_only=True)["model"], first.network.state_dict())
-    assert Run(tmp_path, 3, seed=9, resume=True).start().epochs == [3]
+    assert Run(tmp_path, 3, seed=9, resume=True).start().epochs == [3]  # its schedule was made for four
+
+
+def test_a_longer_schedule_than_the_one_that_came_down_is_refused(tmp_path):
+    Run(tmp_path, 2).start()
+    longer = Run(tmp_path, 6, resume=True)
+    longer.scheduler.total_iters = 6
+    with pytest.raises(ValueError, match="is of a run of 4 epochs, here there are 6: go on with 4, or"):
+        longer.start()
+
+
+def test_a_new_run_does_not_fall_back_to_the_states_of_an_earlier_one(tmp_path):
+    Run(tmp_path, 4).start()
+    assert (tmp_path / "checkpoint.previous.pt").is_file()
+    fresh = Run(tmp_path, 2)
+    found = []
+    fresh.trainer.add_event_handler(
+        Events.EPOCH_STARTED, lambda engine: found.append(sorted(path.name for path in tmp_path.glob("checkpoint*")))
+    )
+    fresh.start()
+    assert found == [[], []]
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint.pt"]
 
 
 def test_the_saved_state_holds_tensors_and_plain_values_only(tmp_path):

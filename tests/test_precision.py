@@ -98,7 +98,8 @@ def trainer_of(parser: ConfigParser) -> Any:
 def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
     tiny_bundle: Callable[..., ConfigParser], tmp_path: Path
 ) -> None:
-    parser = tiny_bundle(tmp_path, precision="float16", save_interval=1)
+    recipe = {"precision": "float16", "save_interval": 1, "lr_scheduler#total_iters": 2}
+    parser = tiny_bundle(tmp_path, **recipe)
     trainer = trainer_of(parser)
     weights: list[list[Tensor]] = [[p.detach().clone() for p in trainer.network.parameters()]]
     scales: list[float] = []
@@ -122,7 +123,7 @@ def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["scaler"]
     assert (state["scale"], state["_growth_tracker"]) == (INITIAL / 2, 1)  # one step without an overflow
 
-    resumed = tiny_bundle(tmp_path, precision="float16", save_interval=1, resume=True, max_epochs=2)
+    resumed = tiny_bundle(tmp_path, **recipe, resume=True, max_epochs=2)
     trainer, found = trainer_of(resumed), []
     trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: found.append(engine.scaler.state_dict()))
     resumed.get_parsed_content("run")

@@ -198,6 +198,8 @@ def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
         (["segment", "--output", "m.nii.gz", "--allow-missing"], "name it by --ct or --pet or --mr"),
         (["segment", "--ct", "nowhere.nii.gz", "--output", "m.nii.gz"], "nowhere.nii.gz"),
         (["segment", "--ct", "a.nii.gz", "--output", "m.mha"], ".nii.gz"),
+        (["train", "--dataset-dir", ".", "--multi-gpu"], "torchrun"),
+        (["distill", "--dataset-dir", ".", "--method", "gkd", "--cache-dir", "c"], "gkd needs its teachers' features"),
         (["report", "--evaluations", "/nowhere"], "/nowhere"),
     ],
 )

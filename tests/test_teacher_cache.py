@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -64,9 +65,11 @@ def by_hand(folder: Path, teacher: str, said: dict[str, torch.Tensor], transform
     path = folder / teacher / "A.pt"
     path.parent.mkdir(parents=True)
     torch.save({**said, "made_of": ""}, path)
-    sources = {key: Path(case[key]).stat().st_size for key in ("ct", "image", "pet") if key in case}
+    files = {key: Path(case[key]).read_bytes() for key in ("ct", "image", "pet") if key in case}
+    sources = {f"{key} bytes": len(content) for key, content in files.items()}
+    sources |= {f"{key} sha256": hashlib.sha256(content).hexdigest() for key, content in files.items()}
     entry = {"bytes": path.stat().st_size, "sha256": "", "shape": list(said["logits"].shape), "sources": sources}
-    head = {"format": 1, "channels": len(said["logits"]), "preprocessing_sha256": transform.fingerprint}
+    head = {"format": 1, "channels": len(said["logits"]), "preprocessing": transform.settings}
     (path.parent / "manifest.json").write_text(json.dumps({**head, "cases": {"A": entry}}))
     return CachedTeacher([0], list(said), "a" * 64)
 
@@ -174,7 +177,7 @@ def cached(case: Any, folder: Path, teachers: dict[str, Online], **options: Any)
     cache_teachers([case], transform, teachers, specs, inferer, str(folder), settings, TAPS)
     found = cached_teachers(specs, str(folder), MODALITIES)
     reader = TeacherCache(str(folder), found)
-    reader.check([case], transform.fingerprint)
+    reader.check([case], transform.settings)
     return reader, found
 
 
@@ -265,10 +268,10 @@ def test_a_teacher_whose_modality_is_absent_has_no_weight(make_case: Any, tmp_pa
 def test_another_box_of_the_same_files_is_another_source(make_case: Any, tmp_path: Path) -> None:
     case = {**make_case(), "bbox_mm": [-30.0, -30.0, 2.0, -2.0, -2.0, 30.0]}
     cache, _ = cached(case, tmp_path / "cache", {"both": Online([0, 1])})
-    fingerprint = pipeline().fingerprint
-    cache.check([case], fingerprint)
+    settings = pipeline().settings
+    cache.check([case], settings)
     with pytest.raises(ValueError, match="image files of case A have changed"):
-        cache.check([{**case, "bbox_mm": [-31.0, -30.0, 2.0, -3.0, -2.0, 30.0]}], fingerprint)
+        cache.check([{**case, "bbox_mm": [-31.0, -30.0, 2.0, -3.0, -2.0, 30.0]}], settings)
 
 
 # What follows goes through the commands that a user types.
@@ -379,7 +382,9 @@ def test_a_cache_of_something_else_is_refused(distill: Any, weights: list[Path],
     stale = "The cache of the teacher dynunet_pet is stale: its "
     assert f"{stale}weights sha256 is " in distill(*hinton, teacher=f"dynunet:pet={weights[1]}")
     assert "this run's None" in distill(*hinton, teacher="dynunet:pet=random")
-    assert f"{stale}preprocessing sha256 is " in distill(*hinton, "--set", "spacing=[12,12,14]")
+    assert f"{stale}spacing is [12.0, 12.0, 12.0], this run's [12.0, 12.0, 14.0]" in distill(
+        *hinton, "--set", "spacing=[12,12,14]"
+    )
     for key, value in (("modalities", ["mr"]), ("architecture", "segresnet")):
         spec = {"architecture": "dynunet", "modalities": ["pet"], "weights": str(weights[0]), key: value}
         error = distill(*hinton, "--set", f"teacher_specs={json.dumps({'dynunet_pet': spec})}")
@@ -392,10 +397,13 @@ def test_a_cache_of_something_else_is_refused(distill: Any, weights: list[Path],
     assert "train without the cache" in error
 
 
-def test_a_changed_source_image_is_refused(distill: Any, cohort: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_changed_source_image_is_refused(distill: Any, cohort: Path, tmp_path: Path, same_size: bool) -> None:
     shutil.copytree(cohort, tmp_path / "data")
-    with open(tmp_path / "data" / "PHANTOM_005" / "PET_image.nii.gz", "ab") as file:
-        file.write(b"\0")
+    path = tmp_path / "data" / "PHANTOM_005" / "PET_image.nii.gz"
+    content = path.read_bytes()
+    # The byte after gzip's magic number, method and flags belongs to its time stamp: the voxels stay readable.
+    path.write_bytes(content[:4] + bytes([content[4] ^ 1]) + content[5:] if same_size else content + b"\0")
     error = distill("--method", "hinton", data=tmp_path / "data")
     assert "The image files of case PHANTOM_005 have changed since" in error
 

@@ -58,6 +58,14 @@ def test_each_architecture_segments_the_patch_from_its_own_modalities(architectu
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_trainable_parameter_gets_a_gradient(architecture):
+    # DistributedDataParallel waits for each of them.
+    teacher = build(architecture, seen=("ct",))
+    teacher(torch.randn(2, 3, *(LONG if architecture == "swinunetr" else PATCH))).square().mean().backward()
+    assert [name for name, p in teacher.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_survive_the_way_through_a_file(architecture, tmp_path):
     first, path = build(architecture, seed=1), tmp_path / "teacher.pt"
     torch.save({"model": first.state_dict()}, path)

@@ -3,6 +3,7 @@
 
 from scripts.data.draws import Draws as Draws
 from scripts.data.lists import datalist as datalist
+from scripts.data.lists import deal as deal
 from scripts.data.lists import require_cases as require_cases
 from scripts.data.splits import fold_split as fold_split
 from scripts.data.transforms import postprocessing as postprocessing

@@ -92,6 +92,23 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
     return sorted((item for item, _ in cases), key=lambda item: item["case_id"])
 
 
+def source_files(case: Mapping[str, Any]) -> dict[str, Path]:
+    """The files that a case names, by key."""
+    texts = {key: value for key, value in case.items() if isinstance(value, str) and key != "case_id"}
+    return {key: Path(value) for key, value in sorted(texts.items()) if Path(value).is_file()}
+
+
+def deal(cases: Sequence[Item], rank: int, world: int) -> list[Item]:
+    """One process's share of the validation cases: each case goes to one process, whatever their number.
+
+    Raises:
+        ValueError: there are cases, but fewer than processes: one without any would leave the others waiting.
+    """
+    if 0 < len(cases) < world:
+        raise ValueError(f"{len(cases)} validation case(s) cannot be dealt to {world} processes: start fewer of them.")
+    return list(cases[rank::world])
+
+
 def require_cases(
     cases: Sequence[Item],
     root: str | Path | None,

@@ -17,7 +17,7 @@ from monai.transforms import Compose, Transform
 from tqdm import tqdm
 
 from scripts.data.draws import Drawn
-from scripts.data.lists import Item
+from scripts.data.lists import Item, source_files
 
 
 class Pipeline(Compose):
@@ -36,7 +36,12 @@ class Pipeline(Compose):
     def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
         super().__init__([*fixed, *random])
         self.fixed, self.cached = len(fixed), None
-        self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        self.settings: dict[str, Any] = _plain(settings)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the settings."""
+        return _hash(self.settings)
 
     def prepare(self, case: Item) -> dict[str, Any]:
         """The fixed part."""
@@ -45,6 +50,21 @@ class Pipeline(Compose):
     def draw(self, volumes: Mapping[str, Any]) -> Any:
         """The random part."""
         return self(dict(volumes), start=self.fixed)
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON knows them, every number a float, so that 3 and 3.0 are one setting."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return value if value is None or isinstance(value, bool) else str(value)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class CentreCandidatesd(Transform):
@@ -73,9 +93,10 @@ class Volumes(Dataset):
     Args:
         cases: data list.
         transform: the pipeline; where it has ``cached`` (predictions of teachers), that is checked first.
-        folder: keep the volumes in files there, mapped into memory, so that a sample reads its patch only and a cohort
-            may be larger than memory; empty: keep them in memory. A file is found again by case, its files' sizes and
-            times, and the pipeline's settings; one that is broken is made again.
+        folder: keep the volumes in files there, mapped into memory, so that a sample reads about its patch and a cohort
+            may be larger than memory; empty: keep them in memory. A file is found again by the sizes and times of the
+            case's files, wherever they lie, and the pipeline's settings; one that is broken is made again. Of several
+            processes each makes its share.
         workers: threads that preprocess.
     """
 
@@ -84,17 +105,26 @@ class Volumes(Dataset):
         self.pipeline = transform
         self.folder = Path(folder) if folder else None
         if transform.cached is not None and cases:
-            transform.cached.check(cases, transform.fingerprint)
+            transform.cached.check(cases, transform.settings)
+        shared = self.folder is not None and torch.distributed.is_initialized()
+        if shared:
+            share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+            self._prepare(cases[share], workers)
+            torch.distributed.barrier()
+        self.kept = self._prepare(cases, workers)
+
+    def _prepare(self, cases: Sequence[Item], workers: int) -> list[Any]:
+        """Every case's volumes, or their files."""
         with ThreadPoolExecutor(workers) as pool:
-            made = pool.map(self._write if self.folder else transform.prepare, cases)
-            self.kept = list(tqdm(made, total=len(cases), desc="preprocessing", unit="case", disable=not cases))
+            made = pool.map(self._write if self.folder else self.pipeline.prepare, cases)
+            return list(tqdm(made, total=len(cases), desc="preprocessing", unit="case", disable=not cases))
 
     def _file(self, case: Item) -> Path:
         """Where a case's volumes are kept."""
-        paths = [Path(value) for value in case.values() if isinstance(value, str) and os.path.isfile(value)]
-        states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        key = json.dumps([self.pipeline.fingerprint, case, states], sort_keys=True, default=str)
-        return Path(self.folder or "") / f"{case['case_id']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+        states = {key: (path.stat().st_size, path.stat().st_mtime_ns) for key, path in source_files(case).items()}
+        others = {key: value for key, value in case.items() if not isinstance(value, str)}
+        name = f"{case['case_id']}-{_hash([self.pipeline.settings, states, _plain(others)])[:16]}.pt"
+        return Path(self.folder or "") / name
 
     def _write(self, case: Item) -> Path:
         path = self._file(case)
@@ -123,6 +153,6 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def training_set(cases: Sequence[Item], transform: Pipeline, seed: int = 0, folder: str = "") -> Drawn:
+def training_set(data: Sequence[Item], transform: Pipeline, seed: int = 0, folder: str = "") -> Drawn:
     """The training cases, each sample a function of seed, epoch and case; see ``Volumes`` and ``Drawn``."""
-    return Drawn(Volumes(cases, transform, folder), seed)
+    return Drawn(Volumes(data, transform, folder), seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.data import datalist, require_cases
+from scripts.data import datalist, deal, require_cases
 
 
 @pytest.fixture
@@ -79,3 +79,16 @@ def test_a_cohort_of_phantoms_is_read_back_as_it_was_written(phantoms: Any) -> N
     assert [item["case_id"] for item in phantoms] == [f"PHANTOM_{index:03d}" for index in range(1, 7)]
     root = phantoms[0]["image"].split("PHANTOM_001")[0]
     assert datalist("phantom", root) == phantoms
+
+
+@pytest.mark.parametrize(("cases", "world"), [(3, 2), (8, 3), (2, 2), (5, 1), (0, 4)])
+def test_validation_cases_are_dealt_to_one_process_each(cases: int, world: int) -> None:
+    items = [{"case_id": str(i)} for i in range(cases)]
+    shares = [deal(items, rank, world) for rank in range(world)]
+    assert sorted(item["case_id"] for share in shares for item in share) == [item["case_id"] for item in items]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_fewer_validation_cases_than_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 validation case\(s\) cannot be dealt to 2 processes"):
+        deal([{"case_id": "A"}], 0, 2)

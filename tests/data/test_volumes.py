@@ -127,6 +127,16 @@ def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tm
     assert len(set(names)) == len(names) == 7
 
 
+def test_the_same_files_elsewhere_are_found_again(cases: Any, tmp_path: Path) -> None:
+    name = kept_file(cases, tmp_path)
+    moved = dict(cases[0])
+    for key, value in cases[0].items():
+        if Path(value).is_file():
+            moved[key] = str(shutil.copy2(value, tmp_path / Path(value).name))  # with its time
+    assert kept_file([moved], tmp_path) == name
+    assert kept_file([{**moved, "bbox_mm": [0, 0, 0, 9, 9, 9]}], tmp_path) != name
+
+
 def test_candidates_are_all_voxels_of_a_small_volume() -> None:
     label = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
     label[0, 1, 2, 3], label[0, 2, 3, 4], label[0, 0, 0, 0] = 1, 2, 1

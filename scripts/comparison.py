@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,8 +175,14 @@ def _warmed(method: str) -> str:
     return "student warmed up" + (" with selective fusion" if method == "dual" else "")
 
 
+def own_bars() -> None:
+    """Give a forked process its own lock of progress bars: if it is killed in one, its relatives do not wait for it."""
+    tqdm.set_lock(threading.RLock())
+
+
 def _work(main: Callable[[Sequence[str]], int], job: Job) -> None:
     """Run a job's commands in this (forked) process; its words go into a log beside its results."""
+    own_bars()
     job.folder.mkdir(parents=True, exist_ok=True)
     resumed = (*job.commands[0], "--resume") if (job.folder / "checkpoint.pt").is_file() else job.commands[0]
     commands = [resumed if command is job.commands[0] else command for command in job.todo]

@@ -17,6 +17,7 @@ from scripts.handlers import read_curves
 
 SIDES = {  # name -> processes, cases per step in each
     "1 process, batch 2": (1, 2),
+    "1 process, batch 1": (1, 1),
     "2 processes, batch 1 each": (2, 1),
     "2 processes, batch 2 each": (2, 2),
 }

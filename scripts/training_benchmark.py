@@ -23,6 +23,7 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from scripts.arguments import CONFIGS
+from scripts.comparison import own_bars
 
 WARM_UP, TURN = 3, 5  # steps before the first turn; steps per turn
 LEAST_ROUNDS = 4  # 20 steps
@@ -77,6 +78,7 @@ def _train(side: Side, pipe: Connection) -> None:
     """A side's process: the bundle's own trainer, without its handlers (validation, files)."""
     from monai.bundle import ConfigParser
 
+    own_bars()
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in side.configs])
     parser.update(dict(side.overrides))

@@ -21,6 +21,7 @@ from torch import nn
 
 from scripts.__main__ import main
 from scripts.caching import attention_map, cache_teachers
+from scripts.comparison import own_bars
 from scripts.data import preprocessing
 from scripts.losses import AttentionMapLoss
 
@@ -263,6 +264,7 @@ def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, t
 
 
 def _killed_while_saving(cases: Any, folder: Path) -> None:
+    own_bars()
     save, calls = torch.save, []
 
     def half(state: Any, file: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scripts.__main__ import main
+from scripts.comparison import own_bars
 from scripts.data.phantom import write_phantoms
 
 EPOCHS, KILLS = 26, 20
@@ -44,6 +45,7 @@ def _child(arguments: list[str], log: Path, sabotage: Callable[[], None] | None)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
+        own_bars()
         if sabotage:
             sabotage()
         os._exit(main(arguments))

@@ -19,18 +19,20 @@ def test_the_ratio_is_of_samples_per_second_and_sides_take_turns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     turns: list[tuple[int, int]] = []
-    seconds = {(1, 2): [1.0, 3.0, 2.0], (2, 1): [1.0, 1.0, 5.0], (2, 2): [4.0, 2.5, 2.0]}  # medians 2, 1, 2.5
+    seconds = {  # medians 2, 1.6, 1, 2.5
+        (1, 2): [1.0, 3.0, 2.0], (1, 1): [1.6, 1.6, 9.0], (2, 1): [1.0, 1.0, 5.0], (2, 2): [4.0, 2.5, 2.0],
+    }  # fmt: skip
 
     def train(arguments: Any, output: Path, processes: int, batch: int, epochs: int) -> tuple[float, float]:
         turns.append((processes, batch))
-        return seconds[processes, batch][len(turns[:-1]) // 3], 500.4
+        return seconds[processes, batch][len(turns[:-1]) // 4], 500.4
 
     monkeypatch.setattr(scaling_benchmark, "_train", train)
     rows = measure([], tmp_path, rounds=3, epochs=2)
-    assert turns == [(1, 2), (2, 1), (2, 2)] * 3
-    assert [row["median_s"] for row in rows] == [2.0, 1.0, 2.5]
-    assert [row["samples_per_s"] for row in rows] == [1.0, 2.0, 1.6]  # 2 / 2, 2 / 1, 4 / 2.5
-    assert [row["ratio"] for row in rows] == [1.0, 2.0, 1.6]
+    assert turns == [(1, 2), (1, 1), (2, 1), (2, 2)] * 3
+    assert [row["median_s"] for row in rows] == [2.0, 1.6, 1.0, 2.5]
+    assert [row["samples_per_s"] for row in rows] == [1.0, 0.625, 2.0, 1.6]  # 2 / 2, 1 / 1.6, 2 / 1, 4 / 2.5
+    assert [row["ratio"] for row in rows] == [1.0, 0.625, 2.0, 1.6]
     assert "| 2 processes, batch 1 each | 1.000 | 2.00 | 2.00 | 500 |" in table(rows)
 
 

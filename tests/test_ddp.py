@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.__main__ import main
 from scripts.data.phantom import write_phantoms
+from scripts.handlers import read_curves
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["train", "data/phantom", "scale/small", "distill", "methods/hint"]
@@ -142,3 +144,43 @@ def test_only_the_first_rank_writes(records: dict[str, Any]) -> None:
     assert {path.name for path in records["two"].iterdir()} == expected | {"rank1.pt"}
     assert len(list((records["two"] / "tensorboard").iterdir())) == 1  # a file for each process that writes
     assert len((records["two"] / "curves.csv").read_text().splitlines()) == 1 + EPOCHS
+
+
+def test_the_command_shares_preprocessing_among_ranks_reads_the_cache_and_resumes(
+    records: dict[str, Any], tmp_path: Path
+) -> None:
+    root = records["two"].parent
+    common = [
+        "--data", "phantom", "--dataset-dir", str(root / "data"), "--threads", "1", "--teacher", "dynunet=random",
+        "--set", f"splits_file={root / 'splits.json'}", "--set", "spacing=[12,12,12]", "--set", "patch=[32,32,32]",
+        "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}',
+    ]  # fmt: skip
+    assert main(["cache-teachers", *common, "--output-dir", str(tmp_path / "cache")]) == 0
+    student = ["--set", "student_features=[4,8,8,8]", "--set", 'student_norm=["group",{"num_groups":4}]']
+    distill = [
+        "distill", "--multi-gpu", *common, *student, "--method", "hinton", "--cache-dir", str(tmp_path / "cache"),
+        "--volumes-dir", str(tmp_path / "volumes"), "--output-dir", str(tmp_path / "out"), "--epochs", "3",
+        "--set", "batch_size=1", "--set", "save_interval=1",
+    ]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+    ]
+    for more in ([], ["--resume"]):
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+        done = subprocess.run(
+            [*launcher, "scripts", *distill, *more], cwd=ROOT, text=True, capture_output=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert (tmp_path / "out" / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
+        if not more:  # as if it had been killed after the second epoch
+            os.replace(tmp_path / "out" / "checkpoint.previous.pt", tmp_path / "out" / "checkpoint.pt")
+    assert "resumed" in done.stdout + done.stderr
+    assert [row["epoch"] for row in read_curves(tmp_path / "out" / "curves.csv")] == [1, 2, 3]
+    assert len(list((tmp_path / "volumes").iterdir())) == 8  # one file for each training case, and no half ones

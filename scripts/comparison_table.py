@@ -110,7 +110,8 @@ def entries(plan: Plan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return found
 
 
-def _interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
+def interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """A mean with its interval, as text."""
     low, high = summary["ci95"] or (float("nan"),) * 2
     return f"{summary['mean']:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
@@ -120,8 +121,8 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
     for each in found:
         metrics = each["aggregate"]["metrics"]
-        dice, hd95, assd = (_interval(metrics[m]["worst_filled"], d) for m, d in zip(METRICS, (3, 1, 1), strict=True))
-        difference = _interval(each["difference"]["dice"], 3, "+") if "difference" in each else ""
+        dice, hd95, assd = (interval(metrics[m]["worst_filled"], d) for m, d in zip(METRICS, (3, 1, 1), strict=True))
+        difference = interval(each["difference"]["dice"], 3, "+") if "difference" in each else ""
         per_seed = " ".join(f"{x:.3f}" for x in each["dice_per_seed"])
         cost = [f"{each['seconds']:.0f}", f"{each['peak_mib']:.0f}"] if "seconds" in each else ["", ""]
         seeds = str(each["seeds"]) if "seconds" in each else ""

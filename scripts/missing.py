@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from scripts.comparison import SHARE, TEACHER_RATE, Command, Job
-from scripts.comparison_table import seed_mean
+from scripts.comparison_table import interval, seed_mean
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
 
 METHOD = "dist"  # the best on predictions alone in the comparison of all methods
@@ -150,8 +150,8 @@ def markdown(found: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> 
     order = list(dict.fromkeys(tuple(entry["present"]) for entry in found))
     for entry in sorted(found, key=lambda each: (-len(each["present"]), order.index(tuple(each["present"])))):
         metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
-        dice, hd95, assd = (_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
-        loss, plain = (_interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain"))
+        dice, hd95, assd = (interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
+        loss, plain = (interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain"))
         cells = [", ".join(entry["present"]), entry["row"], dice, loss, plain, hd95, assd]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "With one modality missing, a student loses this share of what the plain one loses:"]
@@ -176,11 +176,6 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(ROWS), frameon=False)
     plot.savefig(path, dpi=110)
     plt.close(plot)
-
-
-def _interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
-    low, high = summary["ci95"] or (float("nan"),) * 2
-    return f"{summary['mean']:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def write_missing(plan: MissingPlan) -> str:

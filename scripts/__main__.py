@@ -297,6 +297,9 @@ def benchmark(args: argparse.Namespace) -> None:
     print(run(args, _merged(args)["modalities"], main))
 
 
+ACTIONS = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark)
+
+
 def _sentence(error: BaseException) -> str:
     """The cause below MONAI's RuntimeErrors, which name only the config item or the transform that failed."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
@@ -306,8 +309,7 @@ def _sentence(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 on bad input (one sentence on stderr), 2 on bad arguments."""
-    actions = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark)
-    args = build_parser(actions).parse_args(arguments)
+    args = build_parser(ACTIONS).parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:

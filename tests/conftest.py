@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
 
@@ -54,10 +55,34 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ConfigParser]:
+def cohort(phantoms: list[dict[str, Any]]) -> Path:
+    """The folder of the six phantoms, to be read only."""
+    return Path(phantoms[0]["image"]).parents[1]
+
+
+@pytest.fixture(scope="session")
+def die_in_save() -> Callable[[int], None]:
+    """``die_in_save(n)``, in a process of its own: the n-th ``torch.save`` writes half a file, then kill -9."""
+
+    def arm(number: int) -> None:
+        save, calls = torch.save, []
+
+        def half(state: Any, file: Any) -> None:
+            calls.append(1)
+            save(state, file)
+            if len(calls) == number:
+                file.flush()
+                file.truncate(file.tell() // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = half
+
+    return arm
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(cohort: Path) -> Callable[..., ConfigParser]:
     """``tiny_bundle(output, *configs, **overrides)``: a training of four phantoms, composed and not yet run."""
-    cohort = tmp_path_factory.mktemp("tiny")
-    write_phantoms(cohort, cases=6, seed=3, progress=False)
     small = {
         "dataset_dir": str(cohort), "device": torch.device("cpu"), "threads": 1, "val_interval": 100, "max_epochs": 1,
         "patch": [16, 16, 16], "spacing": [12.0, 12.0, 12.0], "student_features": [4, 8, 8, 8],

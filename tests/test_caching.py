@@ -263,24 +263,18 @@ def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, t
         assert list(tmp_path.rglob("manifest.json")) == []
 
 
-def _killed_while_saving(cases: Any, folder: Path) -> None:
+def _killed_while_saving(cases: Any, folder: Path, die_in_save: Callable[[int], None]) -> None:
     own_bars()
-    save, calls = torch.save, []
-
-    def half(state: Any, file: Any) -> None:
-        calls.append(1)
-        save(state, file)
-        if len(calls) == 2:
-            file.flush()
-            file.truncate(file.tell() // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = half
+    die_in_save(2)
     write(cases, folder)
 
 
-def test_a_kill_in_the_middle_leaves_no_half_file_under_a_final_name(cases: Any, written: Path, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(cases, tmp_path))
+def test_a_kill_in_the_middle_leaves_no_half_file_under_a_final_name(
+    cases: Any, written: Path, tmp_path: Path, die_in_save: Callable[[int], None]
+) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_while_saving, args=(cases, tmp_path, die_in_save)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -12,18 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.__main__ import (
-    benchmark,
-    cache_teachers,
-    distill,
-    evaluate,
-    main,
-    phantom,
-    report,
-    segment,
-    teacher,
-    train,
-)
+from scripts.__main__ import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import ALONE, Job, Plan, threshold_masks, work_off
 from scripts.comparison_table import entries, markdown, seed_mean, write_comparison
@@ -56,7 +45,7 @@ def finish(folder: Path, dice: Sequence[float], seconds: float = 10.0) -> None:
 
 
 def test_every_command_of_the_plan_is_one_that_the_program_takes(plan: Plan) -> None:
-    parser = build_parser((phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark))
+    parser = build_parser(ACTIONS)
     for job in plan.jobs():
         training, scoring = (parser.parse_args(command) for command in job.commands)
         assert training.output_dir == str(job.folder)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo import register_backend
 
 from scripts.__main__ import main
-from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 from scripts.networks import Student
 
@@ -42,13 +41,6 @@ def _forget() -> Iterator[None]:
     CALLS.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cohort")
-    write_phantoms(root, cases=6, seed=3, progress=False)
-    return root
 
 
 def distil(cohort: Path, output: Path, method: str, *more: str) -> int:

@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.__main__ import (
-    benchmark,
-    cache_teachers,
-    distill,
-    evaluate,
-    main,
-    phantom,
-    report,
-    segment,
-    teacher,
-    train,
-)
+from scripts.__main__ import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import Job, work_off
 from scripts.metrics import write_rows
@@ -74,7 +63,7 @@ def test_subsets_are_all_but_the_empty_one_and_the_whole_comes_first() -> None:
 
 
 def test_every_command_of_the_plan_is_one_that_the_program_takes(plan: MissingPlan) -> None:
-    parser = build_parser((phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark))
+    parser = build_parser(ACTIONS)
     students = [job for job in plan.jobs() if job.row in ROWS]
     assert [(job.row, job.seed) for job in students] == [(row, seed) for seed in (0, 1) for row in ROWS]
     for job in plan.jobs():

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from scripts.__main__ import main
-from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 from scripts.losses import SoftPredictionLoss
 from scripts.precision import AutocastInferer
 
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = {"float16": torch.float16}  # bfloat16 is for GPUs, see AutocastInferer
 INITIAL = 2.0**16  # of the scale
 TINY = [
     "--data", "phantom", "--threads", "1", "--device", "cpu", "--method", "hinton", "--teacher", "dynunet=random",
@@ -31,13 +30,6 @@ TINY = [
     "--set", 'student_norm=["group",{"num_groups":4}]', "--set", 'architectures={"dynunet":{"filters":[2,4,4,4]}}',
     "--set", "val_interval=100", "--epochs", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cohort")
-    write_phantoms(root, cases=6, seed=3, progress=False)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +67,7 @@ def test_networks_run_in_the_precision_and_losses_see_float32(
     assert {value.dtype for value in epochs[precision]["weights"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 8), ("float16", 11)])
+@pytest.mark.parametrize(("precision", "bits"), [("float16", 11)])
 def test_the_loss_of_the_first_epoch_is_that_of_float32_within_rounding(
     epochs: dict[str, dict[str, Any]], precision: str, bits: int
 ) -> None:
@@ -133,7 +125,7 @@ def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
 
 
 def test_dicts_come_back_in_float32_and_masks_as_they_are() -> None:
-    outputs = AutocastInferer("cpu", "bfloat16")(
+    outputs = AutocastInferer("cpu", "float16")(
         torch.ones(2, 3), lambda x: {"logits": x @ x.T, "available": torch.ones(2, 1, dtype=torch.bool)}
     )
     assert {name: value.dtype for name, value in outputs.items()} == {"logits": torch.float32, "available": torch.bool}
@@ -146,3 +138,9 @@ def test_an_unknown_precision_is_refused_in_one_sentence(
     assert main([*arguments, "--set", "precision=half"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert errors == ["error: Unknown precision 'half': choose one of float32, bfloat16, float16."]
+
+
+def test_bfloat16_is_refused_on_the_cpu_and_accepted_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match="On the CPU bfloat16 gives gradients that are not finite"):
+        AutocastInferer("cpu", "bfloat16")
+    assert AutocastInferer("cuda", "bfloat16").dtype is torch.bfloat16

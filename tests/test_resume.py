@@ -21,7 +21,6 @@ from torch import Tensor
 
 from scripts.__main__ import main
 from scripts.comparison import own_bars
-from scripts.data.phantom import write_phantoms
 
 EPOCHS, KILLS = 26, 20
 SETTINGS = [
@@ -31,13 +30,6 @@ SETTINGS = [
     "--set", 'student_norm=["group",{"num_groups":4}]', "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}',
     "--set", "val_interval=100", "--set", "save_interval=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cohort")
-    write_phantoms(root, cases=6, seed=3, progress=False)
-    return root
 
 
 def _child(arguments: list[str], log: Path, sabotage: Callable[[], None] | None) -> None:
@@ -135,23 +127,10 @@ def test_workers_do_not_change_a_run_and_a_kill_does_not_either(cohort: Path, tm
     assert_same_run(tmp_path / "none", tmp_path / "two")
 
 
-def _die_while_saving() -> None:
-    """Leave half of the third checkpoint behind, then be killed."""
-    save, calls = torch.save, []
-
-    def half(state: Any, file: Any) -> None:
-        calls.append(1)
-        save(state, file)
-        if len(calls) == 3:
-            file.flush()
-            file.truncate(file.tell() // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = half
-
-
-def test_a_kill_in_the_middle_of_saving_leaves_the_state_before(cohort: Path, whole: Path, tmp_path: Path) -> None:
-    process = start(cohort, tmp_path, "--epochs", str(EPOCHS), sabotage=_die_while_saving)
+def test_a_kill_in_the_middle_of_saving_leaves_the_state_before(
+    cohort: Path, whole: Path, tmp_path: Path, die_in_save: Callable[[int], None]
+) -> None:
+    process = start(cohort, tmp_path, "--epochs", str(EPOCHS), sabotage=lambda: die_in_save(3))
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 4  # 2 epochs of 2 steps

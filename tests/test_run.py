@@ -17,7 +17,6 @@ import torch
 from monai.bundle import ckpt_export
 
 from scripts.__main__ import main
-from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 
 ROOT = Path(__file__).parents[1]
@@ -36,13 +35,6 @@ def _run(*arguments: str) -> None:
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path / "model.pt", weights_only=True)["model"]
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cohort")
-    write_phantoms(root, cases=6, seed=3, progress=False)
-    return root
 
 
 @pytest.fixture(scope="module")

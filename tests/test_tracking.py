@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts import tracking
 from scripts.__main__ import main
-from scripts.data.phantom import write_phantoms
 from scripts.handlers import CurveWriter, read_curves
 from scripts.report import Overlay
 from scripts.tracking import MLflowCurves, OverlayWriter, TensorBoard, TensorBoardCurves
@@ -33,13 +32,6 @@ SETTINGS: dict[str, Any] = {
     "architectures": {"hdenseformer": {"features": 4, "depth": 4}},
 }
 Curves = dict[str, dict[int, float]]
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cohort")
-    write_phantoms(root, cases=6, seed=3, progress=False)
-    return root
 
 
 def _train(verb: str, cohort: Path, output: Path, *more: str, **changes: Any) -> Path:

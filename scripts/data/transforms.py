@@ -168,6 +168,7 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the labels' values.")
+    reference = reference or modalities[0]
     settings = {
         "format": FORMAT,
         **{"modalities": list(modalities), "intensity": dict(intensity), "spacing": list(spacing)},
@@ -175,7 +176,6 @@ def preprocessing(
         **{"reference": reference, "present": present},
     }
     with_label = labels if mode != "infer" else None
-    reference = reference or modalities[0]
     fixed = _read(modalities, intensity, spacing, naming, with_label, allow_missing, reference, present)
     # Absent modalities become zeros here, so that the random transforms always find every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))

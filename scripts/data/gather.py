@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four transforms that MONAI does not have: complete, crop, map and stack the modalities of one case."""
+"""The transforms that MONAI does not have: complete, crop, map, scale and stack the modalities of one case."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Crop, InvertibleTransform, MapTransform, Transform
+from monai.transforms import MapTransform, Transform
 
 
 def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
@@ -105,12 +105,11 @@ class GatherModalitiesd(Transform):
         return item
 
 
-class CropToBoxd(MapTransform, InvertibleTransform):
-    """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), where it has one."""
+class CropToBoxd(MapTransform):
+    """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), where it has one.
 
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.crop = Crop()
+    Its metadata then note ``crop_start``, the first voxel that is kept.
+    """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -119,22 +118,16 @@ class CropToBoxd(MapTransform, InvertibleTransform):
         image = item[self.keys[0]]
         lps = np.asarray(item["bbox_mm"], dtype=float).reshape(2, 3)
         corners = np.stack(np.meshgrid(*(lps * [-1, -1, 1]).T, indexing="ij"), -1).reshape(-1, 3)
-        affine = np.asarray(image.affine, dtype=float)
+        affine = np.array(image.affine, dtype=float)
         voxels = (corners - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
         low = np.clip(np.floor(voxels.min(0)), 0, image.shape[1:]).astype(int)
         high = np.clip(np.ceil(voxels.max(0)) + 1, 0, image.shape[1:]).astype(int)
         if (high <= low).any():
             raise ValueError(f"Case {item.get('case_id')}: its bounding box lies outside of {item['image']}.")
-        item[self.keys[0]] = self.crop(image, tuple(slice(a, b) for a, b in zip(low, high, strict=True)))
-        return item
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        item = dict(data)
-        for key in self.key_iterator(item):
-            applied = item[key].applied_operations
-            # An item without a box was not cropped, so that there is nothing of this transform to undo.
-            if applied and applied[-1]["class"] == "Crop":
-                item[key] = self.crop.inverse(item[key])
+        kept = image.as_tensor()[:, *(slice(a, b) for a, b in zip(low, high, strict=True))]
+        affine[:3, 3] += affine[:3, :3] @ low
+        meta = {**image.meta, "crop_start": low}
+        item[self.keys[0]] = MetaTensor(kept, affine=torch.as_tensor(affine), meta=meta)
         return item
 
 
@@ -175,10 +168,29 @@ class MapLabelsd(MapTransform):
         return item
 
 
+class ScaleToUnitd(MapTransform):
+    """Range [low, high] -> [0, 1], clipped: MONAI's ``ScaleIntensityRanged`` in place, for a volume of one's own.
+
+    Args:
+        key: modality.
+        low, high: of the range, in the modality's units.
+    """
+
+    def __init__(self, key: str, low: float, high: float) -> None:
+        super().__init__(key, allow_missing_keys=True)
+        self.low, self.high = low, high
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            # On the plain tensor: MONAI's would copy its metadata at every step.
+            _plain(data[key]).sub_(self.low).div_(self.high - self.low).clamp_(0, 1)
+        return dict(data)
+
+
 class StackModalitiesd(Transform):
     """Zeros for absent modalities and ``presence`` (M, bool); with ``stack`` also ``image`` (M H W D).
 
-    The reference's key stays, since its history (``applied_operations``) undoes the geometry after inference. Its
+    The stacked image takes over the reference's metadata, which know the way back to its own grid. The reference's
     channel is zeros too where ``present`` does not name it. See ``GatherModalitiesd`` for both.
     """
 
@@ -198,14 +210,18 @@ class StackModalitiesd(Transform):
         if "presence" not in item:
             item["presence"] = torch.tensor([key in item and key in self.used for key in self.modalities])
             for key in self.modalities:
-                item.setdefault(key, torch.zeros_like(reference))
+                if key not in item:
+                    item[key] = torch.zeros_like(reference)
             if isinstance(reference, MetaTensor) and "case_id" in item:
                 reference.meta["case_id"] = item["case_id"]
         if self.stack:
             # An absent modality stays zero whatever augmentation (noise, gain) was drawn for it.
-            pairs = [(item[k], p) for k, p in zip(self.modalities, item["presence"], strict=True)]
-            item["image"] = torch.cat([channel if p else torch.zeros_like(channel) for channel, p in pairs])
-            for key in self.modalities:
-                if key != self.reference:
-                    del item[key]
+            pairs = [(_plain(item.pop(k)), p) for k, p in zip(self.modalities, item["presence"], strict=True)]
+            stacked = torch.cat([channel if p else torch.zeros_like(channel) for channel, p in pairs])
+            known = isinstance(reference, MetaTensor)
+            item["image"] = MetaTensor(stacked, meta=dict(reference.meta)) if known else stacked
         return item
+
+
+def _plain(volume: torch.Tensor) -> torch.Tensor:
+    return volume.as_tensor() if isinstance(volume, MetaTensor) else volume

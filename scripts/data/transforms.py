@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One transform factory for training, validation and inference.
 
-Orientation, resampling and spacing act on the modality keys, before they are stacked into ``image``: the reference
-modality goes to the target spacing, every other file straight onto that grid by its full affine (one interpolation).
+Every file goes straight from its own grid onto the network's, which the reference modality and the target spacing
+define, by its full affine (one interpolation), before the modalities are stacked into ``image``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from monai import transforms as mt
 
-from scripts.data.gather import CropToBoxd, GatherModalitiesd, MapLabelsd, StackModalitiesd
+from scripts.data.gather import CropToBoxd, GatherModalitiesd, MapLabelsd, ScaleToUnitd, StackModalitiesd
+from scripts.data.grids import OntoGridd, RestoreGridd
+from scripts.data.nifti import LoadModalitiesd, SaveMaskd
 from scripts.data.volumes import CentreCandidatesd, Pipeline
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
-FORMAT = 1  # raised when the fixed part of the same settings gives other volumes
+FORMAT = 2  # raised when the fixed part of the same settings gives other volumes
 
 
 def _normalise(intensity: Intensity) -> list[mt.Transform]:
@@ -28,7 +30,7 @@ def _normalise(intensity: Intensity) -> list[mt.Transform]:
         if rule == "zscore":
             steps.append(mt.NormalizeIntensityd(key, nonzero=True, allow_missing_keys=True))
         elif not isinstance(rule, str) and len(rule) == 2:
-            steps.append(mt.ScaleIntensityRanged(key, rule[0], rule[1], 0.0, 1.0, clip=True, allow_missing_keys=True))
+            steps.append(ScaleToUnitd(key, rule[0], rule[1]))
         else:
             raise ValueError(f'intensity["{key}"] is {rule!r}: give [low, high] in the modality\'s units, or "zscore".')
     return steps
@@ -45,25 +47,21 @@ def _read(
     present: Sequence[str] | None,
 ) -> list[mt.Transform]:
     """File paths -> normalised volumes on the reference modality's grid at ``spacing``, still one key per modality."""
-    others = [key for key in modalities if key != reference]
     missing = [key for key in modalities if key not in intensity]
     if missing:
         raise ValueError(f"intensity has no entry for {missing}: every modality needs one.")
-    keys = [*modalities, *(["label"] if labels else [])]
-    steps: list[mt.Transform] = [
+    label = ["label"] if labels else []
+    used = {key: intensity[key] for key in modalities}
+    # Beyond its field of view a modality reads as 0 once it is normalised, like an absent one.
+    outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
+    return [
         GatherModalitiesd(modalities, naming, allow_missing, reference, present),
-        mt.LoadImaged(keys, ensure_channel_first=True, allow_missing_keys=True),
+        LoadModalitiesd([*modalities, *label], ensure_channel_first=True, allow_missing_keys=True),
         CropToBoxd(reference),
-        mt.Orientationd(reference, axcodes="RAS", labels=None),
-        mt.Spacingd(reference, pixdim=spacing, mode="bilinear"),
+        *([MapLabelsd("label", labels)] if labels else []),
+        OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
+        *_normalise(used),
     ]
-    # Normalised before it is resampled: outside its field of view a modality then reads as 0, like an absent one.
-    steps += _normalise({key: intensity[key] for key in modalities})
-    if others:
-        steps.append(mt.ResampleToMatchd(others, reference, "bilinear", padding_mode="zeros", allow_missing_keys=True))
-    if labels:
-        steps += [MapLabelsd("label", labels), mt.ResampleToMatchd("label", reference, "nearest", padding_mode="zeros")]
-    return steps
 
 
 def _keep(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]:
@@ -156,7 +154,7 @@ def preprocessing(
 
     Returns:
         A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool), ``label``
-        (1 H W D), and in ``"infer"`` the reference key, whose history brings a prediction back to its own grid.
+        (1 H W D); the image's metadata bring a prediction back to the reference's own grid.
 
     Raises:
         ValueError: an unknown mode, a missing patch or label mapping, an intensity rule that is not one, an
@@ -189,32 +187,11 @@ def preprocessing(
     return pipeline
 
 
-def postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str, save: bool = True) -> mt.Compose:
+def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:
     """Logits on the network's grid -> labels on the reference image's own grid, written as ``<case_id>.nii.gz``.
 
-    Probabilities, not labels, are resampled (linearly), so that borders stay smooth when voxels get smaller.
-
     Args:
-        preprocessing: the transform whose geometry is undone.
-        reference: key of the reference modality.
         output_dir: folder of the masks.
         save: whether to write at all.
     """
-    steps: list[mt.Transform] = [
-        mt.Activationsd("pred", softmax=True),
-        mt.Invertd("pred", preprocessing, orig_keys=reference, nearest_interp=False, to_tensor=True),
-        mt.AsDiscreted("pred", argmax=True),
-    ]
-    if save:
-        steps.append(
-            mt.SaveImaged(
-                "pred", output_dir=output_dir, output_postfix="", output_ext=".nii.gz", output_dtype="uint8",
-                resample=False, separate_folder=False, output_name_formatter=_case_name, print_log=False,
-            )
-        )  # fmt: skip
-    return mt.Compose(steps)
-
-
-def _case_name(meta: Mapping[str, Any], saver: Any) -> dict[str, Any]:
-    """Name a mask after its case, since a data set may call every reference file alike."""
-    return {"subject": meta.get("case_id") or meta.get("filename_or_obj", "mask"), "idx": None}
+    return mt.Compose([RestoreGridd("pred", "image"), *([SaveMaskd("pred", output_dir)] if save else [])])

@@ -104,8 +104,7 @@ def test_any_modality_can_give_the_grid_and_the_channels_keep_their_order(case: 
     assert torch.equal(result["image"].affine, alone["image"].affine)
     assert torch.equal(result["image"][MODALITIES.index(reference)], alone["image"][0])
     assert all((channel > 0.1).any() for channel in result["image"])
-    # The reference's volume stays for its history, the others' do not.
-    assert [key for key in MODALITIES if key in result] == [reference]
+    assert not set(MODALITIES) & set(result)  # no volume is held twice
 
 
 def test_a_case_without_the_first_modality_is_written_on_the_next_ones_grid(case: Any, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_case_without_the_first_modality_is_written_on_the_next_ones_grid(case
     assert batch["presence"].tolist() == [[False, True, True]]
     assert (batch["image"][0, 0] == 0).all()
     batch["pred"] = torch.cat([-batch["image"][:, 1:2], batch["image"][:, 1:2]], dim=1) * 20
-    postprocessing(before, "pet", str(tmp_path / "masks"))(decollate_batch(batch)[0])
+    postprocessing(str(tmp_path / "masks"))(decollate_batch(batch)[0])
     mask, pet = nib.load(tmp_path / "masks" / "A.nii.gz"), nib.load(case["pet"])
     assert mask.shape == pet.shape
     np.testing.assert_allclose(mask.affine, pet.affine, atol=1e-4)

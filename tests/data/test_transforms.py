@@ -250,7 +250,7 @@ def segment_ball(reference: Path, output: Path, world: Any, plain: bool = False,
     ball = torch.as_tensor(in_ball(world(batch["image"][0].affine, batch["image"].shape[2:])))
     logits = batch["image"] * 0 + 20.0 * torch.stack([~ball, ball])[None]
     batch["pred"] = logits.as_tensor() if plain else logits
-    after = postprocessing(before, "ct", str(output), save)
+    after = postprocessing(str(output), save)
     return [after(item) for item in decollate_batch(batch)]
 
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over the whole volume where memory allows, MONAI's sliding window where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from torch.nn import functional
+
+GIB = 2**30
+# What a pass of the student needs per voxel of the volume beside its input (docs/performance.md, "Memory"): peak of the
+# process less what it held before, eager PyTorch in float32. Engines name their own.
+BYTES_PER_VOXEL = 200
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+
+class WholeVolumeInferer(SlidingWindowInferer):
+    """The student sees the whole volume at once, in as few parts as the memory allows.
+
+    Memory grows linearly up to ``memory_gib`` and stays there; beside it stand the image and the logits,
+    4 (modalities + classes) bytes per voxel.
+
+    Args:
+        roi_size: window in voxels for ``whole=False`` and for networks that know only one size (attribute ``window``).
+        overlap: of windows and of parts.
+        whole: False slides ``roi_size`` over every volume, as MONAI does.
+        memory_gib: for one pass of the network; a larger volume is cut into parts that overlap and are blended.
+        divisor: sizes that the network takes are multiples of it; the volume is padded by zeros.
+        skip_air: leave out windows that are 0 in every modality and call them background. Voxels that such a window
+            shares with others then come from the others alone; all others stay bit for bit the same. Off by default.
+        sw_batch_size, mode: see ``monai.inferers.SlidingWindowInferer``.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        overlap: float = 0.5,
+        whole: bool = True,
+        memory_gib: float = 1.25,
+        divisor: int = 16,
+        skip_air: bool = False,
+        sw_batch_size: int = 1,
+        mode: str = "gaussian",
+    ) -> None:
+        super().__init__(roi_size, sw_batch_size, overlap, mode)
+        self.window, self.share = tuple(roi_size), overlap
+        self.whole, self.memory_gib, self.divisor, self.skip_air = whole, memory_gib, divisor, skip_air
+
+    def __call__(self, inputs: torch.Tensor, network: Network, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Logits of the volume.
+
+        Args:
+            inputs: ``B M H W D``.
+            network: ``B M h w d`` to ``B classes h w d``. Its attributes, where it has them: ``window``, the only size
+                that it takes; ``bytes_per_voxel`` of one pass.
+
+        Returns:
+            ``B classes H W D``.
+        """
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        window = getattr(network, "window", None)
+        if not self.whole or window is not None:
+            if window is not None and tuple(window) != self.window:
+                raise ValueError(
+                    f"The network takes windows of {tuple(window)} voxels only, and patch is {self.window}: "
+                    "set patch to that, or choose another engine."
+                )
+            return self._slide(image, network, self.window)
+        size = [math.ceil(n / self.divisor) * self.divisor for n in image.shape[2:]]
+        limit = self.memory_gib * GIB / getattr(network, "bytes_per_voxel", BYTES_PER_VOXEL) / image.shape[0]
+        part = part_size(size, limit, self.share, self.divisor)
+        if part != size:
+            return self._slide(image, network, part)
+        padded = functional.pad(
+            image, [x for n, m in zip(image.shape[:1:-1], size[::-1], strict=True) for x in (0, m - n)]
+        )
+        return network(padded)[..., : image.shape[2], : image.shape[3], : image.shape[4]]
+
+    def _slide(self, image: torch.Tensor, network: Network, window: Sequence[int]) -> torch.Tensor:
+        """MONAI's sliding window."""
+        slide = SlidingWindowInferer(window, self.sw_batch_size, self.share, self.mode)
+        return slide(image, _without_air(network) if self.skip_air else network)  # type: ignore[return-value]
+
+
+def part_size(size: Sequence[int], limit: float, overlap: float, divisor: int) -> list[int]:
+    """Size of the fewest equal parts of at most ``limit`` voxels that cover a volume: its longest axes are cut.
+
+    Args:
+        size: of the volume, multiples of ``divisor``.
+        limit: voxels of a part; one cell of ``divisor`` voxels a side is the least.
+        overlap: share of a part's length that the next one repeats.
+        divisor: lengths are multiples of it.
+    """
+    cuts, part = [1, 1, 1], list(size)
+    while math.prod(part) > limit and max(part) > divisor:
+        axis = max(range(3), key=lambda a: part[a])
+        cuts[axis] += 1
+        length = size[axis] / (1 + (cuts[axis] - 1) * (1 - overlap))
+        part[axis] = max(divisor, math.ceil(length / divisor) * divisor)
+    return part
+
+
+def _without_air(network: Network) -> Network:
+    """The network, but for windows of zeros only, which are background at once."""
+    seen: list[torch.Tensor] = []
+
+    def predict(windows: torch.Tensor) -> torch.Tensor:
+        alive = windows.flatten(1).any(dim=1)
+        if alive.any() or not seen:  # once at least, to learn what the network gives
+            found = network(windows[alive] if alive.any() else windows[:1])
+            seen[:] = [found[:1]]
+        logits = torch.zeros_like(seen[0]).repeat(len(windows), *[1] * (windows.dim() - 1))
+        logits[:, 0] = 1
+        if alive.any():
+            logits[alive] = found
+        return logits
+
+    return predict

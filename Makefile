@@ -6,14 +6,18 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env demo test test-real lint type bench clean
+.PHONY: env bench-env demo test test-real lint type bench clean
 
 env: .venv/ready
-.venv/ready: pyproject.toml requirements.txt requirements-dev.txt
+.venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
+
+# What `benchmark inference` compares with; both named, since nnunetv2 would fetch builds with CUDA in their place.
+bench-env: env
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[benchmark,fast]" torch==2.13.0 torchvision==0.28.0
 
 # The main job on phantoms: three teachers and the student alone, two at a time on one thread each, then the student
 # with its teachers, all five on phantoms that none has seen, one report.

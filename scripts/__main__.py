@@ -236,9 +236,15 @@ def _methods() -> str:
     return "\n".join(lines)
 
 
+def _engine(args: argparse.Namespace) -> Overrides:
+    """The overrides of --engine and --precision."""
+    chosen = {"engine": args.engine, "engine_precision": args.precision}
+    return {key: value for key, value in chosen.items() if value}
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Segment a cohort and score it, or score masks made elsewhere."""
-    own: Overrides = {"name": args.name} if args.name else {}
+    own: Overrides = {"name": args.name, **_engine(args)} if args.name else _engine(args)
     own |= {key: value for key, value in (("weights", args.weights), ("fold", args.fold)) if value is not None}
     own |= {key: value for key, value in (("curves", args.curves), ("present", args.present)) if value}
     if args.predictions:
@@ -247,6 +253,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.architecture:
         configs.append("teacher")
         own |= {"architecture": args.architecture, "teacher_modalities": args.modalities}
+        own.setdefault("engine", "torch")  # only students are exported
     _run(args, [*configs, "evaluate"], own)
 
 
@@ -269,11 +276,19 @@ def segment(args: argparse.Namespace) -> None:
         print(f"The mask is written on the grid of --{reference}, since {absent[0]} is absent.")
     case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference], **files}
     own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": [], "reference": reference}
+    own |= _engine(args)
     if args.weights:
         own["weights"] = args.weights
     _run(args, ["inference", *_context(args)], own)
     if not args.dry_run:
         print(f"mask: {output}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export a student's weights for other engines; writes only what answers as PyTorch does."""
+    given = vars(args)
+    own = {key: given[key] for key in ("weights", "fold", "formats", "precisions") if given[key] is not None}
+    _run(args, ["inference", *_context(args), "export"], own)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -297,7 +312,7 @@ def benchmark(args: argparse.Namespace) -> None:
     print(run(args, _merged(args)["modalities"], main))
 
 
-ACTIONS = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, report, benchmark)
+ACTIONS = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, export, report, benchmark)
 
 
 def _sentence(error: BaseException) -> str:

@@ -48,6 +48,9 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     _cache(added["cache-teachers"])
     _evaluate(added["evaluate"])
     _segment(added["segment"])
+    for name in ("evaluate", "segment"):
+        _engine(added[name])
+    _export(added["export"])
     added["report"].add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
     added["report"].add_argument("--curves", nargs="+", default=[], help="curves.csv files to draw")
     added["report"].add_argument("--title", default="Comparison")
@@ -149,14 +152,45 @@ def _segment(parser: Parser) -> None:
     parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
 
 
+def _engine(parser: Parser) -> None:
+    """Names as in ``scripts.engines``, which would have to import PyTorch first."""
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "torch", "openvino", "onnxruntime"],
+        help="what runs the network (default auto: OpenVINO where `export` has been run and it is installed)",
+    )
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16", "int8"], help="of the engine (default auto: bf16 or fp32)"
+    )
+
+
+def _export(parser: Parser) -> None:
+    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+    parser.add_argument("--fold", type=int, help="whose validation cases are compared on (default 0)")
+    parser.add_argument("--formats", nargs="+", choices=["onnx", "openvino", "torchscript"], help="default: all")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=["fp32", "bf16", "int8"],
+        help="of OpenVINO (default: fp32 bf16); int8 needs --dataset-dir",
+    )
+
+
 def _benchmark(parser: Parser) -> None:
-    parser.add_argument("name", choices=["methods", "missing", "training", "scaling"], help="what to compare")
+    parser.add_argument(
+        "name", choices=["methods", "missing", "training", "scaling", "inference"], help="what to compare"
+    )
     parser.add_argument("--epochs", type=int, help="of every student (scaling: of every training)")
     parser.add_argument("--fold", type=int, help="fold that is scored (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
-    parser.add_argument("--rounds", type=int, default=5, help="training, scaling: turns that each side gets")
+    parser.add_argument("--rounds", type=int, default=5, help="training, scaling, inference: turns that each side gets")
     parser.add_argument("--teacher-epochs", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="only these rows, and what they need")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ROW", help="only these rows and what they need, or these sides"
+    )
     parser.add_argument("--table", action="store_true", help="train nothing: write the table of what is there")
-    parser.add_argument("--json", metavar="FILE", help="also write the training costs, for machines")
+    parser.add_argument("--json", metavar="FILE", help="also write the costs, for machines")
+    parser.add_argument("--slow-rounds", type=int, default=1, help="inference: turns of teachers and nnU-Net")
+    parser.add_argument("--volume", nargs="+", metavar="NAME", help="inference: 256x256x192, or patient (default: all)")
+    parser.add_argument("--plot", metavar="FILE", help="inference: draw the seconds against the voxels")

@@ -15,7 +15,7 @@ from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
 
 Main = Callable[[Sequence[str]], int]
-SCALES = {"methods": "compare", "missing": "compare", "training": "small", "scaling": "small"}
+SCALES = {"methods": "compare", "missing": "compare", "training": "small", "scaling": "small", "inference": "small"}
 
 
 def _require_data(args: argparse.Namespace) -> None:
@@ -114,3 +114,27 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
     rows = [row for sides in groups for row in cost.alternate(sides, max(args.rounds, cost.LEAST_ROUNDS))]
     write_json(rows, args.json or output / "training.json")
     return cost.table(rows)
+
+
+def inference(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
+    """Time inference from files to a written mask: engines, stock MONAI, teachers, nnU-Net, in turns."""
+    from scripts import inference_benchmark as speed
+    from scripts.floor import cpu_name
+    from scripts.inference_sides import MAIN, PATIENT, SIZES, Plan, check_modalities
+
+    check_modalities(modalities)
+    output = Path(args.output_dir or "runs/benchmark") / "inference"
+    turns = {"threads": args.threads or 0, "rounds": max(1, args.rounds), "slow_rounds": max(1, args.slow_rounds)}
+    plan = Plan(args.data, args.scale, output, args.dataset_dir or "", only=tuple(args.only), **turns)
+    names = args.volume or [MAIN, *SIZES, *([PATIENT] if args.dataset_dir else [])]
+    if args.dry_run:
+        return "\n".join(dict.fromkeys(speed.describe(names, plan)))
+    rows: list[speed.Row] = []
+    machine = cpu_name(args.threads or 0)
+    said = [f"On {machine}."]
+    for more, words in speed.compare(names, plan):
+        rows, said = [*rows, *more], list(dict.fromkeys([*said, *words]))
+        write_json({"cpu": machine, "rows": rows, "notes": said}, args.json or output / "inference.json")
+    if args.plot:
+        speed.plot(rows, Path(args.plot), machine)
+    return "\n".join([speed.table(rows), "", *said])

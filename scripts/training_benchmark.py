@@ -8,22 +8,14 @@ whatever else the machine does falls on all of them.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine, Events
-from tqdm import tqdm
-
-from scripts.arguments import CONFIGS
 from scripts.comparison import own_bars
+from scripts.turns import Side, Turns, compose, take_turns
 
 WARM_UP, TURN = 3, 5  # steps before the first turn; steps per turn
 LEAST_ROUNDS = 4  # 20 steps
@@ -32,61 +24,15 @@ COUNTS = (1, 3, 5)
 PLAIN = "plain"
 
 
-@dataclass(frozen=True)
-class Side:
-    """One thing that is timed: configs and overrides of a training."""
-
-    name: str
-    configs: tuple[str, ...]
-    overrides: Mapping[str, Any]
-
-
-class _Turns:
-    """Handler: time every step, and wait for the next turn whenever one is over."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.left, self.steps, self.began, self.loaded = pipe, 0, [], 0.0, 0.0  # type: ignore[var-annotated]
-
-    def attach(self, engine: Engine) -> None:
-        """Register with a trainer."""
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self.wait)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.note_batch)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.note_step)
-
-    def wait(self, engine: Engine) -> None:
-        """Wait for the next turn where one is over; a turn of 0 steps ends the run."""
-        if self.left == 0:
-            self.left = self.pipe.recv()
-            if self.left == 0:
-                engine.terminate()
-        self.began = self.loaded = time.perf_counter()
-
-    def note_batch(self, engine: Engine) -> None:
-        """The batch is there."""
-        self.loaded = time.perf_counter()
-
-    def note_step(self, engine: Engine) -> None:
-        """The step is done; at the end of a turn its times are handed in, with the peak memory in MiB so far."""
-        self.steps.append((time.perf_counter() - self.began, self.loaded - self.began))
-        self.left -= 1
-        if self.left == 0:
-            self.pipe.send((self.steps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-            self.steps = []
-
-
 def _train(side: Side, pipe: Connection) -> None:
     """A side's process: the bundle's own trainer, without its handlers (validation, files)."""
-    from monai.bundle import ConfigParser
-
     own_bars()
-    parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{name}.json") for name in side.configs])
-    parser.update(dict(side.overrides))
+    parser = compose(side)
     parser["train#handlers"] = []
     parser["max_epochs"] = 10**6
     parser.get_parsed_content("initialize")
     trainer = parser.get_parsed_content("train#trainer")
-    _Turns(pipe).attach(trainer)
+    Turns(pipe).attach(trainer)
     trainer.run()
 
 
@@ -103,50 +49,9 @@ def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: a side's process has ended; its own message is above.
     """
-    times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
-    peaks = {}
-    with _started(sides) as pipes:
-        for _ in tqdm(range(rounds), desc="turns", unit="round"):
-            for side, pipe in zip(sides, pipes, strict=True):
-                steps, peaks[side.name] = _turn(pipe, side, TURN)
-                times[side.name] += steps
-    base = statistics.median(step for step, _ in times[sides[0].name])
-    return [_row(side.name, times[side.name], base, peaks[side.name]) for side in sides]
-
-
-@contextmanager
-def _started(sides: Sequence[Side]) -> Iterator[list[Connection]]:
-    """A process per side, warmed up, by its pipe; none of them outlives the body, however it ends."""
-    context = multiprocessing.get_context("fork")
-    pipes: list[Connection] = []
-    processes: list[ForkProcess] = []
-    try:
-        for side in tqdm(sides, desc="starting", unit="side"):
-            here, there = context.Pipe()
-            process = context.Process(target=_train, args=(side, there), daemon=False)
-            process.start()
-            there.close()
-            processes.append(process)
-            pipes.append(here)
-            _turn(here, side, WARM_UP)
-        yield pipes
-        for pipe, process in zip(pipes, processes, strict=True):
-            pipe.send(0)
-            process.join()
-    finally:
-        for pipe, process in zip(pipes, processes, strict=True):
-            process.kill()  # nothing where it has ended
-            process.join()
-            pipe.close()
-
-
-def _turn(pipe: Connection, side: Side, steps: int) -> tuple[list[tuple[float, float]], float]:
-    """Let a side do its steps while all others wait."""
-    try:
-        pipe.send(steps)
-        return pipe.recv()  # type: ignore[no-any-return]
-    except (EOFError, ConnectionError) as error:
-        raise RuntimeError(f"The side {side.name!r} has ended: see its message above.") from error
+    measured = take_turns(sides, _train, {side.name: rounds for side in sides}, TURN, WARM_UP)
+    base = statistics.median(step for step, _ in measured[sides[0].name].steps)
+    return [_row(name, found.steps, base, found.peak_mib) for name, found in measured.items()]
 
 
 def _row(name: str, steps: Sequence[tuple[float, float]], base: float, peak: float) -> dict[str, Any]:

@@ -33,6 +33,10 @@ ALLOWED = {
     "checkpoint": set(),
     "teachers": {"checkpoint", "networks"},
     "tracking": {"handlers", "report"},
+    "engines": {"checkpoint"},
+    "conversion": {"engines", "manifest"},
+    "parity": set(),
+    "export": {"checkpoint", "conversion", "data", "engines", "manifest", "metrics", "parity"},
     "teacher_cache": {"checkpoint", "data"},
     "caching": {"checkpoint", "manifest", "metrics", "taps", "teacher_cache"},
 }

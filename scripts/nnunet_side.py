@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nnU-Net v2's own inference as a side of the benchmark: files in, mask out, by its own reader, windows and writer.
+
+Its standard 3D network as its planner would lay it out for the window, untrained: what it says does not change what it
+costs. It reads one grid per case, so that modalities on other grids are brought onto the reference's beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk  # noqa: N813
+import torch
+from ignite.engine import Engine
+
+logger = logging.getLogger(__name__)
+# Body-like statistics of a CT's foreground in HU; only CT is normalised by those of its data set.
+FOREGROUND = {"mean": 40.0, "std": 150.0, "median": 50.0, "min": -1024.0, "max": 3071.0}
+FOREGROUND |= {"percentile_00_5": -900.0, "percentile_99_5": 1000.0}
+WIDEST, FIRST = 320, 32  # features of its 3D networks
+CONFIGURATION = "3d_fullres"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """nnU-Net prints what it does and which of its folders are not set; none of them is needed here."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _architecture(spacing: Sequence[float], patch: Sequence[int]) -> dict[str, Any]:
+    """The network that nnU-Net's default planner lays out for a window."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, size, _ = get_pool_and_conv_props(list(spacing), list(patch), 4, 999999)
+    if list(size) != list(patch):
+        raise ValueError(f"nnU-Net would make the window {list(patch)} into {list(size)}: choose that.")
+    stages = len(strides)
+    arguments = {
+        "n_stages": stages,
+        "features_per_stage": [min(WIDEST, FIRST * 2**stage) for stage in range(stages)],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
+        "strides": [list(map(int, stride)) for stride in strides],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": arguments,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def make_plans(modalities: Sequence[str], spacing: Sequence[float], patch: Sequence[int]) -> dict[str, Any]:
+    """nnU-Net's plans for a window and a spacing; its arrays are z, y, x, and so are both in the plans."""
+    spacing, patch = [float(mm) for mm in reversed(spacing)], [int(size) for size in reversed(patch)]
+    resample = {"order_z": 0, "force_separate_z": None}
+    names = ("data", "seg", "probabilities")
+    orders = {"data": (False, 3), "seg": (True, 1), "probabilities": (False, 1)}
+    resampling: dict[str, Any] = {f"resampling_fn_{name}": "resample_data_or_seg_to_shape" for name in names}
+    for name, (labels, order) in orders.items():
+        resampling[f"resampling_fn_{name}_kwargs"] = {"is_seg": labels, "order": order, **resample}
+    configuration = {
+        "data_identifier": f"benchmark_{CONFIGURATION}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": patch,
+        "median_image_size_in_voxels": patch,
+        "spacing": spacing,
+        "normalization_schemes": [
+            "CTNormalization" if key == "ct" else "ZScoreNormalization" for key in modalities
+        ],
+        "use_mask_for_norm": [False] * len(modalities),
+        "architecture": _architecture(spacing, patch),
+        **resampling,
+    }  # fmt: skip
+    return {
+        "dataset_name": "Dataset001_Benchmark",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": spacing,
+        "original_median_shape_after_transp": patch,
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {CONFIGURATION: configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {str(i): dict(FOREGROUND) for i in range(len(modalities))},
+    }
+
+
+def make_predictor(
+    modalities: Sequence[str], classes: int, spacing: Sequence[float], patch: Sequence[int], overlap: float
+) -> Any:
+    """nnU-Net's predictor on the CPU, without mirroring, with random weights."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = PlansManager(make_plans(modalities, spacing, patch))
+    chosen = plans.get_configuration(CONFIGURATION)
+    network = get_network_from_plans(
+        chosen.network_arch_class_name,
+        chosen.network_arch_init_kwargs,
+        chosen.network_arch_init_kwargs_req_import,
+        len(modalities),
+        classes,
+        deep_supervision=False,
+    )
+    dataset = {
+        "channel_names": {str(i): key.upper() for i, key in enumerate(modalities)},
+        "labels": {"background": 0, **{f"class{i}": i for i in range(1, classes)}},
+        "file_ending": ".nii.gz",
+    }
+    predictor = nnUNetPredictor(
+        tile_step_size=1 - overlap, use_gaussian=True, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False
+    )
+    weights = [network.state_dict()]
+    predictor.manual_initialization(network, plans, chosen, weights, dataset, "nnUNetTrainer", None)
+    return predictor
+
+
+def _read(path: Path) -> sitk.Image:
+    if path.is_dir():
+        return sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path)))
+    return sitk.ReadImage(str(path))
+
+
+def _grid(path: Path) -> tuple[Any, ...]:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    geometry = (*reader.GetSpacing(), *reader.GetOrigin(), *reader.GetDirection())
+    return (*reader.GetSize(), *(round(number, 3) for number in geometry))
+
+
+def on_one_grid(files: Mapping[str, Path], reference: str, folder: Path) -> list[Path]:
+    """A case's files as nnU-Net can read them; where they are not on one grid, they are resampled into ``folder``.
+
+    Args:
+        files: per modality, in the network's order, a file or a DICOM folder.
+        reference: the modality whose grid they are brought to.
+        folder: where resampled files go.
+    """
+    readable = all(path.name.endswith(".nii.gz") for path in files.values())
+    if readable and len({_grid(path) for path in files.values()}) == 1:
+        return list(files.values())
+    logger.info("nnU-Net reads one grid: modalities are resampled onto that of %s beforehand, untimed.", reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed, written = _read(files[reference]), []
+    for index, (key, path) in enumerate(files.items()):
+        image = fixed if key == reference else _read(path)
+        lowest = float(sitk.GetArrayViewFromImage(image).min())
+        written.append(folder / f"case_{index:04d}.nii.gz")
+        sitk.WriteImage(sitk.Resample(image, fixed, sitk.Transform(), sitk.sitkLinear, lowest), str(written[-1]))
+    return written
+
+
+class NNUNetEvaluator(Engine):
+    """An engine whose step is one case from its files to its written mask.
+
+    Args:
+        cases: data list; items name their files by modality.
+        modalities: channels of the network.
+        reference: the modality on whose grid the mask is.
+        labels: one entry per class.
+        spacing, patch, overlap: of the network and its windows.
+        output_dir: where masks go, as ``<case_id>.nii.gz``.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Mapping[str, Any]],
+        modalities: Sequence[str],
+        reference: str,
+        labels: Sequence[Any],
+        spacing: Sequence[float],
+        patch: Sequence[int],
+        overlap: float,
+        output_dir: str,
+    ) -> None:
+        super().__init__(self._segment)
+        os.environ.setdefault("nnUNet_def_n_proc", str(torch.get_num_threads()))  # its threads, read when imported
+        self.folder = Path(output_dir)
+        prepared: dict[str, list[str]] = {}
+        for case in cases:
+            name = str(case["case_id"])
+            if name not in prepared:
+                files = {key: Path(case[key]) for key in modalities}
+                found = on_one_grid(files, reference, self.folder / "one_grid" / name)
+                prepared[name] = [str(path) for path in found]
+        self.work = [(str(case["case_id"]), prepared[str(case["case_id"])]) for case in cases]
+        with _silent():
+            self.predictor = make_predictor(modalities, len(labels), spacing, patch, overlap)
+
+    def run(self) -> Any:  # type: ignore[override]
+        """All cases, once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return super().run(self.work, max_epochs=1)
+
+    def _segment(self, engine: Engine, batch: tuple[str, list[str]]) -> None:
+        name, files = batch
+        # Its other way, with processes for reading and writing, starts these for every call: for one case it is slower.
+        predict: Callable[..., Any] = self.predictor.predict_from_files_sequential
+        with _silent():
+            predict([files], [str(self.folder / name)])

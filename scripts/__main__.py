@@ -307,7 +307,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Compare methods, subsets of the modalities, or the cost of training; goes on where it was stopped."""
     import scripts.benchmark as benchmarks
 
-    args.scale = args.scale or benchmarks.SCALES[args.name]
+    args.scale = args.scale or benchmarks.SCALES.get(args.name, "small")
     run = getattr(benchmarks, args.name)
     print(run(args, _merged(args)["modalities"], main))
 

@@ -178,12 +178,12 @@ def _export(parser: Parser) -> None:
 
 def _benchmark(parser: Parser) -> None:
     parser.add_argument(
-        "name", choices=["methods", "missing", "training", "scaling", "inference"], help="what to compare"
+        "name", choices=["methods", "missing", "training", "scaling", "inference", "metrics"], help="what to compare"
     )
     parser.add_argument("--epochs", type=int, help="of every student (scaling: of every training)")
     parser.add_argument("--fold", type=int, help="fold that is scored (default 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
-    parser.add_argument("--rounds", type=int, default=5, help="training, scaling, inference: turns that each side gets")
+    parser.add_argument("--rounds", type=int, default=5, help="training, scaling, inference, metrics: turns of a side")
     parser.add_argument("--teacher-epochs", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
     parser.add_argument(

@@ -15,7 +15,7 @@ from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
 
 Main = Callable[[Sequence[str]], int]
-SCALES = {"methods": "compare", "missing": "compare", "training": "small", "scaling": "small", "inference": "small"}
+SCALES = {"methods": "compare", "missing": "compare"}  # the others: small
 
 
 def _require_data(args: argparse.Namespace) -> None:
@@ -138,3 +138,20 @@ def inference(args: argparse.Namespace, modalities: Sequence[str], main: Main) -
     if args.plot:
         speed.plot(rows, Path(args.plot), machine)
     return "\n".join([speed.table(rows), "", *said])
+
+
+def metrics(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
+    """Time Dice, HD95 and ASSD of every package that is installed, in turns."""
+    from scripts import metrics_benchmark as cost
+    from scripts.floor import cpu_name
+
+    sides, absent = cost.chosen(args.only)
+    if args.dry_run:
+        return "\n".join(sides)
+    output = Path(args.output_dir or "runs/benchmark")
+    pairs = cost.synthetic_pairs()
+    if args.dataset_dir:
+        pairs |= cost.cohort_pairs(Path(args.dataset_dir))
+    rows = cost.measure(pairs, sides, args.rounds)
+    write_json(rows, args.json or output / "metrics.json")
+    return "\n".join([*absent, f"On {cpu_name()}.", "", cost.table(rows)])

@@ -32,7 +32,9 @@ class Side:
     overrides: Mapping[str, Any]
 
 
-Step = tuple[float, float]  # seconds of the whole step, and of waiting for its batch
+Step = tuple[
+    float, Any
+]  # seconds of the whole step, and what more is known: those of waiting for its batch, or results
 Work = Callable[[Side, Connection], None]
 
 
@@ -52,12 +54,14 @@ def compose(side: Side) -> ConfigParser:
     return parser
 
 
-def peak_mib() -> float:
-    """Peak resident memory of this process in MiB."""
-    # A process that was started anew inherits its parent's ru_maxrss; the kernel's status of the process does not.
+def memory_mib(entry: str = "VmHWM") -> float:
+    """Resident memory of this process in MiB: at most so far (``VmHWM``) or now (``VmRSS``).
+
+    Not ``ru_maxrss`` where it can be helped: a process takes it over from the one that started it.
+    """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{entry}:"):
             return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -92,7 +96,7 @@ class Turns:
         self.steps.append((time.perf_counter() - self.began, self.loaded - self.began))
         self.left -= 1
         if self.left == 0:
-            self.pipe.send((self.steps, peak_mib()))
+            self.pipe.send((self.steps, memory_mib()))
             self.steps = []
 
 

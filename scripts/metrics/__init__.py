@@ -13,6 +13,7 @@ from .aggregate import (
     write_rows,
     write_text,
 )
+from .cumulative import SurfaceMetrics, SurfaceMetricsHandler
 from .frechet import FrechetSemanticDistance
 from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION, image_diagonal_mm, surface_metrics
 
@@ -25,6 +26,8 @@ __all__ = [
     "STATUSES",
     "FrechetSemanticDistance",
     "Row",
+    "SurfaceMetrics",
+    "SurfaceMetricsHandler",
     "aggregate",
     "image_diagonal_mm",
     "paired_difference",

@@ -13,10 +13,14 @@ Percentiles interpolate linearly. These are the definitions of MONAI (``compute_
 ``percentile=95``; ``compute_average_surface_distance`` with ``symmetric=True``, which pools both boundaries, so the
 longer one weighs more) and of MetricsReloaded.
 
-A documented difference: DeepMind's surface-distance package puts surface elements between the voxels and weights them
+Documented differences: DeepMind's surface-distance package puts surface elements between the voxels and weights them
 by their area, so its distances come out smaller. Measured on 13 sarcoma masks with voxels of about 2 x 2 x 3.3 mm: by 0
 to 0.8 mm (HD95) and 0.2 to 0.4 mm (ASSD) between the outlines on CT and PET, Dice 0.92 to 0.97; by 0 to 2.5 mm (HD95)
 and 0.3 to 0.9 mm (ASSD) against eroded and shifted copies, HD95 12 to 13 mm. Do not compare the two digit by digit.
+MedPy (0.5.2) has the same ``dc`` and ``assd``; its ``hd95`` is one percentile of both directions pooled.
+
+The box around both masks is found in one pass over each; all else happens in that box, on its boundary voxels
+(``boundary.py``). Distance maps, taken where they are faster and ``edt`` is installed, are rounded to float32.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion
-from scipy.spatial import cKDTree
+
+from .boundary import Box, bounding_box, distances, frame, memory_order, outline, overlap, union_box
 
 DICE_DEFINITION = "Dice = 2 |P and R| / (|P| + |R|), over voxels of prediction P and reference R."
 HD95_DEFINITION = (
@@ -37,7 +41,7 @@ HD95_DEFINITION = (
 ASSD_DEFINITION = "ASSD in mm = the mean of those distances, pooled over the boundary voxels of both masks."
 
 
-def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float]) -> dict[str, Any]:
+def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float], workers: int = 1) -> dict[str, Any]:
     """Dice, HD95 in mm and ASSD in mm of two masks, and a status that says which of them are defined.
 
     The formulas stand at the head of this file.
@@ -56,6 +60,7 @@ def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float]) -
         prediction: 2D or 3D mask P, array or tensor; non-zero is foreground.
         reference: mask R of the same shape.
         spacing: size of a voxel in mm, one value per axis, in the order of the arrays' axes.
+        workers: threads for the distances. More than one pays for large surfaces, where no other process wants a core.
 
     Returns:
         ``{"dice", "hd95_mm", "assd_mm", "status"}``.
@@ -64,25 +69,26 @@ def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float]) -
         ValueError: if the shapes differ, are not 2D or 3D, if a floating point mask holds anything but 0 and 1, or if
             ``spacing`` is not one finite positive value per axis.
     """
-    p, r = _mask(prediction, "prediction"), _mask(reference, "reference")
+    p, r = _array(prediction, "prediction"), _array(reference, "reference")
     if p.shape != r.shape:
         raise ValueError(f"prediction of shape {p.shape} and reference of shape {r.shape} must have the same shape")
     step = _spacing(spacing, p.ndim)
-    union = p | r
-    if not union.any():
+    box = union_box(_checked_box(p, "prediction"), _checked_box(r, "reference"))
+    if box is None:
         return {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
-    box = _bounding_box(union)
-    p, r = p[box], r[box]
-    if not (p.any() and r.any()):
-        status = "missed" if r.any() else "false_positive"
-        return {"dice": 0.0, "hd95_mm": None, "assd_mm": None, "status": status}
-    dice = 2.0 * np.count_nonzero(p & r) / (np.count_nonzero(p) + np.count_nonzero(r))
-    p_points, r_points = _boundary_points(p, step), _boundary_points(r, step)
-    from_p = cKDTree(r_points, balanced_tree=False).query(p_points)[0]  # exact; unbalanced is faster on grid points
-    from_r = cKDTree(p_points, balanced_tree=False).query(r_points)[0]
+    order = memory_order(p)
+    p, r, step = p.transpose(order), r.transpose(order), step[order]
+    box = tuple(box[axis] for axis in order)
+    (p_edge, p_size), (r_edge, r_size) = outline(p, box), outline(r, box)
+    if not (p_size and r_size):
+        dice, status = (0.0, "missed" if r_size else "false_positive") if p_size or r_size else (None, "true_negative")
+        return {"dice": dice, "hd95_mm": None, "assd_mm": None, "status": status}
+    from_p = distances(p_edge, r_edge, frame(box), step, workers)
+    from_r = distances(r_edge, p_edge, frame(box), step, workers)
     hd95 = max(np.percentile(from_p, 95), np.percentile(from_r, 95))
     assd = (from_p.sum() + from_r.sum()) / (from_p.size + from_r.size)
-    return {"dice": float(dice), "hd95_mm": float(hd95), "assd_mm": float(assd), "status": "ok"}
+    dice = 2.0 * overlap(p, r, box) / (p_size + r_size)
+    return {"dice": dice, "hd95_mm": float(hd95), "assd_mm": float(assd), "status": "ok"}
 
 
 def image_diagonal_mm(shape: Sequence[int], spacing: Sequence[float]) -> float:
@@ -100,14 +106,19 @@ def image_diagonal_mm(shape: Sequence[int], spacing: Sequence[float]) -> float:
     return float(np.linalg.norm(size * _spacing(spacing, size.size)))
 
 
-def _mask(mask: Any, name: str) -> NDArray[np.bool_]:
-    """Boolean array of ``mask``; probabilities are refused, since the threshold is the caller's to choose."""
+def _array(mask: Any, name: str) -> NDArray:
     array = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
     if array.ndim not in (2, 3):
         raise ValueError(f"{name} must be 2D or 3D without batch and channel axes, got shape {array.shape}")
-    if array.dtype.kind not in "biu" and not np.isin(array, (0, 1)).all():
+    return array
+
+
+def _checked_box(array: NDArray, name: str) -> Box | None:
+    """Box of the foreground; probabilities are refused, since the threshold is the caller's to choose."""
+    box = bounding_box(array)
+    if box is not None and array.dtype.kind not in "biu" and not np.isin(array[box], (0, 1)).all():
         raise ValueError(f"{name} of type {array.dtype} holds values other than 0 and 1: threshold it first")
-    return array != 0
+    return box
 
 
 def _spacing(spacing: Sequence[float], ndim: int) -> NDArray[np.float64]:
@@ -115,17 +126,3 @@ def _spacing(spacing: Sequence[float], ndim: int) -> NDArray[np.float64]:
     if step.shape != (ndim,) or not (np.isfinite(step).all() and (step > 0).all()):
         raise ValueError(f"spacing must hold {ndim} finite positive values in mm, got {spacing}")
     return step
-
-
-def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """Smallest box around a non-empty mask; it needs no margin, since the erosion sees background outside of it."""
-    box = []
-    for axis in range(mask.ndim):
-        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(hits[0]), int(hits[-1]) + 1))
-    return tuple(box)
-
-
-def _boundary_points(mask: NDArray[np.bool_], step: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centres in mm of the voxels that have a face neighbour outside of the mask."""
-    return np.argwhere(mask & ~binary_erosion(mask, border_value=0)) * step

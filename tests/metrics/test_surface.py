@@ -14,11 +14,15 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
 
-from scripts.metrics import image_diagonal_mm, surface_metrics
+from scripts.metrics import boundary, image_diagonal_mm, surface_metrics
 
 STS = Path(os.environ.get("STS_ROOT", Path(__file__).parents[2].parent / "shared" / "data" / "sts"))
 SPACING = (0.7, 1.3, 3.1)
 DISTANCES = ("hd95_mm", "assd_mm")
+
+needs_sts = pytest.mark.skipif(
+    not STS.is_dir(), reason="no STS data: set STS_ROOT to the folder with STS_001, STS_002, ..."
+)
 
 
 def blobs(seed: int, shape: tuple[int, ...] = (18, 16, 14)) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +231,7 @@ def test_two_dimensional_masks_agree_with_a_second_implementation(implementation
     assert distances(surface_metrics(a, b, SPACING[:2])) == pytest.approx(implementation(a, b, SPACING[:2]), abs=1e-4)
 
 
-@pytest.mark.skipif(not STS.is_dir(), reason="no STS data: set STS_ROOT to the folder with STS_001, STS_002, ...")
+@needs_sts
 @pytest.mark.parametrize("case", ["STS_002", "STS_012"])
 def test_real_tumour_outlines_of_ct_and_pet_agree_with_every_second_implementation(case: str) -> None:
     """The tumour drawn on CT against the one drawn on PET, resampled onto the CT grid by nearest neighbour."""
@@ -240,6 +244,152 @@ def test_real_tumour_outlines_of_ct_and_pet_agree_with_every_second_implementati
     assert 0.8 < result["dice"] < 1
     for implementation in (monai_metrics, brute_force, sitk_metrics):
         assert distances(result) == pytest.approx(implementation(a, b, spacing), abs=1e-4)
+
+
+@pytest.fixture(params=["tree", "map"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to the distances, one after the other."""
+    if request.param == "map":
+        pytest.importorskip("edt")
+    monkeypatch.setattr(boundary, "_map_is_faster", lambda *_: request.param == "map")
+    return request.param
+
+
+def scattered() -> tuple[np.ndarray, np.ndarray]:
+    """Four small blobs in the corners of a volume, each with its own shift."""
+    a, b = np.zeros((2, 30, 26, 22), dtype=bool)
+    for i, corner in enumerate([(1, 1, 1), (22, 2, 3), (3, 19, 15), (24, 20, 16)]):
+        a |= cube(a.shape, corner, 3 + i % 2)
+        b |= cube(a.shape, tuple(c + (i == k) for k, c in enumerate(corner)), 4)
+    return a, b
+
+
+def far_apart() -> tuple[np.ndarray, np.ndarray]:
+    return cube((40, 12, 12), (0, 2, 2), 8), cube((40, 12, 12), (31, 3, 1), 9)
+
+
+def nested() -> tuple[np.ndarray, np.ndarray]:
+    return cube((14, 14, 14), (0, 0, 0), 14), cube((14, 14, 14), (6, 5, 7), 3)
+
+
+def shell() -> tuple[np.ndarray, np.ndarray]:
+    """A hollow cube against a full one: inner surfaces count."""
+    hollow = cube((12, 12, 12), (1, 1, 1), 10) & ~cube((12, 12, 12), (3, 3, 3), 5)
+    return hollow, cube((12, 12, 12), (1, 1, 1), 10)
+
+
+def single_voxels() -> tuple[np.ndarray, np.ndarray]:
+    return cube((5, 6, 7), (0, 0, 0), 1), cube((5, 6, 7), (4, 5, 6), 1)
+
+
+FIXTURES = {
+    **{f"blobs {seed}": lambda seed=seed: blobs(seed) for seed in range(3)},
+    "blobs in 2D": lambda: blobs(7, (30, 24)),
+    "one slice": lambda: blobs(8, (1, 20, 18)),
+    "a row": lambda: (np.arange(30)[None, :] % 7 < 3, np.arange(30)[None, :] % 5 < 3),
+    "scattered": scattered,
+    "far apart": far_apart,
+    "nested": nested,
+    "shell": shell,
+    "single voxels": single_voxels,
+    "the same": lambda: (blobs(4)[0], blobs(4)[0].copy()),
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_both_ways_agree_with_brute_force_and_monai_on_every_fixture(name: str, way: str) -> None:
+    a, b = FIXTURES[name]()
+    spacing = SPACING[: a.ndim]
+    result = surface_metrics(a, b, spacing)
+    assert distances(result) == pytest.approx(brute_force(a, b, spacing), abs=1e-4)
+    assert distances(result) == pytest.approx(monai_metrics(a, b, spacing), abs=1e-4)
+    assert result["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 700])
+def test_the_outline_does_not_depend_on_how_many_slabs_are_done_at_a_time(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = blobs(5)
+    whole = surface_metrics(a, b, SPACING)
+    monkeypatch.setattr(boundary, "CHUNK", chunk)
+    assert surface_metrics(a, b, SPACING) == whole
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outline_and_box_are_those_of_a_loop_over_voxels(seed: int) -> None:
+    mask = np.pad(blobs(seed)[0], ((3, 0), (0, 2), (1, 4)))
+    box = boundary.bounding_box(mask)
+    assert box is not None
+    assert all(part.start == hits.min() for part, hits in zip(box, np.nonzero(mask), strict=True))
+    assert all(part.stop == hits.max() + 1 for part, hits in zip(box, np.nonzero(mask), strict=True))
+    places, size = boundary.outline(mask, box)
+    corner = np.array([part.start for part in box]) - [0, 1, 1]  # the frame has a margin on all axes but the first
+    found = np.stack(np.unravel_index(places, boundary.frame(box)), 1) + corner
+    assert sorted(map(tuple, found.tolist())) == sorted(boundary_by_neighbour_loop(mask))
+    assert size == mask.sum()
+
+
+LAYOUTS = {
+    "Fortran": np.asfortranarray,
+    "axes swapped": lambda m: np.ascontiguousarray(m.transpose(1, 2, 0)).transpose(2, 0, 1),
+    "every second voxel of a larger array": lambda m: np.repeat(m, 2, axis=2)[:, :, ::2],
+    "backwards": lambda m: np.ascontiguousarray(m[::-1, :, ::-1])[::-1, :, ::-1],
+    "int64": lambda m: m.astype(np.int64) * 2**40,
+    "negative zero": lambda m: np.where(m, 1.0, -0.0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_do_not_depend_on_the_layout_in_memory(layout: str, way: str) -> None:
+    a, b = blobs(6)
+    expected = pytest.approx(distances(surface_metrics(a, b, SPACING)), abs=1e-6)
+    for one, other in ((LAYOUTS[layout](a), LAYOUTS[layout](b)), (a, LAYOUTS[layout](b)), (LAYOUTS[layout](a), b)):
+        assert distances(surface_metrics(one, other, SPACING)) == expected
+
+
+def test_a_mask_of_nothing_but_negative_zeros_is_empty() -> None:
+    nothing, some = np.full((3, 3, 3), -0.0), np.ones((3, 3, 3))
+    assert surface_metrics(nothing, some, (1, 1, 1))["status"] == "missed"
+    assert surface_metrics(some, nothing, (1, 1, 1))["status"] == "false_positive"
+    empty = {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
+    assert surface_metrics(nothing, nothing, (1, 1, 1)) == empty
+    assert surface_metrics(np.zeros((0, 3, 3)), np.zeros((0, 3, 3)), (1, 1, 1)) == empty
+
+
+def test_two_workers_find_what_one_finds(way: str) -> None:
+    a, b = blobs(9, (30, 30, 30))
+    assert surface_metrics(a, b, SPACING, workers=2) == surface_metrics(a, b, SPACING)
+
+
+def test_the_map_is_for_rugged_and_distant_boundaries_the_tree_for_compact_and_scattered_ones() -> None:
+    """Numbers of voxels, of boundary voxels on each side, and of voxels in between, as they were measured."""
+    rugged, distant = (4_251_528, 634_661, 653_942, 0.5), (15_175_336, 78_830, 106_674, 110)
+    organ, scattered_lesions = (5_432_416, 78_830, 81_423, 3.2), (20_931_840, 13_771, 14_000, 1)
+    small, from_afar_to_a_few = (1_000, 300, 300, 1), (5_056_778, 78_830, 488, 76)
+    assert [boundary._map_is_faster(*sizes) for sizes in (rugged, distant)] == [True, True]
+    assert [boundary._map_is_faster(*sizes) for sizes in (organ, scattered_lesions)] == [False, False]
+    assert [boundary._map_is_faster(*sizes) for sizes in (small, from_afar_to_a_few)] == [False, False]
+
+
+def test_without_the_package_for_maps_the_tree_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundary, "_map_is_faster", lambda *_: True)
+    monkeypatch.setattr(boundary, "_distance_maps", lambda: None)
+    a, b = blobs(1)
+    assert distances(surface_metrics(a, b, SPACING)) == pytest.approx(brute_force(a, b, SPACING), abs=1e-9)
+
+
+@needs_sts
+def test_both_ways_equal_monai_on_masks_of_every_modality_against_shifted_copies(way: str) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    paths = sorted(STS.glob("*/*_mask.nii.gz"))[::19]
+    assert paths
+    for path in paths:
+        image = nibabel.load(path)
+        a = np.asanyarray(image.dataobj) > 0
+        b = np.roll(a, (2, -1, 1), axis=(0, 1, 2))
+        spacing = tuple(float(step) for step in image.header.get_zooms()[:3])
+        assert distances(surface_metrics(a, b, spacing)) == pytest.approx(monai_metrics(a, b, spacing), abs=1e-4), path
 
 
 def test_image_diagonal_covers_whole_voxels() -> None:

@@ -242,6 +242,11 @@ def _engine(args: argparse.Namespace) -> Overrides:
     return {key: value for key, value in chosen.items() if value}
 
 
+def _profile(args: argparse.Namespace) -> list[str]:
+    """The overlay of --profile."""
+    return ["profile"] if args.profile else []
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Segment a cohort and score it, or score masks made elsewhere."""
     own: Overrides = {"name": args.name, **_engine(args)} if args.name else _engine(args)
@@ -254,7 +259,7 @@ def evaluate(args: argparse.Namespace) -> None:
         configs.append("teacher")
         own |= {"architecture": args.architecture, "teacher_modalities": args.modalities}
         own.setdefault("engine", "torch")  # only students are exported
-    _run(args, [*configs, "evaluate"], own)
+    _run(args, [*configs, "evaluate", *_profile(args)], own)
 
 
 def segment(args: argparse.Namespace) -> None:
@@ -279,7 +284,7 @@ def segment(args: argparse.Namespace) -> None:
     own |= _engine(args)
     if args.weights:
         own["weights"] = args.weights
-    _run(args, ["inference", *_context(args)], own)
+    _run(args, ["inference", *_context(args), *_profile(args)], own)
     if not args.dry_run:
         print(f"mask: {output}")
 

@@ -162,6 +162,7 @@ def _engine(parser: Parser) -> None:
     parser.add_argument(
         "--precision", choices=["auto", "fp32", "bf16", "int8"], help="of the engine (default auto: bf16 or fp32)"
     )
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes, stage by stage")
 
 
 def _export(parser: Parser) -> None:

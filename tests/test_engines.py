@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
@@ -94,7 +93,8 @@ def own_files(files: Path, tmp_path: Path) -> Path:
 def test_openvino_gives_pytorchs_logits_at_any_batch_and_size(
     student: Student, files: Path, batch: int, size: tuple[int, ...]
 ) -> None:
-    # 32 x 32 x 16 has as many cells on the deepest grid as the attention has heads: see _ambiguous_attention.
+    # 32 x 32 x 16 has as many cells on the deepest grid as the attention has heads, where OpenVINO's own
+    # fused attention is wrong.
     image = _image(batch, 3, *size)
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     assert engine.window is None
@@ -126,9 +126,8 @@ def test_fewer_bits_stay_near(student: Student, files: Path, precision: str, sha
 def test_in_bf16_what_reads_the_image_and_what_gives_the_logits_stays_in_float32(files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "bf16", 1)
     engine(_image(1, 3, *WINDOW))
-    ((_, request),) = engine.requests.items()
     precisions = {}
-    for op in request.get_compiled_model().get_runtime_model().get_ops():
+    for op in engine.request.get_compiled_model().get_runtime_model().get_ops():
         info = {
             key: op.get_rt_info()[key].astype(str) for key in ("layerType", "originalLayersNames", "runtimePrecision")
         }
@@ -150,16 +149,13 @@ def test_what_one_call_gave_is_not_overwritten_by_the_next(files: Path, name: st
     assert not torch.equal(first, second)
 
 
-def test_openvino_reads_any_layout_and_keeps_two_shapes(student: Student, files: Path) -> None:
+def test_openvino_reads_any_layout_and_type(student: Student, files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     image = _image(2, 3, *WINDOW)
     expected = _answer(student, image)
     strided = image.to(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(engine(strided), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(engine(image.double()), expected, atol=1e-5, rtol=1e-5)
-    for batch in (1, 3):
-        engine(_image(batch, 3, *WINDOW))
-    assert [shape[0] for shape in engine.requests] == [1, 3]
 
 
 def test_a_sliding_window_over_every_engine_gives_pytorchs_mask(student: Student, files: Path) -> None:
@@ -316,7 +312,6 @@ def test_files_of_other_settings_are_noticed_at_the_first_window(files: Path, ca
 def test_threads_and_hint_reach_openvino(files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     engine(_image(1, 3, *WINDOW))
-    compiled = next(iter(engine.requests.values())).get_compiled_model()
+    compiled = engine.request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) == "f32"
-    assert np.prod(compiled.output(0).shape) == 2 * np.prod(WINDOW)

@@ -143,7 +143,7 @@ def test_the_onnx_window_has_to_be_the_inferers(
 ) -> None:
     options = ["--dataset-dir", str(cohort), "--fold", "0", "--output-dir", str(tmp_path), "--weights", str(exported)]
     assert main(["evaluate", *TINY, "--set", "patch=[32,32,32]", *options, "--engine", "onnxruntime"]) == 1
-    assert "takes windows of 32 x 32 x 16 voxels, not 32 x 32 x 32" in _error(capsys)
+    assert "takes windows of (32, 32, 16) voxels only, and patch is (32, 32, 32)" in _error(capsys)
 
 
 def test_a_float32_model_that_differs_leaves_nothing_behind(

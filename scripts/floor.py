@@ -6,8 +6,6 @@ Beside it the machine's own rate of matrix products, of which the network's is a
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import os
 import platform
 import statistics
@@ -18,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data.utils import dense_patch_slices
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-Network = Callable[[torch.Tensor], Any]
+from scripts.data.nifti import COMPRESSION, gzip_module, read_bytes
+
 THREADS = 2
 SIDE = 2048  # of the matrices whose product is timed
-REPEATS = 3  # of reading and of writing
-MOST = 10  # windows that are timed; more tell no more about the rate
+REPEATS = 3
 
 
 def cpu_name(threads: int = 0) -> str:
@@ -38,25 +35,16 @@ def cpu_name(threads: int = 0) -> str:
     return f"{model}, {os.cpu_count()} cores, {threads or torch.get_num_threads()} threads"
 
 
-def _gzip() -> Any:
-    """The fastest module for gzip at hand."""
-    for name in ("isal.igzip", "gzip"):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise RuntimeError("Python has no gzip.")
-
-
 def _unpack(path: Path) -> int:
     """Read a file, unpacked where it is packed, or every file of a folder; returns the bytes."""
     if path.is_dir():
         return sum(_unpack(each) for each in sorted(path.iterdir()) if each.is_file())
-    packed = path.read_bytes()
-    return len(_gzip().decompress(packed)) if path.suffix == ".gz" else len(packed)
+    return len(read_bytes(path))
 
 
-def _median(work: Callable[[], Any], repeats: int) -> float:
+def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median seconds of some work, after one time that is not counted."""
+    work()
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -68,41 +56,16 @@ def _median(work: Callable[[], Any], repeats: int) -> float:
 def unpacking_seconds(files: Sequence[Path], repeats: int = REPEATS) -> float:
     """Seconds to read and unpack a case's files, two at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return _median(lambda: list(pool.map(_unpack, files)), repeats)
+        return median_seconds(lambda: list(pool.map(_unpack, files)), repeats)
 
 
 def packing_seconds(mask: Path, repeats: int = REPEATS) -> float:
     """Seconds to pack a mask that is there and to write it, beside itself."""
-    data, beside = _gzip().decompress(mask.read_bytes()), mask.with_name(f".floor.{mask.name}")
+    data, beside = read_bytes(mask), mask.with_name(f".floor.{mask.name}")
     try:
-        return _median(lambda: beside.write_bytes(_gzip().compress(data, 1)), repeats)
+        return median_seconds(lambda: beside.write_bytes(gzip_module().compress(data, COMPRESSION)), repeats)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def window_count(shape: Sequence[int], window: Sequence[int], overlap: float) -> int:
-    """Windows of a pass over a volume, which is padded to one window where it is smaller."""
-    padded = [max(size, side) for size, side in zip(shape, window, strict=True)]
-    steps = [max(1, int(side * (1 - overlap))) for side in window]
-    return len(dense_patch_slices(padded, window, steps))
-
-
-def network_seconds(
-    network: Network, channels: int, shape: Sequence[int], window: Sequence[int], overlap: float
-) -> float:
-    """Seconds of a pass over a volume at the network's rate on random windows, without anything around it.
-
-    Args:
-        network: anything that takes a window, ``1 C H W D``.
-        channels: of a window.
-        shape: of the volume on the network's grid.
-        window, overlap: of the pass.
-    """
-    count = window_count(shape, window, overlap)
-    windows = itertools.cycle([torch.rand(1, channels, *window, generator=torch.Generator().manual_seed(0))])
-    with torch.inference_mode():
-        network(next(windows))  # compiled, memory at hand
-        return count * _median(lambda: network(next(windows)), min(count, MOST))
 
 
 def network_flops(network: nn.Module, channels: int, window: Sequence[int]) -> float:
@@ -116,7 +79,7 @@ def matrix_rate(dtype: torch.dtype, repeats: int = 5) -> float:
     """The machine's GFLOP/s in a product of large matrices, with PyTorch's threads."""
     a, b = torch.rand(2, SIDE, SIDE).to(dtype)
     torch.mm(a, b)
-    return 2 * SIDE**3 / _median(lambda: torch.mm(a, b), repeats) / 1e9
+    return 2 * SIDE**3 / median_seconds(lambda: torch.mm(a, b), repeats) / 1e9
 
 
 def floor(files: Sequence[Path], network: float, mask: Path, repeats: int = REPEATS) -> dict[str, float]:

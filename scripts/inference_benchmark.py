@@ -11,6 +11,7 @@ name them as well, ``pip install -e ".[benchmark,fast]" torch==2.13.0 torchvisio
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import statistics
 import warnings
@@ -106,23 +107,33 @@ def grid_shape(volume: Volume, spacing: Sequence[float]) -> list[int]:
     return [int(size) for size in shape]
 
 
+class _Count:
+    """In place of a network: counts what it is given, and answers zeros."""
+
+    def __init__(self, network: Any) -> None:
+        self.window, self.bytes_per_voxel = network.window, network.bytes_per_voxel
+        self.passes, self.voxels = 0, 0
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        self.passes += len(image)
+        self.voxels += image[:, 0].numel()
+        return image.new_zeros(len(image), 1, *image.shape[2:])
+
+
 def network_floor(side: Side, volume: Volume) -> dict[str, float]:
-    """The network alone, on windows of the volume's grid: seconds, GFLOPs of the pass, and the machine's rates."""
+    """The network alone, on random voxels of the volume's grid: seconds, GFLOPs of the pass, the machine's rates."""
     warnings.filterwarnings("ignore")
-    parser, plain = compose(side), compose(side)
+    parser = compose(side)
     parser.get_parsed_content("initialize")
-    network, student = parser.get_parsed_content("network"), plain.get_parsed_content("network_def")
-    for each in (network, student):
-        if isinstance(each, torch.nn.Module):
-            each.eval()
-    names = ("modalities", "patch", "overlap", "spacing")
-    modalities, window, overlap, spacing = (parser.get_parsed_content(name) for name in names)
-    shape = grid_shape(volume, spacing)
-    count = floor.window_count(shape, window, overlap)
+    names = ("predictor", "inferer", "modalities", "spacing", "patch", "network_def")
+    predictor, infer, modalities, spacing, window, plain = (parser.get_parsed_content(name) for name in names)
+    image = torch.rand(1, len(modalities), *grid_shape(volume, spacing), generator=torch.Generator().manual_seed(0))
+    count, flops = _Count(predictor), floor.network_flops(plain.eval(), len(modalities), window)
+    infer(image, count)
     return {
-        "seconds": floor.network_seconds(network, len(modalities), shape, window, overlap),
-        "gflops": count * floor.network_flops(student, len(modalities), window) / 1e9,
-        "windows": float(count),
+        "seconds": floor.median_seconds(lambda: infer(image, predictor.eval())),
+        "gflops": flops * count.voxels / math.prod(window) / 1e9,
+        "passes": float(count.passes),
         "float32": floor.matrix_rate(torch.float32),
         "bfloat16": floor.matrix_rate(torch.bfloat16),
     }
@@ -140,7 +151,7 @@ def floor_rows(side: Side, volume: Volume, seconds: float, plan: Plan) -> tuple[
     return rows, [
         f"{volume.name}, {side.name}: {seconds:.2f} s from files to mask are {seconds / parts['sum']:.2f} times the "
         f"floor of {parts['sum']:.2f} s.",
-        f"Its network: {found['windows']:.0f} windows, {found['gflops']:.0f} GFLOPs in {found['seconds']:.2f} s: "
+        f"Its network: {found['passes']:.0f} pass(es), {found['gflops']:.0f} GFLOPs in {found['seconds']:.2f} s: "
         f"{rates} that this machine reaches in products of matrices.",
     ]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts import bundle_root
 from scripts.arguments import CONFIGS
+from scripts.engines import UnavailableError, read_export
 from scripts.synthetic import DRAWN, write_case
 from scripts.turns import Side
 
@@ -20,39 +21,19 @@ MAIN = "256x256x192"
 SIZES = ("128x128x96", "192x192x144", "320x320x240")  # only the student, for the plot of time against volume
 PATIENT = "patient"  # at full resolution, where the data are
 WINDOW, SPACING, OVERLAP = (96, 96, 96), (1.0, 1.0, 1.0), 0.5  # so that the network sees every voxel
+WEIGHTS = Path(bundle_root()) / "models" / "model.pt"
 REPEATS = 10_000  # entries of a data list, more than any benchmark takes
 STUDENT = "student, "  # before the name of its engine
 STOCK, TEACHERS, SEGRESNET, NNUNET = f"{STUDENT}stock MONAI", "three teachers", "SegResNet-16", "nnU-Net v2"
+ENGINES = (
+    "torch fp32",
+    "torch bf16",
+    "openvino fp32",
+    "openvino bf16",
+    "openvino int8",
+    "onnxruntime fp32",
+)  # and precision
 SLOW = (TEACHERS, SEGRESNET, NNUNET)  # minutes per case: fewer rounds, and warmed up on a volume of one window
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A way to run the student: overrides of inference.json, and what it needs.
-
-    Args:
-        overrides: config ids.
-        package: that must be installed.
-        files: that must be there, from the bundle's folder.
-    """
-
-    overrides: Mapping[str, Any]
-    package: str = "torch"
-    files: tuple[str, ...] = ()
-
-
-def _engine(name: str, precision: str) -> Engine:
-    return Engine({"engine": name, "engine_precision": precision}, name)
-
-
-ENGINES = {
-    "torch fp32": _engine("torch", "fp32"),
-    "torch bf16": _engine("torch", "bf16"),
-    "openvino fp32": _engine("openvino", "fp32"),
-    "openvino bf16": _engine("openvino", "bf16"),
-    "openvino int8": _engine("openvino", "int8"),
-    "onnxruntime fp32": _engine("onnxruntime", "fp32"),
-}
 
 
 @dataclass(frozen=True)
@@ -144,14 +125,16 @@ def all_sides(volume: Volume, plan: Plan) -> list[Side]:
     wide = {"architecture": "segresnet", "teacher_modalities": modalities}
     wide["architectures"] = {"segresnet": {"init_filters": 16}}
     named: list[tuple[str, tuple[str, ...], dict[str, Any]]]
-    named = [(STUDENT + name, student, {**shipped, **engine.overrides}) for name, engine in ENGINES.items()]
+    named = [(STUDENT + name, student, {**shipped, **_engine(name)}) for name in ENGINES]
     named += [
         (STOCK, (*student, "benchmark/stock"), shipped),
         (TEACHERS, (*teachers, "benchmark/teachers"), random),
         (SEGRESNET, (*teachers, "teacher"), {**random, **wide}),
         (NNUNET, (*data, "benchmark/nnunet"), random),
     ]
-    return [Side(name, configs, {**_common(name, volume, plan), **own}) for name, configs, own in named]
+    return [
+        Side(name, configs, {**_common(name, volume, plan), **own, **_own_window(name)}) for name, configs, own in named
+    ]
 
 
 def _common(name: str, volume: Volume, plan: Plan) -> dict[str, Any]:
@@ -178,16 +161,29 @@ def _missing(name: str) -> str:
     """Why a side cannot be timed here; empty where it can."""
     if name == NNUNET:
         return "" if find_spec("nnunetv2") else "nnunetv2 is not installed (make bench-env)"
-    if not is_engine(name):
+    if not is_engine(name) or name.startswith(f"{STUDENT}torch"):
         return ""
-    engine = ENGINES[name.removeprefix(STUDENT)]
-    known = json.loads((CONFIGS / "inference.json").read_text())
-    if name != f"{STUDENT}{next(iter(ENGINES))}" and not set(engine.overrides) <= set(known):
-        return "configs/inference.json knows no such engine"
-    if not find_spec(engine.package):
-        return f"{engine.package} is not installed (make bench-env)"
-    lost = [file for file in engine.files if not (Path(bundle_root()) / file).exists()]
-    return f"{', '.join(lost)} is not there" if lost else ""
+    engine, model = name.removeprefix(STUDENT).split()[0], name.removeprefix(STUDENT)
+    if not find_spec(engine):
+        return f"{engine} is not installed (make bench-env)"
+    try:
+        models = read_export(WEIGHTS)["models"]
+    except UnavailableError as error:
+        return str(error).rstrip(".")
+    return "" if model in models else f"no {model} was exported from {WEIGHTS.name}"
+
+
+def _engine(name: str) -> dict[str, Any]:
+    """Overrides of an engine's side."""
+    engine, precision = name.split()
+    return {"engine": engine, "engine_precision": precision}
+
+
+def _own_window(name: str) -> dict[str, Any]:
+    """ONNX Runtime takes windows of the exported size only, whatever the volume asks for."""
+    if name != f"{STUDENT}onnxruntime fp32" or _missing(name):
+        return {}
+    return {"patch": read_export(WEIGHTS)["window"]}
 
 
 def choose(sides: Sequence[Side], volume: str, plan: Plan, best: str = "") -> tuple[list[Side], list[str]]:

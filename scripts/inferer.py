@@ -16,6 +16,7 @@ GIB = 2**30
 # What a pass of the student needs per voxel of the volume beside its input (docs/performance.md, "Memory"): peak of the
 # process less what it held before, eager PyTorch in float32. Engines name their own.
 BYTES_PER_VOXEL = 200
+PART_OVERLAP = 0.25
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,7 +29,7 @@ class WholeVolumeInferer(SlidingWindowInferer):
 
     Args:
         roi_size: window in voxels for ``whole=False`` and for networks that know only one size (attribute ``window``).
-        overlap: of windows and of parts.
+        overlap: of windows; parts, which are large, overlap by ``PART_OVERLAP`` at most.
         whole: False slides ``roi_size`` over every volume, as MONAI does.
         memory_gib: for one pass of the network; a larger volume is cut into parts that overlap and are blended.
         divisor: sizes that the network takes are multiples of it; the volume is padded by zeros.
@@ -71,20 +72,21 @@ class WholeVolumeInferer(SlidingWindowInferer):
                     f"The network takes windows of {tuple(window)} voxels only, and patch is {self.window}: "
                     "set patch to that, or choose another engine."
                 )
-            return self._slide(image, network, self.window)
+            return self._slide(image, network, self.window, self.share)
         size = [math.ceil(n / self.divisor) * self.divisor for n in image.shape[2:]]
         limit = self.memory_gib * GIB / getattr(network, "bytes_per_voxel", BYTES_PER_VOXEL) / image.shape[0]
-        part = part_size(size, limit, self.share, self.divisor)
+        overlap = min(self.share, PART_OVERLAP)
+        part = part_size(size, limit, overlap, self.divisor)
         if part != size:
-            return self._slide(image, network, part)
-        padded = functional.pad(
-            image, [x for n, m in zip(image.shape[:1:-1], size[::-1], strict=True) for x in (0, m - n)]
-        )
-        return network(padded)[..., : image.shape[2], : image.shape[3], : image.shape[4]]
+            return self._slide(image, network, part, overlap)
+        if size != list(image.shape[2:]):  # PyTorch copies even where there is nothing to pad
+            margins = [m - n for n, m in zip(image.shape[2:], size, strict=True)]
+            image = functional.pad(image, [side for margin in reversed(margins) for side in (0, margin)])
+        return network(image)[..., : inputs.shape[2], : inputs.shape[3], : inputs.shape[4]]
 
-    def _slide(self, image: torch.Tensor, network: Network, window: Sequence[int]) -> torch.Tensor:
+    def _slide(self, image: torch.Tensor, network: Network, window: Sequence[int], overlap: float) -> torch.Tensor:
         """MONAI's sliding window."""
-        slide = SlidingWindowInferer(window, self.sw_batch_size, self.share, self.mode)
+        slide = SlidingWindowInferer(window, self.sw_batch_size, overlap, self.mode)
         return slide(image, _without_air(network) if self.skip_air else network)  # type: ignore[return-value]
 
 

@@ -42,6 +42,7 @@ from scripts.turns import Side, compose, take_turns
 
 TINY = {
     "threads": 1, "patch": [32, 32, 32], "spacing": [1.0, 1.0, 1.0], "overlap": 0.25, "handlers": [],
+    "whole_volume": False,
     "student_features": [4, 8, 8, 8], "student_norm": ["group", {"num_groups": 4}],
     "architectures": {
         "unetr": {"feature_size": 4, "hidden_size": 24, "mlp_dim": 24, "num_heads": 2},
@@ -125,7 +126,7 @@ def test_stock_transforms_give_the_mask_of_the_bundles_own(sides: dict[str, Side
     np.testing.assert_array_equal(masks[0].affine, masks[1].affine)
     voxels = [np.asarray(mask.dataobj) for mask in masks]
     assert len(np.unique(voxels[0])) == 2  # random weights, and yet both classes
-    assert (voxels[0] != voxels[1]).mean() < 1e-4  # another memory format rounds otherwise
+    assert (voxels[0] != voxels[1]).mean() < 1e-3  # where a range clips, stock clips first and interpolates then
 
 
 @pytest.mark.parametrize("name", [TEACHERS, SEGRESNET])
@@ -203,22 +204,20 @@ def test_the_body_is_surrounded_by_noisy_air() -> None:
 
 def test_the_floor_is_the_sum_of_its_positive_parts(sides: dict[str, Side], volume: Volume) -> None:
     files = [Path(volume.case[key]) for key in DRAWN]
-    calls: list[tuple[int, ...]] = []
-    seconds = floor.network_seconds(lambda x: calls.append(tuple(x.shape)), 3, (48, 40, 36), (32, 32, 32), 0.25)
-    assert seconds > 0
-    assert set(calls) == {(1, 3, 32, 32, 32)}
-    parts = floor.floor(files, seconds, files[0], repeats=1)
+    parts = floor.floor(files, 0.5, files[0], repeats=1)
     assert all(each > 0 for each in parts.values())
     assert parts["sum"] == pytest.approx(parts["unpacking"] + parts["network"] + parts["packing"])
     assert not list(files[0].parent.glob(".floor*"))
     found = network_floor(sides["student, torch fp32"], volume)
-    assert found["windows"] == 8  # 2 x 2 x 2 of 32 voxels, 24 apart, on 48 x 40 x 36
+    assert found["passes"] == 8  # 2 x 2 x 2 of 32 voxels, 24 apart, on 48 x 40 x 36
     assert all(each > 0 for each in found.values())
+    side = sides["student, torch fp32"]
+    whole = network_floor(Side(side.name, side.configs, {**side.overrides, "whole_volume": True}), volume)
+    assert whole["passes"] == 1
+    assert whole["gflops"] == pytest.approx(found["gflops"] * (48 * 48 * 48) / (8 * 32**3))
 
 
 def test_the_numbers_of_the_floor_on_known_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert floor.window_count((256, 256, 192), (96, 96, 96), 0.5) == 75
-    assert floor.window_count((50, 96, 97), (96, 96, 96), 0.5) == 2
     convolution = torch.nn.Conv3d(2, 4, 3, padding=1, bias=False)
     assert floor.network_flops(convolution, 2, (8, 8, 8)) == 2 * 27 * 2 * 4 * 512
     assert floor.shares(2.0, 100.0, {"float32": 100.0}) == {"float32": 0.5}

@@ -12,6 +12,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
+from scripts.data.grids import copy_across
+
 
 def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
     """Files beside ``reference`` that a layout names, if the layout fits the reference's own name."""
@@ -216,8 +218,11 @@ class StackModalitiesd(Transform):
                 reference.meta["case_id"] = item["case_id"]
         if self.stack:
             # An absent modality stays zero whatever augmentation (noise, gain) was drawn for it.
-            pairs = [(_plain(item.pop(k)), p) for k, p in zip(self.modalities, item["presence"], strict=True)]
-            stacked = torch.cat([channel if p else torch.zeros_like(channel) for channel, p in pairs])
+            stacked = torch.zeros(len(self.modalities), *reference.shape[1:], dtype=reference.dtype)
+            for channel, key, present in zip(stacked, self.modalities, item["presence"], strict=True):
+                volume = _plain(item.pop(key))
+                if present:
+                    copy_across(channel, volume[0])
             known = isinstance(reference, MetaTensor)
             item["image"] = MetaTensor(stacked, meta=dict(reference.meta)) if known else stacked
         return item

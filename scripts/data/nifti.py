@@ -25,7 +25,7 @@ COMPRESSION = 1  # masks shrink a hundredfold at the lowest level already
 READABLE = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # what torch and SimpleITK both know
 
 
-def _gzip() -> ModuleType:
+def gzip_module() -> ModuleType:
     """The fastest module that is installed, with ``compress`` and ``decompress``."""
     try:
         from isal import igzip
@@ -45,7 +45,7 @@ def read_bytes(path: str | Path) -> bytes:
     data = Path(path).read_bytes()
     if not str(path).endswith(".gz"):
         return data
-    module = _gzip()
+    module = gzip_module()
     try:
         return module.decompress(data)  # type: ignore[no-any-return]
     except (EOFError, OSError, zlib.error, ValueError, getattr(module, "error", zlib.error)) as error:
@@ -107,7 +107,7 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image.set_qform(affine, code=1)
     data = image.to_bytes()
     if path.name.endswith(".gz"):
-        data = _gzip().compress(data, COMPRESSION)
+        data = gzip_module().compress(data, COMPRESSION)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:

@@ -253,6 +253,10 @@ def evaluate(args: argparse.Namespace) -> None:
     own |= {key: value for key, value in (("weights", args.weights), ("fold", args.fold)) if value is not None}
     own |= {key: value for key, value in (("curves", args.curves), ("present", args.present)) if value}
     if args.predictions:
+        if args.profile or _engine(args):
+            raise ValueError(
+                "--predictions scores masks that are there: leave out --engine, --precision and --profile."
+            )
         own |= {"predictions": args.predictions, "run": "@score", "score#network": "$None"}
     configs = ["inference", *_context(args)]
     if args.architecture:

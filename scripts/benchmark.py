@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from scripts.comparison import Job, Plan, compare_methods, with_needs, work_off
 from scripts.comparison_table import write_comparison
 from scripts.metrics import write_json
 from scripts.missing import MissingPlan, write_missing
+
+logger = logging.getLogger(__name__)
 
 Main = Callable[[Sequence[str]], int]
 SCALES = {"methods": "compare", "missing": "compare"}  # the others: small
@@ -116,19 +119,33 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
     return cost.table(rows)
 
 
+def _exported(patients: Path, main: Main) -> None:
+    """Export the shipped weights where that has not been done; int8 needs the patients that they were trained on."""
+    from scripts.engines import UnavailableError, read_export
+    from scripts.inference_sides import WEIGHTS
+
+    try:
+        read_export(WEIGHTS)
+    except UnavailableError as error:
+        logger.info("%s", error)
+        known = ["--dataset-dir", str(patients), "--precisions", "fp32", "bf16", "int8"] if patients.is_dir() else []
+        main(["export", *known])  # what cannot be had is left out below, with the reason
+
+
 def inference(args: argparse.Namespace, modalities: Sequence[str], main: Main) -> str:
     """Time inference from files to a written mask: engines, stock MONAI, teachers, nnU-Net, in turns."""
     from scripts import inference_benchmark as speed
     from scripts.floor import cpu_name
-    from scripts.inference_sides import MAIN, PATIENT, SIZES, Plan, check_modalities
+    from scripts.inference_sides import MAIN, PATIENT, SIZES, Plan, check_student
 
-    check_modalities(modalities)
+    check_student(modalities, args.scale)
     output = Path(args.output_dir or "runs/benchmark") / "inference"
     turns = {"threads": args.threads or 0, "rounds": max(1, args.rounds), "slow_rounds": max(1, args.slow_rounds)}
     plan = Plan(args.data, args.scale, output, args.dataset_dir or "", only=tuple(args.only), **turns)
     names = args.volume or [MAIN, *SIZES, *([PATIENT] if args.dataset_dir else [])]
     if args.dry_run:
         return "\n".join(dict.fromkeys(speed.describe(names, plan)))
+    _exported(Path(args.dataset_dir or "") / "sts", main)
     rows: list[speed.Row] = []
     machine = cpu_name(args.threads or 0)
     said = [f"On {machine}."]

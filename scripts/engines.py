@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from scripts import inferer
 from scripts.checkpoint import sha256
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ RECORD = "export.json"
 # Largest difference of the first window's logits from PyTorch's, as a share of PyTorch's largest one. Far above what
 # rounding does (export gates that on masks), far below what other weights, settings or a wrong kernel do.
 TOLERANCES = {"fp32": 1e-2, "bf16": 0.1, "int8": 0.5}
-# One pass of the student: peak of the process less what it held, per voxel of the volume (docs/performance.md).
-BYTES_PER_VOXEL = {"fp32": 130, "bf16": 80}
+# One pass of the student: peak of the process less what it held, per voxel of the image (docs/performance.md).
+BYTES_PER_VOXEL = {"torch fp32": 200, "torch bf16": 145, "openvino fp32": 110, "openvino bf16": 85}
+STATIC = 4_000_000  # voxels from which OpenVINO's model is compiled for the very size
 COMPARED = 64  # voxels a side, of what is given to PyTorch as well
 
 
@@ -78,6 +80,7 @@ class TorchEngine(nn.Module):
             raise UnavailableError(f"PyTorch runs fp32 or bf16, not {precision}: {precision} needs OpenVINO.")
         self.network, self.lowered = network, precision == "bf16"
         self.description = f"torch {precision}"
+        self.bytes_per_voxel = BYTES_PER_VOXEL[self.description]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D`` to logits ``B classes H W D``."""
@@ -92,7 +95,9 @@ def cpu_has_bf16() -> bool:
 
 
 class OpenVINOEngine(nn.Module):
-    """An OpenVINO model on the CPU, compiled once for every size of image.
+    """An OpenVINO model on the CPU, compiled once for every size of image, and for each large size by itself.
+
+    What is compiled for any size is as fast, but takes two to three times the memory, which counts in large images.
 
     Neither input nor output is copied: OpenVINO reads the image where it lies and writes into a new tensor for each
     call, so that an inferer may keep what it was given. One call at a time: a request has one input and one output.
@@ -112,11 +117,10 @@ class OpenVINOEngine(nn.Module):
     def __init__(self, path: str | Path, precision: str = "fp32", threads: int = 0) -> None:
         super().__init__()
         openvino = optional("openvino")
-        self.tensor, self.path = openvino.Tensor, Path(path)
-        core = openvino.Core()
-        model = core.read_model(str(path))
+        self.core, self.tensor, self.path = openvino.Core(), openvino.Tensor, Path(path)
+        self.model = self.core.read_model(str(path))
         lowered = precision == "bf16" or (precision == "int8" and cpu_has_bf16())
-        settings: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if lowered else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             # Its fused float32 attention (2026.4) is wrong where a grid has as many cells as heads: logits of
@@ -124,12 +128,28 @@ class OpenVINOEngine(nn.Module):
             "SNIPPETS_MODE": "DISABLE",
         }
         if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        model.reshape([-1, model.input(0).partial_shape[1].get_length(), -1, -1, -1])
-        self.classes = model.output(0).partial_shape[1].get_length()
-        self.request = core.compile_model(model, "CPU", settings).create_infer_request()
-        self.bytes_per_voxel = BYTES_PER_VOXEL["bf16" if lowered else "fp32"]
+            self.settings["INFERENCE_NUM_THREADS"] = threads
+        self.channels = self.model.input(0).partial_shape[1].get_length()
+        self.classes = self.model.output(0).partial_shape[1].get_length()
+        self.request = self._compiled([-1, self.channels, -1, -1, -1])
+        self.large: tuple[tuple[int, ...], Any] = ((), None)
+        self.bytes_per_voxel = BYTES_PER_VOXEL["openvino bf16" if lowered else "openvino fp32"]
         self.description = f"openvino {precision}"
+
+    def _compiled(self, shape: Sequence[int]) -> Any:
+        """A request for images of a shape, -1 for any length."""
+        model = self.model.clone()
+        model.reshape(list(shape))
+        return self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+
+    def _request(self, shape: tuple[int, ...]) -> Any:
+        """The request for this shape; the last large one is kept."""
+        if math.prod(shape[2:]) * shape[0] < STATIC:
+            return self.request
+        if self.large[0] != shape:
+            self.large = ((), None)  # its memory first
+            self.large = (shape, self._compiled(shape))
+        return self.large[1]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D`` to logits ``B classes H W D``, a tensor of their own.
@@ -140,9 +160,10 @@ class OpenVINOEngine(nn.Module):
         source = _on_cpu(image)
         logits = torch.empty(len(source), self.classes, *source.shape[2:])
         try:
-            self.request.set_input_tensor(self.tensor(source.numpy(), shared_memory=True))
-            self.request.set_output_tensor(self.tensor(logits.numpy(), shared_memory=True))
-            self.request.infer()
+            request = self._request(tuple(source.shape))
+            request.set_input_tensor(self.tensor(source.numpy(), shared_memory=True))
+            request.set_output_tensor(self.tensor(logits.numpy(), shared_memory=True))
+            request.infer()
         except RuntimeError as error:
             raise ValueError(
                 f"{self.path} does not take images of {_shown(source.shape)}: give the channels that it was exported "
@@ -171,6 +192,7 @@ class ONNXRuntimeEngine(nn.Module):
         self.input = self.session.get_inputs()[0].name
         self.path, self.window = Path(path), tuple(self.session.get_inputs()[0].shape[2:])
         self.description = "onnxruntime fp32"
+        self.bytes_per_voxel = BYTES_PER_VOXEL["torch fp32"]  # not asked for: its window is fixed
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D``, whose sizes are ``window``, to logits ``B classes H W D``.
@@ -196,8 +218,11 @@ def read_export(weights: str | Path) -> dict[str, Any]:
     folder, again = export_folder(weights), f"python -m scripts export --weights {weights}"
     if not (folder / RECORD).is_file():
         raise UnavailableError(f"no exported files beside {weights}: {again} makes them.")
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    found, now = record["weights_sha256"], sha256(weights)
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        found, now, _ = record["weights_sha256"], sha256(weights), record["models"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UnavailableError(f"{folder / RECORD} is damaged: {again} makes it anew.") from error
     if found != now:
         raise UnavailableError(
             f"the exported files in {folder} are of weights with the sha256 {found[:12]}..., but {weights} has "
@@ -341,7 +366,7 @@ class Engine(nn.Module):
     @property
     def bytes_per_voxel(self) -> int:
         """Memory of one pass per voxel of the image, see ``scripts.inferer``."""
-        return int(getattr(self.choose(), "bytes_per_voxel", inferer.BYTES_PER_VOXEL))
+        return int(self.choose().bytes_per_voxel)
 
     def _compare(self, chosen: OpenVINOEngine | ONNXRuntimeEngine, image: torch.Tensor) -> None:
         corner = image[:1] if chosen.window else image[:1, :, :COMPARED, :COMPARED, :COMPARED]

@@ -21,11 +21,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from monai.data.utils import compute_shape_offset
 from tqdm import tqdm
 
 from scripts import floor
+from scripts.data.grids import network_grid
 from scripts.inference_sides import (
     MAIN,
     SIZES,
@@ -103,8 +104,7 @@ def grid_shape(volume: Volume, spacing: Sequence[float]) -> list[int]:
     from monai.transforms import LoadImage
 
     image = LoadImage(ensure_channel_first=True)(volume.case["image"])
-    shape, _ = compute_shape_offset(image.shape[1:], image.affine, torch.diag(torch.tensor([*spacing, 1.0])))
-    return [int(size) for size in shape]
+    return list(network_grid(np.asarray(image.affine), image.shape[1:], spacing)[1])
 
 
 class _Count:
@@ -128,10 +128,11 @@ def network_floor(side: Side, volume: Volume) -> dict[str, float]:
     names = ("predictor", "inferer", "modalities", "spacing", "patch", "network_def")
     predictor, infer, modalities, spacing, window, plain = (parser.get_parsed_content(name) for name in names)
     image = torch.rand(1, len(modalities), *grid_shape(volume, spacing), generator=torch.Generator().manual_seed(0))
-    count, flops = _Count(predictor), floor.network_flops(plain.eval(), len(modalities), window)
+    engine = predictor.choose().eval()  # not compared with PyTorch, which has random weights here
+    count, flops = _Count(engine), floor.network_flops(plain.eval(), len(modalities), window)
     infer(image, count)
     return {
-        "seconds": floor.median_seconds(lambda: infer(image, predictor.eval())),
+        "seconds": floor.median_seconds(lambda: infer(image, engine)),
         "gflops": flops * count.voxels / math.prod(window) / 1e9,
         "passes": float(count.passes),
         "float32": floor.matrix_rate(torch.float32),

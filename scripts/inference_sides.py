@@ -13,7 +13,7 @@ from typing import Any
 
 from scripts import bundle_root
 from scripts.arguments import CONFIGS
-from scripts.engines import UnavailableError, read_export
+from scripts.engines import UnavailableError, cpu_has_bf16, read_export
 from scripts.synthetic import DRAWN, write_case
 from scripts.turns import Side
 
@@ -25,14 +25,12 @@ WEIGHTS = Path(bundle_root()) / "models" / "model.pt"
 REPEATS = 10_000  # entries of a data list, more than any benchmark takes
 STUDENT = "student, "  # before the name of its engine
 STOCK, TEACHERS, SEGRESNET, NNUNET = f"{STUDENT}stock MONAI", "three teachers", "SegResNet-16", "nnU-Net v2"
+WINDOWS = ", windows"  # after the name of an engine that slides the windows of the other sides
+# Engines and precisions, of one pass over the volume unless named otherwise; ONNX Runtime knows windows only.
 ENGINES = (
-    "torch fp32",
-    "torch bf16",
-    "openvino fp32",
-    "openvino bf16",
-    "openvino int8",
-    "onnxruntime fp32",
-)  # and precision
+    "torch fp32", "torch bf16", "openvino fp32", "openvino bf16", "openvino int8", "onnxruntime fp32",
+    f"torch fp32{WINDOWS}", f"openvino bf16{WINDOWS}", f"openvino int8{WINDOWS}",
+)  # fmt: skip
 SLOW = (TEACHERS, SEGRESNET, NNUNET)  # minutes per case: fewer rounds, and warmed up on a volume of one window
 
 
@@ -120,14 +118,13 @@ def all_sides(volume: Volume, plan: Plan) -> list[Side]:
     data = ("inference", f"data/{plan.data}")
     student, teachers = (*data, f"scale/{plan.scale}"), (*data, f"scale/{volume.teachers}", "benchmark/stock")
     modalities = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text())["modalities"]
-    shipped: dict[str, Any] = {} if plan.scale == "small" else {"handlers": []}  # there are weights of one size only
     random: dict[str, Any] = {"handlers": []}
     wide = {"architecture": "segresnet", "teacher_modalities": modalities}
     wide["architectures"] = {"segresnet": {"init_filters": 16}}
     named: list[tuple[str, tuple[str, ...], dict[str, Any]]]
-    named = [(STUDENT + name, student, {**shipped, **_engine(name)}) for name in ENGINES]
+    named = [(STUDENT + name, student, _engine(name)) for name in ENGINES]
     named += [
-        (STOCK, (*student, "benchmark/stock"), shipped),
+        (STOCK, (*student, "benchmark/stock"), {}),
         (TEACHERS, (*teachers, "benchmark/teachers"), random),
         (SEGRESNET, (*teachers, "teacher"), {**random, **wide}),
         (NNUNET, (*data, "benchmark/nnunet"), random),
@@ -163,20 +160,22 @@ def _missing(name: str) -> str:
         return "" if find_spec("nnunetv2") else "nnunetv2 is not installed (make bench-env)"
     if not is_engine(name) or name.startswith(f"{STUDENT}torch"):
         return ""
-    engine, model = name.removeprefix(STUDENT).split()[0], name.removeprefix(STUDENT)
-    if not find_spec(engine):
-        return f"{engine} is not installed (make bench-env)"
+    model = name.removeprefix(STUDENT).removesuffix(WINDOWS)
+    if not find_spec(model.split()[0]):
+        return f"{model.split()[0]} is not installed (make bench-env)"
     try:
         models = read_export(WEIGHTS)["models"]
+        if model == "openvino bf16" and not cpu_has_bf16():
+            return "this CPU has no bf16"
     except UnavailableError as error:
         return str(error).rstrip(".")
     return "" if model in models else f"no {model} was exported from {WEIGHTS.name}"
 
 
 def _engine(name: str) -> dict[str, Any]:
-    """Overrides of an engine's side."""
-    engine, precision = name.split()
-    return {"engine": engine, "engine_precision": precision}
+    """Overrides of an engine's side: one pass over the volume, unless its name says windows."""
+    engine, precision = name.removesuffix(WINDOWS).split()
+    return {"engine": engine, "engine_precision": precision, "whole_volume": not name.endswith(WINDOWS)}
 
 
 def _own_window(name: str) -> dict[str, Any]:
@@ -221,7 +220,10 @@ def teachers_scale(volume: str) -> str:
     return "small" if volume == PATIENT else "full"
 
 
-def check_modalities(modalities: Sequence[str]) -> None:
-    """Refuse data sets that the synthetic volumes cannot stand for."""
-    if not set(modalities) <= set(DRAWN):
-        raise ValueError(f"There are synthetic volumes of {', '.join(DRAWN)} only, not of {', '.join(modalities)}.")
+def check_student(modalities: Sequence[str], scale: str) -> None:
+    """Refuse what the shipped weights are not of."""
+    if list(modalities) != list(DRAWN) or scale != "small":
+        raise ValueError(
+            f"The benchmark runs the shipped weights, which are of {', '.join(DRAWN)} and of the scale small: leave "
+            "out --data and --scale."
+        )

@@ -33,8 +33,7 @@ class WholeVolumeInferer(SlidingWindowInferer):
         whole: False slides ``roi_size`` over every volume, as MONAI does.
         memory_gib: for one pass of the network; a larger volume is cut into parts that overlap and are blended.
         divisor: sizes that the network takes are multiples of it; the volume is padded by zeros.
-        skip_air: leave out windows that are 0 in every modality and call them background. Voxels that such a window
-            shares with others then come from the others alone; all others stay bit for bit the same. Off by default.
+        skip_air: run only one of the windows that are 0 in every modality; the result is the same.
         sw_batch_size, mode: see ``monai.inferers.SlidingWindowInferer``.
     """
 
@@ -45,7 +44,7 @@ class WholeVolumeInferer(SlidingWindowInferer):
         whole: bool = True,
         memory_gib: float = 1.25,
         divisor: int = 16,
-        skip_air: bool = False,
+        skip_air: bool = True,
         sw_batch_size: int = 1,
         mode: str = "gaussian",
     ) -> None:
@@ -79,10 +78,15 @@ class WholeVolumeInferer(SlidingWindowInferer):
         part = part_size(size, limit, overlap, self.divisor)
         if part != size:
             return self._slide(image, network, part, overlap)
-        if size != list(image.shape[2:]):  # PyTorch copies even where there is nothing to pad
-            margins = [m - n for n, m in zip(image.shape[2:], size, strict=True)]
-            image = functional.pad(image, [side for margin in reversed(margins) for side in (0, margin)])
-        return network(image)[..., : inputs.shape[2], : inputs.shape[3], : inputs.shape[4]]
+        if size == list(image.shape[2:]):  # PyTorch would copy even where there is nothing to pad
+            return network(image)
+        # Half on either side, as MONAI pads windows and training pads patches: on one side only costs Dice.
+        shape = image.shape[2:]
+        before = [(m - n) // 2 for n, m in zip(shape, size, strict=True)]
+        sides = [(b, m - n - b) for b, n, m in zip(before, shape, size, strict=True)]
+        logits = network(functional.pad(image, [margin for side in reversed(sides) for margin in side]))
+        x, y, z = (slice(b, b + n) for b, n in zip(before, shape, strict=True))
+        return logits[..., x, y, z]
 
     def _slide(self, image: torch.Tensor, network: Network, window: Sequence[int], overlap: float) -> torch.Tensor:
         """MONAI's sliding window."""
@@ -109,18 +113,18 @@ def part_size(size: Sequence[int], limit: float, overlap: float, divisor: int) -
 
 
 def _without_air(network: Network) -> Network:
-    """The network, but for windows of zeros only, which are background at once."""
-    seen: list[torch.Tensor] = []
+    """The network, but windows of zeros only, which all get the same answer, are answered from the first of them."""
+    known: list[torch.Tensor] = []
 
     def predict(windows: torch.Tensor) -> torch.Tensor:
         alive = windows.flatten(1).any(dim=1)
-        if alive.any() or not seen:  # once at least, to learn what the network gives
-            found = network(windows[alive] if alive.any() else windows[:1])
-            seen[:] = [found[:1]]
-        logits = torch.zeros_like(seen[0]).repeat(len(windows), *[1] * (windows.dim() - 1))
-        logits[:, 0] = 1
+        if alive.all():
+            return network(windows)
+        if not known:
+            known.append(network(torch.zeros_like(windows[:1])))
+        logits = known[0].repeat(len(windows), *[1] * (windows.dim() - 1))  # MONAI weighs them in place
         if alive.any():
-            logits[alive] = found
+            logits[alive] = network(windows[alive])
         return logits
 
     return predict

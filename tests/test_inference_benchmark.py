@@ -280,15 +280,15 @@ def test_the_verb_times_a_volume_and_draws_it(
 ) -> None:
     monkeypatch.setattr("scripts.inference_sides.WINDOW", (32, 32, 32))
     monkeypatch.setattr(inference_benchmark, "floor_rows", lambda *_: ([], ["the floor."]))
-    command = ["benchmark", "inference", "--volume", "40x40x36", "--only", "torch fp32", "--rounds", "1"]
+    command = ["benchmark", "inference", "--volume", "40x40x36", "--only", "torch fp32, windows", "--rounds", "1"]
     command += ["--threads", "1", "--output-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")]
     assert main([*command, "--plot", str(tmp_path / "plots" / "time.png")]) == 0
     told = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["side"] for row in told["rows"]] == ["student, torch fp32"]
+    assert [row["side"] for row in told["rows"]] == ["student, torch fp32, windows"]
     assert "1 threads" in told["cpu"]
     assert (tmp_path / "plots" / "time.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "| student, torch fp32 | 40x40x36 |" in printed
+    assert "| student, torch fp32, windows | 40x40x36 |" in printed
     assert "the floor." in printed
 
 

@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
-from scripts.data.grids import copy_across
+from scripts.data.grids import copy_across, on_grid
 
 
 def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
@@ -128,8 +128,7 @@ class CropToBoxd(MapTransform):
             raise ValueError(f"Case {item.get('case_id')}: its bounding box lies outside of {item['image']}.")
         kept = image.as_tensor()[:, *(slice(a, b) for a, b in zip(low, high, strict=True))]
         affine[:3, 3] += affine[:3, :3] @ low
-        meta = {**image.meta, "crop_start": low}
-        item[self.keys[0]] = MetaTensor(kept, affine=torch.as_tensor(affine), meta=meta)
+        item[self.keys[0]] = on_grid(kept, affine, {**image.meta, "crop_start": low})
         return item
 
 

@@ -104,6 +104,12 @@ def resample(
     return torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(_image(volume)))).permute(2, 1, 0)
 
 
+def on_grid(volume: torch.Tensor, affine: Affine, meta: Mapping[str, Any]) -> MetaTensor:
+    """A volume with an affine of its own and another's metadata."""
+    rest = {key: value for key, value in meta.items() if key != "affine"}  # MONAI warns where there are two
+    return MetaTensor(volume, affine=torch.as_tensor(np.asarray(affine, dtype=np.float64)), meta=rest)
+
+
 def copy_across(target: torch.Tensor, source: torch.Tensor) -> None:
     """``target.copy_(source)`` between a volume in memory's order and one in a file's, whose first axis is fastest.
 
@@ -149,10 +155,13 @@ class OntoGridd(MapTransform):
         affine, shape = network_grid(source, reference.shape[1:], self.spacing)
         for key in self.key_iterator(item):
             volume = item[key]
+            if volume.ndim != 4 or len(volume) != 1:
+                name, size = volume.meta.get("filename_or_obj", key), " x ".join(map(str, volume.shape[1:]))
+                raise ValueError(f"{name} holds {len(volume)} channels of {size} voxels: give one 3D volume per file.")
             matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), affine)
             outside = None if key == self.reference else self.outside.get(str(key), 0.0)
             there = resample(volume[0].as_tensor(), matrix, shape, outside, key in self.nearest)
-            item[key] = MetaTensor(there[None], affine=torch.as_tensor(affine), meta=dict(volume.meta))
+            item[key] = on_grid(there[None], affine, volume.meta)
         way_back = {"source_affine": source, "source_shape": np.array(reference.shape[1:])}
         item[self.reference].meta.update(way_back)
         return item
@@ -188,8 +197,7 @@ class RestoreGridd(MapTransform):
         whole = torch.zeros([int(n) for n in meta["spatial_shape"]][::-1], dtype=torch.uint8).permute(2, 1, 0)
         start = [int(n) for n in meta.get("crop_start", (0, 0, 0))]
         copy_across(whole[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))], labels)
-        affine = torch.as_tensor(np.asarray(meta["original_affine"], dtype=np.float64))
-        return {**data, self.keys[0]: MetaTensor(whole[None], affine=affine, meta=dict(meta))}
+        return {**data, self.keys[0]: on_grid(whole[None], np.asarray(meta["original_affine"]), meta)}
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ bytes come out of either, and both compare the checksum and the length at the en
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,16 +65,18 @@ def read_nifti(path: str | Path) -> MetaTensor:
         ValueError: a damaged file, or one that is no NIfTI file.
     """
     data = read_bytes(path)
-    kind = nib.Nifti2Image if int.from_bytes(data[:4], "little") == 540 else nib.Nifti1Image
+    kind = (
+        nib.Nifti2Image if 540 in {int.from_bytes(data[:4], order) for order in ("little", "big")} else nib.Nifti1Image
+    )
     try:
         image = kind.from_bytes(data)
         stored: Any = image.dataobj
         scaled = stored.slope != 1 or stored.inter != 0
         voxels = np.asanyarray(stored) if scaled else stored.get_unscaled()
+        if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
+            voxels = voxels.astype(np.float32, order="K")
     except Exception as error:  # bytes that are no such file make the reader fail in many ways
         raise ValueError(f"{path} is no readable NIfTI file ({error}).") from error
-    if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
-        voxels = voxels.astype(np.float32, order="K")
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False)
     affine = np.asarray(image.affine, dtype=np.float64)
     meta = {
@@ -123,8 +126,11 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
 class LoadModalitiesd(LoadImaged):
     """MONAI's ``LoadImaged`` with the files of one case read at the same time, NIfTI by ``read_nifti``.
 
-    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way.
+    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way, one after the other: ITK's Python modules load
+    themselves when they are first used, which threads must not do at once.
     """
+
+    lock = threading.Lock()
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
@@ -138,7 +144,8 @@ class LoadModalitiesd(LoadImaged):
             volume = read_nifti(path)
             if volume.ndim == 4:
                 return volume
-        return self._loader(path)  # type: ignore[return-value]
+        with self.lock:
+            return self._loader(path)  # type: ignore[return-value]
 
 
 class SaveMaskd(SaveImaged):

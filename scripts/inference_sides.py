@@ -204,10 +204,18 @@ def choose(sides: Sequence[Side], volume: str, plan: Plan, best: str = "") -> tu
 
 def _meant(name: str, volume: str, only: Sequence[str], best: str) -> bool:
     if only:
-        return any(part.lower() in name.lower() for part in only)
+        return any(_called(name, part.lower()) for part in only)
     if volume in SIZES:
         return name in (STOCK, best) or (not best and is_engine(name))
     return volume != PATIENT or is_engine(name) or name in (STOCK, TEACHERS)
+
+
+def _called(name: str, part: str) -> bool:
+    """Whether the user means this side: by its name, with or without the student's, or by a part of it."""
+    names = [STUDENT + engine for engine in ENGINES]
+    exact = {each.lower() for each in [*ENGINES, *names, STOCK, TEACHERS, SEGRESNET, NNUNET]}
+    name = name.lower()
+    return part in (name, name.removeprefix(STUDENT)) if part in exact else part in name
 
 
 def is_engine(name: str) -> bool:

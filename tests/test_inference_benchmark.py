@@ -241,6 +241,9 @@ def test_every_side_has_configs_and_the_volumes_their_sides(plan: Plan, volume: 
     assert names(SIZES[0], best=first) == [first, STOCK]
     assert names(PATIENT) == [first, STOCK, TEACHERS]
     assert names(MAIN, only=("segresnet", "TORCH FP32")) == [first, SEGRESNET]
+    assert [side.name for side in choose(found, MAIN, Plan("sts", "small", plan.output, only=("torch fp32",)))[0]] == [
+        first
+    ]
     with pytest.raises(ValueError, match="names no side"):
         names(MAIN, only=("nothing",))
 

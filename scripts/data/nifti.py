@@ -8,7 +8,6 @@ bytes come out of either, and both compare the checksum and the length at the en
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -124,28 +123,22 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
 
 
 class LoadModalitiesd(LoadImaged):
-    """MONAI's ``LoadImaged`` with the files of one case read at the same time, NIfTI by ``read_nifti``.
+    """MONAI's ``LoadImaged`` with the NIfTI files of one case read at the same time, by ``read_nifti``.
 
-    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way, one after the other: ITK's Python modules load
-    themselves when they are first used, which threads must not do at once.
+    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way afterwards: ITK's Python modules change the
+    working directory while they load themselves, which other threads must not see.
     """
-
-    lock = threading.Lock()
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
         keys = [key for key in self.key_iterator(item) if not isinstance(item[key], torch.Tensor)]
-        with ThreadPoolExecutor(max(1, len(keys))) as pool:
-            item.update(zip(keys, pool.map(lambda key: self._read(item[key]), keys), strict=True))
+        quick = [key for key in keys if str(item[key]).endswith((".nii", ".nii.gz"))]
+        with ThreadPoolExecutor(max(1, len(quick))) as pool:
+            volumes = dict(zip(quick, pool.map(read_nifti, [item[key] for key in quick]), strict=True))
+        for key in keys:
+            volume = volumes.get(key)
+            item[key] = volume if volume is not None and volume.ndim == 4 else self._loader(item[key])
         return item
-
-    def _read(self, path: Any) -> MetaTensor:
-        if str(path).endswith((".nii", ".nii.gz")):
-            volume = read_nifti(path)
-            if volume.ndim == 4:
-                return volume
-        with self.lock:
-            return self._loader(path)  # type: ignore[return-value]
 
 
 class SaveMaskd(SaveImaged):

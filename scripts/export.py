@@ -13,7 +13,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from scripts import conversion
 from scripts.checkpoint import WeightsLoader, load_weights, sha256
 from scripts.data.phantom import MODALITIES, write_phantoms
 from scripts.engines import RECORD, ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, export_folder, optional
-from scripts.manifest import code_version
+from scripts.manifest import code_version, package_versions
 from scripts.metrics import write_json
 from scripts.parity import Inferer, compare, failures
 
@@ -110,7 +109,7 @@ def export(
             "models": {name: _entry(made, name, figures[name]) for name in engines if name not in refused},
             "refused": {name: {**figures[name], "because": reasons} for name, reasons in refused.items()},
             "bundle_version": code_version(),
-            "versions": _versions(),
+            "versions": package_versions(PACKAGES),
         }
         if any(name.endswith("fp32") for name in refused):
             raise ValueError(f"Nothing was written: {_sentences(refused)}.")
@@ -239,13 +238,3 @@ def _table(figures: Mapping[str, Mapping[str, float | None]], refused: Mapping[s
         cells = ["undefined" if each[key] is None else format(each[key], form) for key, form in keys]
         lines.append(f"| {' | '.join([name, *cells, verdict])} |")
     return "\n".join(lines)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,6 +9,7 @@ import json
 import platform
 import resource
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def code_version() -> str:
     return f"{version_} ({_commit() or 'no checkout'})"
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -84,7 +86,7 @@ def write_manifest(
     manifest = {
         "bundle_version": meta.get("version"),
         "git_commit": _commit(),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "seed": (config or {}).get("seed"),
         "threads": torch.get_num_threads(),
         "wall_seconds": None if seconds is None else round(seconds, 1),

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,13 @@ def _image(*shape: int, seed: int = 0) -> torch.Tensor:
 def _answer(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(image)
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Engines are freed here, not by whichever thread of a later test happens to collect garbage."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files in and out: read in parallel and without reordering voxels, written atomically.
+"""NIfTI files in and out: read without reordering voxels, written atomically.
 
 Compressed files go through isal (Intel's storage library) where it is installed, Python's own zlib otherwise: the same
 bytes come out of either, and both compare the checksum and the length at the end of the stream.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,20 +122,18 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
 
 
 class LoadModalitiesd(LoadImaged):
-    """MONAI's ``LoadImaged`` with the NIfTI files of one case read at the same time, by ``read_nifti``.
+    """MONAI's ``LoadImaged`` with NIfTI files read by ``read_nifti``.
 
-    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way afterwards: ITK's Python modules change the
-    working directory while they load themselves, which other threads must not see.
+    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way. One file after the other: in threads,
+    processes in which OpenVINO had been used before crashed (docs/performance.md).
     """
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
         keys = [key for key in self.key_iterator(item) if not isinstance(item[key], torch.Tensor)]
-        quick = [key for key in keys if str(item[key]).endswith((".nii", ".nii.gz"))]
-        with ThreadPoolExecutor(max(1, len(quick))) as pool:
-            volumes = dict(zip(quick, pool.map(read_nifti, [item[key] for key in quick]), strict=True))
         for key in keys:
-            volume = volumes.get(key)
+            quick = str(item[key]).endswith((".nii", ".nii.gz"))
+            volume = read_nifti(item[key]) if quick else None
             item[key] = volume if volume is not None and volume.ndim == 4 else self._loader(item[key])
         return item
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from scripts import bundle_root
-from scripts.engines import optional
+from scripts.engines import openvino_core, optional
 from scripts.manifest import running_config
 
 # Kept in float32 when the rest runs in bf16: what reads the image itself and what gives the logits. Chosen on training
@@ -103,7 +103,7 @@ def to_int8(source: Path, patches: Sequence[torch.Tensor], path: Path) -> None:
     logging.getLogger("nncf").setLevel(logging.ERROR)
     kept = [f"{re.escape(prefix)}.*" for prefix in _prefixes(NOT_QUANTISED)]
     quantised = nncf.quantize(
-        openvino.Core().read_model(str(source)),
+        openvino_core().read_model(str(source)),
         nncf.Dataset([patch.numpy() for patch in patches]),
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(patches),

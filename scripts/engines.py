@@ -6,6 +6,7 @@ Files of the weights ``X.pt`` lie in the folder ``X_export`` beside them, see ``
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -89,9 +90,20 @@ class TorchEngine(nn.Module):
         return logits.float()
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The only Core of this process, never freed; UnavailableError without OpenVINO.
+
+    The first use of a Core's CPU plugin gives the thread another stack for signals, and its end puts back the one
+    before (2026.4). Two Cores that end in the order in which they began leave a stack that has been freed: the next
+    signal, such as the end of a child process, is a segmentation fault.
+    """
+    return optional("openvino").Core()
+
+
 def cpu_has_bf16() -> bool:
     """Whether OpenVINO says that this CPU computes in bfloat16; UnavailableError without OpenVINO."""
-    return "BF16" in optional("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVINOEngine(nn.Module):
@@ -116,8 +128,7 @@ class OpenVINOEngine(nn.Module):
 
     def __init__(self, path: str | Path, precision: str = "fp32", threads: int = 0) -> None:
         super().__init__()
-        openvino = optional("openvino")
-        self.core, self.tensor, self.path = openvino.Core(), openvino.Tensor, Path(path)
+        self.core, self.tensor, self.path = openvino_core(), optional("openvino").Tensor, Path(path)
         self.model = self.core.read_model(str(path))
         lowered = precision == "bf16" or (precision == "int8" and cpu_has_bf16())
         self.settings: dict[str, Any] = {

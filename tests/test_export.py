@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -33,13 +32,6 @@ TINY = [
     "--set", "student_features=[8,16,16,16]",
 ]  # fmt: skip
 LENIENT = {"bf16": Gate(0.9), "int8": Gate(0.5, validation=0.5)}  # random weights decide nothing clearly
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """Engines are freed here, not by whichever thread of a later test happens to collect garbage."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture

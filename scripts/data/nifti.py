@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files in and out: read without reordering voxels, written atomically.
+"""NIfTI files in and out: read in parallel and without reordering voxels, written atomically.
 
 Compressed files go through isal (Intel's storage library) where it is installed, Python's own zlib otherwise: the same
 bytes come out of either, and both compare the checksum and the length at the end of the stream.
@@ -7,9 +7,9 @@ bytes come out of either, and both compare the checksum and the length at the en
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged, SaveImaged
+
+from scripts.files import atomic_file
 
 COMPRESSION = 1  # masks shrink a hundredfold at the lowest level already
 READABLE = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # what torch and SimpleITK both know
@@ -95,7 +97,7 @@ def _tensor(voxels: np.ndarray) -> torch.Tensor:
 
 
 def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write a volume beside its name, flush it, then rename it: a reader sees the old file or the new one.
+    """Write a volume by ``scripts.files.atomic_file``; the same voxels give the same bytes.
 
     Args:
         voxels: ``H W D``.
@@ -108,32 +110,26 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image.set_qform(affine, code=1)
     data = image.to_bytes()
     if path.name.endswith(".gz"):
-        data = gzip_module().compress(data, COMPRESSION)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        data = gzip_module().compress(data, COMPRESSION, mtime=0)
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 class LoadModalitiesd(LoadImaged):
-    """MONAI's ``LoadImaged`` with NIfTI files read by ``read_nifti``.
+    """MONAI's ``LoadImaged`` with the NIfTI files of one case read at the same time, by ``read_nifti``.
 
-    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way. One file after the other: in threads,
-    processes in which OpenVINO had been used before crashed (docs/performance.md).
+    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way afterwards: ITK's Python modules change the
+    working directory while they load themselves, which other threads must not see.
     """
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
         keys = [key for key in self.key_iterator(item) if not isinstance(item[key], torch.Tensor)]
+        quick = [key for key in keys if str(item[key]).endswith((".nii", ".nii.gz"))]
+        with ThreadPoolExecutor(max(1, len(quick))) as pool:
+            volumes = dict(zip(quick, pool.map(read_nifti, [item[key] for key in quick]), strict=True))
         for key in keys:
-            quick = str(item[key]).endswith((".nii", ".nii.gz"))
-            volume = read_nifti(item[key]) if quick else None
+            volume = volumes.get(key)
             item[key] = volume if volume is not None and volume.ndim == 4 else self._loader(item[key])
         return item
 

@@ -76,6 +76,17 @@ def test_a_4d_file_goes_monais_way(tmp_path: Path) -> None:
     assert found.shape == (1, 5, 6, 7)
 
 
+def test_other_formats_are_read_when_no_thread_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nib.save(nib.Nifti1Image(values("f4"), AFFINE), tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(values("f4"), AFFINE), tmp_path / "b.mha.nii")
+    order: list[str] = []
+    monkeypatch.setattr(nifti, "read_nifti", lambda path: order.append("nifti") or read_nifti(path))
+    load = LoadModalitiesd(["mr", "ct", "pet"], ensure_channel_first=True)
+    monkeypatch.setattr(load, "_loader", lambda path: order.append("other"))
+    load({"mr": str(tmp_path), "ct": str(tmp_path / "a.nii.gz"), "pet": str(tmp_path / "b.mha.nii")})
+    assert order == ["nifti", "nifti", "other"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text", "checksum"])
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, module: str) -> None:
     path = tmp_path / "ct.nii.gz"

@@ -328,7 +328,7 @@ def _sentence(error: BaseException) -> str:
     """The cause below MONAI's RuntimeErrors, which name only the config item or the transform that failed."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

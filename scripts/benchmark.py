@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts.arguments import config_names
 from scripts.comparison import Job, Plan, compare_methods, with_needs, work_off
 from scripts.comparison_table import write_comparison
-from scripts.metrics import write_json
+from scripts.files import write_json
 from scripts.missing import MissingPlan, write_missing
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from scripts.checkpoint import is_whole, load_plain, sha256, write_atomically
+from scripts.files import write_json
 from scripts.manifest import code_version
-from scripts.metrics import write_json
 from scripts.taps import Tap, layers_of, listening
 from scripts.teacher_cache import FORMAT, LOGITS, Case, case_path, read_manifest, require_same, source_states
 

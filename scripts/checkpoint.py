@@ -16,6 +16,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from scripts.files import atomic_file
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,21 +67,9 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
 
 
 def write_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` beside the target, flushed, then renamed: a reader sees the old file or the new one.
-
-    What a killed process left beside it is overwritten next time.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """``torch.save`` by ``scripts.files.atomic_file``."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def is_whole(path: str | Path) -> bool:

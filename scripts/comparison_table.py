@@ -19,9 +19,10 @@ import matplotlib.pyplot as plt
 from scripts.checkpoint import sha256
 from scripts.comparison import ALONE, THRESHOLDS, Job, Plan
 from scripts.data import datalist, fold_split
+from scripts.files import write_json, write_text
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
-from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
+from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 
 WARMED = "student warmed up"
 _HEAD = ("network", "seeds", "Dice", "Dice per seed", "Dice - alone", "HD95 mm", "ASSD mm", "missed", "train s", "MiB")

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.data.gather import modalities_used
+from scripts.files import write_json
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
-from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_json, write_rows
+from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_rows
 from scripts.report import Overlay, pick_cases, write_report
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from scripts import conversion
 from scripts.checkpoint import WeightsLoader, load_weights, sha256
 from scripts.data.phantom import MODALITIES, write_phantoms
 from scripts.engines import RECORD, ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, export_folder, optional
+from scripts.files import write_json
 from scripts.manifest import code_version, package_versions
-from scripts.metrics import write_json
 from scripts.parity import Inferer, compare, failures
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from scripts.data.draws import mixed_seed
+from scripts.files import atomic_file
 from scripts.manifest import write_manifest
 
 Row = dict[str, float | int | None]
@@ -96,13 +96,10 @@ class CurveWriter:
         self.rows.append(row)
         engine.state.metrics.update({k: v for k, v in row.items() if k != "epoch" and not _undefined(v)})
         columns = list(dict.fromkeys(name for each in self.rows for name in each))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}")
-        with open(beside, "w", newline="") as file:
+        with atomic_file(self.path, text=True) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({k: None if _undefined(v) else v for k, v in each.items()} for each in self.rows)
-        os.replace(beside, self.path)
 
 
 def _undefined(value: float | int | None) -> bool:

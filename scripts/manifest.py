@@ -18,7 +18,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts import bundle_root
-from scripts.metrics.aggregate import write_json
+from scripts.files import write_json
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "scipy", "pytorch-ignite", "itk-io", "SimpleITK")
 

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 
 from scripts.comparison import SHARE, TEACHER_RATE, Command, Job
 from scripts.comparison_table import interval, seed_mean
-from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows, write_json, write_text
+from scripts.files import write_json, write_text
+from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 
 METHOD = "dist"  # the best on predictions alone in the comparison of all methods
 PLAIN, DROPPED, DISTILLED = "alone", "alone, dropout", f"distilled ({METHOD}), dropout"

@@ -11,7 +11,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.transforms import Compose, Transform
 
-from scripts.metrics import write_json
+from scripts.files import write_json
 
 STAGES = {
     "GatherModalitiesd": "find the files",

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics.aggregate import FAILURES, STATUSES, Row, write_text
+from .files import write_text
+from .metrics.aggregate import FAILURES, STATUSES, Row
 
 # Okabe and Ito's palette: told apart with every common colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
+
+from scripts.files import atomic_file
 
 Array = NDArray[Any]
 FORMAT = 1  # raised when the same seed gives other voxels
@@ -88,7 +89,5 @@ def write_case(folder: Path, shape: Sequence[int], seed: int = 0) -> dict[str, s
 def _write(image: nib.Nifti1Image, path: Path) -> None:
     """The same bytes for the same voxels: no name and no time in the gzip header."""
     image.set_qform(image.affine, code="scanner")
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    with open(beside, "wb") as raw, gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) as packed:
-        packed.write(image.to_bytes())
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.write(gzip.compress(image.to_bytes(), GZIP_LEVEL, mtime=0))

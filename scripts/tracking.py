@@ -11,7 +11,6 @@ Attach them after ``TrainingCheckpoint``, which knows the epoch where a run goes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from monai.utils import CommonKeys, path_to_sqlite_uri
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.files import atomic_file
 from scripts.handlers import read_curves
 from scripts.report import Overlay, slice_figure
 
@@ -150,11 +150,8 @@ class OverlayWriter:
         output: Any = engine.state.output
         epoch = engine.state.epoch
         figure = slice_figure(self._overlay(output[0], f"epoch {epoch}"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"epoch_{epoch:04d}.png"
-        beside = path.with_name(f".{path.name}")
-        figure.savefig(beside, format="png", dpi=100)
-        os.replace(beside, path)
+        with atomic_file(self.folder / f"epoch_{epoch:04d}.png") as file:
+            figure.savefig(file, format="png", dpi=100)
         self.writer.add_figure("overlay", figure, epoch)
 
     def _overlay(self, item: dict[str, Tensor], title: str) -> Overlay:

@@ -17,12 +17,10 @@ and a *cyst*, as bright in MR as the core, told apart by its water density in CT
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
@@ -30,7 +28,9 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from scripts.data.lists import Item
+from scripts.data.nifti import write_nifti
 from scripts.data.sts import MODALITIES, image_name, mask_name, read_layout
+from scripts.files import write_text
 
 Array = NDArray[Any]
 Shape = Callable[[Array], Array]  # points (3 x N, mm) -> signed distance to the surface (mm, negative inside)
@@ -202,14 +202,6 @@ def make_case(seed: int, index: int) -> dict[str, tuple[Array, Array, Array]]:
     return {m: acquire(scene, m, np.random.default_rng([seed, index, k])) for k, m in enumerate(MODALITIES, 1)}
 
 
-def _save(voxels: Array, affine: Array, path: Path) -> None:
-    image = nib.Nifti1Image(voxels, affine)
-    image.set_qform(affine, code="scanner")
-    beside = path.with_name(f".{os.getpid()}.{path.name}")  # an interrupted run leaves no half file under the name
-    nib.save(image, beside)
-    os.replace(beside, path)
-
-
 def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: bool = True) -> list[Item]:
     """Write PHANTOM_001... under `root` and return their data list; a folder with the same phantoms is completed.
 
@@ -227,8 +219,8 @@ def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: b
             continue
         folder.mkdir(exist_ok=True)
         for modality, (voxels, mask, affine) in make_case(seed, index).items():
-            _save(voxels, affine, folder / image_name(modality))
-            _save(mask, affine, folder / mask_name(modality))
+            write_nifti(voxels, affine, folder / image_name(modality))
+            write_nifti(mask, affine, folder / mask_name(modality))
     return datalist(root)
 
 
@@ -237,9 +229,7 @@ def _claim(root: Path, wanted: str) -> None:
     record = root / "phantom.json"
     found = record.read_text().strip() if record.is_file() else "unknown parameters"
     if not record.is_file() and not any(root.glob("PHANTOM_*")):
-        beside = record.with_name(f".{os.getpid()}.{record.name}")
-        beside.write_text(wanted + "\n")
-        os.replace(beside, record)
+        write_text(wanted + "\n", record)
     elif found != wanted:
         raise FileExistsError(f"{root} holds phantoms of {found}, not {wanted}: choose another folder or delete it.")
 

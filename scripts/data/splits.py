@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from monai.data import partition_dataset
 
 from scripts.data.lists import Item
+from scripts.files import write_text
 
 
 def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
@@ -56,7 +56,7 @@ def fold_split(
     if not 0 <= fold < len(splits):
         raise ValueError(f"Fold {fold} does not exist: choose one of 0 to {len(splits) - 1}.")
     if path is not None and not path.exists():
-        _write(path, splits, seed)
+        write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     held_out = set(splits[fold])
     training = [case for case in cases if str(case["patient_id"]) not in held_out]
     return training, [case for case in cases if str(case["patient_id"]) in held_out]
@@ -94,10 +94,3 @@ def _compare(splits: list[list[str]], patients: set[str], path: Path) -> None:
             f"The split file {path} lacks patients that are on disk: {', '.join(unknown)}: "
             "add each to one fold, or delete the file to draw new folds."
         )
-
-
-def _write(path: Path, splits: list[list[str]], seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")  # renamed when whole: no run reads half a file
-    beside.write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n")
-    os.replace(beside, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from scripts.data.draws import Drawn
 from scripts.data.lists import Item, source_files
+from scripts.files import atomic_file
 
 
 class Pipeline(Compose):
@@ -129,13 +129,8 @@ class Volumes(Dataset):
     def _write(self, case: Item) -> Path:
         path = self._file(case)
         if not _readable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                torch.save(self.pipeline.prepare(case), beside)
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)  # half a file, where the disk is full
+            with atomic_file(path) as file:
+                torch.save(self.pipeline.prepare(case), file)
         return path
 
     def _transform(self, index: int) -> Any:

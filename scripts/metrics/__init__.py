@@ -9,9 +9,7 @@ from .aggregate import (
     aggregate,
     paired_difference,
     read_rows,
-    write_json,
     write_rows,
-    write_text,
 )
 from .cumulative import SurfaceMetrics, SurfaceMetricsHandler
 from .frechet import FrechetSemanticDistance
@@ -33,7 +31,5 @@ __all__ = [
     "paired_difference",
     "read_rows",
     "surface_metrics",
-    "write_json",
     "write_rows",
-    "write_text",
 ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from scripts.files import write_text
 
 from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION
 
@@ -164,26 +164,6 @@ def read_rows(path: str | Path) -> list[Row]:
             raise ValueError(f"{path}: row {line} does not have {len(COLUMNS)} cells; the file may be cut short")
         row.update({name: _finite({**row, name: row[name] or None}, name) for name in _NUMBERS})
     return rows
-
-
-def write_json(obj: Any, path: str | Path) -> None:
-    """Write ``obj`` as JSON. Raises ValueError on NaN or infinity, and leaves the old file alone then."""
-    write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: str | Path) -> None:
-    """Write beside ``path``, flush to the disk, rename: a reader sees the old file or the new one, never a half."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _patient(row: Row) -> str:

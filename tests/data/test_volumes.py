@@ -99,8 +99,8 @@ def test_a_broken_file_is_made_again_and_a_whole_one_is_not(cases: Any, tmp_path
 
 
 def test_a_full_disk_leaves_nothing_behind(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(state: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def fill(state: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fill)

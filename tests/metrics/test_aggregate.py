@@ -18,9 +18,7 @@ from scripts.metrics import (
     aggregate,
     paired_difference,
     read_rows,
-    write_json,
     write_rows,
-    write_text,
 )
 
 
@@ -270,24 +268,3 @@ def test_a_foreign_or_truncated_table_is_refused(tmp_path, text, message) -> Non
     path.write_text(text.replace("HEADER", ",".join(COLUMNS)), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_rows(path)
-
-
-def test_json_refuses_nan_and_keeps_the_old_file(tmp_path) -> None:
-    path = tmp_path / "a.json"
-    write_json({"x": None, "y": [1.5]}, path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json({"x": math.nan}, path)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"x": None, "y": [1.5]}
-
-
-def test_a_failure_while_renaming_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch) -> None:
-    write_text("old", tmp_path / "a.txt")
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_text("new", tmp_path / "a.txt")
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

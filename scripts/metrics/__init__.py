@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice, HD95 and ASSD per case, and their aggregates over a cohort."""
+"""Dice, HD95 and ASSD per case, and their aggregates over a cohort; as a MONAI metric: ``scripts.metrics.cumulative``."""
 
 from .aggregate import (
     COLUMNS,
@@ -11,7 +11,6 @@ from .aggregate import (
     read_rows,
     write_rows,
 )
-from .cumulative import SurfaceMetrics, SurfaceMetricsHandler
 from .frechet import FrechetSemanticDistance
 from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION, image_diagonal_mm, surface_metrics
 
@@ -24,8 +23,6 @@ __all__ = [
     "STATUSES",
     "FrechetSemanticDistance",
     "Row",
-    "SurfaceMetrics",
-    "SurfaceMetricsHandler",
     "aggregate",
     "image_diagonal_mm",
     "paired_difference",

@@ -13,7 +13,8 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDistanceMetric
 
-from scripts.metrics import SurfaceMetrics, SurfaceMetricsHandler, surface_metrics
+from scripts.metrics import surface_metrics
+from scripts.metrics.cumulative import SurfaceMetrics, SurfaceMetricsHandler
 
 SPACING = (0.7, 1.3, 3.1)
 
@@ -119,7 +120,7 @@ def test_bad_input_is_told() -> None:
 
 
 def test_a_config_names_the_handler_by_its_target_and_an_engine_runs_it() -> None:
-    config = {"_target_": "scripts.metrics.SurfaceMetricsHandler", "spacing": list(SPACING)}
+    config = {"_target_": "scripts.metrics.cumulative.SurfaceMetricsHandler", "spacing": list(SPACING)}
     parser = ConfigParser({"all": config, "dice": {**config, "value": "dice", "reduction": "mean"}})
     batches = [(one_hot(0), one_hot(1)), (one_hot(1), one_hot(1))]
     engine = Engine(lambda _, batch: batch)

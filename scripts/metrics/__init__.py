@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice, HD95 and ASSD per case, and their aggregates over a cohort; as a MONAI metric: ``scripts.metrics.cumulative``."""
+"""Dice, HD95 and ASSD per case, and their aggregates over a cohort (``cumulative``: as MONAI's metric and handler)."""
 
 from .aggregate import (
     COLUMNS,

@@ -164,12 +164,16 @@ def _missing(name: str) -> str:
     if not find_spec(model.split()[0]):
         return f"{model.split()[0]} is not installed (make bench-env)"
     try:
-        models = read_export(WEIGHTS)["models"]
+        record = read_export(WEIGHTS)
         if model == "openvino bf16" and not cpu_has_bf16():
             return "this CPU has no bf16"
     except UnavailableError as error:
         return str(error).rstrip(".")
-    return "" if model in models else f"no {model} was exported from {WEIGHTS.name}"
+    if model in record["models"]:
+        return ""
+    reasons = " and ".join(record.get("refused", {}).get(model, {}).get("because", []))
+    on = f"export refused it on {record['compared_on']['source']}: {reasons}" if reasons else ""
+    return on or f"no {model} was exported from {WEIGHTS.name}"
 
 
 def _engine(name: str) -> dict[str, Any]:

@@ -283,6 +283,7 @@ def test_the_verb_times_a_volume_and_draws_it(
 ) -> None:
     monkeypatch.setattr("scripts.inference_sides.WINDOW", (32, 32, 32))
     monkeypatch.setattr(inference_benchmark, "floor_rows", lambda *_: ([], ["the floor."]))
+    monkeypatch.setattr("scripts.benchmark._exported", lambda *_: None)  # it would write beside the shipped weights
     command = ["benchmark", "inference", "--volume", "40x40x36", "--only", "torch fp32, windows", "--rounds", "1"]
     command += ["--threads", "1", "--output-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")]
     assert main([*command, "--plot", str(tmp_path / "plots" / "time.png")]) == 0

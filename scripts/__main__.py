@@ -34,7 +34,12 @@ def _settings(args: argparse.Namespace) -> Overrides:
         "device": device,
         "threads": args.threads,
         "seed": args.seed,
+        "data_list": os.path.abspath(args.data_list) if args.data_list else None,
+        "allow_outside": args.allow_outside or None,
         "allow_missing": args.allow_missing or None,
+        "checks#max_voxels": args.max_voxels,
+        "checks#replace_nonfinite": args.replace_nonfinite,
+        "checks#series_uids": args.series_uid or None,
     }
     for pair in args.set:
         key, _, value = pair.partition("=")
@@ -68,14 +73,19 @@ def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides)
         return
     from monai.bundle import run
 
+    from scripts.locks import release
+
     # It warns of every overlay that lies in a sub folder of configs, before configs/logging.conf is read.
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
-    run(
-        config_file=files,
-        meta_file=str(CONFIGS / "metadata.json"),
-        logging_file=str(CONFIGS / "logging.conf"),
-        **overrides,
-    )
+    try:
+        run(
+            config_file=files,
+            meta_file=str(CONFIGS / "metadata.json"),
+            logging_file=str(CONFIGS / "logging.conf"),
+            **overrides,
+        )
+    finally:
+        release()
 
 
 def _context(args: argparse.Namespace) -> list[str]:
@@ -118,6 +128,26 @@ def phantom(args: argparse.Namespace) -> None:
     from scripts.data.phantom import write_phantoms
 
     write_phantoms(args.output_dir or "runs/phantom/data", cases=args.cases, seed=args.seed or 0)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Judge every file of a cohort and list all that is wrong with it."""
+    from scripts.checking import check_cohort, summary, write_findings
+    from scripts.data import Rules
+
+    spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())}
+    if not args.dataset_dir and not args.data_list:
+        raise ValueError("There is nothing to check: name a folder by --dataset-dir, or a table by --data-list.")
+    rules = Rules(**{key.removeprefix("checks#"): value for key, value in spec.items() if key.startswith("checks#")})
+    found, cases = check_cohort(
+        args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),
+        args.allow_missing, args.data_list or "", args.allow_outside, args.workers,
+    )  # fmt: skip
+    print(summary(found, cases))
+    if args.json:
+        write_findings(found, cases, args.json)
+    if errors := sum(each.level == "error" for each in found):
+        raise ValueError(f"{errors} errors were found: correct the files, or leave their cases out.")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -273,6 +303,8 @@ def segment(args: argparse.Namespace) -> None:
         raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
     modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())["modalities"]
     files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
+    if args.stacked:
+        files = dict.fromkeys(modalities, args.stacked)
     if not files:
         raise ValueError(f"There is no image to segment: name it by --{' or --'.join(modalities)}.")
     reference, absent = next(iter(files)), [key for key in modalities if key not in files]
@@ -283,8 +315,10 @@ def segment(args: argparse.Namespace) -> None:
                 f"{lost}: add the files, or allow it by --allow-missing (the mask gets --{reference}'s grid)."
             )
         print(f"The mask is written on the grid of --{reference}, since {absent[0]} is absent.")
-    case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference], **files}
+    case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference]}
+    case |= {} if args.stacked else files
     own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": [], "reference": reference}
+    own |= {"locked": str(output)} | ({"stacked": True} if args.stacked else {})
     own |= _engine(args)
     if args.weights:
         own["weights"] = args.weights
@@ -321,7 +355,7 @@ def benchmark(args: argparse.Namespace) -> None:
     print(run(args, _merged(args)["modalities"], main))
 
 
-ACTIONS = (phantom, train, teacher, cache_teachers, distill, evaluate, segment, export, report, benchmark)
+ACTIONS = (phantom, check, train, teacher, cache_teachers, distill, evaluate, segment, export, report, benchmark)
 
 
 def _sentence(error: BaseException) -> str:

@@ -41,6 +41,8 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     for name in ("train", "teacher", "distill"):
         added[name].add_argument("--tracking", choices=["mlflow"], help="also track by MLflow; TensorBoard always does")
     added["phantom"].add_argument("--cases", type=int, default=24)
+    added["check"].add_argument("--json", metavar="FILE", help="also write every finding, for machines")
+    added["check"].add_argument("--workers", type=int, default=2, help="processes")
     _name_teacher(added["teacher"], architecture="unetr")
     _student(added["train"])
     _student(added["distill"])
@@ -68,6 +70,13 @@ def _common(scale: str | None = "small") -> Parser:
     common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
     common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
+    common.add_argument("--data-list", metavar="FILE", help="a table of cases (.csv, .json) in place of a known layout")
+    common.add_argument("--allow-outside", action="store_true", help="accept paths of the list outside of its folder")
+    common.add_argument("--max-voxels", type=int, help="refuse files that claim more (default 2^30)")
+    common.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="in place of NaN and infinite voxels")
+    common.add_argument(
+        "--series-uid", action="append", metavar="UID", help="DICOM series where a folder holds several"
+    )
     common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
     common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
     common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
@@ -148,6 +157,7 @@ def _evaluate(parser: Parser) -> None:
 def _segment(parser: Parser) -> None:
     for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
         parser.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")
+    parser.add_argument("--stacked", metavar="FILE", help="one 4D file whose last axis is the modalities, in order")
     parser.add_argument("--output", required=True, help="the mask, .nii.gz")
     parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
 

@@ -30,6 +30,7 @@ def _train(side: Side, pipe: Connection) -> None:
     parser = compose(side)
     parser["train#handlers"] = []
     parser["max_epochs"] = 10**6
+    parser["locked"] = ""  # nothing is written
     parser.get_parsed_content("initialize")
     trainer = parser.get_parsed_content("train#trainer")
     Turns(pipe).attach(trainer)

@@ -8,7 +8,7 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from scripts.arguments import CONFIGS
 from scripts.data.phantom import write_phantoms
+from scripts.locks import release
 
 Array = NDArray[Any]
 
@@ -52,6 +53,13 @@ def require_data(data_root: Path) -> Callable[[str], Path]:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Data list of six phantoms, to be read only."""
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=6, seed=3, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _outputs_are_free_again() -> Iterator[None]:
+    """A run holds its output until its process ends; here that would be the end of all tests."""
+    yield
+    release()
 
 
 @pytest.fixture(scope="session")

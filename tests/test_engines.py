@@ -304,7 +304,18 @@ def test_the_command_knows_the_engines_names() -> None:
     def others(name: str) -> Any:
         return type(name, (), {"__name__": name, "__doc__": name})
 
-    verbs = ("phantom", "train", "teacher", "cache_teachers", "distill", "segment", "export", "report", "benchmark")
+    verbs = (
+        "phantom",
+        "check",
+        "train",
+        "teacher",
+        "cache_teachers",
+        "distill",
+        "segment",
+        "export",
+        "report",
+        "benchmark",
+    )
     parser = build_parser((evaluate, *(others(name) for name in verbs)))
     for name in ENGINES:
         assert parser.parse_args(["evaluate", "--engine", name]).engine == name

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data lists, splits and transforms."""
 
+from scripts.data.checks import Rules as Rules
 from scripts.data.draws import Draws as Draws
 from scripts.data.lists import datalist as datalist
 from scripts.data.lists import deal as deal

@@ -51,6 +51,7 @@ class GatherModalitiesd(Transform):
         reference: the modality that ``image`` names where its own key is absent; by default the first.
         present: modalities to use, by default all. The others are left out where they exist and not asked for where
             they do not; only the reference's file stays, since it gives the grid.
+        stacked: ``image`` is one 4D file of all modalities.
 
     Raises:
         ValueError: an unknown reference or ``present``; (when called) the item names neither ``image`` nor the
@@ -65,8 +66,9 @@ class GatherModalitiesd(Transform):
         allow_missing: bool = False,
         reference: str | None = None,
         present: Sequence[str] | None = None,
+        stacked: bool = False,
     ) -> None:
-        self.modalities, self.allow_missing = list(modalities), allow_missing
+        self.modalities, self.allow_missing, self.stacked = list(modalities), allow_missing, stacked
         self.reference, self.used = reference or self.modalities[0], modalities_used(modalities, present)
         if self.reference not in self.modalities:
             raise ValueError(f"The reference {reference!r} is no modality: choose one of {', '.join(modalities)}.")
@@ -74,6 +76,8 @@ class GatherModalitiesd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         reference = self.reference
+        if self.stacked and "image" in data:
+            data = {**data, **dict.fromkeys(self.modalities, data["image"])}
         # An image that the item also names as another modality is not the reference.
         others = [str(data[k]) for k in self.modalities if k != reference and k in data]
         if reference not in data and ("image" not in data or str(data["image"]) in others):

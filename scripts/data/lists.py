@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data.gather import GatherModalitiesd, modalities_used
+from scripts.data.listfile import read_list
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +23,21 @@ DATASETS = ("phantom", "sts", "hecktor21", "picai22")
 Item = dict[str, Any]
 
 
-def datalist(name: str, root: str | Path | None) -> list[Item]:
+def datalist(
+    name: str,
+    root: str | Path | None,
+    file: str | Path | None = None,
+    modalities: Sequence[str] = (),
+    allow_outside: bool = False,
+) -> list[Item]:
     """List the cases of a data set, sorted by `case_id`.
 
     Args:
         name: one of `DATASETS`, the module of this package that knows the layout.
         root: folder of the data set. Empty or None returns [], since a config that is only inspected has no data.
+        file: a table of the cases in place of a known layout, see `scripts.data.listfile`.
+        modalities: columns of that table, the reference first.
+        allow_outside: accept paths in that table that lead out of `root`.
 
     Raises:
         ValueError: `name` is unknown, or two cases share an id.
@@ -35,10 +45,20 @@ def datalist(name: str, root: str | Path | None) -> list[Item]:
     """
     if name not in DATASETS:
         raise ValueError(f"Unknown data set '{name}': choose one of {', '.join(DATASETS)}.")
+    if file:
+        return read_list(file, root or "", [*modalities, "image", "label"], allow_outside)
     if root is None or str(root) == "":
         return []
     items: list[Item] = importlib.import_module(f"scripts.data.{name}").datalist(Path(root))
     return items
+
+
+class IncompleteError(FileNotFoundError):
+    """Files of a cohort are missing; `cases` are the items of those that can be read, `lost` the missing files."""
+
+    def __init__(self, message: str, cases: list[Item], lost: list[str]) -> None:
+        super().__init__(message)
+        self.cases, self.lost = cases, lost
 
 
 def require_folder(root: str | Path, name: str, layout: str) -> Path:
@@ -84,10 +104,12 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
         seen[case_id] = image
     missing = [[str(path) for path in files.values() if not path.is_file()] for _, files in cases]
     if any(item["image"] in lost for (item, _), lost in zip(cases, missing, strict=True)):
-        names = [path for lost in missing for path in lost]
-        raise FileNotFoundError(
+        names = sorted(path for lost in missing for path in lost)
+        raise IncompleteError(
             f"{len(names)} image file(s) of the data set '{name}' are missing, at least one of them of the reference "
-            f"modality, without which a case cannot be read (expected {layout}): {', '.join(sorted(names))}."
+            f"modality, without which a case cannot be read (expected {layout}): {', '.join(names)}.",
+            [item for (item, _), lost in zip(cases, missing, strict=True) if item["image"] not in lost],
+            names,
         )
     return sorted((item for item, _ in cases), key=lambda item: item["case_id"])
 
@@ -117,6 +139,7 @@ def require_cases(
     allow_missing: bool = False,
     reference: str | None = None,
     present: Sequence[str] | None = None,
+    stacked: bool = False,
 ) -> None:
     """Refuse to start on nothing, or on cases that lack files; all of the cohort's are named at once.
 
@@ -128,6 +151,7 @@ def require_cases(
         allow_missing: accept absent modalities, and say which.
         reference: the modality that may stand under ``image``; by default the first.
         present: the modalities to use, by default all; a case need not have any other.
+        stacked: each case's ``image`` is one 4D file of all modalities.
 
     Raises:
         ValueError: there is no case to work on, modalities are absent, or an unknown one is asked for.
@@ -138,7 +162,7 @@ def require_cases(
         raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
     used = modalities_used(modalities, present)
     gather: Callable[[Any], Any] = (
-        GatherModalitiesd(modalities, naming, True, reference, present) if modalities else dict
+        GatherModalitiesd(modalities, naming, True, reference, present, stacked) if modalities else dict
     )
     lost, absent = [], []
     for case in cases:

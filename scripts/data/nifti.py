@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files in and out: read in parallel and without reordering voxels, written atomically.
+"""NIfTI files in and out: read whole or refused, without reordering voxels; written atomically.
 
 Compressed files go through isal (Intel's storage library) where it is installed, Python's own zlib otherwise: the same
 bytes come out of either, and both compare the checksum and the length at the end of the stream.
@@ -7,9 +7,9 @@ bytes come out of either, and both compare the checksum and the length at the en
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,27 +18,28 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged, SaveImaged
+from monai.transforms import SaveImaged
 
+from scripts.data.headers import DEFLATE, Header, read_header
 from scripts.files import atomic_file
 
 COMPRESSION = 1  # masks shrink a hundredfold at the lowest level already
 READABLE = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # what torch and SimpleITK both know
 
 
-def gzip_module() -> ModuleType:
-    """The fastest module that is installed, with ``compress`` and ``decompress``."""
+def gzip_modules() -> tuple[ModuleType, ModuleType]:
+    """The fastest modules that are installed: with ``decompressobj``, and with ``compress``."""
     try:
-        from isal import igzip
+        from isal import igzip, isal_zlib
     except ImportError:
         import gzip
 
-        return gzip
-    return igzip  # type: ignore[no-any-return]
+        return zlib, gzip
+    return isal_zlib, igzip
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """A file's bytes, decompressed where its name ends in .gz.
+def read_bytes(path: str | Path, most: int = 2**62) -> bytes:
+    """A file's bytes, unpacked where its name ends in .gz; never more than ``most`` and one.
 
     Raises:
         ValueError: the gzip stream is cut off or damaged.
@@ -46,47 +47,66 @@ def read_bytes(path: str | Path) -> bytes:
     data = Path(path).read_bytes()
     if not str(path).endswith(".gz"):
         return data
-    module = gzip_module()
+    parts: list[bytes] = []
+    left, module = most + 1, gzip_modules()[0]
     try:
-        return module.decompress(data)  # type: ignore[no-any-return]
+        while data.strip(b"\0") and left > 0:  # a stream may have several members, and zeros behind them
+            stream = module.decompressobj(wbits=31)
+            parts.append(stream.decompress(data, left))
+            left -= len(parts[-1])
+            if not stream.eof and left > 0:
+                raise EOFError("the stream has no end")
+            data = stream.unused_data
     except (EOFError, OSError, zlib.error, ValueError, getattr(module, "error", zlib.error)) as error:
         raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_nifti(path: str | Path) -> MetaTensor:
+def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
     """A NIfTI file as ``1 H W D`` in the file's own type, with slope and intercept applied.
 
-    The voxels stay in the file's order (first axis fastest), so that the tensor is a view with such strides.
+    The voxels stay in the file's order (first axis fastest), so that the tensor is a view with such strides. A 4D file
+    becomes ``1 H W D N``.
 
     Args:
         path: .nii or .nii.gz.
+        header: the file's, where it has been read already.
 
     Raises:
-        ValueError: a damaged file, or one that is no NIfTI file.
+        ValueError: a damaged file, one that is no NIfTI file, or one that holds less or more than its header says.
     """
-    data = read_bytes(path)
+    header = header or read_header(path)
+    if os.path.getsize(path) * (DEFLATE if str(path).endswith(".gz") else 1) < (header.end or 0):
+        raise ValueError(f"{path} is far too small for the {header.voxels} voxels that it claims: copy it again.")
+    data = read_bytes(path, header.end or 0)
+    if len(data) != header.end:
+        less = "less" if len(data) < (header.end or 0) else "more"
+        raise ValueError(f"{path} holds {less} than the {header.voxels} voxels that it claims: copy it again.")
     kind = (
         nib.Nifti2Image if 540 in {int.from_bytes(data[:4], order) for order in ("little", "big")} else nib.Nifti1Image
     )
     try:
-        image = kind.from_bytes(data)
-        stored: Any = image.dataobj
+        stored: Any = kind.from_bytes(data).dataobj
         scaled = stored.slope != 1 or stored.inter != 0
         voxels = np.asanyarray(stored) if scaled else stored.get_unscaled()
         if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
             voxels = voxels.astype(np.float32, order="K")
     except Exception as error:  # bytes that are no such file make the reader fail in many ways
         raise ValueError(f"{path} is no readable NIfTI file ({error}).") from error
-    voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False)
-    affine = np.asarray(image.affine, dtype=np.float64)
+    voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False).reshape(header.shape, order="F")
+    return located(_tensor(voxels), header)
+
+
+def located(volume: torch.Tensor, header: Header) -> MetaTensor:
+    """A volume ``H W D [N]`` as ``1 H W D [N]`` with the metadata that MONAI's reader gives."""
     meta = {
-        "filename_or_obj": str(path),
-        "original_affine": affine,
-        "spatial_shape": np.array(voxels.shape),
+        "filename_or_obj": header.path,
+        "original_affine": header.affine,
+        "spatial_shape": np.array(header.shape),
         "original_channel_dim": float("nan"),
         "space": "RAS",
     }
-    return MetaTensor(_tensor(voxels)[None], affine=torch.as_tensor(affine), meta=meta)
+    return MetaTensor(volume[None], affine=torch.as_tensor(header.affine), meta=meta)
 
 
 def _tensor(voxels: np.ndarray) -> torch.Tensor:
@@ -110,28 +130,9 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image.set_qform(affine, code=1)
     data = image.to_bytes()
     if path.name.endswith(".gz"):
-        data = gzip_module().compress(data, COMPRESSION, mtime=0)
+        data = gzip_modules()[1].compress(data, COMPRESSION, mtime=0)
     with atomic_file(path) as file:
         file.write(data)
-
-
-class LoadModalitiesd(LoadImaged):
-    """MONAI's ``LoadImaged`` with the NIfTI files of one case read at the same time, by ``read_nifti``.
-
-    Anything else (DICOM folders, .mha, 4D files) goes MONAI's own way afterwards: ITK's Python modules change the
-    working directory while they load themselves, which other threads must not see.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        item = dict(data)
-        keys = [key for key in self.key_iterator(item) if not isinstance(item[key], torch.Tensor)]
-        quick = [key for key in keys if str(item[key]).endswith((".nii", ".nii.gz"))]
-        with ThreadPoolExecutor(max(1, len(quick))) as pool:
-            volumes = dict(zip(quick, pool.map(read_nifti, [item[key] for key in quick]), strict=True))
-        for key in keys:
-            volume = volumes.get(key)
-            item[key] = volume if volume is not None and volume.ndim == 4 else self._loader(item[key])
-        return item
 
 
 class SaveMaskd(SaveImaged):

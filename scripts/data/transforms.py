@@ -8,14 +8,18 @@ define, by its full affine (one interpolation), before the modalities are stacke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from monai import transforms as mt
 
+from scripts.data.checks import Rules
 from scripts.data.gather import CropToBoxd, GatherModalitiesd, MapLabelsd, ScaleToUnitd, StackModalitiesd
 from scripts.data.grids import OntoGridd, RestoreGridd
-from scripts.data.nifti import LoadModalitiesd, SaveMaskd
+from scripts.data.memory import require_memory
+from scripts.data.nifti import SaveMaskd
+from scripts.data.reading import LoadModalitiesd
 from scripts.data.volumes import CentreCandidatesd, Pipeline
 
 Intensity = Mapping[str, Sequence[float] | str]
@@ -45,6 +49,7 @@ def _read(
     allow_missing: bool,
     reference: str,
     present: Sequence[str] | None,
+    load: partial[LoadModalitiesd],
 ) -> list[mt.Transform]:
     """File paths -> normalised volumes on the reference modality's grid at ``spacing``, still one key per modality."""
     missing = [key for key in modalities if key not in intensity]
@@ -55,8 +60,8 @@ def _read(
     # Beyond its field of view a modality reads as 0 once it is normalised, like an absent one.
     outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
     return [
-        GatherModalitiesd(modalities, naming, allow_missing, reference, present),
-        LoadModalitiesd([*modalities, *label], ensure_channel_first=True, allow_missing_keys=True),
+        GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
+        load([*modalities, *label], reference),
         CropToBoxd(reference),
         *([MapLabelsd("label", labels)] if labels else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
@@ -133,6 +138,9 @@ def preprocessing(
     reference: str | None = None,
     present: Sequence[str] | None = None,
     cached: Any = None,
+    checks: Rules | None = None,
+    stacked: bool = False,
+    memory_gib: float | None = None,
 ) -> Pipeline:
     """The whole way from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
@@ -150,6 +158,9 @@ def preprocessing(
         reference: the modality on whose grid everything is brought; by default the first.
         present: the modalities to use, by default all: any other is absent, even where its file exists. The
             reference's file gives the grid in any case, and nothing else where it is not named.
+        checks: what is accepted of files, see ``scripts.data.checks``.
+        stacked: ``image`` names one 4D file whose last axis is ``modalities``.
+        memory_gib: of one pass of the network; where it is given, a case that would not fit in memory is refused.
         cached: predictions of teachers that ride along with training patches, see ``scripts.teacher_cache``.
 
     Returns:
@@ -167,14 +178,25 @@ def preprocessing(
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the labels' values.")
     reference = reference or modalities[0]
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         **{"modalities": list(modalities), "intensity": dict(intensity), "spacing": list(spacing)},
         **{"labels": labels, "patch": patch, "naming": naming, "allow_missing": allow_missing},
         **{"reference": reference, "present": present},
     }
+    if checks and checks.replace_nonfinite is not None:
+        settings["replace_nonfinite"] = checks.replace_nonfinite
     with_label = labels if mode != "infer" else None
-    fixed = _read(modalities, intensity, spacing, naming, with_label, allow_missing, reference, present)
+    fits = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
+    load = partial(
+        LoadModalitiesd,
+        rules=checks,
+        stacked=modalities if stacked else (),
+        before=None if memory_gib is None else partial(fits, pass_gib=memory_gib),
+        unjudged=[] if present is None else [key for key in modalities if key not in present],
+        notes=mode == "infer",
+    )
+    fixed = _read(modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load)
     # Absent modalities become zeros here, so that the random transforms always find every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))
     stack = StackModalitiesd(modalities, True, reference, present)

@@ -130,9 +130,12 @@ def test_zscore_has_mean_0_and_deviation_1_over_the_non_zero_voxels(simple: Any)
 
 
 def test_slope_and_intercept_are_applied_once(tmp_path: Path, write_nifti: Any) -> None:
-    path = write_nifti(tmp_path / "x.nii.gz", np.full((6, 6, 6), 500, np.int16), slope=2.0, intercept=-1000.0)
+    stored = np.full((6, 6, 6), 500, np.int16)
+    stored[3:] = 525
+    path = write_nifti(tmp_path / "x.nii.gz", stored, slope=2.0, intercept=-1000.0)
     image = whole({"ct": str(path)}, intensity={"ct": [-100, 100]})["image"]
-    np.testing.assert_allclose(image, 0.5, atol=1e-6)  # 2 * 500 - 1000 = 0
+    np.testing.assert_allclose(image[0, :3], 0.5, atol=1e-6)  # 2 * 500 - 1000 = 0
+    np.testing.assert_allclose(image[0, 3:], 0.75, atol=1e-6)  # 2 * 525 - 1000 = 50
 
 
 def test_an_absent_modality_is_zeros_and_absent_only_where_asked(oblique: Any) -> None:
@@ -160,6 +163,7 @@ def test_training_gives_plain_tensors_and_the_case(simple: Any) -> None:
 
 def test_a_patch_larger_than_the_volume_is_padded(simple: Any) -> None:
     volume = np.ones((12, 20, 9), np.float32)
+    volume[0, 0, 0] = 2
     (sample,) = train(16)(simple(ct=volume, pet=volume, label=np.ones((12, 20, 9), np.uint8)))
     assert sample["image"].shape == (2, 16, 16, 16)
     assert sample["label"].shape == (1, 16, 16, 16)
@@ -213,7 +217,7 @@ def test_validation_keeps_the_whole_volume_and_resamples_the_label_onto_it(obliq
 def test_a_label_slightly_off_its_image_is_put_onto_its_grid(
     tmp_path: Path, simple: Any, write_nifti: Any, make_affine: Any
 ) -> None:
-    item = simple(ct=np.ones((20, 20, 20), np.float32))
+    item = simple(ct=np.random.default_rng(0).random((20, 20, 20), np.float32))
     shifted = make_affine(np.eye(3), (1, 1, 1), (20, 20, 20), (9.5 + 0.385, 9.5, 9.5))
     item["label"] = str(write_nifti(tmp_path / "label.nii.gz", boxes(), shifted))
     result = whole(item, "validate", labels=[[0], [1], [2]])

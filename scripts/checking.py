@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``check``: a whole cohort judged by what every run would judge it by, to the end, whatever is found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from scripts.data.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, judge_headers, judge_images
+from scripts.data.gather import GatherModalitiesd, MapLabelsd
+from scripts.data.headers import Header
+from scripts.data.lists import IncompleteError, Item, datalist
+from scripts.data.reading import header_of, read_volume
+from scripts.files import write_json
+
+EXPECTED = (ValueError, OSError)  # what a sentence for the user comes as
+SHOWN = 200  # findings in the table; the JSON holds all
+
+
+def check_cohort(
+    name: str,
+    root: str,
+    modalities: Sequence[str],
+    labels: Sequence[Sequence[float]],
+    rules: Rules,
+    naming: Sequence[Mapping[str, str]] = (),
+    allow_missing: bool = False,
+    file: str = "",
+    allow_outside: bool = False,
+    workers: int = 2,
+) -> tuple[list[Finding], int]:
+    """Judge every case; one volume per process is in memory at a time.
+
+    Args:
+        name, root, file, allow_outside: of the data list, see ``scripts.data.lists.datalist``.
+        modalities: the reference first.
+        labels: per class the label's values.
+        rules: what is accepted.
+        naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
+        allow_missing: whether absent modalities are warnings only.
+        workers: processes.
+
+    Returns:
+        What was found, and the number of cases.
+    """
+    found: list[Finding] = []
+    try:
+        cases = datalist(name, root, file, modalities, allow_outside)
+    except IncompleteError as error:
+        cases = error.cases
+        found += [Finding(ERROR, f"{path} is missing: add it, or remove the case.") for path in error.lost]
+    except EXPECTED as error:
+        return [Finding(ERROR, str(error))], 0
+    work = partial(
+        judge_case, modalities=modalities, labels=labels, rules=rules, naming=naming, allow_missing=allow_missing
+    )
+    if cases:
+        with ProcessPoolExecutor(min(workers, len(cases)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            judged = tqdm(pool.map(work, cases), total=len(cases), desc="checking", unit="case")
+            found += [each for findings in judged for each in findings]
+    return found, len(cases)
+
+
+def judge_case(
+    case: Item,
+    modalities: Sequence[str],
+    labels: Sequence[Sequence[float]],
+    rules: Rules,
+    naming: Sequence[Mapping[str, str]] = (),
+    allow_missing: bool = False,
+) -> list[Finding]:
+    """One case: its files, their heads, their voxels, its label."""
+    name, found = str(case["case_id"]), []
+    try:
+        item = GatherModalitiesd(modalities, naming, allow_missing=True)(cast(Any, case))
+    except EXPECTED as error:
+        return [Finding(ERROR, str(error), name)]
+    absent = [key for key in modalities if key not in item]
+    if absent:
+        level = WARNING if allow_missing else ERROR
+        found.append(Finding(level, f"{', '.join(absent)} is absent: add it, or allow it by --allow-missing.", name))
+    paths = {key: item[key] for key in (*modalities, LABEL) if key in item}
+    headers: dict[str, Header] = {}
+    for key, path in paths.items():
+        try:
+            headers[key] = header_of(path, rules)
+        except EXPECTED as error:
+            found.append(Finding(ERROR, str(error), name, key))
+    found += judge_headers(headers, modalities[0])
+    constant = []
+    for key, header in headers.items():
+        one = _judge_volume(key, header, labels, rules) if len(header.shape) == 3 else []
+        constant += [key for each in one if " is constant: " in each.what]
+        found += one
+    if len(constant) == len([key for key in paths if key != LABEL]):
+        found.append(Finding(ERROR, "Every image of the case is constant: check the files."))
+    return [each._replace(case_id=name) for each in found]
+
+
+def _judge_volume(key: str, header: Header, labels: Sequence[Sequence[float]], rules: Rules) -> list[Finding]:
+    """A file's voxels, which are let go again."""
+    try:
+        volume = read_volume(header, rules)
+        if key != LABEL:
+            return [each for each in judge_images({key: volume}, rules) if not each.what.startswith("Every image")]
+        mapped = MapLabelsd(LABEL, labels)({LABEL: volume})[LABEL]
+    except EXPECTED as error:
+        return [Finding(ERROR, str(error), key=key)]
+    return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
+
+
+def summary(found: Sequence[Finding], cases: int) -> str:
+    """The findings as a Markdown table, errors first, and their number."""
+    levels = Counter(each.level for each in found)
+    told = sorted((each for each in found if each.level != NOTE), key=lambda each: each.level)  # error, warning
+    lines = [f"| {each.level} | {each.case_id} | {each.key} | {each.what} |" for each in told[:SHOWN]]
+    head = ["| level | case | file | what |", "|---|---|---|---|"] if lines else []
+    rest = [f"... and {len(told) - SHOWN} more: see --json."] if len(told) > SHOWN else []
+    count = f"{cases} cases: {levels[ERROR]} errors, {levels[WARNING]} warnings, {levels[NOTE]} notes."
+    return "\n".join([*head, *lines, *rest, count])
+
+
+def write_findings(found: Sequence[Finding], cases: int, path: str | Path) -> None:
+    """All findings, notes too, for machines."""
+    levels: dict[str, Any] = dict(Counter(each.level for each in found))
+    write_json({"cases": cases, "counts": levels, "findings": [each._asdict() for each in found]}, path)

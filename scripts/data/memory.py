@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a case will take, from its files' heads, and whether it is there."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from scripts.data.grids import network_grid
+from scripts.data.headers import Header
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def estimate_bytes(
+    headers: Mapping[str, Header], reference: str, spacing: Sequence[float], classes: int, pass_gib: float
+) -> int:
+    """Peak of what segmenting a case adds to the process.
+
+    Per voxel of a file its stored size twice (unpacked bytes and the tensor) and 4 bytes where it is scaled; per voxel
+    of the network's grid 4 bytes each for two copies of the modalities, for two of the classes and for the weights of
+    windows; per voxel of the reference's own grid one for the mask and 4 for what is interpolated at once; and one pass
+    of the network.
+
+    Args:
+        headers: by modality.
+        reference: gives the network's grid.
+        spacing: of it, in mm.
+        classes: of the network.
+        pass_gib: limit of one pass of the network.
+    """
+    files = sum(header.voxels * (2 * header.kind.itemsize + 4) for header in headers.values())
+    own = headers[reference]
+    grid = math.prod(network_grid(own.affine, own.shape[:3], spacing)[1])
+    return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + pass_gib * GIB)
+
+
+def available_bytes() -> int:
+    """What this process can still get: of the machine, its control group and its own limits."""
+    free = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError):  # no such group, or "max"
+        free.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+    process = psutil.Process().memory_info()
+    if hasattr(psutil, "RLIMIT_AS"):
+        for limit, used in ((psutil.RLIMIT_AS, process.vms), (psutil.RLIMIT_DATA, process.data)):
+            most = psutil.Process().rlimit(limit)[0]
+            if most >= 0:
+                free.append(most - used)
+    return min(free)
+
+
+def require_memory(
+    headers: Mapping[str, Header], reference: str, spacing: Sequence[float], classes: int, pass_gib: float
+) -> None:
+    """Say the estimate, and refuse a case that would not fit; see ``estimate_bytes``.
+
+    Raises:
+        ValueError: there is not that much memory.
+    """
+    images = {key: header for key, header in headers.items() if key != "label"}
+    if reference not in images:
+        return
+    needed, there = estimate_bytes(images, reference, spacing, classes, pass_gib), available_bytes()
+    logger.info("memory: about %.2f GiB needed, %.2f GiB available", needed / GIB, there / GIB)
+    if needed > there:
+        sizes = " x ".join(map(str, images[reference].shape[:3]))
+        raise ValueError(
+            f"{images[reference].path} ({sizes} voxels) needs about {needed / GIB:.1f} GiB of memory, but "
+            f"{there / GIB:.1f} GiB are available: close other programs, raise the limit, use a coarser spacing, or "
+            "crop the images."
+        )

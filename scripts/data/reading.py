@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way from a path to a volume: NIfTI, MetaImage, a folder of DICOM files."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImaged
+
+from scripts.data.checks import Rules, judge_headers, judge_images, settle
+from scripts.data.dicom import read_series_header, series_files
+from scripts.data.headers import METAIMAGE, NIFTI, Header, read_header
+from scripts.data.nifti import located, read_nifti
+
+
+def header_of(path: str | Path, rules: Rules) -> Header:
+    """The head of a file, or of a folder of DICOM files; see ``read_header`` and ``read_series_header`` for errors."""
+    if Path(path).is_dir():
+        return read_series_header(path, rules.series_uids, rules.max_voxels)
+    return read_header(path, rules.max_voxels)
+
+
+def read_volume(header: Header, rules: Rules) -> MetaTensor:
+    """The voxels behind a header, ``1 H W D [N]``.
+
+    Raises:
+        ValueError: they are cut off or damaged.
+    """
+    if header.path.endswith(NIFTI):
+        return read_nifti(header.path, header)
+    if header.path.endswith(METAIMAGE):
+        _check_stream(Path(header.path))
+        image = _executed(sitk.ImageFileReader(), header.path, header.path)
+    else:
+        image = _executed(sitk.ImageSeriesReader(), series_files(header.path, rules.series_uids), header.path)
+    voxels = sitk.GetArrayFromImage(image).T
+    if voxels.dtype not in (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64):
+        voxels = voxels.astype(np.float32)
+    return located(torch.from_numpy(voxels.reshape(header.shape)), header)
+
+
+def _executed(reader: Any, names: Any, path: str) -> sitk.Image:
+    if isinstance(reader, sitk.ImageSeriesReader):
+        reader.SetFileNames(names)
+        reader.SetOutputPixelType(sitk.sitkFloat32)  # else the first slice's slope would decide on the type of all
+    else:
+        reader.SetFileName(names)
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is cut off or damaged: copy or export it again.") from error
+
+
+def _check_stream(path: Path) -> None:
+    """ITK reads on where a compressed stream ends in a wrong checksum; so it is unpacked here as well."""
+    data = path.read_bytes()
+    head, _, rest = data.partition(b"ElementDataFile")
+    fields = dict(line.split(" = ", 1) for line in head.decode("latin-1").splitlines() if " = " in line)
+    local, _, voxels = rest.partition(b"\n")
+    if b"LOCAL" not in local:
+        raise ValueError(f"{path} keeps its voxels in another file: convert it to one file.")
+    if fields.get("CompressedData", "").strip() != "True":
+        return  # ITK notices what is cut off
+    try:
+        stream = zlib.decompressobj()
+        while voxels:  # in parts, which are not kept
+            stream.decompress(voxels, 1 << 24)
+            voxels = stream.unconsumed_tail
+        whole = stream.eof
+    except zlib.error:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is cut off or damaged: copy it again.")
+
+
+class LoadModalitiesd(LoadImaged):
+    """MONAI's ``LoadImaged`` with a case's files judged by their heads, then read at the same time, then judged again.
+
+    Args:
+        keys: of paths; absent ones are left out.
+        reference: the modality on whose grid everything is brought; by default the first key.
+        rules: what is accepted.
+        stacked: modalities, in the order of the last axis, where files may be 4D and hold all of them.
+        before: called with the headers before voxels are read.
+        unjudged: keys whose voxels are not used, so that they may hold anything.
+        notes: log where each image lies beside the reference.
+
+    Raises:
+        ValueError: (when called) see ``scripts.data.checks``; every file at fault is named.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        reference: str | None = None,
+        rules: Rules | None = None,
+        stacked: Sequence[str] = (),
+        before: Callable[[Mapping[str, Header]], None] | None = None,
+        unjudged: Sequence[str] = (),
+        notes: bool = False,
+    ) -> None:
+        super().__init__(keys, ensure_channel_first=True, allow_missing_keys=True)
+        self.reference, self.rules, self.stacked = reference or keys[0], rules or Rules(), list(stacked)
+        self.before, self.unjudged, self.notes = before, set(unjudged), notes
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        item = dict(data)
+        paths = {str(k): str(item[k]) for k in self.key_iterator(item) if not isinstance(item[k], torch.Tensor)}
+        headers = {key: header_of(path, self.rules) for key, path in paths.items()}
+        settle(judge_headers(headers, self.reference, self.stacked), self.notes)
+        if self.before:
+            self.before(headers)
+        with ThreadPoolExecutor(max(1, len(paths))) as pool:
+            read = pool.map(lambda key: self._read(key, headers[key]), headers)
+            volumes = dict(zip(headers, read, strict=True))
+        judged = {key: volume for key, volume in volumes.items() if key not in self.unjudged}
+        settle(judge_images(judged, self.rules))
+        item.update(volumes)
+        return item
+
+    def _read(self, key: str, header: Header) -> MetaTensor:
+        """One modality, ``1 H W D``."""
+        volume = read_volume(header, self.rules)
+        if volume.ndim == 4:
+            return volume
+        kept = header._replace(shape=header.shape[:3])
+        return located(volume.as_tensor()[0, ..., self.stacked.index(key)], kept)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps that are not finite change nothing, and soon end the run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+
+logger = logging.getLogger(__name__)
+
+
+class FiniteSteps:
+    """Handler: leave out steps whose loss or gradient is NaN or infinite, and end the run at the third.
+
+    The weights and the optimizer stay as they were before such a step, so that no later checkpoint holds what it would
+    have made of them. With a gradient scaler (float16) infinite gradients are the scaler's own business; only the loss
+    is looked at, and the scaler leaves the step out.
+
+    Args:
+        most: number of such steps that ends the run.
+    """
+
+    def __init__(self, most: int = 3) -> None:
+        self.most = most
+        self.cases: list[str] = []
+        self.steps = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Judge the step between its gradients and the optimizer.
+
+        Raises:
+            ValueError: the last of the steps that are allowed; the cases of all of them are named.
+        """
+        loss = engine.state.output[CommonKeys.LOSS].detach()
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(loss.isfinite().all())
+        if finite and engine.scaler is None:
+            finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
+        if finite:
+            return
+        if engine.scaler is None:
+            for parameter in parameters:
+                parameter.grad = None
+        batch = engine.state.batch
+        cases = [str(case) for case in batch.get("case_id", [])] if isinstance(batch, dict) else []
+        self.cases += cases
+        self.steps += 1
+        where = f"epoch {engine.state.epoch}, step {engine.state.iteration}: {', '.join(cases) or 'unnamed cases'}"
+        logger.warning("a step that is not finite was left out (%s)", where)
+        if self.steps >= self.most:
+            names = ", ".join(dict.fromkeys(self.cases)) or "unnamed cases"
+            raise ValueError(
+                f"Loss or gradient was not finite in {self.steps} steps, of the cases {names}: look at these images "
+                "and labels, and lower the learning rate; the last checkpoint is from before."
+            )

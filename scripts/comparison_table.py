@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from scripts.checkpoint import sha256
 from scripts.comparison import ALONE, THRESHOLDS, Job, Plan
 from scripts.data import datalist, fold_split
-from scripts.files import write_json, write_text
+from scripts.files import atomic_file, write_json, write_text
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
@@ -152,7 +152,8 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     right.axvline(0, color="tab:red", linewidth=1)
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
-    plot.savefig(path, dpi=110)
+    with atomic_file(path) as file:
+        plot.savefig(file, format="png", dpi=110)
     plt.close(plot)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from scripts import floor
 from scripts.data.grids import network_grid
+from scripts.files import atomic_file
 from scripts.inference_sides import (
     MAIN,
     SIZES,
@@ -220,8 +221,8 @@ def plot(rows: Sequence[Row], path: Path, machine: str = "") -> None:
     axes.set(xlabel="voxels", ylabel="seconds from files to mask", title=machine)
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from scripts.comparison import SHARE, TEACHER_RATE, Command, Job
 from scripts.comparison_table import interval, seed_mean
-from scripts.files import write_json, write_text
+from scripts.files import atomic_file, write_json, write_text
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 
 METHOD = "dist"  # the best on predictions alone in the comparison of all methods
@@ -175,7 +175,8 @@ def figure(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_xticks(range(len(groups)), [" + ".join(subset) for subset in groups])
     axis.set_ylabel("Dice, 95% interval over patients")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(ROWS), frameon=False)
-    plot.savefig(path, dpi=110)
+    with atomic_file(path) as file:
+        plot.savefig(file, format="png", dpi=110)
     plt.close(plot)
 
 

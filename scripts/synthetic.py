@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
 
-from scripts.files import atomic_file
+from scripts.files import atomic_file, write_text
 
 Array = NDArray[Any]
 FORMAT = 1  # raised when the same seed gives other voxels
@@ -81,7 +81,7 @@ def write_case(folder: Path, shape: Sequence[int], seed: int = 0) -> dict[str, s
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # axes as in files that come from DICOM
         for modality, path in files.items():
             _write(nib.Nifti1Image(make_volume(shape, modality, seed), affine), path)
-        claim.write_text(told)
+        write_text(told, claim)
     name = "x".join(map(str, shape))
     return {"case_id": name, "image": str(files["ct"]), **{key: str(path) for key, path in files.items()}}
 

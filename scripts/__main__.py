@@ -138,6 +138,8 @@ def check(args: argparse.Namespace) -> None:
     spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())}
     if not args.dataset_dir and not args.data_list:
         raise ValueError("There is nothing to check: name a folder by --dataset-dir, or a table by --data-list.")
+    if args.dry_run:
+        return
     rules = Rules(**{key.removeprefix("checks#"): value for key, value in spec.items() if key.startswith("checks#")})
     found, cases = check_cohort(
         args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),

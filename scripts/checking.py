@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -77,16 +77,8 @@ def judge_case(
     allow_missing: bool = False,
 ) -> list[Finding]:
     """One case: its files, their heads, their voxels, its label."""
-    name, found = str(case["case_id"]), []
-    try:
-        item = GatherModalitiesd(modalities, naming, allow_missing=True)(cast(Any, case))
-    except EXPECTED as error:
-        return [Finding(ERROR, str(error), name)]
-    absent = [key for key in modalities if key not in item]
-    if absent:
-        level = WARNING if allow_missing else ERROR
-        found.append(Finding(level, f"{', '.join(absent)} is absent: add it, or allow it by --allow-missing.", name))
-    paths = {key: item[key] for key in (*modalities, LABEL) if key in item}
+    name = str(case["case_id"])
+    paths, found = _paths(case, modalities, naming, allow_missing)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
         try:
@@ -99,9 +91,32 @@ def judge_case(
         one = _judge_volume(key, header, labels, rules) if len(header.shape) == 3 else []
         constant += [key for each in one if " is constant: " in each.what]
         found += one
-    if len(constant) == len([key for key in paths if key != LABEL]):
+    if constant and len(constant) == len([key for key in paths if key != LABEL]):
         found.append(Finding(ERROR, "Every image of the case is constant: check the files."))
     return [each._replace(case_id=name) for each in found]
+
+
+def _paths(
+    case: Item, modalities: Sequence[str], naming: Sequence[Mapping[str, str]], allow_missing: bool
+) -> tuple[dict[str, str], list[Finding]]:
+    """The files of a case that are there, by key, and what is to be said of the others."""
+    keys = (*modalities, "image", LABEL)
+    lost = {key: case[key] for key in keys if key in case and not Path(case[key]).exists()}
+    level = WARNING if allow_missing else ERROR
+    found = [
+        Finding(ERROR, f"{path} is missing: add it, or remove the case.", key=next(k for k in lost if lost[k] == path))
+        for path in dict.fromkeys(lost.values())
+    ]
+    item: dict[Any, Any] = {key: value for key, value in case.items() if key not in lost}
+    try:
+        item = GatherModalitiesd(modalities, naming, allow_missing=True)(item)
+    except EXPECTED as error:
+        if not lost:
+            return {key: item[key] for key in keys if key in item and key != "image"}, [Finding(ERROR, str(error))]
+    absent = [key for key in modalities if key not in item and key not in lost]
+    if absent:
+        found.append(Finding(level, f"{', '.join(absent)} is absent: add it, or allow it by --allow-missing."))
+    return {key: item[key] for key in keys if key in item and key != "image"}, found
 
 
 def _judge_volume(key: str, header: Header, labels: Sequence[Sequence[float]], rules: Rules) -> list[Finding]:

@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from scripts.data.checks import Rules
 from scripts.data.gather import modalities_used
+from scripts.data.reading import read_image
 from scripts.files import write_json
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
@@ -90,7 +92,9 @@ def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dic
     return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}
 
 
-def _overlays(cases: Sequence[Case], rows: Sequence[Row], predictions: str, modalities: Sequence[str]) -> list[Overlay]:
+def _overlays(
+    cases: Sequence[Case], rows: Sequence[Row], predictions: str, modalities: Sequence[str], rules: Rules
+) -> list[Overlay]:
     """Best, median and worst case on the label's grid."""
     by_id = {case["case_id"]: case for case in cases}
     drawn = []
@@ -101,9 +105,7 @@ def _overlays(cases: Sequence[Case], rows: Sequence[Row], predictions: str, moda
         case = by_id[case_id]
         label = sitk.ReadImage(str(case["label"]))
         volumes = {
-            key: _onto(sitk.ReadImage(str(case[key]), sitk.sitkFloat32), label, sitk.sitkLinear)
-            for key in modalities
-            if key in case
+            key: _onto(read_image(case[key], rules), label, sitk.sitkLinear) for key in modalities if key in case
         }
         arrays = {key.upper(): sitk.GetArrayFromImage(volume).T for key, volume in volumes.items()}
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
@@ -134,6 +136,7 @@ def score(
     seed: int = 0,
     workers: int = 2,
     present: Sequence[str] | None = None,
+    checks: Rules | None = None,
 ) -> dict[str, Any]:
     """Score a folder of masks: ``cases.csv``, ``summary.json`` and ``report.html`` in ``output_dir``.
 
@@ -152,6 +155,7 @@ def score(
         seed: of the bootstrap.
         workers: processes.
         present: modalities that the network was given, by default all; others stand behind its name in the report.
+        checks: how the images were read.
 
     Returns:
         The summary.
@@ -193,7 +197,7 @@ def score(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
         [{**summary, "rows": rows}],
-        _overlays(scored, rows, predictions, list(intensity)),
+        _overlays(scored, rows, predictions, list(intensity), checks or Rules()),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
     )
@@ -275,7 +279,7 @@ def compare(
         Path(output_dir) / "report.html",
         title,
         runs,
-        _overlays(scored, last["rows"], last["predictions"], modalities) if scored else [],
+        _overlays(scored, last["rows"], last["predictions"], modalities, Rules()) if scored else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases)),
     )

@@ -150,14 +150,12 @@ def overlap(first: Header, second: Header) -> bool:
     """Whether two grids share any space: no axis separates their boxes (separating axis theorem)."""
     corners = _corners(first), _corners(second)
     edges = [header.affine[:3, :3].T for header in (first, second)]
-    normals = [np.cross(e[a], e[b]) for e in edges for a, b in combinations(range(3), 2)]
-    normals += [np.cross(a, b) for a in edges[0] for b in edges[1]]
-    for normal in normals:
-        if np.linalg.norm(normal) > 1e-9:
-            spans = [points @ normal for points in corners]
-            if spans[0].max() <= spans[1].min() or spans[1].max() <= spans[0].min():
-                return False
-    return True
+    faces = [np.cross(e[[0, 0, 1]], e[[1, 2, 2]]) for e in edges]
+    normals = np.concatenate([*faces, np.cross(edges[0][:, None], edges[1]).reshape(9, 3)])
+    normals = normals[np.linalg.norm(normals, axis=1) > 1e-9]
+    spans = [points @ normals.T for points in corners]
+    apart = (spans[0].max(0) <= spans[1].min(0)) | (spans[1].max(0) <= spans[0].min(0))
+    return not apart.any()
 
 
 def judge_voxels(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:

@@ -12,8 +12,10 @@ import SimpleITK as sitk  # noqa: N813
 from scripts.data.headers import Header, check_affine, itk_header
 
 SERIES, PATIENT, FRAME = "0020|000e", "0010|0020", "0020|0052"
-POSITION, ORIENTATION, MODALITY = "0020|0032", "0020|0037", "0008|0060"
+CLASS, POSITION = "0008|0016", "0020|0032"
 UNEVEN = 0.02  # share of the distance between slices by which it may vary
+ASTRAY = 0.1  # share of it by which a slice may lie beside its place, after all of these
+ROUNDED = 1e-3  # by which slices may differ in a direction (cosine) or in the size of their voxels (mm)
 
 
 def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> list[str]:
@@ -35,7 +37,32 @@ def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> list[st
             raise ValueError(
                 f"{folder} holds {len(found)} DICOM series ({', '.join(found)}): choose one by --series-uid."
             )
-        return [str(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), chosen[0])]
+        files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in found}
+    _refuse_lost(Path(folder), {Path(name).name for names in files.values() for name in names}, files[chosen[0]][0])
+    return _ordered([str(name) for name in files[chosen[0]]])
+
+
+def _ordered(files: list[str]) -> list[str]:
+    """By position along the slices' normal, which GDCM sees to for most kinds of files only."""
+    heads = [_head(name) for name in files]
+    if len(files) == 1:
+        return files
+    normal = np.array(heads[0].GetDirection()).reshape(3, 3)[:, 2]
+    along = [float(_position(head, name) @ normal) for head, name in zip(heads, files, strict=True)]
+    return [files[index] for index in np.argsort(along, kind="stable")]
+
+
+def _refuse_lost(folder: Path, listed: set[str], slice_file: str) -> None:
+    """GDCM leaves out what it cannot read, so that a series would end before a slice that is cut off."""
+    kind = _tag(_head(slice_file), CLASS).strip("\0").encode()
+    for path in sorted(folder.iterdir()):
+        if path.name in listed or path.name.startswith(".") or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        named = path.suffix.lower() == ".dcm" and start[128:132] != b"DICM"
+        if not start or named or (kind and b"UI" + bytes([len(kind) + len(kind) % 2, 0]) + kind in start):
+            raise ValueError(f"{path} is cut off or no DICOM file: export the series again, or take the file away.")
 
 
 def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_voxels: int | None = None) -> Header:
@@ -47,45 +74,53 @@ def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_
     """
     files = series_files(folder, series_uids)
     heads = [_head(name) for name in files]
-    tags = [{key: _tag(head, key) for key in (SERIES, PATIENT, FRAME, ORIENTATION)} for head in heads]
-    for key, what in ((PATIENT, "patients"), (FRAME, "frames of reference"), (ORIENTATION, "orientations")):
+    tags = [{key: _tag(head, key) for key in (SERIES, PATIENT, FRAME)} for head in heads]
+    for key, what in ((PATIENT, "patients"), (FRAME, "frames of reference")):
         if len({tag[key] for tag in tags}) > 1:
             raise ValueError(f"{folder} holds slices of several {what}: keep those of one series.")
-    if len({(head.GetSize(), head.GetSpacing()) for head in heads}) > 1:
+    axes = np.array([head.GetDirection() for head in heads])
+    if np.ptp(axes, axis=0).max() > ROUNDED:
+        raise ValueError(f"{folder} holds slices of several orientations: keep those of one series.")
+    spacings = np.array([head.GetSpacing()[:2] for head in heads])
+    if len({head.GetSize() for head in heads}) > 1 or np.ptp(spacings, axis=0).max() > ROUNDED:
         raise ValueError(f"{folder} holds slices of several sizes: keep those of one series.")
-    first = itk_header(heads[0], str(folder))
     series = (tags[0][SERIES], tags[0][PATIENT], tags[0][FRAME])
-    if len(files) == 1:
-        return first._replace(series=series)
-    positions = np.array([_position(head, name) for head, name in zip(heads, files, strict=True)])
-    affine = _stacked(first.affine, positions, str(folder))
-    shape = (*first.shape[:2], len(files))
-    header = first._replace(affine=affine, shape=shape, series=series)
+    header = itk_header(heads[0], str(folder))._replace(series=series)
+    if len(files) > 1:
+        if header.shape[2:] != (1,):
+            raise ValueError(f"{folder} holds several files of several slices each: keep one of them.")
+        positions = np.array([_position(head, name) for head, name in zip(heads, files, strict=True)])
+        affine = _stacked(header.affine, positions, str(folder))
+        header = header._replace(affine=affine, shape=(*header.shape[:2], len(files)))
     if max_voxels is not None and header.voxels > max_voxels:
         raise ValueError(f"{folder} holds {header.voxels} voxels, more than the cap of {max_voxels}: see --max-voxels.")
-    check_affine(affine, str(folder))
+    check_affine(header.affine, str(folder))
     return header
 
 
 def _stacked(affine: np.ndarray, positions: np.ndarray, name: str) -> np.ndarray:
     """The affine of the stack; positions are LPS, in the order of the slices."""
     places = positions * [-1, -1, 1]
-    steps = np.diff(places, axis=0)
     normal = np.cross(affine[:3, 0], affine[:3, 1])
-    along = steps @ (normal / np.linalg.norm(normal))
-    usual = float(np.median(np.abs(along)))
-    if usual == 0 or (np.abs(along) < UNEVEN * usual).any():
+    along = np.diff(np.sort(places @ (normal / np.linalg.norm(normal))))
+    usual = float(np.median(along))
+    if usual == 0 or (along < UNEVEN * usual).any():
         raise ValueError(f"{name} holds several slices of one position: keep one of each.")
-    off = np.abs(np.abs(along) - usual) > UNEVEN * usual
+    off = np.abs(along - usual) > UNEVEN * usual
     if off.any():
         gap = int(np.flatnonzero(off)[0])
-        missing = round(float(abs(along[gap])) / usual) - 1
-        distance = f"{abs(along[gap]):.2f} mm behind slice {gap + 1} of {len(places)}, {usual:.2f} mm elsewhere"
-        what = "lacks slices" if missing > 0 and abs(abs(along[gap]) / usual - missing - 1) < 0.1 else "is uneven"
+        missing = round(float(along[gap]) / usual) - 1
+        distance = f"{along[gap]:.2f} mm behind slice {gap + 1} of {len(places)}, {usual:.2f} mm elsewhere"
+        what = "lacks slices" if missing > 0 and abs(along[gap] / usual - missing - 1) < 0.1 else "is uneven"
         raise ValueError(f"{name} {what} ({distance}): export the whole series again, or resample it evenly.")
     stacked = affine.copy()
     stacked[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
     stacked[:3, 3] = places[0]
+    astray = np.linalg.norm(places - places[0] - np.arange(len(places))[:, None] * stacked[:3, 2], axis=1)
+    if astray.max() > ASTRAY * usual:
+        number = int(astray.argmax()) + 1
+        where = f"slice {number} of {len(places)} lies {astray.max():.2f} mm beside its place in the row"
+        raise ValueError(f"{name} is uneven ({where}): export the whole series again, or resample it evenly.")
     return stacked
 
 
@@ -105,11 +140,11 @@ def _tag(head: sitk.ImageFileReader, key: str) -> str:
     return str(head.GetMetaData(key)).strip() if head.HasMetaDataKey(key) else ""
 
 
-def _position(head: sitk.ImageFileReader, name: str) -> list[float]:
+def _position(head: sitk.ImageFileReader, name: str) -> np.ndarray:
     parts = [float(part) for part in _tag(head, POSITION).split("\\") if part]
     if len(parts) != 3:
         raise ValueError(f"{name} says nothing of its slice's position: export the series as slices with positions.")
-    return parts
+    return np.array(parts)
 
 
 class _quiet:  # noqa: N801

@@ -82,7 +82,8 @@ class GatherModalitiesd(Transform):
         others = [str(data[k]) for k in self.modalities if k != reference and k in data]
         if reference not in data and ("image" not in data or str(data["image"]) in others):
             found = sorted(map(str, data))
-            raise ValueError(f"A case needs 'image' or '{reference}', the reference modality; got {found}.")
+            who = f"Case {data['case_id']}" if "case_id" in data else "A case"
+            raise ValueError(f"{who} needs 'image' or '{reference}', the reference modality; got {found}.")
         item = dict(data)
         item.setdefault(reference, data.get("image"))
         item["image"] = item[reference]
@@ -156,15 +157,16 @@ class MapLabelsd(MapTransform):
         key = self.keys[0]
         if key not in item:
             raise ValueError(f"Case {item.get('case_id')}: it has no label, which training and validation need.")
-        values = item[key]
-        mapped, known = torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bool)
+        values, plain = item[key], _plain(item[key])  # each step on the plain one: MONAI's would copy its metadata
+        mapped, known = torch.zeros_like(values), torch.zeros_like(plain, dtype=torch.bool)
         for index, members in enumerate(self.classes):
             for value in members:
-                hit = values == value
-                mapped[hit] = index
+                hit = plain == value
                 known |= hit
+                if index:
+                    _plain(mapped)[hit] = index
         if not known.all():
-            strange = list(dict.fromkeys(f"{v:.7g}" for v in values[~known].unique().tolist()))  # one NaN for all
+            strange = list(dict.fromkeys(f"{v:.7g}" for v in plain[~known].unique().tolist()))  # one NaN for all
             raise ValueError(
                 f"{values.meta.get('filename_or_obj', 'The label')} holds the values {', '.join(strange[:5])}, which "
                 f"the data set's mapping {self.classes} does not know: correct the file or the config's `labels`."

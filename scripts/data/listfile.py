@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,19 @@ def read_list(
     items = [_item(row, number, path, folder, keys, allow_outside) for number, row in enumerate(_rows(path), start=1)]
     if not items:
         raise ValueError(f"{path} lists no case.")
-    seen: dict[str, int] = {}
-    for number, item in enumerate(items, start=1):
-        if item["case_id"] in seen:
-            first = seen[item["case_id"]]
-            raise ValueError(f"{path} lists the case {item['case_id']} twice, as cases {first} and {number}: keep one.")
-        seen[item["case_id"]] = number
+    for name, value in (("case", itemgetter("case_id")), ("image", itemgetter("image", "bbox_mm"))):
+        _refuse_twice([value({"bbox_mm": None, **item}) for item in items], name, path)
     return items
+
+
+def _refuse_twice(values: Sequence[Any], name: str, path: Path) -> None:
+    """Two crops of one image may be two cases; all else that occurs twice is one case too many."""
+    seen: dict[str, int] = {}
+    for number, value in enumerate(values, start=1):
+        first = seen.setdefault(str(value), number)
+        if first != number:
+            told = value if isinstance(value, str) else value[0]
+            raise ValueError(f"{path} lists the {name} {told} twice, as cases {first} and {number}: keep one.")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -69,10 +76,14 @@ def _item(
     row: dict[str, Any], number: int, path: Path, root: Path, keys: Sequence[str], allow_outside: bool
 ) -> dict[str, Any]:
     where = f"{path}, case {number}"
+    if None in row:
+        raise ValueError(f"{where} has more cells than the table has columns: correct the row.")
     strange = [str(key) for key in row if key not in (*keys, *OTHERS)]
     if strange:
         raise ValueError(f"{where}: unknown column {', '.join(strange)}: use {', '.join((*OTHERS, *keys))}.")
     item: dict[str, Any] = {key: value for key, value in row.items() if value not in (None, "")}
+    if "bbox_mm" in item:
+        item["bbox_mm"] = _box(item["bbox_mm"], where)
     for key in keys:
         if key in item:
             item[key] = _inside(str(item[key]), root, allow_outside, f"{where}, {key}")
@@ -90,6 +101,23 @@ def _item(
 def _inside(text: str, root: Path, allow_outside: bool, where: str) -> str:
     """A path under the root; links are followed before they are judged."""
     path = root / text
-    if not allow_outside and (Path(text).is_absolute() or not path.resolve().is_relative_to(root.resolve())):
+    if allow_outside:
+        return str(path)
+    if Path(text).is_absolute():
+        raise ValueError(
+            f"{where}: {text} is absolute: give a path relative to {root}, or allow it by --allow-outside."
+        )
+    if not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{where}: {text} leads out of {root}: give a path inside, or allow it by --allow-outside.")
     return str(path)
+
+
+def _box(value: Any, where: str) -> list[float]:
+    """Six numbers; in a cell, with spaces between them."""
+    try:
+        box = [float(each) for each in (value.split() if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        box = []
+    if len(box) != 6:
+        raise ValueError(f"{where}: bbox_mm is {value!r}: give x1 y1 z1 x2 y2 z2 in mm, with spaces between them.")
+    return box

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 DATASETS = ("phantom", "sts", "hecktor21", "picai22")
 
+NAMES = ("case_id", "patient_id", "centre")  # of an item, which are no paths
+
 Item = dict[str, Any]
 
 
@@ -115,9 +117,13 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
 
 
 def source_files(case: Mapping[str, Any]) -> dict[str, Path]:
-    """The files that a case names, by key."""
-    texts = {key: value for key, value in case.items() if isinstance(value, str) and key != "case_id"}
-    return {key: Path(value) for key, value in sorted(texts.items()) if Path(value).is_file()}
+    """The files that a case names, by key; those of a folder of DICOM files by key and name."""
+    paths = {key: Path(case[key]) for key in sorted(case) if isinstance(case[key], str) and key not in NAMES}
+    found = {key: path for key, path in paths.items() if path.is_file()}
+    for key, folder in paths.items():
+        if folder.is_dir():
+            found |= {f"{key}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+    return found
 
 
 def deal(cases: Sequence[Item], rank: int, world: int) -> list[Item]:
@@ -140,6 +146,7 @@ def require_cases(
     reference: str | None = None,
     present: Sequence[str] | None = None,
     stacked: bool = False,
+    labelled: bool = False,
 ) -> None:
     """Refuse to start on nothing, or on cases that lack files; all of the cohort's are named at once.
 
@@ -152,9 +159,10 @@ def require_cases(
         reference: the modality that may stand under ``image``; by default the first.
         present: the modalities to use, by default all; a case need not have any other.
         stacked: each case's ``image`` is one 4D file of all modalities.
+        labelled: every case needs a label.
 
     Raises:
-        ValueError: there is no case to work on, modalities are absent, or an unknown one is asked for.
+        ValueError: there is no case to work on, modalities or labels are absent, or an unknown one is asked for.
         FileNotFoundError: the data list names files that do not exist.
     """
     if not cases:
@@ -164,19 +172,27 @@ def require_cases(
     gather: Callable[[Any], Any] = (
         GatherModalitiesd(modalities, naming, True, reference, present, stacked) if modalities else dict
     )
-    lost, absent = [], []
+    lost: list[Exception] = []
+    absent, unlabelled = [], []
     for case in cases:
+        name, label = case.get("case_id"), case.get("label")
+        if label is None:
+            unlabelled.append(str(name))
+        elif not Path(label).exists():
+            lost.append(FileNotFoundError(f"Case {name}: no such file: {label}."))
         try:
             item = gather(case)
-        except FileNotFoundError as error:
-            lost.append(str(error))
+        except (FileNotFoundError, ValueError) as error:
+            lost.append(error)
             continue
         absent += [f"{item.get('case_id')}: {key}" for key in used if key not in item]
-    if lost:
-        raise FileNotFoundError(" ".join(lost))
+    told = [*map(str, lost)] + (["Add the files, or take these cases out."] if lost else [])
+    option = "--allow_missing True (--allow-missing)"
     if absent and not allow_missing:
-        raise ValueError(
-            f"Modalities are absent ({'; '.join(absent)}): add the files, or allow it by --allow_missing True."
-        )
+        told.append(f"Modalities are absent ({'; '.join(absent)}): add the files, or allow it by {option}.")
+    if unlabelled and labelled:
+        told.append(f"Labels are absent ({'; '.join(unlabelled)}): add the files, or take these cases out.")
+    if told:
+        raise (FileNotFoundError if any(isinstance(each, OSError) for each in lost) else ValueError)(" ".join(told))
     if absent:
         logger.warning("absent modalities, read as zeros: %s", "; ".join(absent))

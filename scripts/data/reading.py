@@ -59,6 +59,13 @@ def _executed(reader: Any, names: Any, path: str) -> sitk.Image:
         raise ValueError(f"{path} is cut off or damaged: copy or export it again.") from error
 
 
+def read_image(path: str | Path, rules: Rules) -> sitk.Image:
+    """A file or a folder of DICOM files as SimpleITK has it, of float32, unjudged."""
+    if Path(path).is_dir():
+        return _executed(sitk.ImageSeriesReader(), series_files(path, rules.series_uids), str(path))
+    return sitk.ReadImage(str(path), sitk.sitkFloat32)
+
+
 def _check_stream(path: Path) -> None:
     """ITK reads on where a compressed stream ends in a wrong checksum; so it is unpacked here as well."""
     data = path.read_bytes()

@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real lint type bench clean
+.PHONY: env bench-env demo test test-real test-faults lint type bench clean
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt
@@ -57,6 +57,11 @@ test: env
 
 test-real: env
 	$(PY) -m pytest -m "real or slow"
+
+# 12,000 damaged files, counted by kind in docs/results/reliability/fuzz.json.
+test-faults: env
+	$(PY) -m pytest tests/fuzz
+	PYTHONPATH=. $(PY) -W ignore benchmarks/fuzz_readers.py --mutations 12000 --json docs/results/reliability/fuzz.json
 
 lint: env
 	.venv/bin/ruff check scripts tests benchmarks

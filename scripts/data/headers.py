@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from numpy.typing import NDArray
+
+from scripts.data.metaimage import check_metaimage
 
 Affine = NDArray[np.floating[Any]]
 
@@ -190,6 +193,9 @@ def _place(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tup
 
 def _metaimage(path: Path) -> Header:
     _start(path)
+    voxels = check_metaimage(path)
+    if os.path.getsize(path) * (DEFLATE if voxels.packed else 1) < voxels.size:
+        raise ValueError(f"{path} is far too small for the voxels that it claims: copy it again.")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

@@ -48,18 +48,34 @@ def read_bytes(path: str | Path, most: int = 2**62) -> bytes:
     if not str(path).endswith(".gz"):
         return data
     parts: list[bytes] = []
-    left, module = most + 1, gzip_modules()[0]
+    at, left, module = 0, most + 1, gzip_modules()[0]
     try:
-        while data.strip(b"\0") and left > 0:  # a stream may have several members, and zeros behind them
-            stream = module.decompressobj(wbits=31)
-            parts.append(stream.decompress(data, left))
-            left -= len(parts[-1])
-            if not stream.eof and left > 0:
-                raise EOFError("the stream has no end")
-            data = stream.unused_data
+        while at < len(data) and data[at] and left > 0:  # a stream may have several members, and zeros behind them
+            member, at = _member(data, at, left, module)
+            left -= sum(map(len, member))
+            parts += member
+        if left > 0 and data[at:].strip(b"\0"):
+            raise ValueError("something else follows its end")
     except (EOFError, OSError, zlib.error, ValueError, getattr(module, "error", zlib.error)) as error:
         raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _member(data: bytes, start: int, most: int, module: ModuleType) -> tuple[list[bytes], int]:
+    """One member of a gzip stream, at most ``most`` bytes of it, and where the next one begins.
+
+    What a decompressor is given behind its member's end it copies, so only the first is given all of the file: copies
+    of the rest for each of a million empty members would take hours.
+    """
+    stream, parts = module.decompressobj(wbits=31), []
+    at, step = start, len(data) if start == 0 else 1 << 8
+    while not stream.eof and most > 0:
+        if at >= len(data):
+            raise EOFError("the stream has no end")
+        parts.append(stream.decompress(data[at : at + step], most))
+        most -= len(parts[-1])
+        at, step = min(at + step, len(data)), 2 * step
+    return [part for part in parts if part], at - len(stream.unused_data)
 
 
 def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
@@ -92,7 +108,8 @@ def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
         if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
             voxels = voxels.astype(np.float32, order="K")
     except Exception as error:  # bytes that are no such file make the reader fail in many ways
-        raise ValueError(f"{path} is no readable NIfTI file ({error}).") from error
+        why = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} is no readable NIfTI file ({why}): copy or convert it again.") from error
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False).reshape(header.shape, order="F")
     return located(_tensor(voxels), header)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from monai.transforms import LoadImaged
 from scripts.data.checks import Rules, judge_headers, judge_images, settle
 from scripts.data.dicom import read_series_header, series_files
 from scripts.data.headers import METAIMAGE, NIFTI, Header, read_header
+from scripts.data.metaimage import check_metaimage, check_voxels
 from scripts.data.nifti import located, read_nifti
 
 
@@ -37,7 +37,7 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
     if header.path.endswith(NIFTI):
         return read_nifti(header.path, header)
     if header.path.endswith(METAIMAGE):
-        _check_stream(Path(header.path))
+        check_voxels(Path(header.path), check_metaimage(Path(header.path)))
         image = _executed(sitk.ImageFileReader(), header.path, header.path)
     else:
         image = _executed(sitk.ImageSeriesReader(), series_files(header.path, rules.series_uids), header.path)
@@ -64,28 +64,6 @@ def read_image(path: str | Path, rules: Rules) -> sitk.Image:
     if Path(path).is_dir():
         return _executed(sitk.ImageSeriesReader(), series_files(path, rules.series_uids), str(path))
     return sitk.ReadImage(str(path), sitk.sitkFloat32)
-
-
-def _check_stream(path: Path) -> None:
-    """ITK reads on where a compressed stream ends in a wrong checksum; so it is unpacked here as well."""
-    data = path.read_bytes()
-    head, _, rest = data.partition(b"ElementDataFile")
-    fields = dict(line.split(" = ", 1) for line in head.decode("latin-1").splitlines() if " = " in line)
-    local, _, voxels = rest.partition(b"\n")
-    if b"LOCAL" not in local:
-        raise ValueError(f"{path} keeps its voxels in another file: convert it to one file.")
-    if fields.get("CompressedData", "").strip() != "True":
-        return  # ITK notices what is cut off
-    try:
-        stream = zlib.decompressobj()
-        while voxels:  # in parts, which are not kept
-            stream.decompress(voxels, 1 << 24)
-            voxels = stream.unconsumed_tail
-        whole = stream.eof
-    except zlib.error:
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is cut off or damaged: copy it again.")
 
 
 class LoadModalitiesd(LoadImaged):

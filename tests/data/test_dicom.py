@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of DICOM files: read as SimpleITK reads them where they are one even volume, refused otherwise."""
 
-from __future__ import locale
+from __future__ import annotations
 
+import locale
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged image files by the thousand, given to the readers: every one must be read whole or refused in one sentence.
+
+    python benchmarks/fuzz_readers.py [--mutations N] [--seed S] [--json FILE]
+
+Headers of NIfTI-1, NIfTI-2 and MetaImage get random bytes and boundary values in every field; gzip and zlib streams
+get flipped bits, cuts, inserted bytes, further members and bombs. Each file is read twice: by ``header_of`` and
+``read_volume``, and by ``LoadModalitiesd`` beside a whole file. Allowed are a volume of the shape that the header
+states (read here by ``struct``) whose stream Python's own gzip accepts, or ValueError or OSError in one line that names
+the file. Faults are any other error, a crash, more than ``SECONDS``, and more than ``CAP`` bytes of address space. The
+readers run in child processes, which a signal ends where they hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gzip
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
+
+from scripts.data.checks import Rules
+from scripts.data.reading import LoadModalitiesd, header_of, read_volume
+
+SECONDS = 5
+CAP = 256 * 2**20  # the files hold some kilobytes each
+RULES = Rules(max_voxels=2**26)  # so that a fault costs at most some hundred megabytes
+SHAPE = (9, 8, 7)
+INTEGERS = (0, 1, -1, 2, 7, 255, 400, 32767, -32768, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
+REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 352.5, 1e-45, 1e30, 3.4e38, -3.4e38, float("nan"), float("inf"), float("-inf"))
+WORDS = (
+    *("", "0", "-1", "1", "4", "1e400", "nan", "inf", "-inf", "99999999999999999999", "400 400 400", "2147483647 1 1"),
+    *("True", "False", "LOCAL", "LIST", "%s%n", "x" * 5000, "MET_FLOAT", "MET_DOUBLE", "MET_UCHAR_ARRAY"),
+    *("9 8", "9 8 7 1", "1 2 3 4"),
+)
+
+Mutated = tuple[str, bytes]  # ending of the file's name, its bytes
+
+
+def _image(kind: str, folder: Path) -> bytes:
+    """A whole file of noise, as nibabel or ITK writes it; not compressed."""
+    voxels = np.random.default_rng(0).integers(0, 900, SHAPE).astype(np.int16)
+    affine = np.diag([2.0, -2.5, 3.0, 1.0])
+    if kind == "mha":
+        image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+        image.SetSpacing((2.0, 2.5, 3.0))
+        sitk.WriteImage(image, str(folder / "whole.mha"), useCompression=False)
+        return (folder / "whole.mha").read_bytes()
+    image = (nib.Nifti1Image if kind == "nifti1" else nib.Nifti2Image)(voxels, affine)
+    image.set_qform(affine, code=1)
+    return image.to_bytes()
+
+
+def _nifti_fields(kind: str) -> list[tuple[int, str]]:
+    """Offset and type of every number in a header."""
+    template = (nib.Nifti1Header if kind == "nifti1" else nib.Nifti2Header).template_dtype
+    found = []
+    for name in template.names:
+        each, offset = template.fields[name][:2]
+        base, count = (each.base, int(np.prod(each.shape))) if each.shape else (each, 1)
+        found += [(offset + i * base.itemsize, base.str) for i in range(count)]
+    return found
+
+
+def mutate_field(data: bytes, rng: random.Random, kind: str) -> bytes:
+    """One or two numbers of a NIfTI header at a boundary of their type; or all three sizes at one."""
+    header = bytearray(data)
+    fields = _nifti_fields(kind)
+    chosen = [rng.choice(fields) for _ in range(rng.choice((1, 1, 2)))]
+    if rng.random() < 0.05:
+        first, step = (40, 2) if kind == "nifti1" else (16, 8)
+        chosen = [(first + step * i, f"<i{step}") for i in (1, 2, 3)]
+    value: Any = rng.choice(INTEGERS)
+    for offset, code in chosen:
+        each = np.dtype(code)
+        if each.kind == "f":
+            raw = np.array(rng.choice(REALS)).astype(each).tobytes()
+        elif each.kind in "iu":
+            info = np.iinfo(each)
+            raw = np.array(min(max(value, info.min), info.max), dtype=each).tobytes()
+        else:
+            raw = rng.randbytes(each.itemsize)
+        header[offset : offset + each.itemsize] = raw
+    return bytes(header)
+
+
+def mutate_bytes(data: bytes, rng: random.Random, end: int) -> bytes:
+    """Up to eight random bytes before ``end``."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        changed[rng.randrange(end)] = rng.randrange(256)
+    return bytes(changed)
+
+
+def mutate_line(data: bytes, rng: random.Random) -> bytes:
+    """A MetaImage's header with a field changed, doubled, removed, renamed, or without its spaces."""
+    head, mark, voxels = data.partition(b"ElementDataFile = LOCAL\n")
+    lines = [line.decode().split(" = ") for line in (head + mark).splitlines()]
+    at = rng.randrange(len(lines))
+    how = rng.randrange(5)
+    if how <= 1:
+        lines[at][1] = rng.choice(WORDS)
+    elif how == 2:
+        lines.insert(rng.randrange(len(lines)), [lines[at][0], rng.choice(WORDS)])
+    elif how == 3:
+        del lines[at]
+    else:
+        extra = rng.choice(("HeaderSize", "ElementNumberOfChannels", "CompressedDataSize", "ElementSize", "Comment"))
+        lines.insert(rng.randrange(len(lines)), [extra, rng.choice(WORDS)])
+    sign = rng.choice((" = ", " = ", " = ", "=", " =\t"))
+    return "".join(f"{sign.join(line)}\n" for line in lines).encode() + voxels
+
+
+def mutate_stream(packed: bytes, rng: random.Random, member: Callable[[bytes], bytes]) -> bytes:
+    """Flipped bits, a cut, inserted or removed bytes, zeros or garbage behind, further members."""
+    how, at = rng.randrange(7), rng.randrange(len(packed))
+    if how == 0:
+        return packed[:at] + bytes([packed[at] ^ 1 << rng.randrange(8)]) + packed[at + 1 :]
+    if how == 1:
+        return packed[:at]
+    if how == 2:
+        return packed[:at] + rng.randbytes(rng.randint(1, 30)) + packed[at:]
+    if how == 3:
+        return packed[:at] + packed[at + rng.randint(1, 30) :]
+    if how == 4:
+        return packed + rng.choice((bytes(rng.randint(1, 600)), rng.randbytes(rng.randint(1, 600)), packed[:at]))
+    if how == 5:
+        return member(b"") * rng.randint(1, 20_000) + packed
+    return packed + member(b"") * rng.randint(1, 20_000) + member(rng.randbytes(rng.randint(0, 3)))
+
+
+def _pack(data: bytes) -> bytes:
+    return gzip.compress(data, 1, mtime=0)
+
+
+def _bomb(data: bytes, rng: random.Random) -> bytes:
+    """Megabytes of zeros behind the voxels, in one member or many."""
+    zeros = bytes(rng.randint(1, 300) * 2**20 // 10)
+    if rng.random() < 0.5:
+        return _pack(data + zeros)
+    return _pack(data) + _pack(zeros) * rng.randint(1, 20)
+
+
+def _packed_mha(data: bytes, claim: str | None = None) -> bytes:
+    head, mark, voxels = data.partition(b"ElementDataFile = LOCAL\n")
+    packed = zlib.compress(voxels)
+    head = head.replace(b"CompressedData = False\n", b"CompressedData = True\n")
+    if claim is not None:
+        head = head.replace(b"DimSize = 9 8 7", b"DimSize = " + claim.encode())
+    return head + mark + packed
+
+
+def mutate(kind: str, rng: random.Random, whole: dict[str, bytes]) -> Mutated:
+    """One damaged file."""
+    source, _, how = kind.partition(" ")
+    data = whole[source]
+    if source == "mha":
+        packed = _packed_mha(data, "400 400 400" if rng.random() < 0.05 else None)
+        start = packed.index(b"LOCAL\n") + 6
+        if how == "fields":
+            return "mha", mutate_line(rng.choice((data, packed)), rng)
+        if how == "bytes":
+            return "mha", mutate_bytes(data, rng, data.index(b"LOCAL\n") + 6)
+        if how == "cut":
+            return "mha", data[: rng.randrange(len(data))]
+        return "mha", packed[:start] + mutate_stream(packed[start:], rng, zlib.compress)
+    if how == "fields":
+        data = mutate_field(data, rng, source)
+    elif how == "bytes":
+        data = mutate_bytes(data, rng, 352 if source == "nifti1" else 544)
+    elif how == "cut":
+        data = data[: rng.randrange(len(data))] if rng.random() < 0.7 else data + rng.randbytes(rng.randint(1, 99))
+    elif how == "bomb":
+        return "nii.gz", _bomb(data, rng)
+    else:
+        return "nii.gz", mutate_stream(_pack(data), rng, _pack)
+    return ("nii", data) if rng.random() < 0.5 else ("nii.gz", _pack(data))
+
+
+KINDS = [f"{source} {how}" for source in ("nifti1", "nifti2") for how in ("fields", "bytes", "cut", "stream", "bomb")]
+KINDS += [f"mha {how}" for how in ("fields", "bytes", "cut", "stream")]
+SHARES = [3, 3, 1, 3, 0.2] * 2 + [4, 3, 1, 3]
+
+
+def stated_shape(name: str, data: bytes) -> tuple[int, ...]:
+    """The shape in a file's header, by no reader's code; axes of length 1 behind the third are left out."""
+    if name == "mha":
+        fields = [line.split(b"=", 1) for line in data.partition(b"ElementDataFile")[0].splitlines() if b"=" in line]
+        sizes = [int(n) for n in next(text for key, text in fields if key.strip() == b"DimSize").split()]
+    else:
+        order = "<" if data[:4] in (struct.pack("<i", 348), struct.pack("<i", 540)) else ">"
+        one = 348 in struct.unpack("<i", data[:4]) + struct.unpack(">i", data[:4])
+        dims = struct.unpack(order + ("8h" if one else "8q"), data[40:56] if one else data[16:80])
+        sizes = list(dims[1 : dims[0] + 1])
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes + [1] * (3 - len(sizes)))
+
+
+def judge(path: Path, good: Path, data: bytes) -> str:
+    """``read``, ``refused``, or what is at fault."""
+    outcomes = []
+    load = LoadModalitiesd(["ct", "pet"], rules=RULES)
+    for read in (lambda: read_volume(header_of(path, RULES), RULES), lambda: load({"ct": path, "pet": good})["ct"]):
+        try:
+            outcomes.append(read())
+        except (ValueError, OSError) as error:
+            text = str(error)
+            if str(path) not in text or "\n" in text or not (isinstance(error, OSError) or text.endswith(".")):
+                return f"fault: not one sentence that names the file: {text[:200]!r}"
+            outcomes.append(None)
+        except Exception as error:
+            return f"fault: {type(error).__name__}: {str(error)[:200]}"
+    volume, loaded = outcomes
+    if volume is None:
+        return "refused" if loaded is None else "fault: read beside another file only"
+    name = path.name.partition(".")[2]
+    try:
+        plain = gzip.decompress(data) if name == "nii.gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        return f"fault: read, although gzip says: {error}"
+    if tuple(volume.shape) != (1, *stated_shape(name, plain)):
+        return f"fault: shape {tuple(volume.shape)}, stated {stated_shape(name, plain)}"
+    if volume.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32, torch.float64):
+        return f"fault: type {volume.dtype}"
+    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: an affine that is not finite"
+
+
+def _address_space(field: str) -> int:
+    """``VmPeak`` or ``VmSize`` in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _work(first: int, last: int, seed: int, folder: Path, judged: Callable[[Path, Path, bytes], str]) -> None:
+    """Judge mutations and write a line for each; in a child process."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    faulthandler.disable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever C code runs
+    whole = {source: _image(source, folder) for source in ("nifti1", "nifti2", "mha")}
+    good = folder / "good.nii"
+    good.write_bytes(whole["nifti1"])
+    judged(good, good, whole["nifti1"])  # threads and their stacks are there from now on
+    before = _address_space("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (before + 8 * CAP, resource.RLIM_INFINITY))
+    with open(folder / "lines", "a", encoding="utf-8", buffering=1) as lines:
+        for number in range(first, last):
+            rng = random.Random(f"{seed} {number}")
+            kind = rng.choices(KINDS, SHARES)[0]
+            ending, data = mutate(kind, rng, whole)
+            path = folder / f"case_{number}.{ending}"
+            path.write_bytes(data)
+            lines.write(json.dumps([number, kind]) + "\n")
+            peak = _address_space("VmPeak")
+            signal.alarm(SECONDS)
+            outcome = judged(path, good, data)
+            signal.alarm(0)
+            now = _address_space("VmPeak")
+            if now > peak and now - before > CAP and not outcome.startswith("fault"):
+                outcome = f"fault: {(now - before) >> 20} MiB of address space"
+            if not outcome.startswith("fault"):
+                path.unlink()
+            lines.write(json.dumps([number, kind, outcome]) + "\n")
+
+
+def fuzz(
+    mutations: int, seed: int, folder: Path, judged: Callable[[Path, Path, bytes], str] = judge
+) -> list[tuple[int, str, str]]:
+    """Number, kind and outcome of every mutation; files at fault stay in ``folder``."""
+    done: dict[int, tuple[int, str, str]] = {}
+    first = 0
+    while first < mutations:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                _work(first, mutations, seed, folder, judged)
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        lines = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
+        done.update({line[0]: tuple(line) for line in lines if len(line) == 3})
+        number, kind = lines[-1][:2]
+        if number not in done:
+            ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            how = f"more than {SECONDS} s" if ended == signal.SIGALRM else f"ended by signal {ended}"
+            done[number] = (number, kind, f"fault: {how}")
+        first = number + 1
+    return [done[number] for number in sorted(done)]
+
+
+def summary(found: list[tuple[int, str, str]], seed: int) -> dict[str, Any]:
+    """Counts by kind."""
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for _, kind, outcome in found:
+        kinds[kind].update(["mutations", outcome.partition(":")[0]])
+    table = {k: {n: c[n] for n in ("mutations", "refused", "read", "fault")} for k, c in kinds.items()}
+    total = {n: sum(c[n] for c in table.values()) for n in ("mutations", "refused", "read", "fault")}
+    limits = {"seconds": SECONDS, "address_space_mib": CAP >> 20}
+    return {"seed": seed, "limits_per_mutation": limits, "total": total, "kinds": table}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Give damaged image files to the readers.")
+    parser.add_argument("--mutations", type=int, default=12_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--keep", metavar="FOLDER", help="where files at fault stay")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(options.keep or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = fuzz(options.mutations, options.seed, folder)
+    counts = summary(found, options.seed)
+    for number, kind, outcome in found:
+        if outcome.startswith("fault"):
+            print(f"{number} ({kind}): {outcome}")
+    print(", ".join(f"{value} {name}" for name, value in counts["total"].items()))
+    if options.json:
+        Path(options.json).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    return 1 if counts["total"]["fault"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

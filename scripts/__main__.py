@@ -143,7 +143,7 @@ def check(args: argparse.Namespace) -> None:
     rules = Rules(**{key.removeprefix("checks#"): value for key, value in spec.items() if key.startswith("checks#")})
     found, cases = check_cohort(
         args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),
-        args.allow_missing, args.data_list or "", args.allow_outside, args.workers,
+        args.allow_missing, args.data_list or "", args.allow_outside, args.workers, spec["stacked"],
     )  # fmt: skip
     print(summary(found, cases))
     if args.json:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from scripts.data.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, judge_headers, judge_images
+from scripts.data.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, judge_headers, judge_images, last_axes
 from scripts.data.gather import GatherModalitiesd, MapLabelsd
 from scripts.data.headers import Header
 from scripts.data.lists import IncompleteError, Item, datalist
-from scripts.data.reading import header_of, read_volume
+from scripts.data.reading import header_of, read_modality
 from scripts.files import write_json
 
 EXPECTED = (ValueError, OSError)  # what a sentence for the user comes as
@@ -35,6 +35,7 @@ def check_cohort(
     file: str = "",
     allow_outside: bool = False,
     workers: int = 2,
+    stacked: bool = False,
 ) -> tuple[list[Finding], int]:
     """Judge every case; one volume per process is in memory at a time.
 
@@ -46,6 +47,7 @@ def check_cohort(
         naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
         allow_missing: whether absent modalities are warnings only.
         workers: processes.
+        stacked: each case's ``image`` is one 4D file of all modalities.
 
     Returns:
         What was found, and the number of cases.
@@ -59,8 +61,9 @@ def check_cohort(
     except EXPECTED as error:
         return [Finding(ERROR, str(error))], 0
     work = partial(
-        judge_case, modalities=modalities, labels=labels, rules=rules, naming=naming, allow_missing=allow_missing
-    )
+        judge_case, modalities=modalities, labels=labels, rules=rules, naming=naming, allow_missing=allow_missing,
+        stacked=stacked,
+    )  # fmt: skip
     if cases:
         with ProcessPoolExecutor(min(workers, len(cases)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             judged = tqdm(pool.map(work, cases), total=len(cases), desc="checking", unit="case")
@@ -75,29 +78,33 @@ def judge_case(
     rules: Rules,
     naming: Sequence[Mapping[str, str]] = (),
     allow_missing: bool = False,
+    stacked: bool = False,
 ) -> list[Finding]:
     """One case: its files, their heads, their voxels, its label."""
     name = str(case["case_id"])
-    paths, found = _paths(case, modalities, naming, allow_missing)
+    paths, found = _paths(case, modalities, naming, allow_missing, stacked)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
         try:
             headers[key] = header_of(path, rules)
         except EXPECTED as error:
             found.append(Finding(ERROR, str(error), name, key))
-    found += judge_headers(headers, modalities[0])
+    layers = modalities if stacked else ()
+    found += judge_headers(headers, modalities[0], layers)
     constant = []
     for key, header in headers.items():
-        one = _judge_volume(key, header, labels, rules) if len(header.shape) == 3 else []
-        constant += [key for each in one if " is constant: " in each.what]
+        fits = header.shape[3:] == last_axes(key, layers)
+        one = _judge_volume(key, header, labels, rules, layers) if fits else []
+        constant += [header.path for each in one if " is constant: " in each.what]
         found += one
     if constant and len(constant) == len([key for key in paths if key != LABEL]):
-        found.append(Finding(ERROR, "Every image of the case is constant: check the files."))
+        names = " and ".join(dict.fromkeys(constant))
+        found.append(Finding(ERROR, f"Every image of the case is constant ({names}): check the files."))
     return [each._replace(case_id=name) for each in found]
 
 
 def _paths(
-    case: Item, modalities: Sequence[str], naming: Sequence[Mapping[str, str]], allow_missing: bool
+    case: Item, modalities: Sequence[str], naming: Sequence[Mapping[str, str]], allow_missing: bool, stacked: bool
 ) -> tuple[dict[str, str], list[Finding]]:
     """The files of a case that are there, by key, and what is to be said of the others."""
     keys = (*modalities, "image", LABEL)
@@ -109,7 +116,7 @@ def _paths(
     ]
     item: dict[Any, Any] = {key: value for key, value in case.items() if key not in lost}
     try:
-        item = GatherModalitiesd(modalities, naming, allow_missing=True)(item)
+        item = GatherModalitiesd(modalities, naming, allow_missing=True, stacked=stacked)(item)
     except EXPECTED as error:
         if not lost:
             return {key: item[key] for key in keys if key in item and key != "image"}, [Finding(ERROR, str(error))]
@@ -119,10 +126,12 @@ def _paths(
     return {key: item[key] for key in keys if key in item and key != "image"}, found
 
 
-def _judge_volume(key: str, header: Header, labels: Sequence[Sequence[float]], rules: Rules) -> list[Finding]:
+def _judge_volume(
+    key: str, header: Header, labels: Sequence[Sequence[float]], rules: Rules, stacked: Sequence[str]
+) -> list[Finding]:
     """A file's voxels, which are let go again."""
     try:
-        volume = read_volume(header, rules)
+        volume = read_modality(key, header, rules, stacked)
         if key != LABEL:
             return [each for each in judge_images({key: volume}, rules) if not each.what.startswith("Every image")]
         mapped = MapLabelsd(LABEL, labels)({LABEL: volume})[LABEL]

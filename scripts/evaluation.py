@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from scripts.data.checks import Rules
 from scripts.data.gather import modalities_used
-from scripts.data.reading import read_image
+from scripts.data.reading import read_itk
 from scripts.files import write_json
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
@@ -38,7 +38,11 @@ def _foreground(image: sitk.Image, labels: Sequence[Sequence[float]], source: st
     known = {value for members in labels for value in members}
     strange = sorted(set(np.unique(values).tolist()) - known)
     if strange:
-        raise ValueError(f"{source} holds the values {strange[:5]}, which the mapping {list(labels)} does not know.")
+        told = ", ".join(f"{value:.7g}" for value in strange[:5])
+        raise ValueError(
+            f"{source} holds the values {told}, which the mapping {list(labels)} does not know: correct the file or "
+            "the config's `labels`."
+        )
     return np.isin(values, [value for members in labels[1:] for value in members])
 
 
@@ -51,18 +55,23 @@ def _onto(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
     return image if same else sitk.Resample(image, grid, sitk.Transform(), interpolator, 0, image.GetPixelID())
 
 
-def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]]) -> Row:
+def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
     """Compare one mask with its reference on the reference's own grid.
 
     Args:
         case: an item of the data list, with ``label``.
         predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
         labels: per class the reference's values, as in the config.
+        rules: what files are accepted.
 
     Returns:
-        A row of the case table; ``status`` is ``error`` where the mask is missing, which counts as the worst value.
+        A row of the case table; ``status`` is ``error`` where the mask is missing or cannot be read, which counts as
+        the worst value. ``problem`` says why it cannot be read.
+
+    Raises:
+        ValueError: the reference cannot be read, or one of the two holds unknown values.
     """
-    label = sitk.ReadImage(str(case["label"]))
+    label = read_itk(case["label"], rules)
     reference = _foreground(label, labels, str(case["label"]))
     spacing = label.GetSpacing()[::-1]
     millilitres = float(np.prod(spacing)) / 1000
@@ -73,9 +82,13 @@ def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]]) 
         "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
     }
     path = Path(predictions) / f"{case['case_id']}.nii.gz"
+    worst: Row = {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
     if not path.is_file():
-        return {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
-    mask = _onto(sitk.ReadImage(str(path)), label, sitk.sitkNearestNeighbor)
+        return worst
+    try:
+        mask = _onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
+    except (ValueError, OSError) as error:
+        return {**worst, "problem": str(error)}
     prediction = _foreground(mask, [[i] for i in range(len(labels))], str(path))
     row["volume_ml"] = float(prediction.sum()) * millilitres
     return {**row, **surface_metrics(prediction, reference, spacing)}
@@ -103,13 +116,11 @@ def _overlays(
         if case_id not in by_id or not path.is_file():
             continue
         case = by_id[case_id]
-        label = sitk.ReadImage(str(case["label"]))
-        volumes = {
-            key: _onto(read_image(case[key], rules), label, sitk.sitkLinear) for key in modalities if key in case
-        }
+        label = read_itk(case["label"], rules)
+        volumes = {key: _onto(read_itk(case[key], rules), label, sitk.sitkLinear) for key in modalities if key in case}
         arrays = {key.upper(): sitk.GetArrayFromImage(volume).T for key, volume in volumes.items()}
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
-        mask = _onto(sitk.ReadImage(str(path)), label, sitk.sitkNearestNeighbor)
+        mask = _onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
         drawn.append(
             Overlay(
                 title=f"{kind}: {case_id}, Dice {dice:.3f}",
@@ -155,13 +166,14 @@ def score(
         seed: of the bootstrap.
         workers: processes.
         present: modalities that the network was given, by default all; others stand behind its name in the report.
-        checks: how the images were read.
+        checks: what files are accepted.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: an unknown modality, no case has a reference mask, or a mask holds unknown values.
+        ValueError: an unknown modality, no case has a reference mask, a mask holds unknown values, or a reference mask
+            cannot be read.
         FileNotFoundError: the folder of masks does not exist.
     """
     scored = [case for case in cases if "label" in case]
@@ -172,9 +184,10 @@ def score(
     used = modalities_used(list(intensity), present)
     if len(used) < len(intensity):
         name = f"{name} ({', '.join(used)} only)"
-    work = partial(score_case, predictions=predictions, labels=labels)
+    work = partial(score_case, predictions=predictions, labels=labels, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored))) as pool:
         rows = list(tqdm(pool.map(work, scored), total=len(scored), desc="scoring", unit="case"))
+    problems = {row["case_id"]: row.pop("problem") for row in rows if "problem" in row}
     expected = {f"{case['case_id']}.nii.gz" for case in cases}
     manifest = _manifest(output_dir, cases)
     summary = {
@@ -183,12 +196,15 @@ def score(
         "aggregate": aggregate(rows, seed=seed),
         **_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored),
-        "missing": sorted(row["case_id"] for row in rows if row["status"] == "error"),
+        "missing": sorted(
+            row["case_id"] for row in rows if row["status"] == "error" and row["case_id"] not in problems
+        ),
+        "unreadable": [problems[case_id] for case_id in sorted(problems)],
         "without_reference": sorted(str(case["case_id"]) for case in cases if "label" not in case),
         "extra_files": sorted(p.name for p in Path(predictions).glob("*.nii*") if p.name not in expected),
         "predictions": str(predictions),
     }
-    for kind in ("missing", "without_reference", "extra_files"):
+    for kind in ("missing", "unreadable", "without_reference", "extra_files"):
         if summary[kind]:
             logger.warning("%s: %s", kind.replace("_", " "), ", ".join(summary[kind]))
     write_rows(rows, Path(output_dir) / "cases.csv")

@@ -17,7 +17,7 @@ import pytest
 
 import scripts.checking as checking
 from scripts.__main__ import main
-from scripts.data import Rules, datalist
+from scripts.data import Rules, datalist, reading
 
 MODALITIES, LABELS = ["ct", "pet", "mr"], [[0], [1]]
 Finding = dict[str, Any]
@@ -169,7 +169,7 @@ def test_nothing_to_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_one_volume_at_a_time_is_in_memory(faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Any]] = []
-    before, read_volume = [], checking.read_volume
+    before, read_volume = [], reading.read_volume
 
     def read(header: Any, rules: Rules) -> Any:
         gc.collect()
@@ -178,7 +178,7 @@ def test_one_volume_at_a_time_is_in_memory(faulty: Path, monkeypatch: pytest.Mon
         seen.append(weakref.ref(volume))
         return volume
 
-    monkeypatch.setattr(checking, "read_volume", read)
+    monkeypatch.setattr(reading, "read_volume", read)
     for case in datalist("phantom", faulty):
         checking.judge_case(case, MODALITIES, LABELS, Rules())
     assert len(before) >= 20

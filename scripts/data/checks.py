@@ -64,7 +64,7 @@ def settle(findings: Iterable[Finding], notes: bool = False) -> None:
         elif each.level == WARNING or notes:
             logger.log(logging.WARNING if each.level == WARNING else logging.INFO, "%s", each.what)
     if errors:
-        raise ValueError(" ".join(errors))
+        raise ValueError(" ".join(dict.fromkeys(errors)))  # one file may stand for several modalities
 
 
 def judge_headers(headers: Mapping[str, Header], reference: str, stacked: Sequence[str] = ()) -> list[Finding]:
@@ -73,18 +73,24 @@ def judge_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
     Args:
         headers: by modality, and ``label``.
         reference: the modality on whose grid everything is brought.
-        stacked: modalities along the last axis, where the files may be 4D.
+        stacked: modalities along the last axis of the one 4D file that each of them names.
     """
     found = [Finding(WARNING, what, key=key) for key, header in headers.items() for what in header.warnings]
     for key, header in headers.items():
-        if len(header.shape) > 3 and not (key in stacked and header.shape[3:] == (len(stacked),)):
+        if header.shape[3:] != (several := last_axes(key, stacked)):
+            wanted = f"4D file whose last axis is {', '.join(stacked)}" if several else "3D volume per file"
             sizes = " x ".join(map(str, header.shape))
-            found.append(Finding(ERROR, f"{header.path} holds {sizes} voxels: give one 3D volume per file.", key=key))
+            found.append(Finding(ERROR, f"{header.path} holds {sizes} voxels: give one {wanted}.", key=key))
     found += _slices(headers) + _series(headers)
     if reference in headers:
         others = {key: header for key, header in headers.items() if key != reference}
         found += [each for key, header in others.items() for each in _against(headers[reference], header, key)]
     return found
+
+
+def last_axes(key: str, stacked: Sequence[str]) -> tuple[int, ...]:
+    """What a file's shape must have behind its first three axes; an axis of length 1 counts as none."""
+    return (len(stacked),) if key in stacked and len(stacked) > 1 else ()
 
 
 def _slices(headers: Mapping[str, Header]) -> list[Finding]:

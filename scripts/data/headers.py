@@ -35,6 +35,7 @@ class Header(NamedTuple):
         affine: voxel to world in mm, RAS.
         kind: type of the voxels as stored.
         end: bytes of the unpacked file up to the last voxel, where that is known.
+        least: bytes that the file must have for what it claims.
         warnings: sentences about what is odd, but usable.
         series: DICOM's series, patient and frame of reference, or nothing.
     """
@@ -46,6 +47,7 @@ class Header(NamedTuple):
     end: int | None = None
     warnings: tuple[str, ...] = ()
     series: tuple[str, str, str] | None = None
+    least: int = 0
 
     @property
     def voxels(self) -> int:
@@ -77,6 +79,8 @@ def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
             f"{path} claims {' x '.join(map(str, header.shape))} voxels, more than the cap of {max_voxels}: check the "
             "file, or raise the cap by --max-voxels."
         )
+    if os.path.getsize(path) < header.least:
+        raise ValueError(f"{path} is too small for the {header.voxels} voxels that it claims: copy it again.")
     check_affine(header.affine, name)
     return header
 
@@ -156,7 +160,8 @@ def _nifti(path: Path) -> Header:
     shape = _shape(dims[1 : dims[0] + 1])
     end = int(offset) + int(np.prod(shape, dtype=object)) * stored.itemsize
     affine, warnings = _place(header, path, shape)
-    return Header(str(path), shape, affine, stored, end, warnings)
+    least = end // DEFLATE if path.name.endswith(".gz") else end
+    return Header(str(path), shape, affine, stored, end, warnings, least=least)
 
 
 def _shape(dims: list[int]) -> tuple[int, ...]:
@@ -194,15 +199,14 @@ def _place(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tup
 def _metaimage(path: Path) -> Header:
     _start(path)
     voxels = check_metaimage(path)
-    if os.path.getsize(path) * (DEFLATE if voxels.packed else 1) < voxels.size:
-        raise ValueError(f"{path} is far too small for the voxels that it claims: copy it again.")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path} has a damaged MetaImage header: copy or convert it again.") from error
-    return itk_header(reader, str(path))
+    header = itk_header(reader, str(path))
+    return header._replace(least=voxels.size // DEFLATE if voxels.packed else voxels.size)
 
 
 def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:

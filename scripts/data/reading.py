@@ -16,7 +16,7 @@ from monai.transforms import LoadImaged
 
 from scripts.data.checks import Rules, judge_headers, judge_images, settle
 from scripts.data.dicom import read_series_header, series_files
-from scripts.data.headers import METAIMAGE, NIFTI, Header, read_header
+from scripts.data.headers import METAIMAGE, NIFTI, TO_RAS, Header, read_header
 from scripts.data.metaimage import check_metaimage, check_voxels
 from scripts.data.nifti import located, read_nifti
 
@@ -59,11 +59,30 @@ def _executed(reader: Any, names: Any, path: str) -> sitk.Image:
         raise ValueError(f"{path} is cut off or damaged: copy or export it again.") from error
 
 
-def read_image(path: str | Path, rules: Rules) -> sitk.Image:
-    """A file or a folder of DICOM files as SimpleITK has it, of float32, unjudged."""
-    if Path(path).is_dir():
-        return _executed(sitk.ImageSeriesReader(), series_files(path, rules.series_uids), str(path))
-    return sitk.ReadImage(str(path), sitk.sitkFloat32)
+def read_itk(path: str | Path, rules: Rules) -> sitk.Image:
+    """A judged and whole 3D image as SimpleITK has it, whose own reader takes cut files, and NaN in masks for 0.
+
+    Raises:
+        ValueError: it is damaged, or not 3D.
+    """
+    header = header_of(path, rules)
+    if len(header.shape) > 3:
+        raise ValueError(f"{path} holds {' x '.join(map(str, header.shape))} voxels: give one 3D volume per file.")
+    image = sitk.GetImageFromArray(read_volume(header, rules)[0].numpy().T)
+    affine = TO_RAS @ header.affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    return image
+
+
+def read_modality(key: str, header: Header, rules: Rules, stacked: Sequence[str] = ()) -> MetaTensor:
+    """One modality, ``1 H W D``, out of its own file or out of the one of all that are ``stacked``."""
+    volume = read_volume(header, rules)
+    if volume.ndim == 4:
+        return volume
+    return located(volume.as_tensor()[0, ..., stacked.index(key)], header._replace(shape=header.shape[:3]))
 
 
 class LoadModalitiesd(LoadImaged):
@@ -73,7 +92,7 @@ class LoadModalitiesd(LoadImaged):
         keys: of paths; absent ones are left out.
         reference: the modality on whose grid everything is brought; by default the first key.
         rules: what is accepted.
-        stacked: modalities, in the order of the last axis, where files may be 4D and hold all of them.
+        stacked: modalities, in the order of the last axis, where each of them names the one 4D file of all.
         before: called with the headers before voxels are read.
         unjudged: keys whose voxels are not used, so that they may hold anything.
         notes: log where each image lies beside the reference.
@@ -104,17 +123,9 @@ class LoadModalitiesd(LoadImaged):
         if self.before:
             self.before(headers)
         with ThreadPoolExecutor(max(1, len(paths))) as pool:
-            read = pool.map(lambda key: self._read(key, headers[key]), headers)
+            read = pool.map(lambda key: read_modality(key, headers[key], self.rules, self.stacked), headers)
             volumes = dict(zip(headers, read, strict=True))
         judged = {key: volume for key, volume in volumes.items() if key not in self.unjudged}
         settle(judge_images(judged, self.rules))
         item.update(volumes)
         return item
-
-    def _read(self, key: str, header: Header) -> MetaTensor:
-        """One modality, ``1 H W D``."""
-        volume = read_volume(header, self.rules)
-        if volume.ndim == 4:
-            return volume
-        kept = header._replace(shape=header.shape[:3])
-        return located(volume.as_tensor()[0, ..., self.stacked.index(key)], kept)

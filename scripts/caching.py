@@ -170,5 +170,5 @@ class _Writer:
     def _entry(self, case: Case) -> dict[str, Any]:
         """A case's line in the manifest."""
         path = case_path(self.folder, self.name, case)
-        shape = list(torch.load(path, mmap=True, weights_only=True)[LOGITS].shape)
+        shape = list(load_plain(path, mmap=True)[LOGITS].shape)
         return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}

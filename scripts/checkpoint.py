@@ -27,10 +27,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_plain(path: str | Path) -> Any:
-    """Tensors and plain numbers of a file; ValueError, without running anything, where it holds anything else."""
+def load_plain(path: str | Path, mmap: bool = False) -> Any:
+    """Tensors and plain numbers of a file; ValueError, without running anything, where it holds anything else.
+
+    Args:
+        path: of what ``torch.save`` wrote.
+        mmap: map it into memory, so that only what is used is read.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no checkpoint make the reader fail in a dozen ways
@@ -67,8 +72,8 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
 
 
 def write_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` by ``scripts.files.atomic_file``."""
-    with atomic_file(path) as file:
+    """``torch.save`` by ``scripts.files.atomic_file``; read again by ``is_whole`` before it gets its name."""
+    with atomic_file(path, check=is_whole) as file:
         torch.save(state, file)
 
 

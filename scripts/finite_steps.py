@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 class FiniteSteps:
     """Handler: leave out steps whose loss or gradient is NaN or infinite, and end the run at the third.
 
-    The weights and the optimizer stay as they were before such a step, so that no later checkpoint holds what it would
-    have made of them. With a gradient scaler (float16) infinite gradients are the scaler's own business; only the loss
-    is looked at, and the scaler leaves the step out.
+    The weights, the network's buffers (running means of normalisations) and the optimizer stay as they were before such
+    a step, so that no later checkpoint holds what it would have made of them. With a gradient scaler (float16) infinite
+    gradients are the scaler's own business; only the loss is looked at, and the scaler leaves the step out.
 
     Args:
         most: number of such steps that ends the run.
@@ -29,10 +29,16 @@ class FiniteSteps:
         self.most = most
         self.cases: list[str] = []
         self.steps = 0
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.keep)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def keep(self, engine: Any) -> None:
+        """Copy the buffers, which the forward pass writes to before anyone knows what it gives."""
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in engine.network.buffers()]
 
     def __call__(self, engine: Any) -> None:
         """Judge the step between its gradients and the optimizer.
@@ -47,6 +53,9 @@ class FiniteSteps:
             finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
         if finite:
             return
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
         if engine.scaler is None:
             for parameter in parameters:
                 parameter.grad = None

@@ -56,7 +56,9 @@ def hold(path: str | Path) -> None:
     before = _owner(owner)
     if before and before.get("pid") != os.getpid():
         logger.warning("%s was left by process %s, which has ended: taken over", target, before.get("pid"))
-        for leftover in folder.glob(f".{target.name}.*.part" if single else ".*.part"):
+        own = folder.glob(f".{target.name}.*.part" if single else ".*.part")
+        below = () if single else folder.rglob(f".*.{before.get('pid')}.part")  # as masks; other runs may go on there
+        for leftover in [*own, *below]:
             leftover.unlink(missing_ok=True)
     write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner)
     _held[target] = lock, owner
@@ -76,17 +78,18 @@ def release(pid: int | None = None) -> None:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """Who says to hold it; nothing where there is nobody, or the file is being written."""
+    """Who says to hold it; nothing where there is nobody, or the file is damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    named = isinstance(found, dict) and {"host", "since"} <= set(found) and isinstance(found.get("pid"), int)
+    return found if named else {}
 
 
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the process that took it is still there, as far as that can be seen from here."""
-    return owner.get("host") != platform.node() or psutil.pid_exists(int(owner.get("pid", 0)))
+    return owner.get("host") != platform.node() or psutil.pid_exists(owner["pid"])
 
 
 def _busy(target: Path, owner: dict[str, Any]) -> str:

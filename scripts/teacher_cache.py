@@ -20,7 +20,7 @@ from monai.engines import PrepareBatchExtraInput
 from torch import nn
 from tqdm import tqdm
 
-from scripts.checkpoint import sha256
+from scripts.checkpoint import load_plain, sha256
 from scripts.data.lists import source_files
 
 LOGITS = "logits"
@@ -168,7 +168,7 @@ class TeacherCache:
         """Add the case's predictions, mapped into memory, as ``<teacher>.<output>``."""
         added: dict[str, torch.Tensor] = {}
         for name, each in self.teachers.items():
-            kept = torch.load(case_path(self.folder, name, item), mmap=True, weights_only=True)
+            kept = load_plain(case_path(self.folder, name, item), mmap=True)
             added |= {f"{name}.{output}": kept[output] for output in each.outputs}
         return {**item, **added}
 

@@ -17,6 +17,9 @@ from scripts.data.headers import Header
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+OVERHEAD = 2**27  # what the first case adds whatever its size (measured: 80 to 110 MiB): kernels, buffers of readers
+BYTES_PER_VOXEL = 200  # of the student's pass, see scripts.inferer
+LEAST_GRID = 2**19  # voxels: smaller volumes are padded to a window
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -27,8 +30,8 @@ def estimate_bytes(
 
     Per voxel of a file its stored size twice (unpacked bytes and the tensor) and 4 bytes where it is scaled; per voxel
     of the network's grid 4 bytes each for two copies of the modalities, for two of the classes and for the weights of
-    windows; per voxel of the reference's own grid one for the mask and 4 for what is interpolated at once; and one pass
-    of the network.
+    windows; per voxel of the reference's own grid one for the mask and 4 for what is interpolated at once; one pass of
+    the network, ``BYTES_PER_VOXEL`` of what it sees at once; and ``OVERHEAD``.
 
     Args:
         headers: by modality.
@@ -40,7 +43,8 @@ def estimate_bytes(
     files = sum(header.voxels * (2 * header.kind.itemsize + 4) for header in headers.values())
     own = headers[reference]
     grid = math.prod(network_grid(own.affine, own.shape[:3], spacing)[1])
-    return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + pass_gib * GIB)
+    network = min(pass_gib * GIB, BYTES_PER_VOXEL * max(grid, LEAST_GRID))
+    return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + network + OVERHEAD)
 
 
 def available_bytes() -> int:

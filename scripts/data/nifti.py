@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
 from scripts.data.headers import Header, read_header
-from scripts.files import atomic_file
+from scripts.files import write_bytes
 
 COMPRESSION = 1  # masks shrink a hundredfold at the lowest level already
 READABLE = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # what torch and SimpleITK both know
@@ -131,7 +131,7 @@ def _tensor(voxels: np.ndarray) -> torch.Tensor:
 
 
 def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write a volume by ``scripts.files.atomic_file``; the same voxels give the same bytes.
+    """Write a volume by ``scripts.files.write_bytes``; the same voxels give the same bytes.
 
     Args:
         voxels: ``H W D``.
@@ -145,8 +145,7 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip_modules()[1].compress(data, COMPRESSION, mtime=0)
-    with atomic_file(path) as file:
-        file.write(data)
+    write_bytes(data, path)
 
 
 class SaveMaskd(SaveImaged):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,6 @@ class Header(NamedTuple):
         affine: voxel to world in mm, RAS.
         kind: type of the voxels as stored.
         end: bytes of the unpacked file up to the last voxel, where that is known.
-        least: bytes that the file must have for what it claims.
         warnings: sentences about what is odd, but usable.
         series: DICOM's series, patient and frame of reference, or nothing.
     """
@@ -47,7 +48,6 @@ class Header(NamedTuple):
     end: int | None = None
     warnings: tuple[str, ...] = ()
     series: tuple[str, str, str] | None = None
-    least: int = 0
 
     @property
     def voxels(self) -> int:
@@ -69,20 +69,25 @@ def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
     """
     name = str(path)
     if name.endswith(NIFTI):
-        header = _nifti(Path(path))
+        header = _nifti(Path(path), max_voxels)
     elif name.endswith(METAIMAGE):
-        header = _metaimage(Path(path))
+        header = _metaimage(Path(path), max_voxels)
     else:
         raise ValueError(f"{path} is of an unknown format: give .nii.gz, .nii, .mha, or a folder of DICOM files.")
-    if header.voxels > max_voxels:
-        raise ValueError(
-            f"{path} claims {' x '.join(map(str, header.shape))} voxels, more than the cap of {max_voxels}: check the "
-            "file, or raise the cap by --max-voxels."
-        )
-    if os.path.getsize(path) < header.least:
-        raise ValueError(f"{path} is too small for the {header.voxels} voxels that it claims: copy it again.")
     check_affine(header.affine, name)
     return header
+
+
+def _check_size(path: Path, shape: Sequence[int], least: int, max_voxels: int) -> None:
+    """Raise ValueError where a file claims more voxels than the cap, or than its ``least`` bytes could hold."""
+    voxels = math.prod(shape)
+    if voxels > max_voxels:
+        raise ValueError(
+            f"{path} claims {' x '.join(map(str, shape))} voxels, more than the cap of {max_voxels}: check the "
+            "file, or raise the cap by --max-voxels."
+        )
+    if os.path.getsize(path) < least:
+        raise ValueError(f"{path} is too small for the {voxels} voxels that it claims: copy it again.")
 
 
 def check_affine(affine: Affine, name: str) -> None:
@@ -135,7 +140,7 @@ def _is_text(raw: bytes) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def _nifti(path: Path) -> Header:
+def _nifti(path: Path, max_voxels: int) -> Header:
     data = _start(path)
     sizes = {int.from_bytes(data[:4], order) for order in ("little", "big")} & set(LEAST_OFFSET)
     size = next(iter(sizes), 0)
@@ -159,9 +164,9 @@ def _nifti(path: Path) -> Header:
     _check_kind(stored, path)
     shape = _shape(dims[1 : dims[0] + 1])
     end = int(offset) + int(np.prod(shape, dtype=object)) * stored.itemsize
+    _check_size(path, shape, end // DEFLATE if path.name.endswith(".gz") else end, max_voxels)
     affine, warnings = _place(header, path, shape)
-    least = end // DEFLATE if path.name.endswith(".gz") else end
-    return Header(str(path), shape, affine, stored, end, warnings, least=least)
+    return Header(str(path), shape, affine, stored, end, warnings)
 
 
 def _shape(dims: list[int]) -> tuple[int, ...]:
@@ -196,17 +201,17 @@ def _place(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tup
     return affine, ()
 
 
-def _metaimage(path: Path) -> Header:
+def _metaimage(path: Path, max_voxels: int) -> Header:
     _start(path)
     voxels = check_metaimage(path)
+    _check_size(path, voxels.shape, voxels.size // DEFLATE if voxels.packed else voxels.size, max_voxels)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path} has a damaged MetaImage header: copy or convert it again.") from error
-    header = itk_header(reader, str(path))
-    return header._replace(least=voxels.size // DEFLATE if voxels.packed else voxels.size)
+    return itk_header(reader, str(path))
 
 
 def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:

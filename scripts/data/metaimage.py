@@ -22,11 +22,12 @@ SAME = (VECTORS[:3], MATRICES, SWITCHES[1:3])
 
 
 class Voxels(NamedTuple):
-    """Where a file's voxels are: their first byte, their unpacked size, and whether they are compressed."""
+    """Where a file's voxels are: first byte, unpacked size, whether they are compressed, and their shape."""
 
     start: int
     size: int
     packed: bool
+    shape: tuple[int, ...]
 
 
 def check_metaimage(path: Path) -> Voxels:
@@ -56,8 +57,8 @@ def check_metaimage(path: Path) -> Voxels:
     if kind not in SIZES or channels != "1":
         what = f"{kind[:40]}, {channels[:10]} channels"
         raise ValueError(f"{path} holds RGB, complex or other voxels ({what}): give an image of one number per voxel.")
-    size = math.prod(int(n) for n in fields["DimSize"].split()) * SIZES[kind]
-    return Voxels(start, size, fields.get("CompressedData") == "True")
+    shape = tuple(int(n) for n in fields["DimSize"].split())
+    return Voxels(start, math.prod(shape) * SIZES[kind], fields.get("CompressedData") == "True", shape)
 
 
 def _fault(fields: dict[str, str]) -> str:

@@ -161,3 +161,9 @@ def test_data_configs_name_an_intensity_rule_for_every_modality() -> None:
         spec = json.loads(path.read_text())
         assert set(spec["intensity"]) == set(spec["modalities"])
         assert all(set(layout) == set(spec["modalities"]) for layout in spec["naming"])
+
+
+def test_every_test_that_the_table_of_faults_names_is_there() -> None:
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)`", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []

@@ -28,6 +28,13 @@ TINY = [
 RANGES = {"ct": (-1000.0, 300.0), "pet": (0.0, 10.0), "mr": (0.0, 1200.0)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are for ``make test-faults``: they kill processes and fill disks."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("faults")
+
+
 class Child:
     """Work in a forked process, with all that it prints; nothing is imported again."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
 
@@ -29,6 +30,13 @@ Array = NDArray[Any]
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _absl_leaves_the_capture_open() -> None:
+    """absl's handler closes the stream that it found at its import, here pytest's own, when logging is configured."""
+    if absl := sys.modules.get("absl.logging"):
+        absl.get_absl_handler().python_handler.stream = sys.__stderr__  # which it never closes
 
 
 @pytest.fixture(scope="session")

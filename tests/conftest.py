@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from scripts.arguments import CONFIGS
 from scripts.data.phantom import write_phantoms
 from scripts.locks import release
 
+LOCALE = locale.setlocale(locale.LC_ALL)
 Array = NDArray[Any]
 
 
@@ -61,6 +63,14 @@ def require_data(data_root: Path) -> Callable[[str], Path]:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Data list of six phantoms, to be read only."""
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=6, seed=3, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _locale() -> Iterator[None]:
+    """GDCM sets the locale to C when a test writes DICOM by SimpleITK, and Python then reads text as ASCII."""
+    locale.setlocale(locale.LC_ALL, LOCALE)
+    yield
+    locale.setlocale(locale.LC_ALL, LOCALE)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults lint type bench clean
+.PHONY: env bench-env demo test test-real test-faults browser-test lint type bench clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt
@@ -63,9 +63,37 @@ test-faults: env
 	$(PY) -m pytest -m "faults or not faults" tests/runs tests/faults tests/fuzz
 	PYTHONPATH=. $(PY) -W ignore benchmarks/fuzz_readers.py --mutations 12000 --json docs/results/reliability/fuzz.json
 
+# MONAI Label in an environment of its own. torch comes first, so that the build that is there stays; the constraints
+# also hold where pip builds sam2, which would fetch another torch for that.
+LABEL ?= runs/label
+LABEL_PORT ?= 8000
+LABEL_STUDIES ?= $(LABEL)/studies
+LABEL_PY := .venv-label/bin/python
+
+label-env: .venv-label/ready
+.venv-label/ready: requirements-label.txt
+	$(PYTHON) -m venv .venv-label
+	$(LABEL_PY) -m pip install -q --disable-pip-version-check torch==2.13.0
+	PIP_CONSTRAINT=$(CURDIR)/requirements-label.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/requirements-label.txt \
+	  $(LABEL_PY) -m pip install -q --disable-pip-version-check -r requirements-label.txt
+	touch $@
+
+# A server for 3D Slicer and OHIF on this machine only: see docs/clinic.md.
+label: label-env
+	$(LABEL_PY) label/place.py $(LABEL)
+	$(LABEL_PY) -m monailabel.main start_server --app $(LABEL)/apps/monaibundle --studies $(LABEL_STUDIES) \
+	  --conf models distilled_segmentation --conf zoo_source local --conf sam2 false --host 127.0.0.1 --port $(LABEL_PORT)
+
+label-test: env label-env
+	$(PY) -m pytest -m label tests/label
+
+# Needs Chromium, and says so where it is absent: apt-get install chromium
+browser-test: env
+	$(PY) -m pytest -m browser -rs tests/test_report_browser.py
+
 lint: env
-	.venv/bin/ruff check scripts tests benchmarks
-	.venv/bin/ruff format --check scripts tests benchmarks
+	.venv/bin/ruff check scripts tests benchmarks label
+	.venv/bin/ruff format --check scripts tests benchmarks label
 
 type: env
 	.venv/bin/mypy

@@ -17,12 +17,8 @@ from typing import Any
 from scripts.arguments import CONFIGS, build_parser, config_names
 
 Overrides = dict[str, Any]
-_SHARED = (
-    "fold",
-    "experiment_tracking",
-    "modality_dropout",
-    "volumes_dir",
-)  # what gkd's stages take from the options of a training
+# What gkd's stages take from the options of a training.
+_SHARED = ("fold", "experiment_tracking", "modality_dropout", "volumes_dir")
 
 
 def _settings(args: argparse.Namespace) -> Overrides:
@@ -130,26 +126,22 @@ def phantom(args: argparse.Namespace) -> None:
     write_phantoms(args.output_dir or "runs/phantom/data", cases=args.cases, seed=args.seed or 0)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Judge every file of a cohort and list all that is wrong with it."""
-    from scripts.checking import check_cohort, summary, write_findings
+def _rules(settings: Overrides) -> Any:
+    """The rules on images among these settings."""
     from scripts.data import Rules
 
-    spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())}
+    return Rules(**{k.removeprefix("checks#"): value for k, value in settings.items() if k.startswith("checks#")})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Judge every file of a cohort and list all that is wrong with it."""
+    from scripts.checking import check_and_tell
+
     if not args.dataset_dir and not args.data_list:
         raise ValueError("There is nothing to check: name a folder by --dataset-dir, or a table by --data-list.")
-    if args.dry_run:
-        return
-    rules = Rules(**{key.removeprefix("checks#"): value for key, value in spec.items() if key.startswith("checks#")})
-    found, cases = check_cohort(
-        args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),
-        args.allow_missing, args.data_list or "", args.allow_outside, args.workers, spec["stacked"],
-    )  # fmt: skip
-    print(summary(found, cases))
-    if args.json:
-        write_findings(found, cases, args.json)
-    if errors := sum(each.level == "error" for each in found):
-        raise ValueError(f"{errors} errors were found: correct the files, or leave their cases out.")
+    if not args.dry_run:
+        spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())}
+        check_and_tell(args, spec, _rules(spec))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -299,11 +291,19 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def segment(args: argparse.Namespace) -> None:
-    """Segment one case onto the grid of its first modality."""
+    """Segment one case onto the grid of its first modality, or every case of a table."""
+    if args.data_list:
+        from scripts.batch import segment_list
+
+        segment_list(args, segment, _sentence)
+        return
+    if not args.output:
+        raise ValueError("Name the mask by --output, or a table of cases by --data-list.")
     output = Path(args.output)
     if not output.name.endswith(".nii.gz"):
         raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
-    modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())["modalities"]
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    modalities = spec["modalities"]
     files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
     if args.stacked:
         files = dict.fromkeys(modalities, args.stacked)
@@ -327,6 +327,18 @@ def segment(args: argparse.Namespace) -> None:
     _run(args, ["inference", *_context(args), *_profile(args)], own)
     if not args.dry_run:
         print(f"mask: {output}")
+        if args.report:
+            from scripts.shown import report_mask
+
+            rules = _rules(_settings(args))
+            print(f"report: {report_mask(output, files, bool(args.stacked), rules, spec['intensity'])}")
+
+
+def dicom(args: argparse.Namespace) -> None:
+    """Segment a DICOM study: NIfTI, DICOM SEG and, on request, RTSTRUCT."""
+    from scripts.clinic import segment_study
+
+    segment_study(args, segment)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -342,9 +354,9 @@ def report(args: argparse.Namespace) -> None:
     from scripts.evaluation import compare
 
     spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
-    cases = datalist(args.data, args.dataset_dir) if args.dataset_dir else []
+    cases = datalist(args.data, args.dataset_dir, args.data_list, spec["modalities"], args.allow_outside)
     output = args.output_dir or "runs/report"
-    print(compare(args.evaluations, output, cases, spec["modalities"], args.curves, args.title))
+    print(compare(args.evaluations, output, cases, spec["intensity"], args.curves, args.title, spec["labels"]))
     print(f"report: {Path(output) / 'report.html'}")
 
 
@@ -357,7 +369,7 @@ def benchmark(args: argparse.Namespace) -> None:
     print(run(args, _merged(args)["modalities"], main))
 
 
-ACTIONS = (phantom, check, train, teacher, cache_teachers, distill, evaluate, segment, export, report, benchmark)
+ACTIONS = (phantom, check, train, teacher, cache_teachers, distill, evaluate, segment, dicom, export, report, benchmark)
 
 
 def _sentence(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from scripts import bundle_root
 CONFIGS = Path(bundle_root()) / "configs"
 Action = Callable[[argparse.Namespace], None]
 Parser = argparse.ArgumentParser
+MODALITIES = ("ct", "pet", "mr", "t2w", "adc", "hbv")
 TRAININGS = ("train", "teacher", "distill")
 
 
@@ -50,7 +51,8 @@ def build_parser(actions: Sequence[Action]) -> Parser:
     _cache(added["cache-teachers"])
     _evaluate(added["evaluate"])
     _segment(added["segment"])
-    for name in ("evaluate", "segment"):
+    _dicom(added["dicom"])
+    for name in ("evaluate", "segment", "dicom"):
         _engine(added[name])
     _export(added["export"])
     added["report"].add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
@@ -154,11 +156,21 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--curves", nargs="+", help="curves.csv files to draw")
 
 
+def _dicom(parser: Parser) -> None:
+    parser.set_defaults(**dict.fromkeys(MODALITIES), stacked=None, report=False)
+    parser.add_argument("--study", required=True, help="folder of one DICOM study; its series may lie in sub folders")
+    parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
+    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+
+
 def _segment(parser: Parser) -> None:
-    for modality in ("ct", "pet", "mr", "t2w", "adc", "hbv"):
-        parser.add_argument(f"--{modality}", help="file, or DICOM folder (not for PET: SUV is needed)")
+    for modality in MODALITIES:
+        parser.add_argument(f"--{modality}", help="file, or DICOM folder")
     parser.add_argument("--stacked", metavar="FILE", help="one 4D file whose last axis is the modalities, in order")
-    parser.add_argument("--output", required=True, help="the mask, .nii.gz")
+    parser.add_argument("--output", help="the mask, .nii.gz")
+    parser.add_argument("--workers", type=int, default=1, help="with --data-list: cases at a time")
+    parser.add_argument("--bids", action="store_true", help="with --data-list: named as BIDS derivatives")
+    parser.add_argument("--report", action="store_true", help="also write OUTPUT's name.report.html: slices and volume")
     parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -138,6 +139,23 @@ def _judge_volume(
     except EXPECTED as error:
         return [Finding(ERROR, str(error), key=key)]
     return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
+
+
+def check_and_tell(args: argparse.Namespace, spec: Mapping[str, Any], rules: Rules) -> None:
+    """``check_cohort`` by the verb's arguments; prints the table, writes what machines read.
+
+    Raises:
+        ValueError: there are errors.
+    """
+    found, cases = check_cohort(
+        args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),
+        args.allow_missing, args.data_list or "", args.allow_outside, args.workers, spec["stacked"],
+    )  # fmt: skip
+    print(summary(found, cases))
+    if args.json:
+        write_findings(found, cases, args.json)
+    if errors := sum(each.level == ERROR for each in found):
+        raise ValueError(f"{errors} errors were found: correct the files, or leave their cases out.")
 
 
 def summary(found: Sequence[Finding], cases: int) -> str:

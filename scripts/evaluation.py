@@ -21,38 +21,16 @@ from tqdm import tqdm
 from scripts.data.checks import Rules
 from scripts.data.gather import modalities_used
 from scripts.data.reading import read_itk
-from scripts.files import write_json
+from scripts.files import write_json, write_text
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
 from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_rows
 from scripts.report import Overlay, pick_cases, write_report
+from scripts.shown import foreground, onto, show
 
 logger = logging.getLogger(__name__)
 
 Case = Mapping[str, Any]
-
-
-def _foreground(image: sitk.Image, labels: Sequence[Sequence[float]], source: str) -> np.ndarray:
-    """Foreground of a mask with the data set's values, as z y x."""
-    values = sitk.GetArrayFromImage(image)
-    known = {value for members in labels for value in members}
-    strange = sorted(set(np.unique(values).tolist()) - known)
-    if strange:
-        told = ", ".join(f"{value:.7g}" for value in strange[:5])
-        raise ValueError(
-            f"{source} holds the values {told}, which the mapping {list(labels)} does not know: correct the file or "
-            "the config's `labels`."
-        )
-    return np.isin(values, [value for members in labels[1:] for value in members])
-
-
-def _onto(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
-    """The image on another grid, itself where it is there already."""
-    same = image.GetSize() == grid.GetSize() and all(
-        np.allclose(getattr(image, get)(), getattr(grid, get)(), atol=1e-3)
-        for get in ("GetOrigin", "GetSpacing", "GetDirection")
-    )
-    return image if same else sitk.Resample(image, grid, sitk.Transform(), interpolator, 0, image.GetPixelID())
 
 
 def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
@@ -72,7 +50,7 @@ def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], 
         ValueError: the reference cannot be read, or one of the two holds unknown values.
     """
     label = read_itk(case["label"], rules)
-    reference = _foreground(label, labels, str(case["label"]))
+    reference = foreground(label, labels, str(case["label"]))
     spacing = label.GetSpacing()[::-1]
     millilitres = float(np.prod(spacing)) / 1000
     row: Row = {
@@ -86,10 +64,10 @@ def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], 
     if not path.is_file():
         return worst
     try:
-        mask = _onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
+        mask = onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
     except (ValueError, OSError) as error:
         return {**worst, "problem": str(error)}
-    prediction = _foreground(mask, [[i] for i in range(len(labels))], str(path))
+    prediction = foreground(mask, [[i] for i in range(len(labels))], str(path))
     row["volume_ml"] = float(prediction.sum()) * millilitres
     return {**row, **surface_metrics(prediction, reference, spacing)}
 
@@ -106,32 +84,41 @@ def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dic
 
 
 def _overlays(
-    cases: Sequence[Case], rows: Sequence[Row], predictions: str, modalities: Sequence[str], rules: Rules
+    cases: Sequence[Case],
+    rows: Sequence[Row],
+    predictions: str,
+    intensity: Mapping[str, Any],
+    labels: Sequence[Sequence[float]] | None = None,
+    rules: Rules | None = None,
 ) -> list[Overlay]:
     """Best, median and worst case on the label's grid."""
-    by_id = {case["case_id"]: case for case in cases}
-    drawn = []
+    by_id, rules, drawn = {case["case_id"]: case for case in cases}, rules or Rules(), []
     for kind, case_id in pick_cases(rows).items():
         path = Path(predictions) / f"{case_id}.nii.gz"
         if case_id not in by_id or not path.is_file():
             continue
         case = by_id[case_id]
         label = read_itk(case["label"], rules)
-        volumes = {key: _onto(read_itk(case[key], rules), label, sitk.sitkLinear) for key in modalities if key in case}
-        arrays = {key.upper(): sitk.GetArrayFromImage(volume).T for key, volume in volumes.items()}
+        reference = foreground(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
+        mask = onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
-        mask = _onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
-        drawn.append(
-            Overlay(
-                title=f"{kind}: {case_id}, Dice {dice:.3f}",
-                images=arrays,
-                reference=sitk.GetArrayFromImage(label).T > 0,
-                prediction=sitk.GetArrayFromImage(mask).T > 0,
-                spacing=label.GetSpacing(),
-                axcodes=sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(label.GetDirection()),
-            )
-        )
+        images = {key: (str(case[key]), 0) for key in intensity if key in case}
+        title = f"{kind}: {case_id}, Dice {dice:.3f}"
+        drawn.append(show(title, images, label, sitk.GetArrayFromImage(mask) > 0, reference, intensity, rules))
     return drawn
+
+
+def _listed(folder: str) -> list[Case]:
+    """The cases of an evaluation, from its manifest."""
+    path = Path(folder) / "manifest.json"
+    data = json.loads(path.read_text()).get("data") if path.is_file() else None
+    return data if isinstance(data, list) else []
+
+
+def _with_centres(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
+    """The rows with the centre that the data list names, where it does."""
+    centres = {str(case["case_id"]): case["centre"] for case in cases if case.get("centre")}
+    return [{**row, "centre": centres.get(str(row["case_id"]), "")} for row in rows]
 
 
 def score(
@@ -159,7 +146,7 @@ def score(
         labels: per class the reference's values.
         predictions: folder of ``<case_id>.nii.gz``.
         output_dir: folder of the results.
-        intensity: its keys are the modalities to draw.
+        intensity: the modalities to draw, with the ranges that the network is given.
         network: whose parameters and operations are noted.
         curves: files of learning curves to draw.
         patch: window for which operations are counted, in voxels.
@@ -212,8 +199,8 @@ def score(
     write_report(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
-        [{**summary, "rows": rows}],
-        _overlays(scored, rows, predictions, list(intensity), checks or Rules()),
+        [{**summary, "rows": _with_centres(rows, cases)}],
+        _overlays(scored, rows, predictions, intensity, labels, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
     )
@@ -262,9 +249,10 @@ def compare(
     evaluations: Sequence[str],
     output_dir: str,
     cases: Sequence[Case] = (),
-    modalities: Sequence[str] = (),
+    modalities: Sequence[str] | Mapping[str, Any] = (),
     curves: Sequence[str] = (),
     title: str = "Comparison",
+    labels: Sequence[Sequence[float]] | None = None,
 ) -> str:
     """One report of several evaluations, with overlays of the last one's best, median and worst cases.
 
@@ -272,9 +260,10 @@ def compare(
         evaluations: folders that ``score`` wrote.
         output_dir: folder of ``report.html`` and ``table.md``.
         cases: data list, for the overlays.
-        modalities: keys of the data list to draw.
+        modalities: keys of the data list to draw, and where known the ranges that the network is given.
         curves: files of learning curves, named after their folders.
         title: head of the page.
+        labels: per class the reference's values, for the overlays; by default all but 0 are foreground.
 
     Returns:
         The table, as Markdown.
@@ -287,17 +276,19 @@ def compare(
         summary = Path(folder) / "summary.json"
         if not summary.is_file():
             raise FileNotFoundError(f"{folder} holds no summary.json: run `python -m scripts evaluate` first.")
-        runs.append({**json.loads(summary.read_text()), "rows": read_rows(Path(folder) / "cases.csv")})
+        rows = _with_centres(read_rows(Path(folder) / "cases.csv"), [*_listed(folder), *cases])
+        runs.append({**json.loads(summary.read_text()), "rows": rows})
     scored = [case for case in cases if "label" in case]
     last = runs[-1]
+    ranges = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")
     text = table(runs)
     write_report(
         Path(output_dir) / "report.html",
         title,
         runs,
-        _overlays(scored, last["rows"], last["predictions"], modalities, Rules()) if scored else [],
+        _overlays(scored, last["rows"], last["predictions"], ranges, labels) if scored else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases)),
     )
-    (Path(output_dir) / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(text + "\n", Path(output_dir) / "table.md")
     return text

@@ -6,13 +6,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from torch import nn
 
+from scripts.__main__ import main
 from scripts.evaluation import compare, score
 
 pytestmark = pytest.mark.usefixtures("fake_git")
@@ -137,7 +140,7 @@ def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path
     for name in ("A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"):
         assert name in page
     assert "worst: B_shifted, Dice 0.750" in page
-    assert "data:image/jpeg" in page
+    assert "data:image/webp" in page
     assert "| network <X> | 0.917" in capsys.readouterr().out
 
 
@@ -227,7 +230,7 @@ def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort:
     run(cohort, tmp_path)
     for cases in ([], [{**cohort[0], "case_id": "of another cohort"}]):
         compare([str(tmp_path / "out")], str(tmp_path / "both"), cases, ["ct"])
-        assert "data:image/jpeg" not in (tmp_path / "both" / "report.html").read_text()
+        assert "data:image/webp" not in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) -> None:
@@ -245,3 +248,69 @@ def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: 
     assert strict(tmp_path / "out" / "summary.json")["present"] == ["pet"]
     with pytest.raises(ValueError, match="present is \\['mr'\\]: name one or more of ct, pet"):
         run(cohort, tmp_path, intensity=intensity, present=["mr"])
+
+
+def test_the_outlines_of_a_reference_follow_the_mapping_of_its_values(cohort: Any, tmp_path: Path) -> None:
+    """A value that the mapping calls background is neither scored nor drawn."""
+    image = sitk.ReadImage(cohort[0]["label"])
+    values = sitk.GetArrayFromImage(image)
+    values[0, 0, :] = 9
+    marked = sitk.GetImageFromArray(values)
+    marked.CopyInformation(image)
+    sitk.WriteImage(marked, cohort[0]["label"])
+    summary = run(cohort[:1], tmp_path, labels=[[0, 9], [1]])
+    assert summary["aggregate"]["metrics"]["dice"]["defined"]["mean"] == 1.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count(f"Volume: reference {CUBE_ML:.2f} ml, prediction {CUBE_ML:.2f} ml") == 3
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_outlines_are_still_drawn(
+    cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "A_same" / "pet.nii.gz"
+    broken.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        run([{**cohort[0], "pet": str(broken)}], tmp_path, intensity={"ct": [0, 100], "pet": [0, 10]})
+    assert f"pet is not shown in the report: {broken} is an empty file" in caplog.text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>CT</b><small>0 to 100</small>" in page
+    assert "<b>PET</b>" not in page
+
+
+def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: Any, tmp_path: Path) -> None:
+    cases = [{**case, "centre": "North" if case["case_id"] < "C" else "S<ou>th"} for case in cohort]
+    run(cases, tmp_path)
+    compare([str(tmp_path / "out")], str(tmp_path / "both"))  # its manifest remembers the data list
+    for folder in ("out", "both"):
+        page = (tmp_path / folder / "report.html").read_text()
+        rows = re.findall(r'<th scope="row">(North|S&lt;ou&gt;th)<small>(\d) cases', page)
+        assert rows == [("North", "2"), ("S&lt;ou&gt;th", "3")], folder
+        assert "0.875 [0.750, 1.000] (2)" in page  # of North: 1 and 0.75
+    assert "centre" not in (tmp_path / "out" / "cases.csv").read_text()
+
+
+def test_evaluations_of_several_subsets_of_modalities_are_compared(cohort: Any, tmp_path: Path) -> None:
+    for present, name in ((None, "all"), (["pet"], "pet")):
+        run(cohort, tmp_path, intensity={"ct": [0, 1], "pet": [0, 1]}, present=present, output_dir=str(tmp_path / name))
+    compare([str(tmp_path / "pet"), str(tmp_path / "all")], str(tmp_path / "both"))
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert re.findall(r"<td>(yes|no)</td>", page) == ["yes", "yes", "no", "yes"]
+    assert "0.000 [0.000, 0.000] (4)" in page  # the same masks: no difference
+
+
+def test_the_report_verb_reads_centres_and_images_from_a_data_list(cohort: Any, tmp_path: Path) -> None:
+    run(cohort[:3], tmp_path)
+    lines = ["case_id,patient_id,centre,ct,label"]
+    for case, centre in zip(cohort[:3], ("North", "South", "South"), strict=True):
+        files = [str(Path(case[key]).relative_to(tmp_path)) for key in ("ct", "label")]
+        lines.append(",".join([case["case_id"], case["patient_id"], centre, *files]))
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    arguments = ["report", "--data", "phantom", "--data-list", tmp_path / "list.csv"]
+    arguments += ["--evaluations", tmp_path / "out", "--output-dir", tmp_path / "both"]
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[Any] = []
+        patch.setattr("scripts.evaluation._overlays", lambda cases, *others: shown.extend(cases) or [])
+        assert main([str(argument) for argument in arguments]) == 0
+    assert [Path(case["ct"]) for case in shown] == [Path(case["ct"]) for case in cohort[:3]]
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert re.findall(r'<th scope="row">(North|South)<small>(\d) case', page) == [("North", "1"), ("South", "2")]

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import report
 from scripts.metrics import aggregate
 from scripts.report import Overlay, pick_cases, write_report
 
 EVIL = "<script>alert('x')</script>"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -118,7 +117,7 @@ def test_names_from_files_are_text_and_never_markup(page) -> None:
     assert page.texts("title") == page.texts("h1") == [f"Title {EVIL} & more"]
     assert EVIL in page.texts("td")
     assert f"Extra file {EVIL}" in page.texts("p")
-    assert f"worst case: {EVIL}" in page.texts("figcaption")
+    assert page.texts("figcaption")[0].startswith(f"worst case: {EVIL}Volume: ")
 
 
 def test_the_only_script_is_the_one_that_the_policy_allows(page) -> None:
@@ -129,20 +128,30 @@ def test_the_only_script_is_the_one_that_the_policy_allows(page) -> None:
 def test_every_image_has_an_alt_text_and_decodes(page) -> None:
     image_module = pytest.importorskip("PIL.Image")
     images = page.attributes("img")
-    assert len(images) == 2 + 1 + 2  # loss and Dice, the terms of one run, two cases
+    panels = 2 * 3 * 2  # cases, planes, modalities
+    assert len(images) == 2 * panels + 2 + 1  # each with its outlines; loss and Dice, the terms of one run
     for attributes in images:
-        assert len(attributes["alt"]) > 20
-        kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", attributes["src"]).groups()
+        kind, data = re.fullmatch(r"data:image/(png|webp);base64,(.+)", attributes["src"]).groups()
         with image_module.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
             assert image.format.lower() == kind
-            assert np.asarray(image.convert("L")).std() > 5
+            empty = ": pet," in attributes["alt"]  # an image of zeros
+            assert (np.asarray(image.convert("L")).std() > 5) != empty
     alts = [attributes["alt"] for attributes in images]
-    assert alts[1] == r"Validation Dice by epoch; last values: _student $\foo$ 0.5"
-    assert alts[3].endswith("in three planes on ct, pet")
+    assert alts[1::2][:panels] == [""] * panels  # outlines: what they show is said above them
+    assert alts[0] == f"worst case: {EVIL}: ct, axial, outlines of reference and prediction"
+    assert len(set(alts[0 : 2 * panels : 2])) == panels
+    assert alts[-2] == r"Validation Dice by epoch; last values: _student $\foo$ 0.5"
 
 
 def test_the_page_says_that_it_is_for_research_only_and_fits_a_phone(page) -> None:
-    assert "For research only, not for clinical use." in page.texts("p")[0]
+    assert page.texts("p")[0] == (
+        "For research only: not a medical device, "
+        "not for diagnosis, treatment planning or any decision about a patient."
+    )
+    assert page.texts("h2")[0] == "Intended use and limits"
+    assert len(page.texts("li")) == 4
+    before = [tag for tag, _, _ in page.elements][: [tag for tag, _, _ in page.elements].index("p")]
+    assert not {"table", "figure", "img"} & set(before)  # at the head
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.attributes("meta")
     assert page.attributes("html") == [{"lang": "en"}]
 
@@ -175,6 +184,67 @@ def test_columns_sort_by_keyboard_and_by_exact_values(page) -> None:
     assert values[:5] == ["0.9", "4.25", "1.5", "12.5", ""]
 
 
+def test_every_table_header_has_a_scope_and_every_control_a_name(page) -> None:
+    headers = page.attributes("th")
+    assert {a["scope"] for a in headers} == {"col", "row"}
+    regions = [a for a in page.attributes("div") if a.get("role") == "region"]
+    assert [a["aria-label"] for a in regions] == ["Summary", "Every case"]
+    assert all(a["tabindex"] == "0" for a in regions)
+    sliders = [a for a in page.attributes("input") if a["type"] == "range"]
+    assert len(sliders) == 2 * 3
+    assert len({a["id"] for a in sliders}) == len(sliders)
+    assert {a["id"] for a in sliders} < {a.get("for") for a in page.attributes("label")}
+    for slider, plane in zip(sliders, 2 * ["axial", "coronal", "sagittal"], strict=True):
+        assert slider["aria-label"].startswith(f"{plane} slice of ")
+        assert re.fullmatch(r"slice \d+ of (12|10|8)", slider["aria-valuetext"])
+
+
+def test_volumes_of_the_shown_cases_are_in_millilitres(page) -> None:
+    box = 6 * 4 * 4 * 1.0 * 1.0 * 3.0 / 1000  # voxels times mm3
+    assert page.texts("small").count(f"Volume: reference {box:.2f} ml, prediction {box:.2f} ml") == 2
+
+
+def test_centres_have_a_table_of_their_own_and_a_column(tmp_path) -> None:
+    rows = [case("a", 0.9) | {"centre": "X<1>"}, case("b", 0.5) | {"centre": "Y"}, case("c", 0.7) | {"centre": "X<1>"}]
+    write_report(tmp_path / "r.html", "t", [run("r", [*rows, case("d", status="missed")])], [], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "By centre" in page.texts("h2")
+    names = [text for text in page.texts("th") if "case" in text]
+    assert names[2:] == ["X<1>2 cases, 2 patients", "Y1 case, 1 patient", "not given1 case, 1 patient"]
+    dice = [row[1] for row in page.rows(1)]
+    assert re.match(r"0\.800 \[0\.700, 0\.900\] \(2\)", dice[0])
+    assert dice[1].startswith("0.500 (1)")  # one patient: no interval
+    assert [row[4] for row in page.rows(1)] == ["0 of 2", "0 of 1", "1 of 11 missed"]
+    assert [row[3] for row in page.rows(2)] == ["X<1>", "Y", "X<1>", ""]
+    assert page.texts("button")[3] == "Centre"
+
+
+def test_modalities_have_a_table_where_evaluations_differ_in_them(tmp_path) -> None:
+    whole = run("net", [case("a", 0.9), case("b", 0.7)], present=["ct", "pet"])
+    part = run("net (pet only)", [case("b", 0.6), case("a", 0.5)], present=["pet"])
+    other = run("old", [case("a", 0.3)])  # says nothing of its modalities
+    write_report(tmp_path / "r.html", "t", [part, other, whole], [], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    first, second = page.rows(1)
+    assert first[:3] == ["yes", "yes", "\N{EN DASH}"]
+    assert second[:2] == ["no", "yes"]
+    assert second[2] == "-0.250 [-0.400, -0.100] (2)"  # -0.4 and -0.1: each is drawn twice in some resample
+    for runs in ([whole], [whole, {**whole, "name": "again"}], [whole, other]):
+        write_report(tmp_path / "r.html", "t", runs, [], {}, {})
+        assert "By modalities" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_mask_without_reference_has_its_volume_and_no_scores(tmp_path) -> None:
+    drawn = overlay("one <case>")
+    alone = Overlay(drawn.title, drawn.images, None, drawn.prediction, drawn.spacing)
+    write_report(tmp_path / "r.html", "t", [], [alone], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.texts("h2") == ["Intended use and limits", "Volumes", "Slices", "Manifest"]
+    assert page.rows(0) == [["0.29"]]
+    assert "one <case>: prediction" in page.texts("th")
+    assert "reference" not in page.texts("span")
+
+
 def test_definitions_and_intervals_are_explained_once(page) -> None:
     terms = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert "95th percentiles" in terms["hd95_mm"]
@@ -198,26 +268,23 @@ def test_the_same_input_writes_the_same_bytes(tmp_path) -> None:
 def test_a_report_without_runs_or_figures_is_still_a_page(tmp_path) -> None:
     write_report(tmp_path / "r.html", "empty", [], [], {}, {"seed": 0})
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert page.texts("h2") == ["Manifest"]
+    assert page.texts("h2") == ["Intended use and limits", "Manifest"]
 
 
-def test_without_matplotlib_the_tables_remain_and_the_page_says_why(tmp_path, monkeypatch) -> None:
+def test_without_matplotlib_and_pillow_the_tables_remain_and_the_page_says_why(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     write_report(tmp_path / "r.html", "t", [run("r", [case("a")])], [overlay()], learning_curves(), {})
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert page.texts("p").count("No figures: matplotlib is not installed.") == 2
+    for package in ("matplotlib", "PIL"):
+        assert page.texts("p").count(f"No figures: {package} is not installed.") == 1
     assert not page.attributes("img")
     assert len(page.rows(1)) == 1
 
 
 def test_importing_the_report_imports_neither_matplotlib_nor_nibabel() -> None:
-    code = "import sys, scripts.report; assert not {'matplotlib', 'nibabel'} & set(sys.modules)"
+    code = "import sys, scripts.report; assert not {'matplotlib', 'nibabel', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
-
-
-def test_run_names_are_shown_literally_in_legends() -> None:
-    """matplotlib hides labels that start with an underscore and reads dollars as formulas."""
-    assert report._plain("_a$b$") == r" _a\$b\$"
 
 
 def test_a_failing_report_leaves_the_old_one(tmp_path) -> None:
@@ -233,35 +300,6 @@ def test_pick_cases_takes_best_lower_median_and_worst_with_ties_by_case_id() -> 
     assert pick_cases(rows) == {"best": "b", "median": "m", "worst": "c"}
     assert pick_cases([case("a", 0.2), case("b", 0.4)]) == {"best": "b", "median": "a", "worst": "a"}
     assert pick_cases([case("a", status="true_negative")]) == pick_cases([]) == {}
-
-
-def panels(drawn: Overlay) -> list:
-    return [axes.images[0] for axes in report._overlay_figure(drawn).axes]
-
-
-def test_the_same_anatomy_in_another_orientation_draws_the_same_panels() -> None:
-    ras = overlay()
-    turned = {name: np.flip(v, (0, 1)).transpose(2, 0, 1) for name, v in [*ras.images.items(), ("r", ras.reference)]}
-    slp = Overlay("", {m: turned[m] for m in ras.images}, turned["r"], turned["r"], (3.0, 1.0, 1.0), "SLP")
-    for one, other in zip(panels(ras), panels(slp), strict=True):
-        np.testing.assert_array_equal(one.get_array(), other.get_array())
-        assert one.get_extent() == other.get_extent()
-
-
-def test_panels_are_in_mm_and_cut_the_largest_reference_area_in_radiological_view() -> None:
-    image = np.zeros((6, 5, 4))
-    image[4, 3, 2] = 1.0  # towards the patient's right, front and head
-    reference = image > 0
-    axial, coronal, sagittal = panels(Overlay("", {"ct": image}, reference, reference, (1.0, 2.0, 3.0)))
-    assert [p.get_extent() for p in (axial, coronal, sagittal)] == [[0, 6, 0, 10], [0, 6, 0, 12], [0, 10, 0, 12]]
-    assert np.argwhere(axial.get_array() > 0).tolist() == [[3, 1]]  # row from the bottom, column from the left
-    assert np.argwhere(coronal.get_array() > 0).tolist() == [[2, 1]]
-    assert np.argwhere(sagittal.get_array() > 0).tolist() == [[2, 3]]
-
-
-def test_empty_masks_and_missing_modalities_are_drawn() -> None:
-    empty = np.zeros((6, 5, 4), dtype=bool)
-    assert len(panels(Overlay("", {"ct": np.full(empty.shape, 7), "mr": empty}, empty, empty, (1, 1, 1)))) == 6
 
 
 @pytest.mark.parametrize(

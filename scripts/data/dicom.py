@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813
 from scripts.data.headers import Header, check_affine, itk_header
 
 SERIES, PATIENT, FRAME = "0020|000e", "0010|0020", "0020|0052"
-CLASS, POSITION = "0008|0016", "0020|0032"
+CLASS, POSITION, MODALITY = "0008|0016", "0020|0032", "0008|0060"
 UNEVEN = 0.02  # share of the distance between slices by which it may vary
 ASTRAY = 0.1  # share of it by which a slice may lie beside its place, after all of these
 ROUNDED = 1e-3  # by which slices may differ in a direction (cosine) or in the size of their voxels (mm)
@@ -156,3 +156,8 @@ class _quiet:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         sitk.ProcessObject.SetGlobalWarningDisplay(self.before)
+
+
+def is_pet(file: str) -> bool:
+    """Whether a slice is of a PET, whose stored values are not SUV yet."""
+    return _tag(_head(file), MODALITY) == "PT"

@@ -99,11 +99,6 @@ class GatherModalitiesd(Transform):
         lost = [str(path) for path in files if not path.exists()]
         if lost:
             raise FileNotFoundError(f"Case {item.get('case_id')}: no such file: {', '.join(lost)}.")
-        if isinstance(item.get("pet"), str | Path) and Path(item["pet"]).is_dir():
-            raise ValueError(
-                f"Case {item.get('case_id')}: {item['pet']} is a DICOM folder, whose PET is in Bq/ml: convert it to "
-                "SUV by body weight and give the file."
-            )
         absent = [k for k in self.used if k not in item]
         if absent and not self.allow_missing:
             raise ValueError(

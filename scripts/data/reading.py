@@ -15,10 +15,11 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
 from scripts.data.checks import Rules, judge_headers, judge_images, settle
-from scripts.data.dicom import read_series_header, series_files
+from scripts.data.dicom import is_pet, read_series_header, series_files
 from scripts.data.headers import METAIMAGE, NIFTI, TO_RAS, Header, read_header
 from scripts.data.metaimage import check_metaimage, check_voxels
 from scripts.data.nifti import located, read_nifti
+from scripts.data.suv import series_suv
 
 
 def header_of(path: str | Path, rules: Rules) -> Header:
@@ -40,7 +41,9 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
         check_voxels(Path(header.path), check_metaimage(Path(header.path)))
         image = _executed(sitk.ImageFileReader(), header.path, header.path)
     else:
-        image = _executed(sitk.ImageSeriesReader(), series_files(header.path, rules.series_uids), header.path)
+        files = series_files(header.path, rules.series_uids)
+        image = _executed(sitk.ImageSeriesReader(), files, header.path)
+        image = image * series_suv(files, header.path) if is_pet(files[0]) else image
     voxels = sitk.GetArrayFromImage(image).T
     if voxels.dtype not in (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64):
         voxels = voxels.astype(np.float32)
@@ -59,16 +62,22 @@ def _executed(reader: Any, names: Any, path: str) -> sitk.Image:
         raise ValueError(f"{path} is cut off or damaged: copy or export it again.") from error
 
 
-def read_itk(path: str | Path, rules: Rules) -> sitk.Image:
+def read_itk(path: str | Path, rules: Rules, channel: int | None = None) -> sitk.Image:
     """A judged and whole 3D image as SimpleITK has it, whose own reader takes cut files, and NaN in masks for 0.
 
+    Args:
+        path: of the file, or the folder of DICOM files.
+        rules: what is accepted.
+        channel: which of a 4D file's last axis.
+
     Raises:
-        ValueError: it is damaged, or not 3D.
+        ValueError: it is damaged, or 4D without a ``channel``.
     """
     header = header_of(path, rules)
-    if len(header.shape) > 3:
+    if len(header.shape) > 3 and channel is None:
         raise ValueError(f"{path} holds {' x '.join(map(str, header.shape))} voxels: give one 3D volume per file.")
-    image = sitk.GetImageFromArray(read_volume(header, rules)[0].numpy().T)
+    voxels = read_volume(header, rules)[0].numpy()
+    image = sitk.GetImageFromArray((voxels if voxels.ndim == 3 else voxels[..., channel]).T)
     affine = TO_RAS @ header.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image.SetSpacing(spacing.tolist())
@@ -111,13 +120,16 @@ class LoadModalitiesd(LoadImaged):
         unjudged: Sequence[str] = (),
         notes: bool = False,
     ) -> None:
-        super().__init__(keys, ensure_channel_first=True, allow_missing_keys=True)
-        self.reference, self.rules, self.stacked = reference or keys[0], rules or Rules(), list(stacked)
+        self.files, self.reference = list(keys), reference or keys[0]
+        # MONAI Label asks a loader's `keys` of every case: only the reference is always there.
+        super().__init__(self.reference, ensure_channel_first=True)
+        self.rules, self.stacked = rules or Rules(), list(stacked)
         self.before, self.unjudged, self.notes = before, set(unjudged), notes
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
-        paths = {str(k): str(item[k]) for k in self.key_iterator(item) if not isinstance(item[k], torch.Tensor)}
+        there = [key for key in self.files if key in item]
+        paths = {key: str(item[key]) for key in there if not isinstance(item[key], torch.Tensor)}
         headers = {key: header_of(path, self.rules) for key, path in paths.items()}
         settle(judge_headers(headers, self.reference, self.stacked), self.notes)
         if self.before:

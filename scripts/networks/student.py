@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from monai.networks.blocks import Convolution
@@ -152,3 +153,7 @@ class Student(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B C H W [D]`` to logits ``B classes H W [D]``."""
         return self.decode(self.encode(image))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's, but always strict: MONAI Label asks for less, and would answer with an untrained network."""
+        return super().load_state_dict(state_dict, strict=True, assign=assign)

@@ -290,11 +290,12 @@ def test_series_that_do_not_belong_together_are_refused_without_the_patients_ids
     assert "DOE" not in told
 
 
-def test_pet_as_dicom_is_refused_since_its_values_are_not_suv(segment: Segment, tmp_path: Path) -> None:
+def test_pet_whose_header_does_not_give_suv_is_refused(segment: Segment, tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason='PET in DICOM needs pip install ".[dicom]"')
     write_series(tmp_path / "ct")
-    write_series(tmp_path / "pet", tags={SERIES: "1.2.3.6"})
+    write_series(tmp_path / "pet", tags={SERIES: "1.2.3.6", "0008|0060": "PT"})
     told = refusal(segment("--ct", tmp_path / "ct", "--pet", tmp_path / "pet"), tmp_path / "out")
-    assert f"{tmp_path / 'pet'} is a DICOM folder, whose PET is in Bq/ml: convert it to SUV" in told
+    assert f"{tmp_path / 'pet'} has the units none: only BQML and GML become SUV by body weight" in told
 
 
 @pytest.mark.parametrize("chosen", [(), ("--series-uid", "1.2.3.4")], ids=["one series", "one of two"])

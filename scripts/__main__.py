@@ -295,8 +295,7 @@ def segment(args: argparse.Namespace) -> None:
     if args.data_list:
         from scripts.batch import segment_list
 
-        segment_list(args, segment, _sentence)
-        return
+        return segment_list(args, segment, _sentence)
     if not args.output:
         raise ValueError("Name the mask by --output, or a table of cases by --data-list.")
     output = Path(args.output)

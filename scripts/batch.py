@@ -41,6 +41,8 @@ def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[
     Raises:
         ValueError: some cases failed; every other one is segmented.
     """
+    if args.dry_run:
+        return
     modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())["modalities"]
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)

@@ -32,8 +32,8 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
     spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
     modalities = spec["modalities"]
     if args.dry_run:  # what it would print where one folder held every series
-        output = str(Path(args.output_dir or "runs/dicom") / "mask.nii.gz")
-        segment(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": output}))
+        where = str(Path(args.output_dir or "runs/dicom") / "mask.nii.gz")
+        segment(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": where}))
         return
     chosen = choose_series(find_series(args.study), modalities, args.series_uid or ())
     lost = [key for key in modalities if key not in chosen]

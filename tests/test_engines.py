@@ -312,6 +312,7 @@ def test_the_command_knows_the_engines_names() -> None:
         "cache_teachers",
         "distill",
         "segment",
+        "dicom",
         "export",
         "report",
         "benchmark",

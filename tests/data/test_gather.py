@@ -213,11 +213,3 @@ def test_modalities_are_stacked_in_order_and_absent_ones_are_zeros() -> None:
     assert done["presence"].tolist() == [True, False, True]
     assert set(done) == {"image", "presence", "case_id"}
     assert done["image"].meta["case_id"] == "p7"  # names the mask that inference saves
-
-
-def test_a_dicom_folder_as_pet_is_refused_because_it_is_not_in_suv(tmp_path: Path) -> None:
-    (tmp_path / "pet").mkdir()
-    (tmp_path / "ct.nii.gz").touch()
-    item = {"case_id": "A", "image": str(tmp_path / "ct.nii.gz"), "pet": str(tmp_path / "pet")}
-    with pytest.raises(ValueError, match=r"Case A: .*pet is a DICOM folder.*SUV"):
-        GatherModalitiesd(["ct", "pet"])(item)

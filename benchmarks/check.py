@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.checking import judge_case
+from scripts.checking import Criteria, judge_case
 from scripts.data import Rules, datalist
 from scripts.data.lists import Item
 from scripts.data.reading import header_of, read_volume
@@ -37,10 +37,10 @@ def measure(
     cases: list[Item], modalities: list[str], labels: list[list[float]], rounds: int
 ) -> list[dict[str, object]]:
     """One row per side: the median seconds, and the median ratio to reading the same case in the same round."""
-    rules, keys = Rules(), [*modalities, "label"]
+    criteria, keys = Criteria(modalities, labels), [*modalities, "label"]
     sides = {
-        "read once": lambda case: read_case(case, keys, rules),
-        "check": lambda case: judge_case(case, modalities, labels, rules),
+        "read once": lambda case: read_case(case, keys, criteria.rules),
+        "check": lambda case: judge_case(case, criteria),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as every process of `check`
-    spec = json.loads((ROOT / "configs/data" / f"{arguments.data}.json").read_text())
+    spec = json.loads((ROOT / "configs/data" / f"{arguments.data}.json").read_text(encoding="utf-8"))
     listed = datalist(arguments.data, arguments.dataset_dir)[: arguments.cases]
     rows = measure(listed, spec["modalities"], spec["labels"], arguments.rounds)
     for row in rows:

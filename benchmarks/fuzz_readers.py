@@ -14,6 +14,7 @@ readers run in child processes, which a signal ends where they hang.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import gzip
 import json
@@ -42,6 +43,7 @@ from scripts.data.reading import LoadModalitiesd, header_of, read_volume
 
 SECONDS = 5
 CAP = 256 * 2**20  # the files hold some kilobytes each
+ARENA_MAX = -8  # of mallopt in glibc
 RULES = Rules(max_voxels=2**26)  # so that a fault costs at most some hundred megabytes
 SHAPE = (9, 8, 7)
 INTEGERS = (0, 1, -1, 2, 7, 255, 400, 32767, -32768, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
@@ -246,7 +248,7 @@ def judge(path: Path, good: Path, data: bytes) -> str:
 
 def _address_space(field: str) -> int:
     """``VmPeak`` or ``VmSize`` in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
@@ -262,6 +264,7 @@ def _work(first: int, last: int, seed: int, folder: Path, judged: Callable[[Path
     whole = {source: _image(source, folder) for source in ("nifti1", "nifti2", "mha")}
     good = folder / "good.nii"
     good.write_bytes(whole["nifti1"])
+    ctypes.CDLL(None).mallopt(ARENA_MAX, 1)  # else threads reserve address space of their own, by chance
     judged(good, good, whole["nifti1"])  # threads and their stacks are there from now on
     before = _address_space("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (before + 8 * CAP, resource.RLIM_INFINITY))
@@ -300,7 +303,7 @@ def fuzz(
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
-        lines = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "lines").read_text(encoding="utf-8").splitlines()]
         done.update({line[0]: tuple(line) for line in lines if len(line) == 3})
         number, kind = lines[-1][:2]
         if number not in done:

@@ -30,7 +30,7 @@ CASE = (66, 66, 64)
 
 def networks(patch: list[int]) -> dict[str, torch.nn.Module]:
     """The five networks of docs/results.md and the student with batch normalisation, with random weights."""
-    options = json.loads((CONFIGS / "scale/small.json").read_text())["architectures"]
+    options = json.loads((CONFIGS / "scale/small.json").read_text(encoding="utf-8"))["architectures"]
     teachers = {"ct": "unetr", "pet": "hdenseformer", "mr": "swinunetr"}
     found: dict[str, torch.nn.Module] = {"student": Student(3, 2), "student, batch norm": Student(3, 2, norm="batch")}
     for modality, architecture in teachers.items():
@@ -40,7 +40,7 @@ def networks(patch: list[int]) -> dict[str, torch.nn.Module]:
 
 def measure(repeats: int) -> list[dict[str, object]]:
     """One row per network: median seconds over ``repeats`` rounds after one for warming up."""
-    settings = json.loads((CONFIGS / "inference.json").read_text())
+    settings = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
     inferer = SlidingWindowInferer(settings["patch"], overlap=settings["overlap"], mode="gaussian")
     image = torch.rand(1, 3, *CASE, generator=torch.Generator().manual_seed(0))
     nets = networks(settings["patch"])

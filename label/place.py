@@ -66,7 +66,7 @@ def place_bundle(app: Path, weights: Path) -> Path:
         else:
             shutil.copy(ROOT / name, target)
     for name, changes in CHANGES.items():
-        config = json.loads((ROOT / "configs" / name).read_text())
+        config = json.loads((ROOT / "configs" / name).read_text(encoding="utf-8"))
         if "network_def" in changes:
             config["student"] = config["network_def"]
         for key, value in changes.items():
@@ -75,7 +75,7 @@ def place_bundle(app: Path, weights: Path) -> Path:
             for parent in parents:
                 place = place[parent]
             place[last] = value
-        (bundle / "configs" / name).write_text(json.dumps(config, indent=2) + "\n")
+        (bundle / "configs" / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     kept = bundle / "models" / "model.pt"
     kept.parent.mkdir(exist_ok=True)
     if not kept.exists():

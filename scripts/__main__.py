@@ -140,7 +140,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.dataset_dir and not args.data_list:
         raise ValueError("There is nothing to check: name a folder by --dataset-dir, or a table by --data-list.")
     if not args.dry_run:
-        spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())}
+        spec = {**_merged(args), **json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))}
         check_and_tell(args, spec, _rules(spec))
 
 
@@ -189,7 +189,7 @@ def _merged(args: argparse.Namespace) -> dict[str, Any]:
     """Plain values of the configs that every training composes, and of --set."""
     merged: dict[str, Any] = {}
     for name in ("train", *_context(args)):
-        merged |= json.loads((CONFIGS / f"{name}.json").read_text())
+        merged |= json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
     return {**merged, **_settings(args), **_training(args)}
 
 
@@ -253,7 +253,7 @@ def _methods() -> str:
     """One line per method: its name and its terms, each as loss(tap)."""
     lines = []
     for name in config_names("methods"):
-        config = json.loads((CONFIGS / "methods" / f"{name}.json").read_text())
+        config = json.loads((CONFIGS / "methods" / f"{name}.json").read_text(encoding="utf-8"))
         terms = [value for key, value in config.items() if key.startswith("loss#terms#")]
         losses = (f"{term['loss']['_target_'].rsplit('.', 1)[-1]}({term['tap']})" for term in terms)
         lines.append(f"{name:<12} {', '.join(losses)}")
@@ -301,7 +301,7 @@ def segment(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if not output.name.endswith(".nii.gz"):
         raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
-    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
     modalities = spec["modalities"]
     files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
     if args.stacked:
@@ -352,7 +352,7 @@ def report(args: argparse.Namespace) -> None:
     from scripts.data import datalist
     from scripts.evaluation import compare
 
-    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
     cases = datalist(args.data, args.dataset_dir, args.data_list, spec["modalities"], args.allow_outside)
     output = args.output_dir or "runs/report"
     print(compare(args.evaluations, output, cases, spec["intensity"], args.curves, args.title, spec["labels"]))

@@ -43,7 +43,7 @@ def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[
     """
     if args.dry_run:
         return
-    modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())["modalities"]
+    modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))["modalities"]
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)
     masks = {case["case_id"]: output / _name(case, modalities[0], args.bids) for case in cases}

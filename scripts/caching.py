@@ -159,7 +159,9 @@ class _Writer:
 
     def finish(self, cases: Sequence[Case]) -> None:
         """Write the manifest; entries of cases that were not asked for this time stay."""
-        kept = json.loads(self.manifest.read_text())["cases"] if self.manifest.is_file() else {}  # of the same head
+        kept = (
+            json.loads(self.manifest.read_text(encoding="utf-8"))["cases"] if self.manifest.is_file() else {}
+        )  # of the same head
         entries = {str(case["case_id"]): self._entry(case) for case in cases}
         approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
         notes = {"version": code_version(), "approximate": approximate}

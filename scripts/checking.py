@@ -7,6 +7,7 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from scripts.data.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, judge_headers, judge_images, last_axes
+from scripts.data.checks import (
+    ERROR,
+    LABEL,
+    NOTE,
+    WARNING,
+    Finding,
+    Rules,
+    judge_constant,
+    judge_headers,
+    judge_voxels,
+    last_axes,
+)
 from scripts.data.gather import GatherModalitiesd, MapLabelsd
 from scripts.data.headers import Header
 from scripts.data.lists import IncompleteError, Item, datalist
@@ -25,46 +37,54 @@ EXPECTED = (ValueError, OSError)  # what a sentence for the user comes as
 SHOWN = 200  # findings in the table; the JSON holds all
 
 
-def check_cohort(
-    name: str,
-    root: str,
-    modalities: Sequence[str],
-    labels: Sequence[Sequence[float]],
-    rules: Rules,
-    naming: Sequence[Mapping[str, str]] = (),
-    allow_missing: bool = False,
-    file: str = "",
-    allow_outside: bool = False,
-    workers: int = 2,
-    stacked: bool = False,
-) -> tuple[list[Finding], int]:
-    """Judge every case; one volume per process is in memory at a time.
+@dataclass(frozen=True)
+class Criteria:
+    """What every case is judged by.
 
-    Args:
-        name, root, file, allow_outside: of the data list, see ``scripts.data.lists.datalist``.
+    Attributes:
         modalities: the reference first.
         labels: per class the label's values.
         rules: what is accepted.
         naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
         allow_missing: whether absent modalities are warnings only.
-        workers: processes.
         stacked: each case's ``image`` is one 4D file of all modalities.
+    """
+
+    modalities: Sequence[str]
+    labels: Sequence[Sequence[float]]
+    rules: Rules = field(default_factory=Rules)
+    naming: Sequence[Mapping[str, str]] = ()
+    allow_missing: bool = False
+    stacked: bool = False
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """The modalities along the last axis of a file of several."""
+        return self.modalities if self.stacked else ()
+
+
+def check_cohort(
+    name: str, root: str, criteria: Criteria, file: str = "", allow_outside: bool = False, workers: int = 2
+) -> tuple[list[Finding], int]:
+    """Judge every case; one volume per process is in memory at a time.
+
+    Args:
+        name, root, file, allow_outside: of the data list, see ``scripts.data.lists.datalist``.
+        criteria: what each case is judged by.
+        workers: processes.
 
     Returns:
         What was found, and the number of cases.
     """
     found: list[Finding] = []
     try:
-        cases = datalist(name, root, file, modalities, allow_outside)
+        cases = datalist(name, root, file, criteria.modalities, allow_outside)
     except IncompleteError as error:
         cases = error.cases
         found += [Finding(ERROR, f"{path} is missing: add it, or remove the case.") for path in error.lost]
     except EXPECTED as error:
         return [Finding(ERROR, str(error))], 0
-    work = partial(
-        judge_case, modalities=modalities, labels=labels, rules=rules, naming=naming, allow_missing=allow_missing,
-        stacked=stacked,
-    )  # fmt: skip
+    work = partial(judge_case, criteria=criteria)
     if cases:
         with ProcessPoolExecutor(min(workers, len(cases)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             judged = tqdm(pool.map(work, cases), total=len(cases), desc="checking", unit="case")
@@ -72,70 +92,53 @@ def check_cohort(
     return found, len(cases)
 
 
-def judge_case(
-    case: Item,
-    modalities: Sequence[str],
-    labels: Sequence[Sequence[float]],
-    rules: Rules,
-    naming: Sequence[Mapping[str, str]] = (),
-    allow_missing: bool = False,
-    stacked: bool = False,
-) -> list[Finding]:
+def judge_case(case: Item, criteria: Criteria) -> list[Finding]:
     """One case: its files, their heads, their voxels, its label."""
-    name = str(case["case_id"])
-    paths, found = _paths(case, modalities, naming, allow_missing, stacked)
+    paths, found = _paths(case, criteria)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
         try:
-            headers[key] = header_of(path, rules)
+            headers[key] = header_of(path, criteria.rules)
         except EXPECTED as error:
-            found.append(Finding(ERROR, str(error), name, key))
-    layers = modalities if stacked else ()
-    found += judge_headers(headers, modalities[0], layers)
-    constant = []
+            found.append(Finding(ERROR, str(error), key=key))
+    found += judge_headers(headers, criteria.modalities[0], criteria.layers)
     for key, header in headers.items():
-        fits = header.shape[3:] == last_axes(key, layers)
-        one = _judge_volume(key, header, labels, rules, layers) if fits else []
-        constant += [header.path for each in one if " is constant: " in each.what]
-        found += one
-    if constant and len(constant) == len([key for key in paths if key != LABEL]):
-        names = " and ".join(dict.fromkeys(constant))
-        found.append(Finding(ERROR, f"Every image of the case is constant ({names}): check the files."))
-    return [each._replace(case_id=name) for each in found]
+        if header.shape[3:] == last_axes(key, criteria.layers):
+            found += _judge_volume(key, header, criteria)
+    found += judge_constant(found, {key: str(path) for key, path in paths.items() if key != LABEL})
+    return [each._replace(case_id=str(case["case_id"])) for each in found]
 
 
-def _paths(
-    case: Item, modalities: Sequence[str], naming: Sequence[Mapping[str, str]], allow_missing: bool, stacked: bool
-) -> tuple[dict[str, str], list[Finding]]:
+def _paths(case: Item, criteria: Criteria) -> tuple[dict[str, str], list[Finding]]:
     """The files of a case that are there, by key, and what is to be said of the others."""
+    modalities = criteria.modalities
     keys = (*modalities, "image", LABEL)
     lost = {key: case[key] for key in keys if key in case and not Path(case[key]).exists()}
-    level = WARNING if allow_missing else ERROR
+    first = {path: key for key, path in reversed(lost.items())}  # one file may stand for several modalities
     found = [
-        Finding(ERROR, f"{path} is missing: add it, or remove the case.", key=next(k for k in lost if lost[k] == path))
+        Finding(ERROR, f"{path} is missing: add it, or remove the case.", key=first[path])
         for path in dict.fromkeys(lost.values())
     ]
     item: dict[Any, Any] = {key: value for key, value in case.items() if key not in lost}
     try:
-        item = GatherModalitiesd(modalities, naming, allow_missing=True, stacked=stacked)(item)
+        item = GatherModalitiesd(modalities, criteria.naming, allow_missing=True, stacked=criteria.stacked)(item)
     except EXPECTED as error:
         if not lost:
             return {key: item[key] for key in keys if key in item and key != "image"}, [Finding(ERROR, str(error))]
     absent = [key for key in modalities if key not in item and key not in lost]
     if absent:
+        level = WARNING if criteria.allow_missing else ERROR
         found.append(Finding(level, f"{', '.join(absent)} is absent: add it, or allow it by --allow-missing."))
     return {key: item[key] for key in keys if key in item and key != "image"}, found
 
 
-def _judge_volume(
-    key: str, header: Header, labels: Sequence[Sequence[float]], rules: Rules, stacked: Sequence[str]
-) -> list[Finding]:
+def _judge_volume(key: str, header: Header, criteria: Criteria) -> list[Finding]:
     """A file's voxels, which are let go again."""
     try:
-        volume = read_modality(key, header, rules, stacked)
+        volume = read_modality(key, header, criteria.rules, criteria.layers)
         if key != LABEL:
-            return [each for each in judge_images({key: volume}, rules) if not each.what.startswith("Every image")]
-        mapped = MapLabelsd(LABEL, labels)({LABEL: volume})[LABEL]
+            return judge_voxels(volume, key, criteria.rules)
+        mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL]
     except EXPECTED as error:
         return [Finding(ERROR, str(error), key=key)]
     return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
@@ -147,10 +150,12 @@ def check_and_tell(args: argparse.Namespace, spec: Mapping[str, Any], rules: Rul
     Raises:
         ValueError: there are errors.
     """
+    criteria = Criteria(
+        spec["modalities"], spec["labels"], rules, spec.get("naming", ()), args.allow_missing, spec["stacked"]
+    )
     found, cases = check_cohort(
-        args.data, args.dataset_dir or "", spec["modalities"], spec["labels"], rules, spec.get("naming", ()),
-        args.allow_missing, args.data_list or "", args.allow_outside, args.workers, spec["stacked"],
-    )  # fmt: skip
+        args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
+    )
     print(summary(found, cases))
     if args.json:
         write_findings(found, cases, args.json)

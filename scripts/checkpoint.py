@@ -222,7 +222,7 @@ class WeightsLoader:
     def __init__(self, network: nn.Module, path: str, checksum: str | None = None) -> None:
         self.network, self.path = network, Path(path)
         beside = self.path.with_name(self.path.name + ".sha256")
-        self.checksum = checksum or (beside.read_text().split()[0] if beside.is_file() else None)
+        self.checksum = checksum or (beside.read_text(encoding="utf-8").split()[0] if beside.is_file() else None)
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""

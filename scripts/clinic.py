@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts.arguments import CONFIGS
-from scripts.data.dicom import series_files
+from scripts.data.dicom import series_slices
 from scripts.dicom_out import read_slices, write_rtstruct, write_seg
 from scripts.manifest import code_version
 from scripts.study import KINDS, Series, choose_series, find_series
@@ -29,7 +29,7 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
         ValueError: the study lacks a series, holds several of a kind, or mixes patients or frames of reference; the
             reference series is absent; an optional package is not installed.
     """
-    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text())
+    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
     modalities = spec["modalities"]
     if args.dry_run:  # what it would print where one folder held every series
         where = str(Path(args.output_dir or "runs/dicom") / "mask.nii.gz")
@@ -52,7 +52,7 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
 def _write(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool) -> None:
     for name in ("pydicom", "highdicom"):  # they would tell of names and ids that are not as the standard wants them
         logging.getLogger(name).setLevel(logging.ERROR)
-    slices = read_slices(series_files(reference.folder, [reference.uid]))
+    slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
     write_seg(mask, slices, label, code_version(), output / "seg.dcm")
     print(f"DICOM SEG: {output / 'seg.dcm'}")
     if rtstruct:
@@ -62,5 +62,5 @@ def _write(mask: Path, reference: Series, label: str, output: Path, rtstruct: bo
 
 def _segment_name() -> str:
     """What the metadata call the foreground."""
-    formats = json.loads((CONFIGS / "metadata.json").read_text())["network_data_format"]
+    formats = json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["network_data_format"]
     return str(formats["outputs"]["pred"]["channel_def"]["1"])

@@ -50,7 +50,7 @@ def seed_mean(runs: Sequence[Sequence[Row]]) -> list[Row]:
 def _cost(folder: Path) -> dict[str, float]:
     """Seconds of a training, its stages included, its median step and its peak memory."""
     manifests = [folder / "manifest.json", *sorted(folder.glob("stages/*/manifest.json"))]
-    read = [json.loads(path.read_text()) for path in manifests if path.is_file()]
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in manifests if path.is_file()]
     curves = folder / "curves.csv"
     steps = [row["seconds_per_step"] or 0.0 for row in read_curves(curves)] if curves.is_file() else [0.0]
     return {
@@ -81,7 +81,7 @@ def entry(row: str, folders: Sequence[Path], evaluations: Sequence[Path]) -> dic
 def _term_weights(folder: Path) -> dict[str, float]:
     """The weights of a distillation's terms, as its manifest has them."""
     path = folder / "manifest.json"
-    loss = (json.loads(path.read_text()).get("config") or {}).get("loss", {}) if path.is_file() else {}
+    loss = (json.loads(path.read_text(encoding="utf-8")).get("config") or {}).get("loss", {}) if path.is_file() else {}
     terms = loss.get("terms", {}) if isinstance(loss, Mapping) else {}
     return {name: term["weight"] for name, term in terms.items()}
 

@@ -128,11 +128,11 @@ def to_torchscript(network: nn.Module, path: Path) -> None:
     if config is None:
         raise RuntimeError("TorchScript is exported from a running bundle: python -m scripts export.")
     configs = Path(bundle_root()) / "configs"
-    plain = json.loads((configs / "inference.json").read_text())
+    plain = json.loads((configs / "inference.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key != "_meta_"} | {key: plain[key] for key in PRIVATE}
     beside, weights = path.with_name("inference.json"), path.with_name("plain.pt")
     try:
-        beside.write_text(json.dumps(config))
+        beside.write_text(json.dumps(config), encoding="utf-8")
         torch.save({"model": network.state_dict()}, weights)
         ckpt_export(
             net_id="network_def", filepath=str(path), ckpt_file=str(weights), key_in_ckpt="model",

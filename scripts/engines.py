@@ -230,7 +230,7 @@ def read_export(weights: str | Path) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         raise UnavailableError(f"no exported files beside {weights}: {again} makes them.")
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found, now, _ = record["weights_sha256"], sha256(weights), record["models"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UnavailableError(f"{folder / RECORD} is damaged: {again} makes it anew.") from error

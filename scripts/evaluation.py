@@ -111,7 +111,7 @@ def _overlays(
 def _listed(folder: str) -> list[Case]:
     """The cases of an evaluation, from its manifest."""
     path = Path(folder) / "manifest.json"
-    data = json.loads(path.read_text()).get("data") if path.is_file() else None
+    data = json.loads(path.read_text(encoding="utf-8")).get("data") if path.is_file() else None
     return data if isinstance(data, list) else []
 
 
@@ -212,7 +212,7 @@ def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
     """The manifest of the inference that made the masks, or a new one where they were made elsewhere."""
     path = Path(output_dir) / "manifest.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found["data"] == json.loads(json.dumps(list(cases), default=str)):  # not of an earlier run on other cases
             return found
     return write_manifest(output_dir, list(cases))
@@ -277,7 +277,7 @@ def compare(
         if not summary.is_file():
             raise FileNotFoundError(f"{folder} holds no summary.json: run `python -m scripts evaluate` first.")
         rows = _with_centres(read_rows(Path(folder) / "cases.csv"), [*_listed(folder), *cases])
-        runs.append({**json.loads(summary.read_text()), "rows": rows})
+        runs.append({**json.loads(summary.read_text(encoding="utf-8")), "rows": rows})
     scored = [case for case in cases if "label" in case]
     last = runs[-1]
     ranges = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")

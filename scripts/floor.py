@@ -29,7 +29,7 @@ REPEATS = 3
 def cpu_name(threads: int = 0) -> str:
     """The CPU's model, its cores, and the threads in use: those asked for, or PyTorch's choice."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     model = model or platform.processor() or "unknown CPU"
     return f"{model}, {os.cpu_count()} cores, {threads or torch.get_num_threads()} threads"

@@ -24,7 +24,7 @@ Row = dict[str, float | int | None]
 
 def read_curves(path: str | Path) -> list[Row]:
     """Rows of a curves file; an empty cell is None."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
     return [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
 

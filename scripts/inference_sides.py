@@ -106,7 +106,7 @@ def make_volume(name: str, plan: Plan) -> Volume:
     folder = plan.output / "volumes"
     if name == PATIENT:
         case = find_patient(Path(plan.dataset_dir))
-        small = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text())["patch"]
+        small = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text(encoding="utf-8"))["patch"]
         return Volume(name, case, write_case(folder / "warm", small), {}, teachers_scale(name))
     overrides = {"patch": list(WINDOW), "spacing": list(SPACING), "overlap": OVERLAP}
     case = write_case(folder / name, shape_of(name))
@@ -117,7 +117,7 @@ def all_sides(volume: Volume, plan: Plan) -> list[Side]:
     """Every side on a volume, the student's engines first."""
     data = ("inference", f"data/{plan.data}")
     student, teachers = (*data, f"scale/{plan.scale}"), (*data, f"scale/{volume.teachers}", "benchmark/stock")
-    modalities = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text())["modalities"]
+    modalities = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text(encoding="utf-8"))["modalities"]
     random: dict[str, Any] = {"handlers": []}
     wide = {"architecture": "segresnet", "teacher_modalities": modalities}
     wide["architectures"] = {"segresnet": {"init_filters": 16}}

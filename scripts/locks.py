@@ -40,9 +40,9 @@ def hold(path: str | Path) -> None:
     single = target.name.endswith(".nii.gz")
     folder = target.parent if single else target
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f".{target.name}" if single else "."
-    owner = folder / f"{stem}run.json"
-    lock = FileLock(folder / f"{stem}lock")
+    stem = f".{target.name}" if single else ""
+    owner = folder / f"{stem}.run.json"
+    lock = FileLock(folder / f"{stem}.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -80,7 +80,7 @@ def release(pid: int | None = None) -> None:
 def _owner(path: Path) -> dict[str, Any]:
     """Who says to hold it; nothing where there is nobody, or the file is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     named = isinstance(found, dict) and {"host", "since"} <= set(found) and isinstance(found.get("pid"), int)

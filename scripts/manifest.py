@@ -48,7 +48,7 @@ def _commit() -> str | None:
 
 def code_version() -> str:
     """The bundle's version and commit."""
-    version_ = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text())["version"]
+    version_ = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
     return f"{version_} ({_commit() or 'no checkout'})"
 
 

@@ -35,7 +35,7 @@ def _train(arguments: Sequence[str], output: Path, processes: int, batch: int, e
         said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or [done.stderr[-300:]]
         raise RuntimeError(f"A training with {processes} process(es) failed: {said[0]}")
     steps = [row["seconds_per_step"] or 0.0 for row in read_curves(output / "curves.csv") if (row["epoch"] or 0) > 1]
-    peak = json.loads((output / "manifest.json").read_text())["peak_mib"]
+    peak = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["peak_mib"]
     return statistics.median(steps), peak
 
 

@@ -76,7 +76,7 @@ def write_case(folder: Path, shape: Sequence[int], seed: int = 0) -> dict[str, s
     """Write a case of 1 mm voxels as ``<modality>.nii.gz`` and return its data list's item; what is there is kept."""
     files = {modality: folder / f"{modality}.nii.gz" for modality in DRAWN}
     claim, told = folder / "volume.json", json.dumps({"format": FORMAT, "shape": list(shape), "seed": seed})
-    if not claim.is_file() or claim.read_text() != told:
+    if not claim.is_file() or claim.read_text(encoding="utf-8") != told:
         folder.mkdir(parents=True, exist_ok=True)
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # axes as in files that come from DICOM
         for modality, path in files.items():

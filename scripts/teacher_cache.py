@@ -86,7 +86,7 @@ def read_manifest(folder: Path, teacher: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no cache of the teacher {teacher} at {path}: run cache-teachers first.")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{path} cannot be read: make the cache again by cache-teachers --rebuild.") from error
     require_same(manifest, teacher, "format", FORMAT)

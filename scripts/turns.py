@@ -60,7 +60,7 @@ def memory_mib(entry: str = "VmHWM") -> float:
     Not ``ru_maxrss`` where it can be helped: a process takes it over from the one that started it.
     """
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.is_file() else ():
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

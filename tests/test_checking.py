@@ -180,6 +180,6 @@ def test_one_volume_at_a_time_is_in_memory(faulty: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(reading, "read_volume", read)
     for case in datalist("phantom", faulty):
-        checking.judge_case(case, MODALITIES, LABELS, Rules())
+        checking.judge_case(case, checking.Criteria(MODALITIES, LABELS))
     assert len(before) >= 20
     assert before == [0] * len(before)

@@ -18,18 +18,27 @@ from scripts.data.headers import MAX_VOXELS, Affine, Header
 logger = logging.getLogger(__name__)
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
+CONSTANT = "constant"
 LABEL = "label"
 AIR_HU, MOST_SUV, LEAST_SUV = -200.0, 200.0, -10.0  # air has about -1000 HU; tumours rarely exceed 50 g/mL
 LEAST_SIGNAL = -500.0  # magnetic resonance and its maps do not go there, HU do
 
 
 class Finding(NamedTuple):
-    """A sentence about a case: an error is refused, a warning is told, a note is there for who wants to know."""
+    """A sentence about a case: an error is refused, a warning is told, a note is there for who wants to know.
+
+    Attributes:
+        level: ``ERROR``, ``WARNING`` or ``NOTE``.
+        what: the sentence.
+        case_id, key: whose it is; the key is a modality or ``label``.
+        kind: ``CONSTANT``, or nothing where nobody goes by it.
+    """
 
     level: str
     what: str
     case_id: str = ""
     key: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,8 @@ def judge_voxels(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:
         found.append(Finding(WARNING, f"{what}: replaced by {rules.replace_nonfinite:g}", key=key))
         low, high = (float(each) for each in torch.aminmax(voxels))
     if low == high:
-        return [*found, Finding(WARNING, f"{path} ({key}) is constant: every voxel is {low:g}", key=key)]
+        what = f"{path} ({key}) is constant: every voxel is {low:g}"
+        return [*found, Finding(WARNING, what, key=key, kind=CONSTANT)]
     doubt = _doubt(key, low, high)
     return [*found, Finding(WARNING, f"{path} {doubt}", key=key)] if doubt else found
 
@@ -206,8 +216,19 @@ def judge_images(volumes: Mapping[str, MetaTensor], rules: Rules) -> list[Findin
     """``judge_voxels`` of every image but the label; constant images alone are refused."""
     images = {key: volume for key, volume in volumes.items() if key != LABEL}
     found = [each for key, volume in images.items() for each in judge_voxels(volume, key, rules)]
-    constant = [each for each in found if " is constant: " in each.what]
-    if images and len(constant) == len(images):
-        names = " and ".join(str(volume.meta.get("filename_or_obj", key)) for key, volume in images.items())
-        found.append(Finding(ERROR, f"Every image of the case is constant ({names}): check the files."))
-    return found
+    names = {key: str(volume.meta.get("filename_or_obj", key)) for key, volume in images.items()}
+    return found + judge_constant(found, names)
+
+
+def judge_constant(findings: Iterable[Finding], names: Mapping[str, str]) -> list[Finding]:
+    """One constant image may be an empty field of view; a case of nothing else is an error.
+
+    Args:
+        findings: of ``judge_voxels`` for all of the case's images.
+        names: their files by modality.
+    """
+    constant = {each.key for each in findings if each.kind == CONSTANT}
+    if not names or constant != set(names):
+        return []
+    listed = " and ".join(dict.fromkeys(names.values()))  # one file may stand for several modalities
+    return [Finding(ERROR, f"Every image of the case is constant ({listed}): check the files.")]

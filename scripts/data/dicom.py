@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ ASTRAY = 0.1  # share of it by which a slice may lie beside its place, after all
 ROUNDED = 1e-3  # by which slices may differ in a direction (cosine) or in the size of their voxels (mm)
 
 
-def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> list[str]:
-    """The files of the one series in a folder, in the order of their positions.
+def series_slices(folder: str | Path, series_uids: Sequence[str] = ()) -> dict[str, sitk.ImageFileReader]:
+    """The files of the one series in a folder and their heads, in the order of their positions.
 
     Args:
         folder: whose own files are looked at, not those of folders in it.
@@ -38,23 +39,24 @@ def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> list[st
                 f"{folder} holds {len(found)} DICOM series ({', '.join(found)}): choose one by --series-uid."
             )
         files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in found}
-    _refuse_lost(Path(folder), {Path(name).name for names in files.values() for name in names}, files[chosen[0]][0])
-    return _ordered([str(name) for name in files[chosen[0]]])
+    slices = _ordered({str(name): _head(str(name)) for name in files[chosen[0]]})
+    listed = {Path(name).name for names in files.values() for name in names}
+    _refuse_lost(Path(folder), listed, _tag(next(iter(slices.values())), CLASS))
+    return slices
 
 
-def _ordered(files: list[str]) -> list[str]:
+def _ordered(heads: dict[str, sitk.ImageFileReader]) -> dict[str, sitk.ImageFileReader]:
     """By position along the slices' normal, which GDCM sees to for most kinds of files only."""
-    heads = [_head(name) for name in files]
-    if len(files) == 1:
-        return files
-    normal = np.array(heads[0].GetDirection()).reshape(3, 3)[:, 2]
-    along = [float(_position(head, name) @ normal) for head, name in zip(heads, files, strict=True)]
-    return [files[index] for index in np.argsort(along, kind="stable")]
+    if len(heads) == 1:
+        return heads
+    normal = np.array(next(iter(heads.values())).GetDirection()).reshape(3, 3)[:, 2]
+    along = {name: float(_position(head, name) @ normal) for name, head in heads.items()}
+    return {name: heads[name] for name in sorted(along, key=lambda name: along[name])}
 
 
-def _refuse_lost(folder: Path, listed: set[str], slice_file: str) -> None:
+def _refuse_lost(folder: Path, listed: set[str], sop_class: str) -> None:
     """GDCM leaves out what it cannot read, so that a series would end before a slice that is cut off."""
-    kind = _tag(_head(slice_file), CLASS).strip("\0").encode()
+    kind = sop_class.strip("\0").encode()
     for path in sorted(folder.iterdir()):
         if path.name in listed or path.name.startswith(".") or not path.is_file():
             continue
@@ -69,11 +71,11 @@ def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_
     """Read every slice's head and judge whether they make one volume.
 
     Raises:
-        ValueError: see ``series_files``; slices of several patients, frames of reference or grids, a missing or a
+        ValueError: see ``series_slices``; slices of several patients, frames of reference or grids, a missing or a
             doubled slice, uneven distances, a tilted gantry, or more than ``max_voxels``.
     """
-    files = series_files(folder, series_uids)
-    heads = [_head(name) for name in files]
+    slices = series_slices(folder, series_uids)
+    heads = list(slices.values())
     tags = [{key: _tag(head, key) for key in (SERIES, PATIENT, FRAME)} for head in heads]
     for key, what in ((PATIENT, "patients"), (FRAME, "frames of reference")):
         if len({tag[key] for tag in tags}) > 1:
@@ -85,13 +87,13 @@ def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_
     if len({head.GetSize() for head in heads}) > 1 or np.ptp(spacings, axis=0).max() > ROUNDED:
         raise ValueError(f"{folder} holds slices of several sizes: keep those of one series.")
     series = (tags[0][SERIES], tags[0][PATIENT], tags[0][FRAME])
-    header = itk_header(heads[0], str(folder))._replace(series=series)
-    if len(files) > 1:
+    header = itk_header(heads[0], str(folder))._replace(series=series, slices=tuple(slices))
+    if len(slices) > 1:
         if header.shape[2:] != (1,):
             raise ValueError(f"{folder} holds several files of several slices each: keep one of them.")
-        positions = np.array([_position(head, name) for head, name in zip(heads, files, strict=True)])
+        positions = np.array([_position(head, name) for name, head in slices.items()])
         affine = _stacked(header.affine, positions, str(folder))
-        header = header._replace(affine=affine, shape=(*header.shape[:2], len(files)))
+        header = header._replace(affine=affine, shape=(*header.shape[:2], len(slices)))
     if max_voxels is not None and header.voxels > max_voxels:
         raise ValueError(f"{folder} holds {header.voxels} voxels, more than the cap of {max_voxels}: see --max-voxels.")
     check_affine(header.affine, str(folder))
@@ -147,15 +149,15 @@ def _position(head: sitk.ImageFileReader, name: str) -> np.ndarray:
     return np.array(parts)
 
 
-class _quiet:  # noqa: N801
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Without ITK's warnings on standard error, which repeat per slice."""
-
-    def __enter__(self) -> None:
-        self.before = sitk.ProcessObject.GetGlobalWarningDisplay()
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
-
-    def __exit__(self, *_: object) -> None:
-        sitk.ProcessObject.SetGlobalWarningDisplay(self.before)
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
 def is_pet(file: str) -> bool:

@@ -39,6 +39,7 @@ class Header(NamedTuple):
         end: bytes of the unpacked file up to the last voxel, where that is known.
         warnings: sentences about what is odd, but usable.
         series: DICOM's series, patient and frame of reference, or nothing.
+        slices: DICOM's files, in the order of their positions.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Header(NamedTuple):
     end: int | None = None
     warnings: tuple[str, ...] = ()
     series: tuple[str, str, str] | None = None
+    slices: tuple[str, ...] = ()
 
     @property
     def voxels(self) -> int:

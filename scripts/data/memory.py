@@ -51,7 +51,10 @@ def available_bytes() -> int:
     """What this process can still get: of the machine, its control group and its own limits."""
     free = [psutil.virtual_memory().available]
     with suppress(OSError, ValueError):  # no such group, or "max"
-        free.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+        free.append(
+            int((CGROUP / "memory.max").read_text(encoding="utf-8"))
+            - int((CGROUP / "memory.current").read_text(encoding="utf-8"))
+        )
     process = psutil.Process().memory_info()
     if hasattr(psutil, "RLIMIT_AS"):
         for limit, used in ((psutil.RLIMIT_AS, process.vms), (psutil.RLIMIT_DATA, process.data)):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 HEAD = 1 << 16  # bytes in which a header must end
 # Writers add fields such as "dim[0]" and "0008|0060".
 LINE = re.compile(r"([!-<>-~][ -<>-~]{0,200}?)[ \t]*=([\t -~\x80-\xff]{0,1000})")
+WHOLE = re.compile(r"0*[1-9]\d{0,9}", re.ASCII)
 SIZES = {"MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4, "MET_LONG": 4}
 SIZES |= {"MET_ULONG": 4, "MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4, "MET_DOUBLE": 8}
 VECTORS = ("Offset", "Position", "Origin", "ElementSpacing", "ElementSize", "CenterOfRotation")
@@ -22,9 +23,10 @@ SAME = (VECTORS[:3], MATRICES, SWITCHES[1:3])
 
 
 class Voxels(NamedTuple):
-    """Where a file's voxels are: first byte, unpacked size, whether they are compressed, and their shape."""
+    """Where a file's voxels are: first and last byte, unpacked size, whether they are compressed, and their shape."""
 
     start: int
+    end: int
     size: int
     packed: bool
     shape: tuple[int, ...]
@@ -58,7 +60,13 @@ def check_metaimage(path: Path) -> Voxels:
         what = f"{kind[:40]}, {channels[:10]} channels"
         raise ValueError(f"{path} holds RGB, complex or other voxels ({what}): give an image of one number per voxel.")
     shape = tuple(int(n) for n in fields["DimSize"].split())
-    return Voxels(start, math.prod(shape) * SIZES[kind], fields.get("CompressedData") == "True", shape)
+    end = path.stat().st_size
+    if "CompressedDataSize" in fields:  # ITK allocates this much before it reads
+        claimed = start + int(fields["CompressedDataSize"])
+        if claimed > end:
+            raise ValueError(f"{path} is cut off or damaged: copy it again.")
+        end = claimed
+    return Voxels(start, end, math.prod(shape) * SIZES[kind], fields.get("CompressedData") == "True", shape)
 
 
 def _fault(fields: dict[str, str]) -> str:
@@ -72,7 +80,7 @@ def _fault(fields: dict[str, str]) -> str:
     if any(sum(name in fields for name in names) > 1 for names in SAME):
         return "one thing said twice"
     sizes = fields["DimSize"].split()
-    if len(sizes) != count or not all(re.fullmatch(r"0*[1-9]\d{0,9}", n, re.ASCII) for n in sizes):
+    if len(sizes) != count or not all(re.fullmatch(WHOLE, n) for n in sizes):
         return "DimSize"
     wanted = {**dict.fromkeys(VECTORS, count), **dict.fromkeys(MATRICES, count * count)}
     for name in wanted.keys() & fields.keys():
@@ -83,6 +91,9 @@ def _fault(fields: dict[str, str]) -> str:
             return name
     if fields.get("ObjectType", "Image") != "Image" or fields.get("BinaryData") != "True":
         return "not a binary image"
+    packed = fields.get("CompressedDataSize", "1")
+    if not re.fullmatch(WHOLE, packed) or ("CompressedDataSize" in fields and fields.get("CompressedData") != "True"):
+        return "CompressedDataSize"
     return "HeaderSize" if fields.get("HeaderSize", "0") != "0" else ""
 
 
@@ -94,23 +105,24 @@ def _numbers(text: str, count: int, positive: bool) -> bool:
     return len(values) == count and all(math.isfinite(each) and (each > 0 or not positive) for each in values)
 
 
-def check_voxels(path: Path, voxels: Voxels) -> None:
+def check_voxels(path: Path) -> None:
     """Unpack the voxels once: ITK reads on where a stream ends early or in a wrong checksum, and fills up by zeros.
 
     Raises:
         ValueError: the stream is damaged, or there are fewer or more voxels than the header says.
     """
+    voxels = check_metaimage(path)
     with open(path, "rb") as file:
         file.seek(voxels.start)
-        data = file.read()
-    found, whole = len(data), True
+        data, behind = file.read(voxels.end - voxels.start), file.read().strip(b"\0")
+    found, whole = len(data) + len(behind), True
     if voxels.packed:
         found, stream = 0, zlib.decompressobj()
         try:
             while data and not stream.eof and found <= voxels.size:  # in parts, which are not kept
                 found += len(stream.decompress(data, 1 << 24))
                 data = stream.unconsumed_tail
-            whole = stream.eof and not stream.unused_data.strip(b"\0")
+            whole = stream.eof and not stream.unused_data.strip(b"\0") and not behind
         except zlib.error:
             whole = False
     if found > voxels.size:

@@ -227,7 +227,7 @@ def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: b
 def _claim(root: Path, wanted: str) -> None:
     """Note the parameters in phantom.json, or compare them with those of the phantoms already there."""
     record = root / "phantom.json"
-    found = record.read_text().strip() if record.is_file() else "unknown parameters"
+    found = record.read_text(encoding="utf-8").strip() if record.is_file() else "unknown parameters"
     if not record.is_file() and not any(root.glob("PHANTOM_*")):
         write_text(wanted + "\n", record)
     elif found != wanted:

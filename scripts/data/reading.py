@@ -15,9 +15,9 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
 from scripts.data.checks import Rules, judge_headers, judge_images, settle
-from scripts.data.dicom import is_pet, read_series_header, series_files
+from scripts.data.dicom import is_pet, read_series_header
 from scripts.data.headers import METAIMAGE, NIFTI, TO_RAS, Header, read_header
-from scripts.data.metaimage import check_metaimage, check_voxels
+from scripts.data.metaimage import check_voxels
 from scripts.data.nifti import located, read_nifti
 from scripts.data.suv import series_suv
 
@@ -38,12 +38,11 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
     if header.path.endswith(NIFTI):
         return read_nifti(header.path, header)
     if header.path.endswith(METAIMAGE):
-        check_voxels(Path(header.path), check_metaimage(Path(header.path)))
+        check_voxels(Path(header.path))
         image = _executed(sitk.ImageFileReader(), header.path, header.path)
     else:
-        files = series_files(header.path, rules.series_uids)
-        image = _executed(sitk.ImageSeriesReader(), files, header.path)
-        image = image * series_suv(files, header.path) if is_pet(files[0]) else image
+        image = _executed(sitk.ImageSeriesReader(), header.slices, header.path)
+        image = image * series_suv(header.slices, header.path) if is_pet(header.slices[0]) else image
     voxels = sitk.GetArrayFromImage(image).T
     if voxels.dtype not in (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64):
         voxels = voxels.astype(np.float32)

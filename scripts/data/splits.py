@@ -65,7 +65,7 @@ def fold_split(
 def _read(path: Path) -> list[list[str]]:
     form = 'expected JSON such as {"seed": 0, "folds": [["patient 1"], ["patient 2"]]}'
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"The split file {path} cannot be read ({error}): {form}.") from error
     folds = content.get("folds") if isinstance(content, dict) else None

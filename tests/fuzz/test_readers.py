@@ -198,6 +198,10 @@ def test_every_metaimage_that_itk_writes_is_read(tmp_path: Path, dtype: str, pac
         (b"BinaryData = True", b"BinaryData = False", "not a binary image"),
         (b"2 2 2\nElementType", b"2 2 3\nElementType", "cut off or damaged"),
         (b"2 2 2\nElementType", b"2 2 900\nElementType", "too small"),
+        (b"Data = False", b"Data = True\nCompressedDataSize = 2147483647", "cut off"),  # so much memory ITK asks for
+        (b"Data = False", b"Data = True\nCompressedDataSize = 2147483647 1 1", "(CompressedDataSize)"),
+        (b"Data = False", b"Data = True\nCompressedDataSize = -1", "(CompressedDataSize)"),
+        (b"Data = False", b"Data = False\nCompressedDataSize = 8", "(CompressedDataSize)"),
         (b"2 2 2\nElementType", b"2 2 1\nElementType", "more voxels than it claims"),
         (b"2 2 2\nElementType", b"2 2 -2\nElementType", "damaged MetaImage header (DimSize)"),
         (b"MET_UCHAR", b"MET_UCHAR_ARRAY", "RGB, complex or other voxels"),

@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test lint type bench clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt
@@ -100,6 +100,10 @@ type: env
 
 clean:
 	rm -rf runs build *.egg-info
+
+# The zip for the MONAI model zoo, from a clean checkout only: runs/release/<bundle>_v<version>.zip
+release: env
+	$(PY) -W ignore -m scripts.release
 
 bench: env
 	$(PY) benchmarks/networks.py

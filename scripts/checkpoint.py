@@ -101,7 +101,7 @@ class TrainingCheckpoint:
 
     Args:
         path: file of the training state; the one before lies beside it, with ``.previous`` before its suffix.
-        weights: file of the final weights, ``{"model": state dict}``.
+        weights: file of the final weights, a plain state dict, as ``monai.bundle.load`` and the model zoo read it.
         objects: name -> anything with ``state_dict``; ``model`` is the network whose weights are shipped.
         interval: epochs between two savings.
         resume: continue from ``path`` if it is there.
@@ -197,7 +197,7 @@ class TrainingCheckpoint:
         """Write the training state, unless the last epoch did, and the final weights."""
         if engine.state.epoch % self.interval:
             self.save(engine)
-        write_atomically({"model": self.objects["model"].state_dict()}, self.weights)
+        write_atomically(self.objects["model"].state_dict(), self.weights)
 
 
 def _require_length(path: Path, state: Any, item: Any) -> None:

@@ -133,9 +133,9 @@ def to_torchscript(network: nn.Module, path: Path) -> None:
     beside, weights = path.with_name("inference.json"), path.with_name("plain.pt")
     try:
         beside.write_text(json.dumps(config), encoding="utf-8")
-        torch.save({"model": network.state_dict()}, weights)
+        torch.save(network.state_dict(), weights)
         ckpt_export(
-            net_id="network_def", filepath=str(path), ckpt_file=str(weights), key_in_ckpt="model",
+            net_id="network_def", filepath=str(path), ckpt_file=str(weights),
             meta_file=str(configs / "metadata.json"), config_file=str(beside),
         )  # fmt: skip
     finally:

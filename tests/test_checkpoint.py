@@ -121,7 +121,7 @@ def test_a_finished_training_can_be_made_longer_and_is_else_left_as_it_is(tmp_pa
     again = Run(tmp_path, 2, seed=9, resume=True).start()
     assert again.epochs == []
     assert_identical(again.network.state_dict(), first.network.state_dict())
-    assert_identical(torch.load(tmp_path / "model.pt", weights_only=True)["model"], first.network.state_dict())
+    assert_identical(torch.load(tmp_path / "model.pt", weights_only=True), first.network.state_dict())
     assert Run(tmp_path, 3, seed=9, resume=True).start().epochs == [3]  # its schedule was made for four
 
 
@@ -155,11 +155,9 @@ def test_the_saved_state_holds_tensors_and_plain_values_only(tmp_path):
     assert state["trainer"]["iteration"] == 2 * ITERATIONS
 
 
-def test_the_final_weights_are_those_of_the_last_epoch_under_model(tmp_path):
+def test_the_final_weights_are_those_of_the_last_epoch_with_no_key_around(tmp_path):
     run = Run(tmp_path, 3).start()
-    weights = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert list(weights) == ["model"]
-    assert_identical(weights["model"], run.network.state_dict())
+    assert_identical(torch.load(tmp_path / "model.pt", weights_only=True), run.network.state_dict())
 
 
 def test_without_resume_an_old_state_is_ignored(tmp_path):

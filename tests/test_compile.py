@@ -56,9 +56,7 @@ def test_a_compiled_student_learns_the_same_and_its_weights_fit_the_plain_one(co
     CALLS.clear()
     assert distil(cohort, tmp_path / "plain", "hinton") == 0
     assert not CALLS
-    first, second = (
-        torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("compiled", "plain")
-    )
+    first, second = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("compiled", "plain"))
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
     Student(3, 2, (4, 8, 8, 8), norm=("group", {"num_groups": 4})).load_state_dict(first)
     rows, expected = (read_curves(tmp_path / name / "curves.csv") for name in ("compiled", "plain"))

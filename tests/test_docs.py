@@ -38,6 +38,7 @@ ALLOWED = {
     "parity": set(),
     "export": {"checkpoint", "conversion", "data", "engines", "manifest", "metrics", "parity"},
     "teacher_cache": {"checkpoint", "data"},
+    "release": set(),
     "caching": {"checkpoint", "manifest", "metrics", "taps", "teacher_cache"},
 }
 

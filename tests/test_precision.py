@@ -53,7 +53,7 @@ def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         finally:
             handle.remove()
         (row,) = read_curves(output / "curves.csv")
-        weights = torch.load(output / "model.pt", weights_only=True)["model"]
+        weights = torch.load(output / "model.pt", weights_only=True)
         found[precision] = {**seen, "row": row, "weights": weights}
     return found
 

@@ -34,7 +34,7 @@ def _run(*arguments: str) -> None:
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path / "model.pt", weights_only=True)["model"]
+    return torch.load(path / "model.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")

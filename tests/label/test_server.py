@@ -180,13 +180,13 @@ def test_a_study_that_cannot_be_read_is_named(
 
 
 def _other_names(path: Path) -> None:
-    state = torch.load(path, weights_only=True)["model"]
-    torch.save({"model": {f"student.{name}": value for name, value in state.items()}}, path)
+    state = torch.load(path, weights_only=True)
+    torch.save({f"student.{name}": value for name, value in state.items()}, path)
 
 
 def _other_widths(path: Path) -> None:
-    state = torch.load(path, weights_only=True)["model"]
-    torch.save({"model": {name: value[:1] for name, value in state.items()}}, path)
+    state = torch.load(path, weights_only=True)
+    torch.save({name: value[:1] for name, value in state.items()}, path)
 
 
 def _cut(path: Path) -> None:
@@ -233,8 +233,8 @@ def test_an_epoch_on_saved_labels_gives_the_weights_of_the_next_mask(
     before = server.mask("PHANTOM_001", tmp_path)
     task = server.train(max_epochs=1)
     assert task["status"] == "DONE", task["details"]
-    state = torch.load(other_weights, weights_only=True)["model"]
-    shipped = torch.load(ROOT / "models" / "model.pt", weights_only=True)["model"]
+    state = torch.load(other_weights, weights_only=True)
+    shipped = torch.load(ROOT / "models" / "model.pt", weights_only=True)
     assert state.keys() == shipped.keys()
     # One epoch of AdamW at 0.001: from the shipped weights no single one gets far, from random ones nearly all do.
     far = torch.cat([(state[name] - shipped[name]).abs().flatten() for name in shipped])

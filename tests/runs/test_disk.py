@@ -129,9 +129,7 @@ def test_a_checkpoint_over_the_limit_leaves_the_one_before_from_which_the_run_go
     assert not list(output.glob(".*.part"))
     assert main([*arguments, "--output-dir", str(output), "--resume"]) == 0
     assert main([*arguments, "--output-dir", str(tmp_path / "whole")]) == 0
-    found, expected = (
-        torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (output, tmp_path / "whole")
-    )
+    found, expected = (torch.load(folder / "model.pt", weights_only=True) for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

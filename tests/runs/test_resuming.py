@@ -19,7 +19,7 @@ def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_wit
     line += ["--set", "spacing=[12,12,12]", "--set", "val_interval=100", "--set", "save_interval=1"]
     arguments = [str(each) for each in line]
     assert main(arguments) == 0
-    whole = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
+    whole = torch.load(tmp_path / "model.pt", weights_only=True)
     (tmp_path / "checkpoint.pt").unlink()
     if lost == "both":
         (tmp_path / "checkpoint.previous.pt").unlink()
@@ -29,5 +29,5 @@ def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_wit
     previous = f"resumed {tmp_path / 'checkpoint.previous.pt'} after epoch 2"
     nothing = f"nothing to resume at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
     assert (previous in told, nothing in told) == (lost == "newest", lost == "both")
-    again = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
+    again = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(again[name], whole[name]) for name in whole)

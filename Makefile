@@ -9,7 +9,7 @@ DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 
 .PHONY: env bench-env demo test test-real test-faults browser-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
-.venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt
+.venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"

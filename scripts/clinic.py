@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from scripts.arguments import CONFIGS
 from scripts.data.dicom import series_slices
+from scripts.data.packages import dicom_package
 from scripts.dicom_out import read_slices, write_rtstruct, write_seg
 from scripts.manifest import code_version
 from scripts.study import KINDS, Series, choose_series, find_series
@@ -35,6 +37,8 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
         where = str(Path(args.output_dir or "runs/dicom") / "mask.nii.gz")
         segment(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": where}))
         return
+    for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
+        dicom_package(name)  # rather now than when the mask has been made
     chosen = choose_series(find_series(args.study), modalities, args.series_uid or ())
     lost = [key for key in modalities if key not in chosen]
     if lost and (modalities[0] in lost or not args.allow_missing):
@@ -43,20 +47,35 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
         raise ValueError(f"{args.study} has no series of {names}: add it{advice}.")
     output = Path(args.output_dir or "runs/dicom")
     mask, reference = output / "mask.nii.gz", chosen[modalities[0]]
-    folders = {key: str(series.folder) for key, series in chosen.items()}
     uids = [series.uid for series in chosen.values()]
-    segment(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
+    with tempfile.TemporaryDirectory(prefix="series-") as linked:
+        folders = _folders(chosen, Path(linked))
+        segment(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
     _write(mask, reference, _segment_name(), output, args.rtstruct)
 
 
+def _folders(chosen: dict[str, Series], linked: Path) -> dict[str, str]:
+    """A folder per modality that holds no other's images: where series share one, links to the files of each."""
+    shared = Counter(series.folder for series in chosen.values())
+    folders = {}
+    for key, series in chosen.items():
+        own = series.folder
+        if shared[own] > 1:
+            own = linked / key
+            own.mkdir()
+            for number, file in enumerate(series_slices(series.folder, [series.uid])):
+                (own / f"{number:05d}").symlink_to(Path(file).resolve())
+            print(f"{key}: series {series.uid} of {series.folder}, linked for this run into {own}")
+        folders[key] = str(own)
+    return folders
+
+
 def _write(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool) -> None:
-    for name in ("pydicom", "highdicom"):  # they would tell of names and ids that are not as the standard wants them
-        logging.getLogger(name).setLevel(logging.ERROR)
     slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
     write_seg(mask, slices, label, code_version(), output / "seg.dcm")
     print(f"DICOM SEG: {output / 'seg.dcm'}")
     if rtstruct:
-        write_rtstruct(mask, reference.folder, slices, label, output / "rtstruct.dcm")
+        write_rtstruct(mask, slices, label, output / "rtstruct.dcm")
         print(f"RTSTRUCT: {output / 'rtstruct.dcm'}")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,30 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from scripts.data.packages import dicom_package
 from scripts.files import atomic_file
-from scripts.study import pydicom_module
 
 MAKER, MODEL = "multi-teacher-distillation-bundle", "distilled student"
 # SNOMED CT: what the foreground is, and of what category.
 CATEGORY = ("49755003", "SCT", "Morphologically abnormal structure")
 PROPERTY = ("108369006", "SCT", "Neoplasm")
+# What the written files take over from the images, and the standard wants there, be it empty.
+EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+         "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+SEXES = ("", "M", "F", "O")
 SHORT_STRING = 16  # characters of DICOM's VR SH
 FAR = 0.01  # mm by which a slice may lie off the mask's plane
 
 
-def _module(name: str, package: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f'{package} is not installed: pip install ".[dicom]".') from error
-
-
 def read_slices(files: Sequence[str]) -> list[Any]:
-    """The images of a series, as pydicom reads them."""
-    pydicom = pydicom_module()
-    return [pydicom.dcmread(file) for file in files]
+    """The images of a series, as pydicom reads them; what may be empty and was left out is there, empty."""
+    pydicom = dicom_package("pydicom")
+    slices = [pydicom.dcmread(file) for file in files]
+    for each in slices:
+        for keyword in EMPTY:
+            if keyword not in each:
+                setattr(each, keyword, "")
+    return slices
 
 
 def frames(mask: np.ndarray, affine: np.ndarray, slices: Sequence[Any]) -> np.ndarray:
@@ -73,13 +74,15 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
         path: of the file.
 
     Raises:
-        ValueError: highdicom is not installed, or the mask is not on the series' grid or is empty.
+        ValueError: highdicom is not installed, the mask is not on the series' grid, or the images have a sex, date or
+            time that is none.
     """
-    highdicom = _module("highdicom", "highdicom")
-    coded = _module("pydicom.sr.coding", "pydicom").Code
+    highdicom = dicom_package("highdicom")
+    coded = dicom_package("pydicom.sr.coding").Code
     image: Any = nib.Nifti1Image.from_filename(mask_file)
     planes = frames(np.asanyarray(image.dataobj) > 0, image.affine, slices)
-    codes = _module("pydicom.sr.codedict", "pydicom").codes
+    _refuse_strange(slices[0], path)
+    codes = dicom_package("pydicom.sr.codedict").codes
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=MAKER, family=codes.cid7162.ArtificialIntelligence, version=version
     )
@@ -112,6 +115,20 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
         made.save_as(file)
 
 
+def _refuse_strange(head: Any, path: Path) -> None:
+    """What highdicom would refuse with a word that quotes the patient's data."""
+    values = dicom_package("pydicom.valuerep")
+    kinds = {"PatientBirthDate": values.DA, "StudyDate": values.DA, "StudyTime": values.TM, "PatientSex": SEXES.index}
+    for keyword, kind in kinds.items():
+        try:
+            kind(head.get(keyword) or "")
+        except ValueError:
+            raise ValueError(
+                f"{path} was not written, since the series {head.SeriesInstanceUID} has a {keyword} that is none in "
+                "DICOM: correct it or leave it empty. The mask is there."
+            ) from None
+
+
 def _shorten(dataset: Any) -> None:
     """Ids that are longer than the standard allows are taken over from images that have them so."""
     if len(str(dataset.get("StudyID", "") or "")) > SHORT_STRING:
@@ -122,31 +139,49 @@ def _free_number(slices: Sequence[Any]) -> int:
     return int(slices[0].get("SeriesNumber") or 0) + 1000
 
 
-def write_rtstruct(mask_file: Path, folder: Path, slices: Sequence[Any], label: str, path: Path) -> None:
+def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Path) -> None:
     """Write an RT structure set with the mask's outlines on every image of a series.
 
     Args:
         mask_file, slices, label, path: see ``write_seg``.
-        folder: of the series, which holds no other.
 
     Raises:
         ValueError: rt-utils is not installed, or the mask is not on the series' grid.
     """
-    builder = _module("rt_utils", "rt-utils").RTStructBuilder
+    made = _structure_set(slices)
     image: Any = nib.Nifti1Image.from_filename(mask_file)
-    made = builder.create_new(dicom_series_path=str(folder))
-    ordered = made.series_data
-    planes = frames(np.asanyarray(image.dataobj) > 0, image.affine, ordered)
+    planes = frames(np.asanyarray(image.dataobj) > 0, image.affine, made.series_data)
     if planes.any():
         made.add_roi(mask=np.moveaxis(planes, 0, -1).astype(bool), name=label)
-    decimal = _module("pydicom.valuerep", "pydicom").format_number_as_ds
+    decimal = dicom_package("pydicom.valuerep").format_number_as_ds
     for contours in made.ds.get("ROIContourSequence", []):
         for contour in contours.ContourSequence:  # at most 16 characters each
             contour.ContourData = [decimal(float(value)) for value in contour.ContourData]
     made.ds.SeriesDescription = f"{label}, research only"
+    made.ds.Manufacturer, made.ds.ManufacturerModelName = MAKER, MODEL
+    del made.ds.InstitutionName  # rt-utils puts its own
     made.ds.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
     for keyword in ("ReferringPhysicianName", "AccessionNumber", "OperatorsName", "PositionReferenceIndicator"):
         setattr(made.ds, keyword, slices[0].get(keyword, ""))  # rt-utils leaves them out; they may be empty
+    if slices[0].get("SpecificCharacterSet"):  # which the patient's name is written in
+        made.ds.SpecificCharacterSet = slices[0].SpecificCharacterSet
     _shorten(made.ds)
     with atomic_file(path) as file:
         made.ds.save_as(file)
+
+
+def _structure_set(slices: Sequence[Any]) -> Any:
+    """A structure set by rt-utils without structures.
+
+    Its own reader takes every image at and below a folder, of any series, so it is given the images. Of their
+    ``PixelSpacing`` (between rows, between columns) it takes the first for a step along a row: it gets them turned.
+    """
+    helper = dicom_package("rt_utils.image_helper")
+    turned = []
+    for each in slices:
+        turned.append(dicom_package("pydicom").Dataset())
+        turned[-1].update(each)  # shares the elements, so that this one is put anew
+        turned[-1].add_new("PixelSpacing", "DS", each.PixelSpacing[::-1])
+    turned.sort(key=helper.get_slice_position)
+    made = dicom_package("rt_utils.ds_helper").create_rtstruct_dataset(turned)
+    return dicom_package("rt_utils").RTStruct(turned, made)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scripts.data.packages import dicom_package
 
 KINDS = {"ct": "CT", "pet": "PT", "mr": "MR"}  # modality of the config -> DICOM's
 TAGS = ("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType")
@@ -23,14 +24,6 @@ class Series(NamedTuple):
     frame: str
     description: str
     slices: int
-
-
-def pydicom_module() -> Any:
-    """pydicom, an optional package; ValueError with the command that installs it."""
-    try:
-        return importlib.import_module("pydicom")
-    except ImportError as error:
-        raise ValueError('pydicom is not installed: pip install ".[dicom]".') from error
 
 
 def find_series(study: str | Path) -> list[Series]:
@@ -53,7 +46,7 @@ def find_series(study: str | Path) -> list[Series]:
 
 
 def _heads(root: Path) -> Iterator[tuple[Path, Any]]:
-    pydicom = pydicom_module()
+    pydicom = dicom_package("pydicom")
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.name.startswith("."):
             continue

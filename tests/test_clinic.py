@@ -4,21 +4,32 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from matplotlib.path import Path as Outline
+from scipy import ndimage
 
 from scripts.__main__ import main
 from scripts.networks import Student
 from scripts.study import Series, choose_series, find_series
 
+WORKFLOW = Path(__file__).parents[1] / "docs" / "workflow"
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
 TINY = [
     "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,32]", "--set", f"student_features={list(FEATURES)}",
@@ -36,15 +47,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def study(require_data: Any) -> Path:
-    pytest.importorskip("pydicom", reason='DICOM needs pip install ".[dicom]"')
-    pytest.importorskip("highdicom", reason='DICOM needs pip install ".[dicom]"')
+    pytest.importorskip("rt_utils", reason="rt-utils does not load: its OpenCV wants libGL", exc_type=ImportError)
     return Path(require_data("sts_dicom")) / "STS_001"
 
 
 @pytest.fixture(scope="module")
 def segmented(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By the shipped weights, which find something."""
-    pytest.importorskip("rt_utils", reason='RTSTRUCT needs pip install ".[dicom]"')
     output = tmp_path_factory.mktemp("dicom")
     arguments = ["dicom", "--study", str(study), "--output-dir", str(output), "--engine", "torch", "--rtstruct"]
     assert main(arguments) == 0
@@ -56,15 +65,11 @@ def _mask(path: Path) -> Any:
 
 
 def _slices(study: Path) -> list[Any]:
-    import pydicom
-
     found = [pydicom.dcmread(path) for path in (study / "CT" / "image").glob("*.dcm")]
     return sorted(found, key=lambda each: float(each.ImagePositionPatient[2]))
 
 
 def test_the_segmentation_read_back_is_the_mask_slice_by_slice(segmented: Path, study: Path) -> None:
-    import highdicom
-
     mask, slices = _mask(segmented / "mask.nii.gz"), _slices(study)
     made = highdicom.seg.segread(segmented / "seg.dcm")
     back = made.get_pixels_by_source_instance(
@@ -76,8 +81,6 @@ def test_the_segmentation_read_back_is_the_mask_slice_by_slice(segmented: Path, 
 
 
 def test_the_segmentation_says_what_made_it_of_which_images(segmented: Path, study: Path) -> None:
-    import highdicom
-
     made, first = highdicom.seg.segread(segmented / "seg.dcm"), _slices(study)[0]
     segment = made.SegmentSequence[0]
     assert segment.SegmentAlgorithmType == "AUTOMATIC"
@@ -103,8 +106,6 @@ def test_the_study_gives_the_mask_of_the_same_images_as_files(segmented: Path, s
 
 def test_the_structure_set_has_the_masks_outlines(segmented: Path, study: Path) -> None:
     """An outline runs through the centres of the outermost pixels: those inside or on it are the mask, holes filled."""
-    import pydicom
-
     mask, slices = _mask(segmented / "mask.nii.gz"), _slices(study)
     made = pydicom.dcmread(segmented / "rtstruct.dcm")
     contours = made.ROIContourSequence[0].ContourSequence
@@ -116,6 +117,78 @@ def test_the_structure_set_has_the_masks_outlines(segmented: Path, study: Path) 
         points = np.reshape(np.array(contour.ContourData, float), (-1, 3))
         columns, rows = np.rint((points[:, :2] - origin) / spacing).astype(int).T
         assert mask[columns, rows, places[min(places, key=lambda z, p=points: abs(z - p[0, 2]))]].all()
+
+
+def _filled(structures: Any, slices: list[Any]) -> Any:
+    """Pixels whose centres lie within the outlines, even-odd, as a viewer fills them; by Matplotlib."""
+    found = np.zeros((len(slices), slices[0].Rows, slices[0].Columns), dtype=bool)
+    centres = np.argwhere(np.ones(found.shape[1:]))
+    places = np.array([each.ImagePositionPatient for each in slices], float)
+    for contour in structures.ROIContourSequence[0].ContourSequence:
+        points = np.reshape(np.array(contour.ContourData, float), (-1, 3))
+        k = int(np.abs(places[:, 2] - points[0, 2]).argmin())
+        assert np.abs(places[k, 2] - points[:, 2]).max() < 0.01  # mm: in the plane of a slice
+        corners = (points - places[k])[:, 1::-1] / slices[k].PixelSpacing  # rows before columns
+        found[k] ^= Outline(corners).contains_points(centres).reshape(found.shape[1:])
+    return found.transpose(2, 1, 0)
+
+
+def _dice(a: Any, b: Any) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_the_outlines_filled_lose_no_more_than_the_masks_edge(segmented: Path, study: Path) -> None:
+    """They run through the centres of the outermost pixels, of which a viewer may take any."""
+    mask = _mask(segmented / "mask.nii.gz") > 0
+    filled = _filled(pydicom.dcmread(segmented / "rtstruct.dcm"), _slices(study))
+    cross = ndimage.generate_binary_structure(2, 1)[..., None]
+    assert not (filled & ~mask).any()
+    assert not (ndimage.binary_erosion(mask, cross) & ~filled).any()
+    print(f"Dice of the filled outlines with the mask: {_dice(filled, mask):.3f}")
+    assert _dice(filled, mask) > 0.9
+
+
+def test_the_mask_lies_in_the_frame_of_the_physicians_outlines(segmented: Path, study: Path) -> None:
+    """How well it agrees is no matter here; a patient whom the shipped weights were trained on."""
+    drawn, slices = pydicom.dcmread(study / "CT" / "mask" / "RS.dcm"), _slices(study)
+    made = pydicom.dcmread(segmented / "rtstruct.dcm")
+    for each in (drawn, made):
+        assert each.StructureSetROISequence[0].ReferencedFrameOfReferenceUID == slices[0].FrameOfReferenceUID
+    mask, reference = _mask(segmented / "mask.nii.gz") > 0, _filled(drawn, slices)
+    print(f"Dice of the mask with the physicians': {_dice(mask, reference):.3f}")
+    assert _dice(mask, reference) > 0.5
+    assert np.abs(np.argwhere(mask).mean(axis=0) - np.argwhere(reference).mean(axis=0)).max() < 6  # pixels
+
+
+def test_what_is_written_passes_dciodvfy(segmented: Path) -> None:
+    if not shutil.which("dciodvfy"):
+        pytest.skip("dciodvfy is not installed: apt-get install dicom3tools")
+    for name in ("seg.dcm", "rtstruct.dcm"):
+        told = subprocess.run(["dciodvfy", str(segmented / name)], capture_output=True, text=True, check=False)
+        assert [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("Error")] == [], name
+
+
+def test_the_patient_is_named_in_the_dicom_files_only(study: Path, tmp_path: Path) -> None:
+    """In a process of its own, so that everything that is said anywhere is caught."""
+    marker = "ZZMARKER"
+    for path in study.glob("*/image/*.dcm"):
+        head = pydicom.dcmread(path)
+        head.PatientName = head.PatientID = head.OtherPatientIDs = head.ReferringPhysicianName = marker
+        folder = tmp_path / "study" / path.parts[-3]
+        folder.mkdir(parents=True, exist_ok=True)
+        head.save_as(folder / path.name)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "scripts", "dicom", "--study", str(tmp_path / "study"), "--rtstruct"]
+    command += ["--output-dir", str(output), "--engine", "torch"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=WORKFLOW.parents[1])
+    assert "DICOM SEG: " in told.stdout
+    assert marker not in told.stdout + told.stderr
+    holders = []
+    for path in sorted(each for each in output.rglob("*") if each.is_file()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        holders += [path.name] if marker.encode() in content else []
+    assert holders == ["rtstruct.dcm", "seg.dcm"]
+    assert pydicom.dcmread(output / "seg.dcm").PatientID == marker
 
 
 def _series(kind: str, uid: str, patient: str = "SECRET", frame: str = "1.9") -> Series:
@@ -145,12 +218,33 @@ def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_pat
 
 
 def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("pydicom")
     (tmp_path / "note.txt").write_text("no image")
     with pytest.raises(ValueError, match="holds no series of DICOM images"):
         find_series(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_series(tmp_path / "lost")
+
+
+def test_the_workflow_calls_what_the_program_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its command lines, with a word for each placeholder."""
+    text = (WORKFLOW / "Snakefile").read_text()
+    commands = ["".join(re.findall(r'"(.*?)"', block)) for block in re.findall(r"shell:((?:\s*\".*\")+)", text)]
+    assert len(commands) == text.count("shell:") == 2
+    words = [shlex.split(re.sub(r"{[^}]*}", "word.nii.gz", command).split(" > ")[0]) for command in commands]
+    assert words[0][1] == "docs/workflow/volumes.py"
+    assert words[1][1:4] == ["-m", "scripts", "segment"]
+    assert main([*words[1][3:], "--dry-run"]) == 0
+    assert '"mr": "word.nii.gz"' in capsys.readouterr().out
+
+
+def test_the_workflow_tells_volumes_in_ml(tmp_path: Path) -> None:
+    """12 voxels of 2 x 2.5 x 4 mm are 240 mm^3."""
+    voxels = np.zeros((5, 6, 7), np.uint8)
+    voxels[1:3, 1:3, 1:4] = 1
+    nib.save(nib.Nifti1Image(voxels, np.diag([-2, -2.5, 4, 1])), tmp_path / "P1.nii.gz")
+    command = [sys.executable, str(WORKFLOW / "volumes.py"), str(tmp_path / "volumes.csv"), str(tmp_path / "P1.nii.gz")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "volumes.csv").read_text().split() == ["case_id,volume_ml", "P1,0.24"]
 
 
 @pytest.fixture

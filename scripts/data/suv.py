@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from scripts.data.packages import dicom_package
+
 WEIGHT_KG = (0.2, 500.0)  # what a header can mean
 DOSE_BQ = (1e5, 1e11)  # a dose in MBq would lie below
 
@@ -15,9 +17,9 @@ DOSE_BQ = (1e5, 1e11)  # a dose in MBq would lie below
 def series_suv(files: Sequence[str], name: str) -> float:
     """``suv_factor`` of a series' files; ValueError where pydicom is not installed."""
     try:
-        import pydicom
-    except ImportError as error:
-        raise ValueError(f'{name} is a PET in DICOM, which pydicom reads: pip install ".[dicom]".') from error
+        pydicom = dicom_package("pydicom")
+    except ValueError as error:
+        raise ValueError(f"{name} is a PET in DICOM: {error}") from error
     return suv_factor([pydicom.dcmread(file, stop_before_pixels=True) for file in files], name)
 
 

@@ -291,7 +291,6 @@ def test_series_that_do_not_belong_together_are_refused_without_the_patients_ids
 
 
 def test_pet_whose_header_does_not_give_suv_is_refused(segment: Segment, tmp_path: Path) -> None:
-    pytest.importorskip("pydicom", reason='PET in DICOM needs pip install ".[dicom]"')
     write_series(tmp_path / "ct")
     write_series(tmp_path / "pet", tags={SERIES: "1.2.3.6", "0008|0060": "PT"})
     told = refusal(segment("--ct", tmp_path / "ct", "--pet", tmp_path / "pet"), tmp_path / "out")
@@ -318,8 +317,6 @@ def test_segment_writes_the_mask_on_the_grid_of_the_series(
 def test_real_series_have_the_grid_that_simpleitk_reads(
     modality: str, shape: tuple[int, ...] | None, require_data: Callable[[str], Path]
 ) -> None:
-    if modality == "PET":
-        pytest.importorskip("pydicom", reason='PET in DICOM needs pip install ".[dicom]"')
     folder = require_data("sts_dicom") / "STS_001" / modality / "image"
     affine, voxels = by_itk(folder)
     found, values = read(folder)

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pydicom
 import pytest
 
-pydicom = pytest.importorskip("pydicom")
-
-from scripts.data.suv import suv_factor  # noqa: E402
+from scripts.data.suv import suv_factor
 
 
 def header(infusion: dict[str, Any] | None = None, **changes: Any) -> Any:

@@ -52,8 +52,9 @@ $(DEMO)/eval/teacher_%/summary.json: $(DEMO)/teacher_%/model.pt
 $(DEMO)/eval/%/summary.json: $(DEMO)/%/model.pt
 	$(RUN) evaluate $(DEMO_TEST) --weights $< --name "student $*" --output-dir $(@D)
 
+# Two processes, each on one thread; a file's tests stay together, since they share what they prepare.
 test: env
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-real: env
 	$(PY) -m pytest -m "real or slow"

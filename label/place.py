@@ -34,7 +34,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "locked": "",  # it trains one at a time; asked to within the server, that would hold the folder until it ends
         "batch_size": 1,  # from the first label on
         "naming": [LAYOUT],
-        "split": "$[@train#dataset#data, []]",
+        "cases": "@train#dataset#data",  # what the store gives
+        "split": "$[@cases, []]",
         "lr_scheduler#total_iters": "@train#trainer#max_epochs",
         "train#preprocessing#naming": "@naming",
         "validate#preprocessing#naming": "@naming",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from scripts.__main__ import main
 from scripts.networks import Student
@@ -130,6 +132,32 @@ def test_a_missing_modality_is_refused_by_name(
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == f"ValueError: Case case: no pet was given or found beside {study}."
     assert not (tmp_path / "mask.npz").exists()
+
+
+@pytest.mark.parametrize("absent", ["", "mr"])
+def test_a_training_takes_its_cases_from_the_label_store(
+    absent: str, study: Path, cohort: Path, tmp_path: Path
+) -> None:
+    """As MONAI Label gives them to the bundle that ``label/place.py`` made: images and labels, by path."""
+    if absent:
+        (study.parent / absent / study.name).unlink()
+    spec = importlib.util.spec_from_file_location("place", ROOT / "label" / "place.py")
+    assert spec is not None
+    assert spec.loader is not None
+    place = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(place)
+    bundle = place.place_bundle(tmp_path / "app", ROOT / "models" / "model.pt")
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs" / "train.json"))
+    stored = [{"image": str(study), "label": str(cohort / "PHANTOM_001" / "CT_mask.nii.gz")}]
+    parser["train#dataset#data"] = stored
+    if absent:
+        with pytest.raises(RuntimeError) as refused:
+            parser.get_parsed_content("required")
+        assert f": {absent}): add the files" in str(refused.value.__cause__)
+    else:
+        parser.get_parsed_content("required")
+        assert parser.get_parsed_content("split") == [stored, []]
 
 
 def test_the_student_refuses_weights_of_other_names_even_where_it_is_told_to_take_what_fits() -> None:

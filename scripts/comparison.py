@@ -269,7 +269,7 @@ def compare_methods(
     Args:
         plan: what is compared.
         workers: processes at once, of one thread each.
-        main: of ``scripts.__main__``.
+        main: of ``scripts.verbs``.
         only: rows to which it is limited, with what they need; empty: all.
     """
     jobs = with_needs(plan.jobs(), only)

@@ -160,16 +160,19 @@ class SeedEpochs:
 
 
 class ManifestWriter:
-    """Write ``manifest.json`` when a run ends, see ``scripts.manifest.write_manifest``.
+    """Write a manifest when a run ends, see ``scripts.manifest.write_manifest``.
 
     Args:
         output_dir: folder of the manifest.
         cases: the data list, or lists by name.
         teachers: name -> teacher, whose checksums are noted.
+        name: of the file.
     """
 
-    def __init__(self, output_dir: str, cases: Any, teachers: dict[str, Any] | None = None) -> None:
-        self.output_dir, self.cases = output_dir, cases
+    def __init__(
+        self, output_dir: str, cases: Any, teachers: dict[str, Any] | None = None, name: str = "manifest.json"
+    ) -> None:
+        self.output_dir, self.cases, self.name = output_dir, cases, name
         self.checksums = {name: teacher.sha256 for name, teacher in (teachers or {}).items()}
 
     def attach(self, engine: Engine) -> None:
@@ -183,4 +186,4 @@ class ManifestWriter:
 
     def write(self, engine: Engine) -> None:
         """Write the file."""
-        write_manifest(self.output_dir, self.cases, self.checksums, time.perf_counter() - self.began)
+        write_manifest(self.output_dir, self.cases, self.checksums, time.perf_counter() - self.began, self.name)

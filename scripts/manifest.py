@@ -39,9 +39,12 @@ def _commit() -> str | None:
     """The commit of the code, "+" behind it where tracked files differ; None outside of a checkout."""
     git = ["git", "-C", bundle_root()]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        asked = [*git, "rev-parse", "--show-toplevel", "HEAD"]
+        top, head = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        if Path(top).resolve() != Path(bundle_root()).resolve():
+            return None  # unpacked in another repository
         clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, capture_output=True).returncode == 0
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
     return head if clean else head + "+"
 
@@ -70,15 +73,20 @@ def _peak_mib() -> float:
 
 
 def write_manifest(
-    output_dir: str | Path, cases: Any, teachers: dict[str, str | None] | None = None, seconds: float | None = None
+    output_dir: str | Path,
+    cases: Any,
+    teachers: dict[str, str | None] | None = None,
+    seconds: float | None = None,
+    name: str = "manifest.json",
 ) -> dict[str, Any]:
-    """Write ``manifest.json`` into ``output_dir`` and return its content.
+    """Write a manifest into ``output_dir`` and return its content.
 
     Args:
         output_dir: folder of the run's output.
         cases: the data list (or lists by name); its hash identifies it.
         teachers: name -> sha256 of the weights.
         seconds: wall time.
+        name: of the file.
     """
     config = running_config()
     listed = json.dumps(cases, sort_keys=True, default=str)
@@ -96,5 +104,5 @@ def write_manifest(
         "data": json.loads(listed),
         "config": config,
     }
-    write_json(manifest, Path(output_dir) / "manifest.json")
+    write_json(manifest, Path(output_dir) / name)
     return manifest

@@ -100,7 +100,7 @@ def report_mask(
     images = {key: (path, channel if stacked else 0) for channel, (key, path) in enumerate(files.items())}
     case = mask.name.removesuffix(".nii.gz")
     shown = show(case, images, grid, sitk.GetArrayFromImage(grid) > 0, None, intensity, rules)
-    manifest = mask.parent / "manifest.json"
+    manifest = mask.with_name(f"{case}.manifest.json")
     made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     path = mask.with_name(f"{case}.report.html")
     absent = [key for key in intensity or {} if key not in files]

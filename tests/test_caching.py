@@ -19,7 +19,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.caching import attention_map, cache_teachers
 from scripts.comparison import own_bars
 from scripts.data import preprocessing

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import scripts.checking as checking
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data import Rules, datalist, reading
 
 MODALITIES, LABELS = ["ct", "pet", "mr"], [[0], [1]]

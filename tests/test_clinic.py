@@ -25,7 +25,7 @@ import torch
 from matplotlib.path import Path as Outline
 from scipy import ndimage
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.networks import Student
 from scripts.study import Series, choose_series, find_series
 

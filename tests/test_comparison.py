@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.__main__ import ACTIONS, main
+from scripts.verbs import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import ALONE, Job, Plan, threshold_masks, work_off
 from scripts.comparison_table import entries, markdown, seed_mean, write_comparison

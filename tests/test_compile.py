@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import register_backend
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.handlers import read_curves
 from scripts.networks import Student
 

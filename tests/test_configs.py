@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.teachers import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 

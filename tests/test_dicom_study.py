@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.dicom_out import read_slices, write_rtstruct, write_seg
 from scripts.networks import Student
 from scripts.study import find_series

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.__main__ import main
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from torch import nn
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.evaluation import compare, score
 
 pytestmark = pytest.mark.usefixtures("fake_git")

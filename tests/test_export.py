@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from scripts import conversion, export, parity
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.checkpoint import sha256
 from scripts.networks import Student
 from scripts.parity import Figures, Gate, dice, failures, mean

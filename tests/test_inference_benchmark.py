@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scripts import floor, inference_benchmark
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data.gather import GatherModalitiesd
 from scripts.inference_benchmark import describe, fastest, network_floor, plot, table, time_sides
 from scripts.inference_sides import (

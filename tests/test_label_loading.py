@@ -17,7 +17,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.networks import Student
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 from scripts.networks import Student

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scripts import metrics_benchmark
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.floor import cpu_name
 from scripts.metrics_benchmark import OURS, SIDES, chosen, cohort_pairs, measure, synthetic_pairs, table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.__main__ import ACTIONS, main
+from scripts.verbs import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import Job, work_off
 from scripts.metrics import write_rows

@@ -17,7 +17,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.handlers import read_curves
 from scripts.losses import SoftPredictionLoss
 from scripts.precision import AutocastInferer

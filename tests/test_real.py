@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.checkpoint import sha256
 
 ROOT = Path(__file__).parents[1]

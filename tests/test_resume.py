@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.comparison import own_bars
 
 EPOCHS, KILLS = 26, 20

@@ -16,7 +16,7 @@ import pytest
 import torch
 from monai.bundle import ckpt_export
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.handlers import read_curves
 
 ROOT = Path(__file__).parents[1]

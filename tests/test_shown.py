@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data import Rules
 from scripts.data.reading import read_itk
 from scripts.networks import Student
@@ -120,5 +120,5 @@ def test_the_report_of_a_mask_needs_neither_manifest_nor_readable_images(tmp_pat
     path = report_mask(mask, {"ct": str(tmp_path / "nowhere.nii.gz")})
     assert path == tmp_path / "m.report.html"
     assert "<b>no image</b>" in path.read_text()
-    (tmp_path / "manifest.json").write_text(json.dumps({"seed": 4711}))
+    (tmp_path / "m.manifest.json").write_text(json.dumps({"seed": 4711}))
     assert "4711" in report_mask(mask, {}).read_text()

@@ -18,7 +18,7 @@ from monai.bundle import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import tracking
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.handlers import CurveWriter, read_curves
 from scripts.report import Overlay
 from scripts.tracking import MLflowCurves, OverlayWriter, TensorBoard, TensorBoardCurves

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data.checks import Rules
 from scripts.data.dicom import read_series_header
 from scripts.data.reading import header_of, read_volume

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data.listfile import read_list
 from scripts.data.lists import source_files
 from scripts.networks import Student

@@ -232,7 +232,7 @@ def test_where_volumes_are_on_disk_validation_holds_none_in_memory_either(
 CAPPED = """
 import resource, sys
 import monai.bundle, scripts.data.volumes, scripts.distiller, scripts.handlers, scripts.networks, scripts.tracking
-from scripts.__main__ import main
+from scripts.verbs import main
 
 resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
 code = main(sys.argv[1:])

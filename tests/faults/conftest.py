@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.networks import Student
 
 Array = NDArray[Any]

@@ -282,7 +282,7 @@ def test_a_header_that_claims_30000_cubed_is_refused_within_5_gib_of_addresses(
     case["pet"] = _mha_line("DimSize", "30000 30000 30000")(case["pet"])
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30));"
-        "from scripts.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "from scripts.verbs import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["check", "--data", "phantom", *map(str, write_list({"A": case})), "--workers", "1", *more]
     done = subprocess.run(

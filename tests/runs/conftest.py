@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.comparison import own_bars
 from scripts.networks import Student
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import scripts.files
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.checkpoint import write_atomically
 from scripts.data.nifti import write_nifti as write_mask
 from scripts.files import write_bytes, write_json, write_text

@@ -19,7 +19,7 @@ from monai.engines.utils import IterationEvents
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.finite_steps import FiniteSteps
 from scripts.precision import GradientScaling
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import scripts.files
-from scripts.__main__ import main
+from scripts.verbs import main
 
 KILLS, CASES = 20, 6
 OLD = b"an earlier mask"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.files import write_json
 from scripts.locks import hold, release
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import scripts.data.reading
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.data import memory
 from scripts.data.headers import read_header
 

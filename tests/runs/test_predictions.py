@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.evaluation import score
 
 SHAPE = (12, 10, 8)

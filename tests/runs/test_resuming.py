@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.__main__ import main
+from scripts.verbs import main
 
 
 @pytest.mark.parametrize("lost", ["newest", "both"])

@@ -17,7 +17,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from packaging.requirements import Requirement
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.evaluation import score
 
 ROOT = Path(__file__).parents[2]

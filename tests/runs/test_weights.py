@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.__main__ import main
+from scripts.verbs import main
 from scripts.stages import FINISHED
 from scripts.teachers import Teacher
 

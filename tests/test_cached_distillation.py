@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.verbs import main
 from scripts.handlers import read_curves
 from scripts.teachers import Teacher
+from scripts.verbs import main
 
 PHANTOM = [
     "--data", "phantom", "--threads", "1", "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]",

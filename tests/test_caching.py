@@ -19,11 +19,11 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from scripts.verbs import main
 from scripts.caching import attention_map, cache_teachers
 from scripts.comparison import own_bars
 from scripts.data import preprocessing
 from scripts.losses import AttentionMapLoss
+from scripts.verbs import main
 
 MODALITIES, SPACING, PATCH = ["ct", "pet", "mr"], [9.0, 9.0, 9.0], [16, 12, 10]
 INTENSITY = {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import scripts.checking as checking
-from scripts.verbs import main
 from scripts.data import Rules, datalist, reading
+from scripts.verbs import main
 
 MODALITIES, LABELS = ["ct", "pet", "mr"], [[0], [1]]
 Finding = dict[str, Any]

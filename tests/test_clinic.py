@@ -25,9 +25,9 @@ import torch
 from matplotlib.path import Path as Outline
 from scipy import ndimage
 
-from scripts.verbs import main
 from scripts.networks import Student
 from scripts.study import Series, choose_series, find_series
+from scripts.verbs import main
 
 WORKFLOW = Path(__file__).parents[1] / "docs" / "workflow"
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})

@@ -12,11 +12,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.verbs import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import ALONE, Job, Plan, threshold_masks, work_off
 from scripts.comparison_table import entries, markdown, seed_mean, write_comparison
 from scripts.metrics import write_rows
+from scripts.verbs import ACTIONS, main
 
 METHODS = ("cwd", "dual", "teachformer")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch._dynamo import register_backend
 
-from scripts.verbs import main
 from scripts.handlers import read_curves
 from scripts.networks import Student
+from scripts.verbs import main
 
 CALLS: list[str] = []
 TINY = [

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
-from scripts.verbs import main
 from scripts.teachers import ARCHITECTURES
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

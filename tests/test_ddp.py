@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.verbs import main
 from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["train", "data/phantom", "scale/small", "distill", "methods/hint"]

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from scripts.verbs import main
 from scripts.dicom_out import read_slices, write_rtstruct, write_seg
 from scripts.networks import Student
 from scripts.study import find_series
+from scripts.verbs import main
 
 Array = NDArray[Any]
 try:

@@ -15,8 +15,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from torch import nn
 
-from scripts.verbs import main
 from scripts.evaluation import compare, score
+from scripts.verbs import main
 
 pytestmark = pytest.mark.usefixtures("fake_git")
 SHAPE, SPACING = (24, 20, 16), (1.5, 2.0, 2.5)

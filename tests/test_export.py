@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from scripts import conversion, export, parity
-from scripts.verbs import main
 from scripts.checkpoint import sha256
 from scripts.networks import Student
 from scripts.parity import Figures, Gate, dice, failures, mean
+from scripts.verbs import main
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from scripts import floor, inference_benchmark
-from scripts.verbs import main
 from scripts.data.gather import GatherModalitiesd
 from scripts.inference_benchmark import describe, fastest, network_floor, plot, table, time_sides
 from scripts.inference_sides import (
@@ -39,6 +38,7 @@ from scripts.inference_sides import (
 from scripts.synthetic import DRAWN, write_case
 from scripts.synthetic import make_volume as make_voxels
 from scripts.turns import Side, compose, take_turns
+from scripts.verbs import main
 
 TINY = {
     "threads": 1, "patch": [32, 32, 32], "spacing": [1.0, 1.0, 1.0], "overlap": 0.25, "handlers": [],

@@ -17,8 +17,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.verbs import main
 from scripts.networks import Student
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}

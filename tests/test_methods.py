@@ -14,10 +14,10 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.verbs import main
 from scripts.data.phantom import write_phantoms
 from scripts.handlers import read_curves
 from scripts.networks import Student
+from scripts.verbs import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.json"))

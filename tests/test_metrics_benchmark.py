@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from scripts import metrics_benchmark
-from scripts.verbs import main
 from scripts.floor import cpu_name
 from scripts.metrics_benchmark import OURS, SIDES, chosen, cohort_pairs, measure, synthetic_pairs, table
+from scripts.verbs import main
 
 COLUMNS = ["side", "what", "median_s", "ratio", "peak_mib", "n", "hd95_mm", "assd_mm", "dice"]
 TINY = synthetic_pairs((60, 56, 48), 0.12)

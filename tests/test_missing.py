@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from scripts.verbs import ACTIONS, main
 from scripts.arguments import build_parser
 from scripts.comparison import Job, work_off
 from scripts.metrics import write_rows
@@ -26,6 +25,7 @@ from scripts.missing import (
     subsets,
     write_missing,
 )
+from scripts.verbs import ACTIONS, main
 
 COMMON = ("--data", "sts", "--dataset-dir", "data", "--scale", "compare", "--threads", "1", "--fold", "0")
 

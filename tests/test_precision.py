@@ -17,10 +17,10 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from scripts.verbs import main
 from scripts.handlers import read_curves
 from scripts.losses import SoftPredictionLoss
 from scripts.precision import AutocastInferer
+from scripts.verbs import main
 
 HALVES = {"float16": torch.float16}  # bfloat16 is for GPUs, see AutocastInferer
 INITIAL = 2.0**16  # of the scale

@@ -105,8 +105,8 @@ def test_starting_the_engine_has_a_row_of_its_own(tmp_path: Path, monkeypatch: p
 def test_segment_prints_the_profile_and_writes_the_same_mask(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from scripts.verbs import main
     from scripts.networks import Student
+    from scripts.verbs import main
 
     torch.manual_seed(0)
     torch.save({"model": Student(3, 2, (8, 8, 16, 16)).state_dict()}, tmp_path / "w.pt")

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.verbs import main
 from scripts.checkpoint import sha256
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 STS = ROOT.parent / "shared/data/sts"

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.verbs import main
 from scripts.comparison import own_bars
+from scripts.verbs import main
 
 EPOCHS, KILLS = 26, 20
 SETTINGS = [

@@ -16,8 +16,8 @@ import pytest
 import torch
 from monai.bundle import ckpt_export
 
-from scripts.verbs import main
 from scripts.handlers import read_curves
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -14,11 +14,11 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from scripts.verbs import main
 from scripts.data import Rules
 from scripts.data.reading import read_itk
 from scripts.networks import Student
 from scripts.shown import report_mask, show
+from scripts.verbs import main
 
 TINY = ["--data", "phantom", "--threads", "1", "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]"]
 TINY += ["--set", "student_features=[8,8,8,8]", "--engine", "torch"]

@@ -18,10 +18,10 @@ from monai.bundle import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import tracking
-from scripts.verbs import main
 from scripts.handlers import CurveWriter, read_curves
 from scripts.report import Overlay
 from scripts.tracking import MLflowCurves, OverlayWriter, TensorBoard, TensorBoardCurves
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from scripts.verbs import main
 from scripts.data.checks import Rules
 from scripts.data.dicom import read_series_header
 from scripts.data.reading import header_of, read_volume
 from scripts.networks import Student
+from scripts.verbs import main
 
 Array = NDArray[Any]
 Tags = Mapping[str, str]

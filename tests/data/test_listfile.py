@@ -15,10 +15,10 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from scripts.verbs import main
 from scripts.data.listfile import read_list
 from scripts.data.lists import source_files
 from scripts.networks import Student
+from scripts.verbs import main
 
 KEYS = ["ct", "pet", "mr", "image", "label"]
 SHAPE = (18, 16, 16)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from scripts.verbs import main
 from scripts.networks import Student
+from scripts.verbs import main
 
 Array = NDArray[Any]
 Files = dict[str, Path]

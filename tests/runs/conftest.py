@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.verbs import main
 from scripts.comparison import own_bars
 from scripts.networks import Student
+from scripts.verbs import main
 
 FEATURES = (4, 8, 8, 8)
 NORM = ("group", {"num_groups": 4})

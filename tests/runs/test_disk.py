@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import scripts.files
-from scripts.verbs import main
 from scripts.checkpoint import write_atomically
 from scripts.data.nifti import write_nifti as write_mask
 from scripts.files import write_bytes, write_json, write_text
+from scripts.verbs import main
 
 LIMIT = 2048
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)

@@ -19,9 +19,9 @@ from monai.engines.utils import IterationEvents
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from scripts.verbs import main
 from scripts.finite_steps import FiniteSteps
 from scripts.precision import GradientScaling
+from scripts.verbs import main
 
 BAD = "PHANTOM_002"
 RATE = 0.1

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from scripts.verbs import main
 from scripts.files import write_json
 from scripts.locks import hold, release
+from scripts.verbs import main
 
 
 def wait_for(path: Path) -> None:

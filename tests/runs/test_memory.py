@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 import scripts.data.reading
-from scripts.verbs import main
 from scripts.data import memory
 from scripts.data.headers import read_header
+from scripts.verbs import main
 
 GIB = 2**30
 ROOM = 2 * GIB

@@ -15,8 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.verbs import main
 from scripts.evaluation import score
+from scripts.verbs import main
 
 SHAPE = (12, 10, 8)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

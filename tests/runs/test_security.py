@@ -17,8 +17,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from packaging.requirements import Requirement
 
-from scripts.verbs import main
 from scripts.evaluation import score
+from scripts.verbs import main
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "scripts").rglob("*.py"))

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.verbs import main
 from scripts.stages import FINISHED
 from scripts.teachers import Teacher
+from scripts.verbs import main
 
 BIG = ["--set", "patch=[32,32,32]", "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}']
 TEACHER = "dynunet:pet"

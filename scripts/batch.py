@@ -9,25 +9,43 @@ import io
 import json
 import logging
 import multiprocessing
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from scripts.arguments import CONFIGS
+from scripts import bundle_root
+from scripts.arguments import CONFIGS, MODALITIES
+from scripts.bids import bids_name, describe, describe_mask
+from scripts.checkpoint import sha256
 from scripts.data import Rules, datalist
 from scripts.data.reading import header_of, read_volume
 from scripts.files import write_json
-from scripts.manifest import code_version
 
 Segment = Callable[[argparse.Namespace], None]
 DONE, SKIPPED = "segmented", "there already"
+RECORD = "segment.json"
+
+
+def refuse_options(args: argparse.Namespace) -> None:
+    """ValueError for options that are of one case."""
+    given = [key for key in ("output", "stacked", "profile", *MODALITIES) if getattr(args, key)]
+    if given:
+        raise ValueError(f"--{', --'.join(given)} are of one case: leave them out beside --data-list.")
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}: give 1 or more.")
+
+
+class Outcome(NamedTuple):
+    """What became of a case, and what was warned of meanwhile."""
+
+    result: str
+    warnings: tuple[str, ...] = ()
 
 
 def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> None:
@@ -35,39 +53,66 @@ def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[
 
     Args:
         args: of the verb, with ``data_list``, ``output_dir``, ``workers`` and ``bids``.
-        segment: the verb that segments one case.
-        sentence: what to say of an error.
+        segment: the verb that segments one case; a function that processes of a pool can import.
+        sentence: what to say of an error; such a function, too.
 
     Raises:
-        ValueError: some cases failed; every other one is segmented.
+        ValueError: options that are of one case; masks of other weights lie there; a mask would take an image's place;
+            or some cases failed, and every other one is segmented.
     """
-    if args.dry_run:
-        return
     modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))["modalities"]
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)
-    masks = {case["case_id"]: output / _name(case, modalities[0], args.bids) for case in cases}
+    masks = _masks(args, cases, modalities, output)
+    weights = sha256(args.weights or Path(bundle_root()) / "models" / "model.pt")
+    _refuse_other_weights(output / RECORD, weights)
+    if args.bids:
+        describe(output)
+    todo = [case for case in cases if not _is_done(masks[case["case_id"]], args.report)]
+    told = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in todo}
+    jobs = {case["case_id"]: _arguments(args, case, modalities, masks[case["case_id"]]) for case in todo}
+    try:
+        _run(jobs, args.workers, partial(_one, segment=segment, sentence=sentence), told)
+    finally:
+        record = {case: {"mask": str(masks[case]), **told[case]._asdict()} for case in masks if case in told}
+        write_json({"weights_sha256": weights, "cases": record}, output / RECORD)
+    if args.bids:
+        for case in cases:
+            describe_mask(masks[case["case_id"]], case, modalities)
+    _tell({case: told[case] for case in masks})
+
+
+def _masks(
+    args: argparse.Namespace, cases: Sequence[dict[str, Any]], modalities: Sequence[str], output: Path
+) -> dict[str, Path]:
+    """Where each case's mask goes; ValueError where two would share a place, or one takes an image's."""
+    masks = {case["case_id"]: output / (bids_name(case, modalities) if args.bids else f"{case['case_id']}.nii.gz")
+             for case in cases}  # fmt: skip
     if len(set(masks.values())) < len(masks):
         raise ValueError(f"Cases of {args.data_list} would share a name in BIDS, which knows letters and digits only.")
-    if args.bids:
-        _describe(output)
-    todo = [case for case in cases if not is_whole(masks[case["case_id"]])]
-    told = {case["case_id"]: SKIPPED for case in cases if case not in todo}
-    jobs = [_arguments(args, case, modalities, masks[case["case_id"]]) for case in todo]
-    told |= _run(dict(zip([case["case_id"] for case in todo], jobs, strict=True)), args.workers, segment, sentence)
-    write_json(
-        {"cases": {case: {"mask": str(masks[case]), "result": told[case]} for case in masks}}, output / "segment.json"
-    )
-    failed = [case for case in masks if told[case] not in (DONE, SKIPPED)]
-    print(f"{len(masks)} cases: {sum(each == DONE for each in told.values())} segmented, "
-          f"{sum(each == SKIPPED for each in told.values())} there already, {len(failed)} failed")  # fmt: skip
-    if failed:
-        listed = "; ".join(f"{case}: {told[case]}" for case in failed)
-        raise ValueError(f"{len(failed)} of {len(masks)} cases failed ({listed}): mend them and run the command again.")
+    images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
+    for case, mask in masks.items():
+        if mask.resolve() in images:
+            raise ValueError(f"The mask of {case} would take the place of {mask}: name another --output-dir.")
+    return masks
 
 
-def is_whole(mask: Path) -> bool:
-    """Whether a mask is there, to its last byte."""
+def _refuse_other_weights(record: Path, weights: str) -> None:
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or a damaged one
+        return
+    if before != weights:
+        raise ValueError(
+            f"{record.parent} holds masks of other weights (sha256 {str(before)[:12]}, now {weights[:12]}): name "
+            "another --output-dir."
+        )
+
+
+def _is_done(mask: Path, report: bool) -> bool:
+    """Whether a mask is there, to its last byte, with its report where one is wanted."""
+    if report and not mask.with_name(f"{mask.name.removesuffix('.nii.gz')}.report.html").is_file():
+        return False
     try:
         read_volume(header_of(mask, Rules()), Rules())
     except (OSError, ValueError):
@@ -80,58 +125,75 @@ def _arguments(
 ) -> argparse.Namespace:
     """The verb's arguments for one case."""
     files = {key: case.get(key) for key in modalities}
-    files[modalities[0]] = files[modalities[0]] or case["image"]
-    return argparse.Namespace(**{**vars(args), **files, "data_list": None, "output_dir": None, "output": str(mask)})
+    if case["image"] not in files.values():  # else it is another modality, which stands in for an absent reference
+        files[modalities[0]] = case["image"]
+    own = {**files, "data_list": None, "output_dir": None, "bids": False, "output": str(mask)}
+    return argparse.Namespace(**{**vars(args), **own})
 
 
-def _one(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> str:
-    """In a process of the pool, which says nothing else."""
+class _Kept(logging.Handler):
+    """Keeps what is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _one(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> Outcome:
+    """In a process of the pool, which prints nothing."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
+    kept = _Kept()
+    logging.getLogger("scripts").addHandler(kept)
+    logging.getLogger("scripts").propagate = False
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             segment(args)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        return sentence(error)
-    return DONE
+    except Exception as error:  # whatever it is, the other cases go on
+        return Outcome(sentence(error), tuple(kept.lines))
+    finally:
+        logging.getLogger("scripts").removeHandler(kept)
+    return Outcome(DONE, tuple(kept.lines))
 
 
 def _run(
-    jobs: dict[str, argparse.Namespace], workers: int, segment: Segment, sentence: Callable[[BaseException], str]
-) -> dict[str, str]:
-    """What became of each case; a process that dies takes its own case with it and no other."""
-    told: dict[str, str] = {}
+    jobs: dict[str, argparse.Namespace],
+    workers: int,
+    work: Callable[[argparse.Namespace], Outcome],
+    told: dict[str, Outcome],
+) -> None:
+    """Add what became of each case to ``told``; a process that dies takes its own case with it and no other."""
     spawn = multiprocessing.get_context("spawn")
-    work = partial(_one, segment=segment, sentence=sentence)
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
-        left, at_once = list(jobs), max(1, workers)
+        left, at_once = list(jobs), workers
         while left:
             with ProcessPoolExecutor(min(at_once, len(left)), mp_context=spawn) as pool:
-                futures: dict[Future[str], str] = {pool.submit(work, jobs[case]): case for case in left}
+                futures: dict[Future[Outcome], str] = {pool.submit(work, jobs[case]): case for case in left}
                 for future in as_completed(futures):
                     with contextlib.suppress(BrokenProcessPool):
                         told[futures[future]] = future.result()
                         bar.update()
             left = [case for case in left if case not in told]
             if left and at_once == 1:  # alone in the pool: the first of those left is the one that died
-                told[left.pop(0)] = "its process died, perhaps for want of memory"
+                told[left.pop(0)] = Outcome("its process died: killed, or out of memory")
                 bar.update()
-                at_once = max(1, workers)
+                at_once = workers
             else:
                 at_once = 1  # one by one, to see which it is
-    return told
 
 
-def _name(case: dict[str, Any], reference: str, bids: bool) -> Path:
-    """Where a case's mask goes, relative to the output folder."""
-    if not bids:
-        return Path(f"{case['case_id']}.nii.gz")
-    label = re.sub(r"[^A-Za-z0-9]", "", str(case["case_id"]).removeprefix("sub-"))
-    return Path(f"sub-{label}/anat/sub-{label}_space-{reference}_label-tumour_mask.nii.gz")
-
-
-def _describe(output: Path) -> None:
-    """The description that BIDS asks of derivatives."""
-    made_by = {"Name": "multi-teacher-distillation-bundle", "Version": code_version()}
-    description = {"Name": "Tumour masks, research only", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
-    write_json({**description, "GeneratedBy": [made_by]}, output / "dataset_description.json")
+def _tell(told: dict[str, Outcome]) -> None:
+    """Print what is to be known; ValueError where cases failed."""
+    for case, outcome in told.items():
+        for line in outcome.warnings:
+            print(f"{case}: {line}")
+    results = [outcome.result for outcome in told.values()]
+    failed = {case: outcome.result for case, outcome in told.items() if outcome.result not in (DONE, SKIPPED)}
+    print(f"{len(told)} cases: {results.count(DONE)} segmented, {results.count(SKIPPED)} there already, "
+          f"{len(failed)} failed")  # fmt: skip
+    if failed:
+        listed = "; ".join(f"{case}: {result}" for case, result in failed.items())
+        raise ValueError(f"{len(failed)} of {len(told)} cases failed ({listed}): mend them and run the command again.")

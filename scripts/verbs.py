@@ -292,38 +292,24 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def segment(args: argparse.Namespace) -> None:
     """Segment one case onto the grid of its first modality, or every case of a table."""
-    if args.data_list:
-        from scripts.batch import segment_list
+    from scripts.single import one_case
 
+    configs = ["inference", *_context(args), *_profile(args)]
+    own: Overrides = _engine(args) | ({"weights": args.weights} if args.weights else {})
+    if args.data_list:
+        from scripts.batch import refuse_options, segment_list
+
+        refuse_options(args)
+        if args.dry_run:
+            return _run(args, configs, own)  # the same masks, one after the other in one process
         return segment_list(args, segment, _sentence)
-    if not args.output:
-        raise ValueError("Name the mask by --output, or a table of cases by --data-list.")
-    output = Path(args.output)
-    if not output.name.endswith(".nii.gz"):
-        raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
     spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
-    modalities = spec["modalities"]
-    files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
-    if args.stacked:
-        files = dict.fromkeys(modalities, args.stacked)
-    if not files:
-        raise ValueError(f"There is no image to segment: name it by --{' or --'.join(modalities)}.")
-    reference, absent = next(iter(files)), [key for key in modalities if key not in files]
-    if reference != modalities[0]:
-        if not _settings(args).get("allow_missing"):
-            lost = ", ".join(f"--{key} is missing" for key in absent)
-            raise ValueError(
-                f"{lost}: add the files, or allow it by --allow-missing (the mask gets --{reference}'s grid)."
-            )
-        print(f"The mask is written on the grid of --{reference}, since {absent[0]} is absent.")
+    output, files, reference = one_case(args, spec["modalities"], bool(_settings(args).get("allow_missing")))
     case = {"case_id": output.name.removesuffix(".nii.gz"), "image": files[reference]}
-    case |= {} if args.stacked else files
-    own: Overrides = {"datalist": [case], "output_dir": str(output.parent), "naming": [], "reference": reference}
+    own |= {"datalist": [case | ({} if args.stacked else files)], "naming": [], "reference": reference}
+    own |= {"output_dir": str(output.parent), "manifest_name": f"{case['case_id']}.manifest.json"}
     own |= {"locked": str(output)} | ({"stacked": True} if args.stacked else {})
-    own |= _engine(args)
-    if args.weights:
-        own["weights"] = args.weights
-    _run(args, ["inference", *_context(args), *_profile(args)], own)
+    _run(args, configs, own)
     if not args.dry_run:
         print(f"mask: {output}")
         if args.report:

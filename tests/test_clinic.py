@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,74 +218,3 @@ def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
         find_series(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_series(tmp_path / "lost")
-
-
-def test_the_workflow_calls_what_the_program_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its command lines, with a word for each placeholder."""
-    text = (WORKFLOW / "Snakefile").read_text()
-    commands = ["".join(re.findall(r'"(.*?)"', block)) for block in re.findall(r"shell:((?:\s*\".*\")+)", text)]
-    assert len(commands) == text.count("shell:") == 2
-    words = [shlex.split(re.sub(r"{[^}]*}", "word.nii.gz", command).split(" > ")[0]) for command in commands]
-    assert words[0][1] == "docs/workflow/volumes.py"
-    assert words[1][1:4] == ["-m", "scripts", "segment"]
-    assert main([*words[1][3:], "--dry-run"]) == 0
-    assert '"mr": "word.nii.gz"' in capsys.readouterr().out
-
-
-def test_the_workflow_tells_volumes_in_ml(tmp_path: Path) -> None:
-    """12 voxels of 2 x 2.5 x 4 mm are 240 mm^3."""
-    voxels = np.zeros((5, 6, 7), np.uint8)
-    voxels[1:3, 1:3, 1:4] = 1
-    nib.save(nib.Nifti1Image(voxels, np.diag([-2, -2.5, 4, 1])), tmp_path / "P1.nii.gz")
-    command = [sys.executable, str(WORKFLOW / "volumes.py"), str(tmp_path / "volumes.csv"), str(tmp_path / "P1.nii.gz")]
-    subprocess.run(command, check=True)
-    assert (tmp_path / "volumes.csv").read_text().split() == ["case_id,volume_ml", "P1,0.24"]
-
-
-@pytest.fixture
-def table(phantoms: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Three phantoms as a table; ``table(pet=path)`` gives the second another PET."""
-
-    def make(**other: Path) -> Path:
-        path = tmp_path / "cohort.csv"
-        with path.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["case_id", "ct", "pet", "mr"])
-            for number, case in enumerate(phantoms[:3]):
-                files = {key: case[key] for key in ("ct", "pet", "mr")} | (other if number == 1 else {})
-                writer.writerow([case["case_id"], *files.values()])
-        return path
-
-    return make
-
-
-def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
-    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad, output = tmp_path / "pet.nii.gz", tmp_path / "masks"
-    bad.write_bytes(b"")
-    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
-    command += [*TINY, "--workers", "2", "--data-list"]
-    assert main([*command, str(table(pet=bad))]) == 1
-    told = capsys.readouterr()
-    assert "3 cases: 2 segmented, 0 there already, 1 failed" in told.out
-    assert f"1 of 3 cases failed (PHANTOM_002: {bad} is an empty file" in told.err
-    assert sorted(path.name for path in output.glob("*.nii.gz")) == ["PHANTOM_001.nii.gz", "PHANTOM_003.nii.gz"]
-    (output / "PHANTOM_003.nii.gz").write_bytes((output / "PHANTOM_003.nii.gz").read_bytes()[:-9])  # stopped half way
-    kept = (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns
-    assert main([*command, str(table())]) == 0
-    assert "3 cases: 2 segmented, 1 there already, 0 failed" in capsys.readouterr().out
-    assert (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns == kept
-    results = json.loads((output / "segment.json").read_text())["cases"]
-    assert [each["result"] for each in results.values()] == ["there already", "segmented", "segmented"]
-    assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
-
-
-def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weights: str, tmp_path: Path) -> None:
-    output = tmp_path / "bids"
-    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
-    assert main([*command, *TINY, "--bids", "--data-list", str(table())]) == 0
-    names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.nii.gz"))
-    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_mask.nii.gz"
-    assert len(names) == 3
-    assert json.loads((output / "dataset_description.json").read_text())["DatasetType"] == "derivative"

@@ -25,6 +25,7 @@ from scripts.files import atomic_file, write_bytes
 NAME = "sarcoma_ct_pet_mr_segmentation"
 # As git's pathspecs. The reading order is about the repository: it leads through its readme and its tests.
 PARTS = ("configs", "docs", ":!docs/reading_order.md", "models", "scripts", "CHANGELOG.md", "LICENSE")
+PARTS += ("pyproject.toml", "requirements*.txt", ":!requirements-label.txt")  # pip install ".[dicom]" works there
 LIMIT = 25_000_000  # bytes of one file, by the zoo's CONTRIBUTING.md
 Files = dict[str, bytes]
 
@@ -70,7 +71,7 @@ def tracked_files(root: Path) -> Files:
     Raises:
         ValueError: no checkout, or one with changes that are not committed.
     """
-    changed = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS, "pyproject.toml")
+    changed = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS)
     if changed:
         raise ValueError(
             f"{root / changed[0][3:]} differs from the last commit, and a release is made of a commit: "

@@ -26,6 +26,7 @@ from scripts.release import LIMIT, NAME, main, release
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("configs", "docs", "models", "scripts", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".gitignore")
+COPIED += tuple(path.name for path in ROOT.glob("requirements*.txt"))
 GIT = shutil.which("git")
 pytestmark = pytest.mark.skipif(GIT is None, reason="a release is made of what git tracks")
 # A hook that runs the tests names its own repository so: none of it may reach the repositories that are made here.
@@ -114,7 +115,7 @@ def test_a_file_that_the_zoo_wants_is_there(zoo: Path, name: str) -> None:
 
 def test_the_zip_holds_what_git_tracks_of_the_bundle_and_nothing_else(zipped: Path, checkout: Path) -> None:
     listed = subprocess.run([GIT, "-C", checkout, "ls-files"], capture_output=True, text=True, check=True, env=CLEAN)
-    left = {"pyproject.toml", ".gitignore", "docs/reading_order.md"}
+    left = {"requirements-label.txt", ".gitignore", "docs/reading_order.md"}
     with zipfile.ZipFile(zipped) as archive:
         assert archive.namelist() == [f"{NAME}/{name}" for name in sorted(set(listed.stdout.split()) - left)]
 
@@ -231,7 +232,7 @@ def test_a_file_above_the_limit_is_left_out_and_comes_back_by_its_list(small: Pa
     with zipfile.ZipFile(path) as archive:
         names = [name.removeprefix(f"{NAME}/") for name in archive.namelist()]
         archive.extractall(tmp_path)
-    assert names == ["LICENSE", "configs/metadata.json", "large_files.yml"]
+    assert names == ["LICENSE", "configs/metadata.json", "large_files.yml", "pyproject.toml"]
     parser = ConfigParser()
     parser.read_config(str(tmp_path / NAME / "large_files.yml"))
     (entry,) = parser.get()["large_files"]

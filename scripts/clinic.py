@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.arguments import CONFIGS
 from scripts.data.dicom import series_slices
 from scripts.data.packages import dicom_package
-from scripts.dicom_out import read_slices, write_rtstruct, write_seg
+from scripts.dicom_out import RefusedError, read_slices, write_rtstruct, write_seg
 from scripts.manifest import code_version
 from scripts.study import KINDS, Series, choose_series, find_series
 
@@ -29,8 +31,10 @@ def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespac
 
     Raises:
         ValueError: the study lacks a series, holds several of a kind, or mixes patients or frames of reference; the
-            reference series is absent; an optional package is not installed.
+            reference series is absent; an optional package is not installed; a table of cases is given.
     """
+    if args.data_list:
+        raise ValueError(f"dicom takes one --study, not the table {args.data_list}: leave out --data-list.")
     spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
     modalities = spec["modalities"]
     if args.dry_run:  # what it would print where one folder held every series
@@ -71,12 +75,35 @@ def _folders(chosen: dict[str, Series], linked: Path) -> dict[str, str]:
 
 
 def _write(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool) -> None:
-    slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
-    write_seg(mask, slices, label, code_version(), output / "seg.dcm")
-    print(f"DICOM SEG: {output / 'seg.dcm'}")
+    path = output / "seg.dcm"
+    with _nameless(path, reference, mask):
+        slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
+        write_seg(mask, slices, label, code_version(), path)
+    print(f"DICOM SEG: {path}")
     if rtstruct:
-        write_rtstruct(mask, slices, label, output / "rtstruct.dcm")
-        print(f"RTSTRUCT: {output / 'rtstruct.dcm'}")
+        path = output / "rtstruct.dcm"
+        with _nameless(path, reference, mask):
+            written = write_rtstruct(mask, slices, label, path)
+        print(f"RTSTRUCT: {path}" if written else f"RTSTRUCT: {path} was not written, no structure: the mask is empty")
+
+
+@contextmanager
+def _nameless(path: Path, series: Series, mask: Path) -> Iterator[None]:
+    """Tells what failed in the packages for DICOM without their words, which may quote the patient's data.
+
+    With ``DEBUG`` in the environment their errors are let through.
+    """
+    try:
+        yield
+    except (RefusedError, OSError):
+        raise
+    except Exception as error:
+        if os.environ.get("DEBUG"):
+            raise
+        raise ValueError(
+            f"{path} was not written ({type(error).__name__}): the headers of the series {series.uid} do not go into "
+            f"it; DEBUG=1 shows why, and may show the patient's data. The mask is there: {mask}."
+        ) from None
 
 
 def _segment_name() -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from scripts.data.dicom import ASTRAY
 from scripts.data.packages import dicom_package
 from scripts.files import atomic_file
+
+logger = logging.getLogger(__name__)
 
 MAKER, MODEL = "multi-teacher-distillation-bundle", "distilled student"
 # SNOMED CT: what the foreground is, and of what category.
@@ -22,7 +26,10 @@ EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID"
          "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
 SEXES = ("", "M", "F", "O")
 SHORT_STRING = 16  # characters of DICOM's VR SH
-FAR = 0.01  # mm by which a slice may lie off the mask's plane
+
+
+class RefusedError(ValueError):
+    """A sentence of ours, which quotes nothing of the patient."""
 
 
 def read_slices(files: Sequence[str]) -> list[Any]:
@@ -36,29 +43,32 @@ def read_slices(files: Sequence[str]) -> list[Any]:
     return slices
 
 
-def frames(mask: np.ndarray, affine: np.ndarray, slices: Sequence[Any]) -> np.ndarray:
+def frames(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
     """The mask's planes in the order of the slices, rows before columns.
 
     Args:
-        mask: ``H W D`` (column, row, slice), as read from the series and written as NIfTI.
-        affine: of the mask, RAS, mm.
+        mask_file: NIfTI, ``H W D`` (column, row, slice), as read from the series. A slice may lie beside its plane as
+            far as the series' reader allows.
         slices: the series' images in any order.
 
     Returns:
         ``slices rows columns``, uint8.
 
     Raises:
-        ValueError: the mask is not on the series' grid.
+        RefusedError: the mask is not on the series' grid.
     """
+    image: Any = nib.Nifti1Image.from_filename(mask_file)
+    mask, affine = np.asanyarray(image.dataobj) > 0, image.affine
     planes = []
-    inverse = np.linalg.inv(affine)
+    inverse, far = np.linalg.inv(affine), ASTRAY * np.linalg.norm(affine[:3, 2])
     for each in slices:
         place = np.array([*each.ImagePositionPatient, 1.0], dtype=float) * [-1, -1, 1, 1]
         index = inverse @ place
         number = round(float(index[2]))
         off = np.linalg.norm(affine[:3, :3] @ (index[:3] - [0, 0, number]))
-        if off > FAR or not 0 <= number < mask.shape[2] or mask.shape[:2] != (each.Columns, each.Rows):
-            raise ValueError(f"The mask is not on the grid of the series {each.SeriesInstanceUID}.")
+        if off > far or not 0 <= number < mask.shape[2] or mask.shape[:2] != (each.Columns, each.Rows):
+            uid = each.SeriesInstanceUID
+            raise RefusedError(f"{mask_file} is not on the grid of the series {uid}: segment that series again.")
         planes.append(mask[:, :, number].T)
     return np.stack(planes).astype(np.uint8)
 
@@ -74,13 +84,13 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
         path: of the file.
 
     Raises:
-        ValueError: highdicom is not installed, the mask is not on the series' grid, or the images have a sex, date or
-            time that is none.
+        ValueError: highdicom is not installed.
+        RefusedError: the mask is not on the series' grid, or the images have a sex, date or time that is none, or
+            several values where DICOM allows one.
     """
     highdicom = dicom_package("highdicom")
     coded = dicom_package("pydicom.sr.coding").Code
-    image: Any = nib.Nifti1Image.from_filename(mask_file)
-    planes = frames(np.asanyarray(image.dataobj) > 0, image.affine, slices)
+    planes = frames(mask_file, slices)
     _refuse_strange(slices[0], path)
     codes = dicom_package("pydicom.sr.codedict").codes
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -110,7 +120,7 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
         series_description=f"{label}, research only",
         omit_empty_frames=bool(planes.any()),  # a segmentation without frames is no valid one
     )
-    _shorten(made)
+    _shorten(made, path)
     with atomic_file(path) as file:
         made.save_as(file)
 
@@ -119,40 +129,60 @@ def _refuse_strange(head: Any, path: Path) -> None:
     """What highdicom would refuse with a word that quotes the patient's data."""
     values = dicom_package("pydicom.valuerep")
     kinds = {"PatientBirthDate": values.DA, "StudyDate": values.DA, "StudyTime": values.TM, "PatientSex": SEXES.index}
-    for keyword, kind in kinds.items():
-        try:
-            kind(head.get(keyword) or "")
-        except ValueError:
-            raise ValueError(
-                f"{path} was not written, since the series {head.SeriesInstanceUID} has a {keyword} that is none in "
-                "DICOM: correct it or leave it empty. The mask is there."
-            ) from None
+    for keyword in EMPTY:
+        wrong = ""
+        if keyword in head and head[keyword].VM > 1:
+            wrong = f"several values of {keyword}, where DICOM allows one"
+        elif keyword in kinds:
+            try:
+                kinds[keyword](head.get(keyword) or "")
+            except ValueError:
+                wrong = f"a {keyword} that is none in DICOM"
+        if wrong:
+            raise RefusedError(
+                f"{path} was not written, since the series {head.SeriesInstanceUID} has {wrong}: correct it or leave "
+                "it empty. The mask is there."
+            )
 
 
-def _shorten(dataset: Any) -> None:
-    """Ids that are longer than the standard allows are taken over from images that have them so."""
-    if len(str(dataset.get("StudyID", "") or "")) > SHORT_STRING:
-        dataset.StudyID = str(dataset.StudyID)[:SHORT_STRING]
+def _shorten(dataset: Any, path: Path) -> None:
+    """Short strings that are longer than the standard allows are taken over from images that have them so.
+
+    Half a number would be another number, so it is left empty, which the standard allows of these; a study's id is cut.
+    """
+    for element in list(dataset):
+        if element.VR != "SH" or element.VM > 1 or len(str(element.value or "")) <= SHORT_STRING:
+            continue
+        kept = str(element.value)[:SHORT_STRING] if element.keyword == "StudyID" else ""
+        dataset.add_new(element.tag, "SH", kept)  # anew, since the element may be the images' own
+        if not kept:
+            words = "%s: %s is left empty, since the images have one of more than the %d characters that DICOM allows."
+            logger.warning(words, path, element.keyword, SHORT_STRING)
 
 
 def _free_number(slices: Sequence[Any]) -> int:
     return int(slices[0].get("SeriesNumber") or 0) + 1000
 
 
-def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Path) -> None:
+def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Path) -> bool:
     """Write an RT structure set with the mask's outlines on every image of a series.
 
     Args:
         mask_file, slices, label, path: see ``write_seg``.
 
+    Returns:
+        Whether it was written: of an empty mask there is none, nor is one of an earlier mask left.
+
     Raises:
-        ValueError: rt-utils is not installed, or the mask is not on the series' grid.
+        ValueError: rt-utils is not installed.
+        RefusedError: the mask is not on the series' grid.
     """
     made = _structure_set(slices)
-    image: Any = nib.Nifti1Image.from_filename(mask_file)
-    planes = frames(np.asanyarray(image.dataobj) > 0, image.affine, made.series_data)
-    if planes.any():
-        made.add_roi(mask=np.moveaxis(planes, 0, -1).astype(bool), name=label)
+    planes = frames(mask_file, made.series_data)
+    if not planes.any():  # a structure set without structures is no valid one
+        path.unlink(missing_ok=True)
+        return False
+    made.add_roi(mask=np.moveaxis(planes, 0, -1).astype(bool), name=label)
     decimal = dicom_package("pydicom.valuerep").format_number_as_ds
     for contours in made.ds.get("ROIContourSequence", []):
         for contour in contours.ContourSequence:  # at most 16 characters each
@@ -165,9 +195,10 @@ def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Pat
         setattr(made.ds, keyword, slices[0].get(keyword, ""))  # rt-utils leaves them out; they may be empty
     if slices[0].get("SpecificCharacterSet"):  # which the patient's name is written in
         made.ds.SpecificCharacterSet = slices[0].SpecificCharacterSet
-    _shorten(made.ds)
+    _shorten(made.ds, path)
     with atomic_file(path) as file:
         made.ds.save_as(file)
+    return True
 
 
 def _structure_set(slices: Sequence[Any]) -> Any:

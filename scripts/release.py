@@ -24,8 +24,10 @@ from scripts.files import atomic_file, write_bytes
 
 NAME = "sarcoma_ct_pet_mr_segmentation"
 # As git's pathspecs. The reading order is about the repository: it leads through its readme and its tests.
-PARTS = ("configs", "docs", ":!docs/reading_order.md", "models", "scripts", "CHANGELOG.md", "LICENSE")
-PARTS += ("pyproject.toml", "requirements*.txt", ":!requirements-label.txt")  # pip install ".[dicom]" works there
+PARTS = (
+    *("configs", "docs", ":!docs/reading_order.md", "models", "scripts", "CHANGELOG.md", "LICENSE"),
+    *("pyproject.toml", "requirements*.txt", ":!requirements-label.txt"),  # pip install ".[dicom]" works there
+)
 LIMIT = 25_000_000  # bytes of one file, by the zoo's CONTRIBUTING.md
 Files = dict[str, bytes]
 

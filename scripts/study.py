@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from scripts.data.packages import dicom_package
 
 KINDS = {"ct": "CT", "pet": "PT", "mr": "MR"}  # modality of the config -> DICOM's
-TAGS = ("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType")
+TAGS = ("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType",
+        "NumberOfFrames", "SharedFunctionalGroupsSequence")  # fmt: skip
 
 
 class Series(NamedTuple):
@@ -24,6 +25,7 @@ class Series(NamedTuple):
     frame: str
     description: str
     slices: int
+    multiframe: bool = False
 
 
 def find_series(study: str | Path) -> list[Series]:
@@ -68,7 +70,8 @@ def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
     patient, frame, description = (
         str(head.get(tag, "") or "") for tag in ("PatientID", "FrameOfReferenceUID", "SeriesDescription")
     )
-    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images))
+    multiframe = any("SharedFunctionalGroupsSequence" in h or int(h.get("NumberOfFrames") or 1) > 1 for _, h in images)
+    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images), multiframe)
 
 
 def choose_series(
@@ -83,7 +86,8 @@ def choose_series(
 
     Raises:
         ValueError: a modality that DICOM does not tell apart, several series of one, a chosen series that is not there,
-            or series of several patients or frames of reference. No patient is named.
+            one that is multi-frame or names no frame of reference, or series of several patients or frames of
+            reference. No patient is named.
     """
     unknown = [key for key in modalities if key not in KINDS]
     if unknown:
@@ -100,11 +104,27 @@ def choose_series(
             raise ValueError(f"The study has {len(there)} {KINDS[key]} series: choose one by --series-uid: {listed}.")
         if there:
             chosen[key] = there[0]
+    _refuse_misfits(list(chosen.values()))
+    return chosen
+
+
+def _refuse_misfits(chosen: Sequence[Series]) -> None:
+    """Series that are not read, or that do not say how they lie to each other and to what is written."""
+    for series in chosen:
+        if series.multiframe:
+            raise ValueError(
+                f"The series {series.uid} is multi-frame (enhanced) DICOM, which is not read here: export it as one "
+                "file per slice, or convert it to NIfTI and use segment."
+            )
+        if not series.frame:
+            raise ValueError(
+                f"The series {series.uid} names no FrameOfReferenceUID, so that its place to other series is unknown: "
+                "export it with one, or convert it to NIfTI and use segment."
+            )
     for what, values in (
-        ("patients", {series.patient for series in chosen.values()}),
-        ("frames of reference", {series.frame for series in chosen.values()}),
+        ("patients", {series.patient for series in chosen}),
+        ("frames of reference", {series.frame for series in chosen}),
     ):
         if len(values) > 1:
-            uids = ", ".join(series.uid for series in chosen.values())
+            uids = ", ".join(series.uid for series in chosen)
             raise ValueError(f"The series {uids} are of {len(values)} {what}: give one study of one patient and frame.")
-    return chosen

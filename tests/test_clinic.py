@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM in and out on a real study; a cohort in batches."""
+"""DICOM in and out on a real study."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from matplotlib.path import Path as Outline
 from scipy import ndimage
 
+from scripts import clinic
 from scripts.networks import Student
 from scripts.study import Series, choose_series, find_series
 from scripts.verbs import main
@@ -202,6 +203,9 @@ def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
         ([_series("CT", "1.1")], ["7.7"], "has no series 7.7: it has 1.1"),
         ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 are of 2 patients"),
         ([_series("CT", "1.1"), _series("MR", "1.2", frame="1.8")], [], "1.1, 1.2 are of 2 frames of reference"),
+        ([_series("CT", "1.1", frame=""), _series("MR", "1.2", frame="")], [], "1.1 names no FrameOfReferenceUID"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", frame="")], [], "1.2 names no FrameOfReferenceUID"),
+        ([_series("CT", "1.1", frame="")], [], "1.1 names no FrameOfReferenceUID"),
     ],
 )
 def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_patient(
@@ -218,3 +222,28 @@ def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
         find_series(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_series(tmp_path / "lost")
+
+
+def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dicom", "--study", str(tmp_path), "--data-list", "cohort.csv"]) == 1
+    assert "error: dicom takes one --study, not the table cohort.csv: leave" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, ValueError])
+def test_whatever_fails_in_writing_is_told_without_its_words(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise kind("SECRET")
+
+    monkeypatch.setattr(clinic, "series_slices", lambda *_: [])
+    monkeypatch.setattr(clinic, "write_seg", fail)
+    monkeypatch.delenv("DEBUG", raising=False)
+    words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask is there: mask\.nii\.gz\.$"
+    with pytest.raises(ValueError, match=words) as caught:
+        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(kind, match=r"^SECRET$"):
+        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)

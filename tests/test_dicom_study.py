@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from scripts import clinic
 from scripts.dicom_out import read_slices, write_rtstruct, write_seg
 from scripts.networks import Student
-from scripts.study import find_series
+from scripts.study import Series, find_series
 from scripts.verbs import main
 
 Array = NDArray[Any]
@@ -308,3 +309,85 @@ def test_headers_that_lack_what_may_be_empty_or_are_in_other_letters_are_taken_o
         written = pydicom.dcmread(path)
         assert str(written.PatientName) == (changes["PatientName"] or "")
         assert written.StudyDate == ("" if "StudyDate" in changes else "20200102")
+
+
+@pytest.mark.parametrize("multi", [False, True], ids=["functional groups", "frames"])
+def test_a_multi_frame_series_is_refused_before_anything_is_segmented(
+    multi: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"NumberOfFrames": 2} if multi else {"NumberOfFrames": 1, "SharedFunctionalGroupsSequence": [Dataset()]}
+    image = _slice("CT", "1.2.3", "1.2.4", "1.2.5", Rows=1, Columns=1, **groups, PixelData=b"\0\0" * (1 + multi))
+    image.save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    command = ["dicom", "--study", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--allow-missing", *TINY]
+    assert main(command) == 1
+    assert "error: The series 1.2.3 is multi-frame (enhanced) DICOM" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.09, 0.11])
+def test_a_slice_may_lie_beside_its_place_as_far_as_the_reader_lets_it(
+    share: float, made: Path, study: Path, tmp_path: Path
+) -> None:
+    """The reader's limit is a tenth of the distance between slices."""
+    slices = _heads(study)
+    distance = float(slices[1].ImagePositionPatient[2]) - float(slices[0].ImagePositionPatient[2])
+    slices[5].ImagePositionPatient[0] += share * distance
+    if share > 0.1:
+        with pytest.raises(ValueError, match=r"mask\.nii\.gz is not on the grid of the series .*: segment that series"):
+            write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        return
+    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    pixels = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
+        [slices[5].SOPInstanceUID], combine_segments=True, ignore_spatial_locations=True,
+        assert_missing_frames_are_empty=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels[0] > 0, _mask(made / "mask.nii.gz")[0][:, :, 5].T)
+
+
+def _reference(study: Path) -> Series:
+    return next(series for series in find_series(study / "dicom") if series.kind == "CT")
+
+
+@needs_rt_utils
+def test_of_an_empty_mask_there_is_no_structure_set(
+    made: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor that of an earlier mask, which lay there."""
+    mask, affine = _mask(made / "mask.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), affine), tmp_path / "mask.nii.gz")
+    (tmp_path / "rtstruct.dcm").write_bytes(b"earlier")
+    clinic._write(tmp_path / "mask.nii.gz", _reference(study), "tumour", tmp_path, True)
+    assert "rtstruct.dcm was not written, no structure: the mask is empty" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "seg.dcm"]
+    assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
+
+
+@pytest.mark.parametrize(("length", "kept"), [(16, True), (17, False)])
+def test_a_short_string_that_is_too_long_is_left_empty_and_told(
+    length: int, kept: bool, made: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slices, number = _heads(study), MARKER.ljust(length, "7")
+    for each in slices:
+        each.AccessionNumber = each.StudyID = number
+    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    if RTSTRUCT:
+        assert write_rtstruct(made / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+    for path in tmp_path.glob("*.dcm"):
+        written = pydicom.dcmread(path)
+        assert (written.AccessionNumber, written.StudyID) == (number if kept else "", number[:16])
+        assert (f"{path}: AccessionNumber is left empty" in caplog.text) is not kept
+    assert MARKER not in caplog.text
+    assert {(each.AccessionNumber, each.StudyID) for each in slices} == {(number, number)}
+
+
+@pytest.mark.parametrize("keyword", ["PatientName", "PatientID", "AccessionNumber"])
+def test_several_values_where_there_is_one_are_refused_without_them(
+    keyword: str, made: Path, study: Path, tmp_path: Path
+) -> None:
+    slices = _heads(study)
+    for each in slices:
+        setattr(each, keyword, f"{MARKER}\\{MARKER}")
+    with pytest.raises(ValueError, match=f"has several values of {keyword}, where DICOM allows one") as caught:
+        write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    assert MARKER not in str(caught.value)
+    assert not any(tmp_path.iterdir())

@@ -3,15 +3,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from scripts.data.packages import dicom_package
 
+logger = logging.getLogger(__name__)
+
 WEIGHT_KG = (0.2, 500.0)  # what a header can mean
 DOSE_BQ = (1e5, 1e11)  # a dose in MBq would lie below
+# From the injection to the scan. FDG is scanned within a few hours; after 12 hours 1% of fluorine-18 is left (half life
+# 110 minutes). Longer ones are of other tracers than the network knows, or of a clock or date that is wrong.
+LONGEST = timedelta(hours=12)
+CORRECTIONS = {"ATTN": "attenuation", "DECY": "decay"}  # which QIBA asks for
+CLOCK = r"\d\d(?:\d\d(?:\d\d(?:\.\d{1,6})?)?)?"  # HH, HHMM, HHMMSS, HHMMSS.ffffff
+ZONE = r"[+-]\d{4}"  # from UTC
 
 
 def series_suv(files: Sequence[str], name: str) -> float:
@@ -29,7 +39,8 @@ def suv_factor(slices: Sequence[Any], name: str) -> float:
     ``Units`` ``GML`` are SUV already. ``BQML`` are divided by the injected activity per gram of the patient; where the
     images are corrected for decay to the start of the scan (``START``), the activity is brought there, too; where they
     are corrected to the injection (``ADMIN``), it is taken as injected. The start of the scan is the series' time, or
-    the earliest acquisition's where that is earlier (a series time may be that of a later reconstruction).
+    the earliest acquisition's where that is earlier (a series time may be that of a later reconstruction) or where the
+    series' lies before the injection.
 
     Args:
         slices: headers of one series (pydicom datasets).
@@ -39,6 +50,7 @@ def suv_factor(slices: Sequence[Any], name: str) -> float:
         ValueError: other units or corrections, and what is missing or makes no sense.
     """
     first = slices[0]
+    _refuse_uncorrected(first, name)
     units = str(first.get("Units", "")) or "none"
     if units == "GML":
         kind = str(first.get("SUVType", "") or "BW")
@@ -70,45 +82,88 @@ def _number(dataset: Any, keyword: str, name: str, limits: tuple[float, float], 
     return float(value)
 
 
+def _refuse_uncorrected(first: Any, name: str) -> None:
+    """What the images are corrected for, where they say so."""
+    told = first.get("CorrectedImage") or []
+    words = [told] if isinstance(told, str) else list(told)
+    lost = [word for word in CORRECTIONS if words and word not in words]
+    if lost:
+        names = " and ".join(f"{CORRECTIONS[word]} ({word})" for word in lost)
+        raise ValueError(f"{name} is not corrected for {names} by its CorrectedImage: give the series that is.")
+
+
 def _uptake_seconds(slices: Sequence[Any], infusion: Any, name: str) -> float:
-    """From the injection to the start of the scan."""
-    scan = _scan_start(slices, name)
-    injected = _time(str(infusion.get("RadiopharmaceuticalStartDateTime", "") or ""))
-    if injected is None:
-        time = str(infusion.get("RadiopharmaceuticalStartTime", "") or "")
-        injected = _time(f"{scan:%Y%m%d}{time}") if time else None
-        if injected is not None and injected > scan:  # injected before midnight
-            injected -= timedelta(days=1)
-    if injected is None:
+    """From the injection to the start of the scan.
+
+    Of an injection whose date is not told, it is the scan's, or the day before where the uptake is plausible by that.
+    """
+    starts = _scan_starts(slices, name)
+    dated, clock = (str(infusion.get(f"Radiopharmaceutical{tag}") or "") for tag in ("StartDateTime", "StartTime"))
+    if dated:
+        tag, uptakes = "RadiopharmaceuticalStartDateTime", _since(dated, starts, name)
+    elif clock:
+        tag, zone = "RadiopharmaceuticalStartTime", f"{starts[0]:%z}"
+        same = [start - _moment(f"{start:%Y%m%d}", clock, zone, tag, name) for start in starts]
+        uptakes = same + [each + timedelta(days=1) for each in same]
+    else:
         raise ValueError(f"{name} lacks the time of injection, which SUV needs: add it, or give the PET as SUV.")
-    seconds = (scan - injected).total_seconds()
-    if not 0 <= seconds < 86400:
-        raise ValueError(
-            f"{name} was injected {seconds / 3600:.1f} hours before its scan, which cannot be: correct it."
-        )
-    return seconds
+    found = _plausible(uptakes)
+    if found is not None:
+        return found.total_seconds()
+    hours, tags = uptakes[0].total_seconds() / 3600, f"by {tag} and the dates and times of Series and Acquisition"
+    if hours < 0:
+        raise ValueError(f"{name} was scanned {-hours:.1f} hours before its injection {tags}: correct what is wrong.")
+    raise ValueError(
+        f"{name} was scanned {hours:.1f} hours after its injection {tags}, and at most "
+        f"{LONGEST.total_seconds() / 3600:g} are taken here: correct what is wrong, or give the PET as SUV."
+    )
 
 
-def _scan_start(slices: Sequence[Any], name: str) -> datetime:
-    times = [
-        _time(f"{each.get(f'{kind}Date', '') or ''}{each.get(f'{kind}Time', '') or ''}")
-        for each in slices
-        for kind in ("Series", "Acquisition")
-        if each.get(f"{kind}Date") and each.get(f"{kind}Time")
-    ]
-    known = [time for time in times if time is not None]
-    if not known:
+def _plausible(uptakes: Sequence[timedelta]) -> timedelta | None:
+    return next((each for each in uptakes if timedelta(0) <= each <= LONGEST), None)
+
+
+def _since(dated: str, starts: Sequence[datetime], name: str) -> list[timedelta]:
+    """From the injection's date and time to each start, in one zone."""
+    tag = "RadiopharmaceuticalStartDateTime"
+    parts = re.fullmatch(rf"(\d{{8}})({CLOCK})({ZONE})?", dated.strip())
+    if not parts:
+        raise ValueError(f"{name} holds no valid date and time in {tag}: correct it.")
+    own, scans = parts[3], f"{starts[0]:%z}"
+    injected = _moment(parts[1], parts[2], (own or scans) if scans else "", tag, name)
+    uptakes = [start - injected for start in starts]
+    if own and not scans:
+        if _plausible(uptakes) is None:
+            hours = uptakes[0].total_seconds() / 3600
+            raise ValueError(
+                f"{name} has a {tag} with an offset from UTC and no TimezoneOffsetFromUTC, and if both were of one "
+                f"zone, its scan would lie {hours:.1f} hours after the injection: add TimezoneOffsetFromUTC."
+            )
+        logger.warning("%s: the offset from UTC in %s was left out: TimezoneOffsetFromUTC is lacking.", name, tag)
+    return uptakes
+
+
+def _scan_starts(slices: Sequence[Any], name: str) -> list[datetime]:
+    """The series' time and the earliest acquisition's, as far as they are told; the earlier one first."""
+    zone, starts = str(slices[0].get("TimezoneOffsetFromUTC") or "").strip(), []
+    for kind in ("Series", "Acquisition"):
+        tags = f"{kind}Date", f"{kind}Time"
+        told = {tuple(str(each.get(tag) or "") for tag in tags) for each in slices}
+        what = f"{tags[0]}, {tags[1]}{' or TimezoneOffsetFromUTC' if zone else ''}"
+        moments = [_moment(date, clock, zone, what, name) for date, clock in told if date and clock]
+        starts += [min(moments)] if moments else []
+    if not starts:
         raise ValueError(f"{name} lacks the times of series and acquisition, which SUV needs: add one.")
-    return min(known)
+    return sorted(starts)
 
 
-def _time(text: str) -> datetime | None:
-    """DICOM's date and time, ``YYYYMMDDHHMMSS.ffffff``; an offset from UTC is left out, as in the other times."""
-    digits = text.strip()[:14].partition("+")[0].partition("-")[0].partition(".")[0]
+def _moment(date: str, clock: str, zone: str, tag: str, name: str) -> datetime:
+    """DICOM's DA and TM, in a zone where there is one; parts of a second are left out."""
+    date, clock = date.strip(), clock.strip()
     try:
-        return datetime.strptime(digits, "%Y%m%d%H%M%S")
+        if not (re.fullmatch(r"\d{8}", date) and re.fullmatch(CLOCK, clock) and re.fullmatch(f"(?:{ZONE})?", zone)):
+            raise ValueError
+        whole = date + clock.partition(".")[0].ljust(6, "0") + zone
+        return datetime.strptime(whole, "%Y%m%d%H%M%S%z" if zone else "%Y%m%d%H%M%S")
     except ValueError:
-        try:
-            return datetime.strptime(digits, "%Y%m%d%H%M")
-        except ValueError:
-            return None
+        raise ValueError(f"{name} holds no valid date or time in {tag}: correct it.") from None

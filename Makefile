@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) -W ignore -m scripts
 DEMO ?= runs/demo
-DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train
+DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
 .PHONY: env bench-env demo test test-real test-faults browser-test lint type bench release clean label label-env label-test

@@ -32,6 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "output_dir": "$os.path.join(@bundle_root, 'runs', 'label')",
         "final_weights": "$os.path.join(@bundle_root, 'models', 'model.pt')",  # the next inference takes them
         "locked": "",  # it trains one at a time; asked to within the server, that would hold the folder until it ends
+        "overwrite": True,  # every training starts anew, from what the store holds by then
         "batch_size": 1,  # from the first label on
         "naming": [LAYOUT],
         "cases": "@train#dataset#data",  # what the store gives

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -25,6 +26,24 @@ def sha256(path: str | Path) -> str:
     """Checksum of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_beside(path: str | Path) -> str | None:
+    """The sha256 in ``<path>.sha256``, as ``sha256sum`` writes it; None where there is no such file.
+
+    Raises:
+        ValueError: the file holds no sha256.
+    """
+    beside = Path(f"{path}.sha256")
+    if not beside.is_file():
+        return None
+    with open(beside, "rb") as file:
+        found = re.match(rb"\s*([0-9a-fA-F]{64})(?:\s|$)", file.read(1000))
+    if found is None:
+        raise ValueError(
+            f"{beside} holds no sha256 of 64 hexadecimal digits: write it again by sha256sum, or remove it."
+        )
+    return found[1].decode().lower()
 
 
 def load_plain(path: str | Path, mmap: bool = False) -> Any:
@@ -48,27 +67,42 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
     Args:
         network: receives the weights.
         path: file of a state dict, or of a checkpoint that holds one under ``key``.
-        checksum: sha256 that the file must have.
+        checksum: sha256 that the file must have; by default the one beside it (``<path>.sha256``), where there is one.
+        key: see ``path``.
 
     Returns:
         The file's sha256.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another checksum, a file that is no weights file, or weights that do not fit the network.
+        ValueError: another checksum, a file that is no weights file, weights that are not finite or that do not fit the
+            network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No weights at {path}: train the network first or give the right path.")
-    found = sha256(path)
-    if checksum is not None and found != checksum:
-        raise ValueError(f"{path} has the sha256 {found[:12]}..., not {checksum[:12]}...: it is not the expected file.")
+    found, expected = sha256(path), checksum or checksum_beside(path)
+    if expected is not None and found != expected.lower():
+        raise ValueError(f"{path} has the sha256 {found[:12]}..., not {expected[:12]}...: it is not the expected file.")
     state = load_plain(path)
     try:
-        network.load_state_dict(state.get(key, state) if isinstance(state, dict) else state, strict=True)
+        weights = state.get(key, state) if isinstance(state, dict) else state
+        _require_finite(path, weights)
+        network.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ValueError(f"The weights in {path} do not fit {type(network).__name__}: {detail}") from error
     return found
+
+
+def _require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
+    """A network whose weights are NaN answers with an empty mask and no word."""
+    tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
+    bad = sum(not bool(value.isfinite().all()) for value in tensors)
+    if bad:
+        raise ValueError(
+            f"{path} holds NaN or infinite values in {bad} of its {len(tensors)} tensors: take weights from before "
+            "that, or train again."
+        )
 
 
 def write_atomically(state: dict[str, Any], path: str | Path) -> None:
@@ -106,6 +140,7 @@ class TrainingCheckpoint:
         interval: epochs between two savings.
         resume: continue from ``path`` if it is there.
         seed: of the run; a state of another seed is refused.
+        overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is refused.
     """
 
     def __init__(
@@ -116,12 +151,13 @@ class TrainingCheckpoint:
         interval: int = 5,
         resume: bool = False,
         seed: int = 0,
+        overwrite: bool = False,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must name the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
         self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
-        self.interval, self.resume, self.seed = interval, resume, seed
+        self.interval, self.resume, self.seed, self.overwrite = interval, resume, seed, overwrite
 
     def attach(self, engine: Any) -> None:
         """Register with a trainer."""
@@ -134,14 +170,22 @@ class TrainingCheckpoint:
         """Restore every object and the trainer's epoch, where asked and possible.
 
         Raises:
-            ValueError: no state that is there can be read, or it is from another kind of run.
+            ValueError: no state that is there can be read, it is from another kind of run, or one is there and neither
+                ``resume`` nor ``overwrite`` is asked for.
         """
-        if not self.resume:
+        if self.overwrite and not self.resume:
             if engine.state.rank == 0:  # an earlier run's states must not become this one's fallback
                 self.path.unlink(missing_ok=True)
                 self.previous.unlink(missing_ok=True)
             return
         path, state = self._newest()
+        if not self.resume:
+            if state is not None:
+                raise ValueError(
+                    f"{path} holds the state of an earlier run{_epoch_of(state)}: go on with it by --resume, or name "
+                    "another output folder."
+                )
+            return
         if state is None:
             logger.warning("nothing to resume at %s: training starts at epoch 1", path)
             return
@@ -200,6 +244,14 @@ class TrainingCheckpoint:
         write_atomically(self.objects["model"].state_dict(), self.weights)
 
 
+def _epoch_of(state: Any) -> str:
+    """`` (epoch N)`` of a training state; nothing where it does not say."""
+    try:
+        return f" (epoch {state['trainer']['iteration'] // state['trainer']['epoch_length']})"
+    except (KeyError, TypeError, ZeroDivisionError):
+        return ""
+
+
 def _require_length(path: Path, state: Any, item: Any) -> None:
     """A learning rate that has come down along one schedule cannot go on along a longer one."""
     planned, now = (state.get("total_iters") if isinstance(state, dict) else None), getattr(item, "total_iters", None)
@@ -216,13 +268,11 @@ class WeightsLoader:
     Args:
         network: receives the weights.
         path: file of the weights.
-        checksum: sha256 that the file must have; by default the one beside it (``<path>.sha256``), where there is one.
+        checksum: see ``load_weights``.
     """
 
     def __init__(self, network: nn.Module, path: str, checksum: str | None = None) -> None:
-        self.network, self.path = network, Path(path)
-        beside = self.path.with_name(self.path.name + ".sha256")
-        self.checksum = checksum or (beside.read_text(encoding="utf-8").split()[0] if beside.is_file() else None)
+        self.network, self.path, self.checksum = network, Path(path), checksum
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -25,7 +26,9 @@ from scripts.files import write_json, write_text
 from scripts.handlers import read_curves
 from scripts.manifest import write_manifest
 from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_rows
+from scripts.metrics.aggregate import FAILURES
 from scripts.report import Overlay, pick_cases, write_report
+from scripts.report.tables import summary_table
 from scripts.shown import foreground, onto, show
 
 logger = logging.getLogger(__name__)
@@ -111,8 +114,38 @@ def _overlays(
 def _listed(folder: str) -> list[Case]:
     """The cases of an evaluation, from its manifest."""
     path = Path(folder) / "manifest.json"
-    data = json.loads(path.read_text(encoding="utf-8")).get("data") if path.is_file() else None
-    return data if isinstance(data, list) else []
+    cases = _noted(path) if path.is_file() else []
+    if cases is None:
+        raise _foreign(path)
+    return cases
+
+
+def _noted(manifest: Path) -> list[Case] | None:
+    """The cases that an evaluation's manifest notes; None where it is cut off, or of something else."""
+    try:
+        cases = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    known = isinstance(cases, list) and all(isinstance(case, dict) and "case_id" in case for case in cases)
+    return cases if known else None
+
+
+def _foreign(path: Path) -> ValueError:
+    return ValueError(f"{path} is not what `evaluate` writes: run it again.")
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """An evaluation's summary, if the report can be made of it."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table([found])
+        summary_table([found])
+        known = {"predictions", "aggregate"} <= set(found) and {"bootstrap", "definitions"} <= set(found["aggregate"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        known = False
+    if not known:
+        raise _foreign(path)
+    return found
 
 
 def _with_centres(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
@@ -211,10 +244,10 @@ def score(
 def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
     """The manifest of the inference that made the masks, or a new one where they were made elsewhere."""
     path = Path(output_dir) / "manifest.json"
-    if path.is_file():
+    # Not one of an earlier run on other cases.
+    if path.is_file() and _noted(path) == json.loads(json.dumps(list(cases), default=str)):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["data"] == json.loads(json.dumps(list(cases), default=str)):  # not of an earlier run on other cases
-            return found
+        return found
     return write_manifest(output_dir, list(cases))
 
 
@@ -224,25 +257,33 @@ def _seconds_per_case(manifest: Mapping[str, Any], scored: Sequence[Case]) -> fl
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries as a Markdown table: mean [95% interval] and n of every metric."""
+    """The summaries as a Markdown table: mean [95% interval] and n of every metric, and the mean with failures."""
     head = ["network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for each in summaries:
         measured = each["aggregate"]["metrics"]
-        metrics = [_cell(measured[m]["defined"], d) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
         counts = each["aggregate"]["counts"]
-        failures = sum(counts[status] for status in ("missed", "false_positive", "error"))
+        failures = sum(counts[status] for status in FAILURES)
+        metrics = [_cell(measured[m], d, failures) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
         parameters = "" if each["parameters"] is None else f"{each['parameters'] / 1e6:.2f} M"
         cost = ["" if each[k] is None else f"{each[k]:.1f}" for k in ("gflops", "seconds_per_case")]
-        lines.append("| " + " | ".join([each["name"], *metrics, str(failures), parameters, *cost]) + " |")
+        lines.append("| " + " | ".join([_escaped(each["name"]), *metrics, str(failures), parameters, *cost]) + " |")
     return "\n".join(lines)
 
 
-def _cell(summary: Mapping[str, Any], digits: int) -> str:
+def _escaped(name: str) -> str:
+    """A name as one cell of a Markdown table, without markup of its own."""
+    return re.sub(r"([\\|<])", r"\\\1", " ".join(name.split()))
+
+
+def _cell(metric: Mapping[str, Any], digits: int, failures: int) -> str:
+    """Where it is defined; a network that misses cases can look better there, so with failures at their worst, too."""
+    summary, worst = metric["defined"], metric["worst_filled"]["mean"]
+    filled = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
     if summary["mean"] is None:
-        return "undefined (0)"
+        return f"undefined (0){filled}"
     interval = "" if summary["ci95"] is None else " [" + ", ".join(f"{x:.{digits}f}" for x in summary["ci95"]) + "]"
-    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']})"
+    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']}){filled}"
 
 
 def compare(
@@ -270,14 +311,16 @@ def compare(
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
+        ValueError: a file there is not an evaluation's.
     """
     runs = []
     for folder in evaluations:
         summary = Path(folder) / "summary.json"
         if not summary.is_file():
             raise FileNotFoundError(f"{folder} holds no summary.json: run `python -m scripts evaluate` first.")
+        known = _summary(summary)
         rows = _with_centres(read_rows(Path(folder) / "cases.csv"), [*_listed(folder), *cases])
-        runs.append({**json.loads(summary.read_text(encoding="utf-8")), "rows": rows})
+        runs.append({**known, "rows": rows})
     scored = [case for case in cases if "label" in case]
     last = runs[-1]
     ranges = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts import conversion
-from scripts.checkpoint import WeightsLoader, load_weights, sha256
+from scripts.checkpoint import load_weights, sha256
 from scripts.data.phantom import MODALITIES, write_phantoms
 from scripts.engines import RECORD, ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, export_folder, optional
 from scripts.files import write_json
@@ -84,7 +84,7 @@ def export(
             model that failed (after those that passed have been written).
     """
     _check(formats, precisions, split)
-    checksum = load_weights(network, weights, WeightsLoader(network, weights).checksum)
+    checksum = load_weights(network, weights)
     # Contiguous: in channels_last_3d PyTorch's own group normalisation is off by up to 1e-3, the gate of the logits.
     plain = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     target = export_folder(weights, output_dir)

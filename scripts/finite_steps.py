@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ class FiniteSteps:
 
     Args:
         most: number of such steps that ends the run.
+        checkpoint: file of the training state, which the end of the run points to where it is there.
     """
 
-    def __init__(self, most: int = 3) -> None:
-        self.most = most
+    def __init__(self, most: int = 3, checkpoint: str = "") -> None:
+        self.most, self.checkpoint = most, checkpoint
         self.cases: list[str] = []
         self.steps = 0
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -67,7 +69,8 @@ class FiniteSteps:
         logger.warning("a step that is not finite was left out (%s)", where)
         if self.steps >= self.most:
             names = ", ".join(dict.fromkeys(self.cases)) or "unnamed cases"
+            saved = "; the last checkpoint is from before" if Path(self.checkpoint).is_file() else ""
             raise ValueError(
                 f"Loss or gradient was not finite in {self.steps} steps, of the cases {names}: look at these images "
-                "and labels, and lower the learning rate; the last checkpoint is from before."
+                f"and labels, and lower the learning rate{saved}."
             )

@@ -33,6 +33,7 @@ def hold(path: str | Path) -> None:
 
     Raises:
         ValueError: another process holds it; it is named.
+        OSError: its folder takes no files.
     """
     target = Path(path).absolute()
     if target in _held:
@@ -46,6 +47,7 @@ def hold(path: str | Path) -> None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
+        _require_files(target, lock.lock_file)
         found = _owner(owner)
         if _alive(found):
             raise ValueError(_busy(target, found)) from None
@@ -63,6 +65,15 @@ def hold(path: str | Path) -> None:
     write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner)
     _held[target] = lock, owner
     atexit.register(release, os.getpid())
+
+
+def _require_files(target: Path, lock: str) -> None:
+    """filelock takes a folder where no file can be made, as /proc, for a lock that somebody holds."""
+    try:
+        os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644))
+    except OSError as error:
+        what = f"{target} cannot be written, since its folder takes no files ({error.strerror}): name another output."
+        raise OSError(error.errno, what) from error
 
 
 def release(pid: int | None = None) -> None:

@@ -27,7 +27,8 @@ def _train(arguments: Sequence[str], output: Path, processes: int, batch: int, e
     """One training by torchrun; the median seconds per step after its first epoch, and MiB of the first process."""
     settings = ("--threads", "1", "--epochs", str(epochs), "--set", f"batch_size={batch}", "--set", "val_interval=1000")
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    command = (*launcher, "-m", "scripts", "train", "--multi-gpu", *arguments, *settings, "--output-dir", str(output))
+    anew = ("--output-dir", str(output), "--set", "overwrite=true")  # every round trains from the beginning
+    command = (*launcher, "-m", "scripts", "train", "--multi-gpu", *arguments, *settings, *anew)
     # Gloo's teardown may fail after everything is written: the manifest, written last, is what counts.
     (output / "manifest.json").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-W", "ignore", *command], capture_output=True, text=True, check=False)

@@ -54,7 +54,7 @@ class Teacher(nn.Module):
         patch: size of its window in voxels (UNETR and H-DenseFormer learn one position per cell of it).
         options: further arguments of the architecture's class, by architecture.
         weights: file to load strictly, or None for random weights.
-        sha256: checksum that the file must have.
+        sha256: checksum that the file must have; by default the one in ``<weights>.sha256``, where there is one.
 
     Raises:
         ValueError: an unknown architecture or modality, or weights that do not fit.

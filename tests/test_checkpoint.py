@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 
-from scripts.checkpoint import TrainingCheckpoint, WeightsLoader, is_whole, load_plain, sha256, write_atomically
+from scripts.checkpoint import (
+    TrainingCheckpoint,
+    WeightsLoader,
+    is_whole,
+    load_plain,
+    load_weights,
+    sha256,
+    write_atomically,
+)
 
 ITERATIONS = 3
 
@@ -136,7 +145,7 @@ def test_a_longer_schedule_than_the_one_that_came_down_is_refused(tmp_path):
 def test_a_new_run_does_not_fall_back_to_the_states_of_an_earlier_one(tmp_path):
     Run(tmp_path, 4).start()
     assert (tmp_path / "checkpoint.previous.pt").is_file()
-    fresh = Run(tmp_path, 2)
+    fresh = Run(tmp_path, 2, overwrite=True)
     found = []
     fresh.trainer.add_event_handler(
         Events.EPOCH_STARTED, lambda engine: found.append(sorted(path.name for path in tmp_path.glob("checkpoint*")))
@@ -160,9 +169,35 @@ def test_the_final_weights_are_those_of_the_last_epoch_with_no_key_around(tmp_pa
     assert_identical(torch.load(tmp_path / "model.pt", weights_only=True), run.network.state_dict())
 
 
-def test_without_resume_an_old_state_is_ignored(tmp_path):
+@pytest.mark.parametrize("lost", ["", "checkpoint.pt", "checkpoint.previous.pt"])
+def test_without_resume_the_states_of_an_earlier_run_are_refused_and_stay(lost, tmp_path):
+    Run(tmp_path, 4).start()
+    if lost:
+        (tmp_path / lost).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run, epoch = Run(tmp_path, 1, seed=9), 2 if lost == "checkpoint.pt" else 4
+    with pytest.raises(
+        ValueError, match=rf"holds the state of an earlier run \(epoch {epoch}\): go on with it by --res"
+    ):
+        run.start()
+    assert run.epochs == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_resume_states_that_cannot_be_read_are_refused_and_one_that_tells_no_epoch_is_too(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"PK cut off")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: remove them to start anew"):
+        Run(tmp_path, 1).start()
+    assert path.read_bytes() == b"PK cut off"
+    write_atomically({"model": {}}, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt holds the state of an earlier run: go on with it"):
+        Run(tmp_path, 1).start()
+
+
+def test_resuming_goes_before_overwriting(tmp_path):
     Run(tmp_path, 2).start()
-    assert Run(tmp_path, 1, seed=9).start().epochs == [1]
+    assert Run(tmp_path, 4, seed=9, resume=True, overwrite=True).start().epochs == [3, 4]
 
 
 def test_resuming_without_a_file_warns_and_starts_at_epoch_one(tmp_path, caplog):
@@ -173,8 +208,7 @@ def test_resuming_without_a_file_warns_and_starts_at_epoch_one(tmp_path, caplog)
 
 
 def test_a_state_of_another_kind_of_run_is_refused_by_name(tmp_path):
-    Run(tmp_path, 1).start()
-    state = Run(tmp_path, 1).saved()
+    state = Run(tmp_path, 1).start().saved()
     del state["lr_scheduler"]
     write_atomically(state, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match=r"checkpoint\.pt holds no state of lr_scheduler"):
@@ -240,6 +274,33 @@ def test_weights_other_than_the_checksum_beside_them_are_refused(weights):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(ValueError, match=r"has the sha256 .* not 000000000000"):
         started(WeightsLoader(network, str(weights)))
+    assert_identical(network.state_dict(), before)
+
+
+def test_a_checksum_in_upper_case_is_the_same(weights):
+    weights.with_name("model.pt.sha256").write_text(f"{sha256(weights).upper()}  model.pt\n")
+    assert load_weights(nn.Conv2d(1, 1, 1), weights) == sha256(weights)
+    weights.with_name("model.pt.sha256").unlink()
+    assert load_weights(nn.Conv2d(1, 1, 1), weights, sha256(weights).upper()) == sha256(weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\x80\xff\x00", b"none", b"a" * 63, b"a" * 65, b"g" * 64])
+def test_a_file_of_no_checksum_beside_the_weights_is_refused_by_name(content, weights):
+    weights.with_name("model.pt.sha256").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pt\.sha256 holds no sha256 of 64 hexadecimal digits: write it again"):
+        load_weights(nn.Conv2d(1, 1, 1), weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("around", [True, False])
+def test_weights_that_are_not_finite_are_refused_and_the_network_stays(around, value, tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))  # 2 + 5 tensors, one of them an integer
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    state = {name: each.clone() for name, each in before.items()}
+    state["0.weight"][0], state["1.running_mean"][1] = value, value
+    write_atomically({"model": state} if around else state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad\.pt holds NaN or infinite values in 2 of its 7 tensors: take weights"):
+        load_weights(network, tmp_path / "bad.pt")
     assert_identical(network.state_dict(), before)
 
 

@@ -141,7 +141,7 @@ def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path
         assert name in page
     assert "worst: B_shifted, Dice 0.750" in page
     assert "data:image/webp" in page
-    assert "| network <X> | 0.917" in capsys.readouterr().out
+    assert "| network \\<X> | 0.917" in capsys.readouterr().out
 
 
 def test_the_masks_manifest_is_kept_unless_it_is_of_other_cases(cohort: Any, tmp_path: Path) -> None:
@@ -217,7 +217,9 @@ def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
     cells = [[cell.strip() for cell in line.split("|")] for line in (first, second)]
     assert [row[1] for row in cells] == ["first", "second"]
     assert cells[0][2].startswith("0.917 [")
-    assert cells[0][2].endswith("(3)")
+    assert cells[0][2].endswith("(3); 0.688 with failures")  # (1 + 0.75 + 1 + 0) / 4
+    assert cells[0][3].endswith(f"(3); {(3 + DIAGONAL) / 4:.1f} with failures")
+    assert cells[1][2].endswith("(2)")
     assert cells[1][2].startswith("0.875 [")
     assert [row[5] for row in cells] == ["1", "0"]  # failures
     assert (tmp_path / "both" / "table.md").read_text() == text + "\n"
@@ -238,6 +240,40 @@ def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match=r"masks holds no summary\.json"):
         compare([str(tmp_path / "out"), str(tmp_path / "masks")], str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
+
+
+def test_a_network_that_misses_everything_is_shown_with_its_failures(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+    run(cohort[3:4], tmp_path, name="a|b \\ c\nd")
+    name, *cells = re.split(r" (?<!\\)\| ", capsys.readouterr().out.splitlines()[2].removeprefix("| "))
+    assert name == r"a\|b \\ c d"
+    worst = f"undefined (0); {DIAGONAL:.1f} with failures"
+    assert cells[:4] == ["undefined (0); 0.000 with failures", worst, worst, "1"]
+
+
+@pytest.mark.parametrize("file", ["summary.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[1]", "{}", '"text"', '{"data": [[], []]}', '{"aggregate": {}}', "\xff"]
+)
+def test_a_cut_or_foreign_file_in_an_evaluations_folder_is_named(
+    content: str, file: str, cohort: Any, tmp_path: Path
+) -> None:
+    run(cohort, tmp_path)
+    path = tmp_path / "out" / file
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{path} is not what `evaluate` writes: run it again.$"):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()
+    run(cohort, tmp_path)  # writes it anew
+    compare([str(tmp_path / "out")], str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("key", ["name", "aggregate", "predictions", "parameters", "gflops", "seconds_per_case"])
+def test_a_summary_that_lacks_what_the_report_needs_is_named(key: str, cohort: Any, tmp_path: Path) -> None:
+    summary = run(cohort[:1], tmp_path)
+    del summary[key]
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"summary\.json is not what `evaluate` writes"):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"))
 
 
 def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: Path) -> None:

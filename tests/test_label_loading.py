@@ -158,6 +158,7 @@ def test_a_training_takes_its_cases_from_the_label_store(
     else:
         parser.get_parsed_content("required")
         assert parser.get_parsed_content("split") == [stored, []]
+        assert parser["overwrite"] is True  # so that a second training is not refused
 
 
 def test_the_student_refuses_weights_of_other_names_even_where_it_is_told_to_take_what_fits() -> None:

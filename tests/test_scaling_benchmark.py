@@ -45,6 +45,6 @@ def test_a_training_that_fails_is_told(tmp_path: Path) -> None:
 def test_each_side_really_trains(tmp_path: Path) -> None:
     write_phantoms(tmp_path / "data", cases=10, seed=3, progress=False)
     arguments = ["--data", "phantom", "--dataset-dir", str(tmp_path / "data"), *TINY]
-    rows = measure(arguments, tmp_path / "out", rounds=1, epochs=2)
+    rows = measure(arguments, tmp_path / "out", rounds=2, epochs=2)  # each round into the same folders
     assert [row["side"] for row in rows] == list(SIDES)
     assert all(row["median_s"] > 0 and row["peak_mib"] > 100 for row in rows)

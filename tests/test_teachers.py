@@ -95,6 +95,11 @@ def test_a_plain_state_dict_loads_as_well(tmp_path):
 
 
 def test_the_right_checksum_is_accepted_and_a_wrong_one_refused(weights):
+    beside = weights.with_name(f"{weights.name}.sha256")
+    beside.write_text("0" * 64)
+    with pytest.raises(ValueError, match=r"has the sha256 .* not 000000000000"):
+        build(weights=str(weights))
+    beside.unlink()
     assert build(weights=str(weights), sha256=sha256(weights)).sha256 == sha256(weights)
     with pytest.raises(ValueError, match="not the expected file") as error:
         build(weights=str(weights), sha256="0" * 64)

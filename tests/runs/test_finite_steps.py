@@ -75,11 +75,22 @@ def test_the_third_such_step_ends_the_run_names_the_cases_and_leaves_finite_weig
     assert len(trap.bad) == 3
     assert BAD in names
     assert f"Loss or gradient was not finite in 3 steps, of the cases {', '.join(names)}: look at these" in error
+    assert error.endswith("lower the learning rate; the last checkpoint is from before.")
     assert not (tmp_path / "model.pt").exists()
     epochs = len(trap.batches) // 2  # of two steps each: the last one was not finished, or not saved
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["trainer"]["iteration"] // 2 in (epochs - 1, epochs)
-    assert finite(tmp_path / "checkpoint.pt")
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_a_run_that_ends_so_before_its_first_checkpoint_speaks_of_none(
+    train: Any, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = DiceCELoss.forward
+    monkeypatch.setattr(DiceCELoss, "forward", lambda *arguments: forward(*arguments) * math.nan)
+    error = refused(*train(tmp_path), "--set", "save_interval=5")
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert error.endswith("look at these images and labels, and lower the learning rate.")
 
 
 def test_two_such_steps_are_left_out_with_a_word_and_the_training_goes_on(

@@ -57,7 +57,8 @@ def command(request: pytest.FixtureRequest, tiny: list[str], weights: Path, coho
         line = ["segment", *common, *files, "--allow-missing", "--weights", weights, "--output", mask]
         return [*map(str, line), "--engine", "torch"], mask, mask
     line = [request.param, *common, "--dataset-dir", cohort, "--output-dir", output]
-    more = ["--epochs", 1, "--set", "val_interval=100"] if request.param == "train" else ["--weights", weights]
+    anew = ["--set", "overwrite=true"]  # twice into one folder
+    more = ["--epochs", 1, "--set", "val_interval=100", *anew] if request.param == "train" else ["--weights", weights]
     return [*map(str, [*line, *more])], output, output / ("model.pt" if request.param == "train" else "summary.json")
 
 
@@ -177,6 +178,24 @@ def test_only_a_dead_runs_own_half_files_are_removed(holder: Any, tmp_path: Path
     hold(tmp_path / "a.nii.gz")
     assert not mine.exists()
     assert other.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/version").is_file(), reason="no /proc, where no file can be made")
+@pytest.mark.parametrize("output", ["/proc", "/proc/mask.nii.gz"])
+def test_a_place_that_takes_no_files_is_not_said_to_be_in_use(output: str) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=rf"{output} cannot be written, since its folder takes no files \(No such"
+    ):
+        hold(output)
+
+
+def test_the_command_says_that_a_mask_cannot_be_written_where_no_file_can_be(
+    refused: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
+) -> None:
+    error = refused(*segment_arguments(noise_case(tmp_path, 16), Path("/proc/mask.nii.gz")))
+    assert "/proc/mask.nii.gz cannot be written" in error
+    assert "name another output" in error
+    assert "in use" not in error
 
 
 def test_the_note_names_host_and_time(tmp_path: Path) -> None:

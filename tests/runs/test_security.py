@@ -132,7 +132,7 @@ def test_no_patients_name_or_id_leaves_a_dicom_header(
     assert main(segment_arguments({"ct": dicom}, output / "mask.nii.gz", "--allow-missing")) == 0
     printed = capfd.readouterr()
     files = {path.name: path.read_bytes() for path in output.iterdir()}
-    assert {"mask.nii.gz", "manifest.json"} <= set(files)
+    assert {"mask.nii.gz", "mask.manifest.json"} <= set(files)
     files |= {"unpacked": gzip.decompress(files["mask.nii.gz"]), "printed": (printed.out + printed.err).encode()}
     for secret in (NAME, NUMBER, "Secret"):
         assert [name for name, content in files.items() if secret.encode() in content] == []

@@ -49,6 +49,8 @@ def spoil(marker: Path) -> Callable[[str, Path], Path]:
             torch.save({"model": Code(marker)}, path)
         elif kind == "pickle":
             path.write_bytes(pickle.dumps(Code(marker)))
+        elif kind == "not finite":
+            torch.save({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, path)
         elif kind == "another network":
             torch.save({"model": nn.Linear(2, 2).state_dict()}, path)
         else:
@@ -64,6 +66,7 @@ WORDS = {
     "pickle": "is not a file of plain weights, and nothing else is loaded",
     "another network": "do not fit",
     "cut off": "is not a file of plain weights, and nothing else is loaded",
+    "not finite": "holds NaN or infinite values in 1 of its 2 tensors: take weights from before that, or train again",
 }
 
 
@@ -135,7 +138,8 @@ def test_a_state_to_resume_from_is_refused_and_never_run(
     bad = spoil(kind, tmp_path / "out" / "checkpoint.pt")
     error = refused(*line("train", *TRAINING, "--resume"))
     assert str(bad) in error
-    assert ("holds no state of" if kind == "another network" else "cannot be read: remove them to start anew") in error
+    whole = kind in ("another network", "not finite")
+    assert ("holds no state of" if whole else "cannot be read: remove them to start anew") in error
     assert not marker.exists()
     assert not (tmp_path / "out" / "model.pt").exists()
 
@@ -181,7 +185,7 @@ def _plain_header(path: Path) -> None:
     torch.save({"model": header_of(student, [3, 32, 32, 32]).state_dict()}, path)
 
 
-@pytest.mark.parametrize("entrance", ["segment", "evaluate", "pretrained", "export"])
+@pytest.mark.parametrize("entrance", ["segment", *ENTRANCES])
 def test_weights_other_than_the_checksum_beside_them_are_refused(
     entrance: str, weights: Path, line: Any, refused: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:

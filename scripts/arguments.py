@@ -21,6 +21,14 @@ def config_names(folder: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / folder).glob("*.json"))
 
 
+def count(text: str) -> int:
+    """An argument's whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few: give at least 1")
+    return number
+
+
 def build_parser(actions: Sequence[Action]) -> Parser:
     """A verb for each action, named after it and described by its docstring.
 
@@ -43,7 +51,7 @@ def build_parser(actions: Sequence[Action]) -> Parser:
         added[name].add_argument("--tracking", choices=["mlflow"], help="also track by MLflow; TensorBoard always does")
     added["phantom"].add_argument("--cases", type=int, default=24)
     added["check"].add_argument("--json", metavar="FILE", help="also write every finding, for machines")
-    added["check"].add_argument("--workers", type=int, default=2, help="processes")
+    added["check"].add_argument("--workers", type=count, default=2, help="processes")
     _name_teacher(added["teacher"], architecture="unetr")
     _student(added["train"])
     _student(added["distill"])
@@ -168,7 +176,7 @@ def _segment(parser: Parser) -> None:
         parser.add_argument(f"--{modality}", help="file, or DICOM folder")
     parser.add_argument("--stacked", metavar="FILE", help="one 4D file whose last axis is the modalities, in order")
     parser.add_argument("--output", help="the mask, .nii.gz")
-    parser.add_argument("--workers", type=int, default=1, help="with --data-list: cases at a time")
+    parser.add_argument("--workers", type=count, default=1, help="with --data-list: cases at a time")
     parser.add_argument("--bids", action="store_true", help="with --data-list: named as BIDS derivatives")
     parser.add_argument("--report", action="store_true", help="also write OUTPUT's name.report.html: slices and volume")
     parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
@@ -208,7 +216,7 @@ def _benchmark(parser: Parser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--rounds", type=int, default=5, help="training, scaling, inference, metrics: turns of a side")
     parser.add_argument("--teacher-epochs", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2, help="trainings at once, of one thread each")
+    parser.add_argument("--workers", type=count, default=2, help="trainings at once, of one thread each")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="ROW", help="only these rows and what they need, or these sides"
     )

@@ -11,8 +11,6 @@ import logging
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from scripts.checkpoint import sha256
 from scripts.data import Rules, datalist
 from scripts.data.reading import header_of, read_volume
 from scripts.files import write_json
+from scripts.pool import DIED, survive
 
 Segment = Callable[[argparse.Namespace], None]
 DONE, SKIPPED = "segmented", "there already"
@@ -37,8 +36,6 @@ def refuse_options(args: argparse.Namespace) -> None:
     given = [key for key in ("output", "stacked", "profile", *MODALITIES) if getattr(args, key)]
     if given:
         raise ValueError(f"--{', --'.join(given)} are of one case: leave them out beside --data-list.")
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}: give 1 or more.")
 
 
 class Outcome(NamedTuple):
@@ -71,8 +68,16 @@ def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[
     todo = [case for case in cases if not _is_done(masks[case["case_id"]], args.report)]
     told = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in todo}
     jobs = {case["case_id"]: _arguments(args, case, modalities, masks[case["case_id"]]) for case in todo}
+    work = partial(_one, segment=segment, sentence=sentence)
+    spawn = multiprocessing.get_context("spawn")
     try:
-        _run(jobs, args.workers, partial(_one, segment=segment, sentence=sentence), told)
+        with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
+
+            def done(case: str, outcome: Outcome) -> None:
+                told[case] = outcome
+                bar.update()
+
+            survive(work, jobs, args.workers, lambda _: Outcome(DIED), done, mp_context=spawn)
     finally:
         record = {case: {"mask": str(masks[case]), **told[case]._asdict()} for case in masks if case in told}
         write_json({"weights_sha256": weights, "cases": record}, output / RECORD)
@@ -157,32 +162,6 @@ def _one(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseExc
     finally:
         logging.getLogger("scripts").removeHandler(kept)
     return Outcome(DONE, tuple(kept.lines))
-
-
-def _run(
-    jobs: dict[str, argparse.Namespace],
-    workers: int,
-    work: Callable[[argparse.Namespace], Outcome],
-    told: dict[str, Outcome],
-) -> None:
-    """Add what became of each case to ``told``; a process that dies takes its own case with it and no other."""
-    spawn = multiprocessing.get_context("spawn")
-    with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
-        left, at_once = list(jobs), workers
-        while left:
-            with ProcessPoolExecutor(min(at_once, len(left)), mp_context=spawn) as pool:
-                futures: dict[Future[Outcome], str] = {pool.submit(work, jobs[case]): case for case in left}
-                for future in as_completed(futures):
-                    with contextlib.suppress(BrokenProcessPool):
-                        told[futures[future]] = future.result()
-                        bar.update()
-            left = [case for case in left if case not in told]
-            if left and at_once == 1:  # alone in the pool: the first of those left is the one that died
-                told[left.pop(0)] = Outcome("its process died: killed, or out of memory")
-                bar.update()
-                at_once = workers
-            else:
-                at_once = 1  # one by one, to see which it is
 
 
 def _tell(told: dict[str, Outcome]) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from scripts.data.headers import Header
 from scripts.data.lists import IncompleteError, Item, datalist
 from scripts.data.reading import header_of, read_modality
 from scripts.files import write_json
+from scripts.pool import DIED, survive
 
 EXPECTED = (ValueError, OSError)  # what a sentence for the user comes as
 SHOWN = 200  # findings in the table; the JSON holds all
@@ -86,10 +86,16 @@ def check_cohort(
         return [Finding(ERROR, str(error))], 0
     work = partial(judge_case, criteria=criteria)
     if cases:
-        with ProcessPoolExecutor(min(workers, len(cases)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            judged = tqdm(pool.map(work, cases), total=len(cases), desc="checking", unit="case")
-            found += [each for findings in judged for each in findings]
+        jobs = {str(case["case_id"]): case for case in cases}
+        with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
+            one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+            judged = survive(work, jobs, workers, _dead, lambda *_: bar.update(), **one_thread)
+        found += [each for findings in judged.values() for each in findings]
     return found, len(cases)
+
+
+def _dead(case_id: str) -> list[Finding]:
+    return [Finding(ERROR, f"Case {case_id}: {DIED}: check it alone, or on a machine with more memory.", case_id)]
 
 
 def judge_case(case: Item, criteria: Criteria) -> list[Finding]:

@@ -54,10 +54,11 @@ def _heads(root: Path) -> Iterator[tuple[Path, Any]]:
             continue
         try:
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-        except (pydicom.errors.InvalidDicomError, OSError, ValueError):
-            continue  # not DICOM
-        scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
-        if head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in KINDS.values() and not scout:
+            scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
+            image = head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in KINDS.values()
+        except Exception:  # not DICOM, or damaged, which pydicom says in many ways; a series misses its slices later
+            continue
+        if image and not scout:
             yield path, head
 
 

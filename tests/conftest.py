@@ -174,8 +174,10 @@ def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
     binary.parent.mkdir()
 
     def answer(commit: str, clean: bool) -> None:
-        status = 0 if clean else 1
-        binary.write_text(f'#!/bin/sh\ncase "$*" in *rev-parse*) echo {commit};; *diff*) exit {status};; esac\n')
+        status, root = 0 if clean else 1, Path(__file__).parents[1]
+        binary.write_text(
+            f'#!/bin/sh\ncase "$*" in *rev-parse*) printf "%s\\n" {root} {commit};; *diff*) exit {status};; esac\n'
+        )
         binary.chmod(0o755)
 
     answer("0" * 40, True)

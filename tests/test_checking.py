@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +167,41 @@ def test_the_real_samples_have_no_errors(
 def test_nothing_to_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--data", "phantom"]) == 1
     assert "error: There is nothing to check: name a folder by --dataset-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies_takes_its_own_case_with_it_and_no_other(
+    workers: int, faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the kernel kills what takes too much memory; the other five are found as before."""
+    before = checking.header_of
+
+    def header_of(path: str, rules: Rules) -> Any:
+        if "PHANTOM_002" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(path, rules)
+
+    monkeypatch.setattr(checking, "header_of", header_of)  # the processes are forked
+    code, findings = check("phantom", faulty, tmp_path / "found.json", "--workers", str(workers))
+    assert code == 1
+    (dead,) = (each for each in findings if each["case_id"] == "PHANTOM_002")
+    assert (dead["level"], dead["key"]) == ("error", "")
+    assert dead["what"].startswith("Case PHANTOM_002: its process died: killed, or out of memory: ")
+    assert told([each for each in findings if each is not dead]) == {
+        each for each in EXPECTED if each[1] != "PHANTOM_002"
+    }
+    assert "| error | PHANTOM_002 |  | Case PHANTOM_002: its process died" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["check", "segment", "benchmark"])
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_less_than_one_worker_is_refused(verb: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, *(["methods"] if verb == "benchmark" else []), "--workers", number])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --workers: " in last
+    assert number in last
 
 
 def test_one_volume_at_a_time_is_in_memory(faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import gzip
 import importlib
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,9 @@ def test_nobody_is_named_outside_of_the_dicom_files(
     output = ["--output-dir", str(tmp_path / "out"), *RTSTRUCT, "--weights", weights, *TINY]
     assert main(["dicom", "--study", str(study / "dicom"), *output]) == 0
     assert main(["dicom", "--study", str(study / "dicom"), "--series-uid", "1.2", *output]) == 1
-    told = capfd.readouterr()
-    assert "mask: " in told.out
-    assert "has no series 1.2" in told.err
-    assert MARKER not in told.out + told.err + caplog.text
+    out, err = capfd.readouterr()
+    assert "mask: " in out and "has no series 1.2" in err  # noqa: PT018
+    assert MARKER not in out + err + caplog.text
     assert holders(tmp_path / "out", MARKER) == [*(["rtstruct.dcm"] if RTSTRUCT else []), "seg.dcm"]
 
 
@@ -206,8 +206,7 @@ def holders(folder: Path, marker: str) -> list[str]:
     """Names of the files below a folder that hold a text, or are called by it; what is packed is unpacked."""
     found = []
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if marker.encode() in content or marker in str(path.relative_to(folder)):
             found.append(path.name)
     return found
@@ -391,3 +390,11 @@ def test_several_values_where_there_is_one_are_refused_without_them(
         write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     assert MARKER not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_file_beside_the_series_does_not_end_the_search(study: Path, tmp_path: Path) -> None:
+    """The length of a number is one that no number has: pydicom raises when the value is asked for."""
+    shutil.copytree(study, tmp_path / "study")
+    head, rows, rest = next(study.rglob("*.dcm")).read_bytes().partition(b"\x28\x00\x10\x00US\x02\x00")
+    (tmp_path / "study" / "odd.bin").write_bytes(head + rows[:-2] + b"\x03\x00\x01\x02\x03" + rest[2:])
+    assert [each.uid for each in find_series(tmp_path / "study")] == [each.uid for each in find_series(study)]

@@ -21,6 +21,8 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 CONSTANT = "constant"
 LABEL = "label"
 AIR_HU, MOST_SUV, LEAST_SUV = -200.0, 200.0, -10.0  # air has about -1000 HU; tumours rarely exceed 50 g/mL
+BEYOND = 1e9  # no scanner stores such values, whatever their unit
+MOST = float(np.finfo(np.float32).max)  # what is beyond becomes infinite on its way to the network
 LEAST_SIGNAL = -500.0  # magnetic resonance and its maps do not go there, HU do
 
 
@@ -49,11 +51,19 @@ class Rules:
         max_voxels: a file whose header claims more is refused before memory is asked for.
         replace_nonfinite: value for NaN and infinite voxels; None refuses them.
         series_uids: DICOM series to take from folders that hold several.
+
+    Raises:
+        ValueError: the value for NaN would not be finite itself.
     """
 
     max_voxels: int = MAX_VOXELS
     replace_nonfinite: float | None = None
     series_uids: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        value = self.replace_nonfinite
+        if value is not None and not (isinstance(value, int | float) and abs(value) <= MOST):
+            raise ValueError(f"--replace-nonfinite is {value}: give a number that is finite in float32, such as 0.")
 
 
 def settle(findings: Iterable[Finding], notes: bool = False) -> None:
@@ -184,8 +194,8 @@ def judge_voxels(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:
     path, voxels = volume.meta.get("filename_or_obj", key), volume.as_tensor()
     found = []
     low, high = (float(each) for each in torch.aminmax(voxels))  # NaN where there is one
-    if not np.isfinite([low, high]).all():
-        strange = ~voxels.isfinite()
+    if not -MOST <= low <= high <= MOST:
+        strange = ~((voxels >= -MOST) & (voxels <= MOST))
         what = f"{path} holds {int(strange.sum())} voxels of {voxels.numel()} that are NaN or infinite"
         if rules.replace_nonfinite is None:
             advice = "correct the file, or replace them by --replace-nonfinite VALUE."
@@ -203,6 +213,8 @@ def judge_voxels(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:
 def _doubt(key: str, low: float, high: float) -> str:
     """What speaks against values being in the modality's units."""
     values = f"has values from {low:.4g} to {high:.4g}"
+    if max(-low, high) > BEYOND:
+        return f"{values}, beyond what any scanner stores: is a voxel damaged?"
     if key == "ct":
         return f"{values}, none of air (about -1000 HU): is it a CT in HU?" if low > AIR_HU else ""
     if key == "pet":

@@ -14,6 +14,7 @@ from scripts.data.headers import Header, check_affine, itk_header
 
 SERIES, PATIENT, FRAME = "0020|000e", "0010|0020", "0020|0052"
 CLASS, POSITION, MODALITY = "0008|0016", "0020|0032", "0008|0060"
+ORIENTATION, PIXELS = "0020|0037", "0028|0030"
 UNEVEN = 0.02  # share of the distance between slices by which it may vary
 ASTRAY = 0.1  # share of it by which a slice may lie beside its place, after all of these
 ROUNDED = 1e-3  # by which slices may differ in a direction (cosine) or in the size of their voxels (mm)
@@ -27,8 +28,24 @@ def series_slices(folder: str | Path, series_uids: Sequence[str] = ()) -> dict[s
         series_uids: series to take where there are several.
 
     Raises:
-        ValueError: no DICOM series; several, of which not exactly one is named by ``series_uids``.
+        ValueError: no DICOM series; several, of which not exactly one is named by ``series_uids``; a slice whose place
+            or pixels' size GDCM would have to guess; or a folder that GDCM cannot list.
     """
+    try:
+        slices, listed = _listed(folder, series_uids)
+    except (RuntimeError, TypeError) as error:  # of GDCM, or of a name that is no text
+        raise ValueError(f"{folder} cannot be listed as DICOM: export the series again, to another folder.") from error
+    for name, head in slices.items():
+        if not all(_tag(head, key).isascii() and "\\" not in _tag(head, key) for key in (SERIES, FRAME, CLASS)):
+            raise ValueError(f"{name} is a damaged DICOM file, whose header garbles its UIDs: export it again.")
+        _require_place(head, name)
+    slices = _ordered(slices)
+    _refuse_lost(Path(folder), listed, _tag(next(iter(slices.values())), CLASS))
+    return slices
+
+
+def _listed(folder: str | Path, series_uids: Sequence[str]) -> tuple[dict[str, sitk.ImageFileReader], set[str]]:
+    """The chosen series' files and their heads, and the names of all files that GDCM takes for DICOM."""
     with _quiet():
         found = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
         if not found:
@@ -39,10 +56,21 @@ def series_slices(folder: str | Path, series_uids: Sequence[str] = ()) -> dict[s
                 f"{folder} holds {len(found)} DICOM series ({', '.join(found)}): choose one by --series-uid."
             )
         files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in found}
-    slices = _ordered({str(name): _head(str(name)) for name in files[chosen[0]]})
-    listed = {Path(name).name for names in files.values() for name in names}
-    _refuse_lost(Path(folder), listed, _tag(next(iter(slices.values())), CLASS))
-    return slices
+    heads = {str(name): _head(str(name)) for name in files[chosen[0]]}
+    return heads, {Path(name).name for names in files.values() for name in names}
+
+
+def _require_place(head: sitk.ImageFileReader, name: str) -> None:
+    """GDCM takes pixels of 1 mm, straight axes and the origin where a file does not tell.
+
+    A file of several frames tells them in sequences, which SimpleITK does not show: only what GDCM takes can be judged.
+    """
+    if head.GetSize()[2:] in ((), (1,)):
+        _numbers(head, name, PIXELS, 2, "the size of its pixels")
+        _numbers(head, name, ORIENTATION, 6, "its slice's orientation")
+        _numbers(head, name, POSITION, 3, "its slice's position")
+    elif (*head.GetOrigin(), *head.GetDirection(), *head.GetSpacing()[:2]) == (0, 0, 0, *np.eye(3).ravel(), 1, 1):
+        raise ValueError(f"{name} says nothing of its frames' places and sizes: export it again, as single slices.")
 
 
 def _ordered(heads: dict[str, sitk.ImageFileReader]) -> dict[str, sitk.ImageFileReader]:
@@ -139,14 +167,26 @@ def _head(name: str) -> sitk.ImageFileReader:
 
 
 def _tag(head: sitk.ImageFileReader, key: str) -> str:
-    return str(head.GetMetaData(key)).strip() if head.HasMetaDataKey(key) else ""
+    """As text that can be written anywhere; bytes that are no UTF-8, as of names or of damage, stay distinct."""
+    text = str(head.GetMetaData(key)).strip() if head.HasMetaDataKey(key) else ""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _position(head: sitk.ImageFileReader, name: str) -> np.ndarray:
-    parts = [float(part) for part in _tag(head, POSITION).split("\\") if part]
-    if len(parts) != 3:
-        raise ValueError(f"{name} says nothing of its slice's position: export the series as slices with positions.")
-    return np.array(parts)
+    return _numbers(head, name, POSITION, 3, "its slice's position")
+
+
+def _numbers(head: sitk.ImageFileReader, name: str, key: str, count: int, what: str) -> np.ndarray:
+    text = _tag(head, key)
+    if not text:
+        raise ValueError(f"{name} says nothing of {what}: export the series as slices that do.")
+    try:
+        numbers = np.array([float(part) for part in text.split("\\") if part])
+    except ValueError:
+        numbers = np.array([])
+    if numbers.shape != (count,) or not np.isfinite(numbers).all() or (key == PIXELS and (numbers <= 0).any()):
+        raise ValueError(f"{name} is a damaged DICOM file, whose header garbles {what}: export it again.")
+    return numbers
 
 
 @contextmanager

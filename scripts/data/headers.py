@@ -25,6 +25,7 @@ HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348 and 4 more
 LEAST_OFFSET = {348: 352, 540: 544}
 DEFLATE = 1032  # no gzip stream unpacks to more than this many times its size
 TURNED = 1e-3  # cosine between two axes, 0 where they are perpendicular
+UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's codes; 2 is mm, and everybody takes 0, unknown, as mm
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world axes are LPS
 
 
@@ -67,7 +68,8 @@ def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
     Raises:
         FileNotFoundError: no such file.
         ValueError: empty, text, a Git LFS pointer, cut off, another format, RGB or complex voxels, more voxels than
-            ``max_voxels``, or an affine that is singular, sheared or not finite.
+            ``max_voxels``, voxel sizes that are missing or not in mm, or an affine that is singular, sheared or not
+            finite.
     """
     name = str(path)
     if name.endswith(NIFTI):
@@ -188,6 +190,9 @@ def _place(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tup
     sizes = np.asarray(header["pixdim"][1:4], dtype=float)
     if not (np.isfinite(sizes) & (sizes > 0)).all():
         raise ValueError(f"{path} has voxel sizes of {sizes.tolist()} mm: correct its header.")
+    if unit := UNITS.get(int(header["xyzt_units"]) & 7):
+        what = f"has a header that says that its voxel sizes are in {unit}"
+        raise ValueError(f"{path} {what}: correct its header (xyzt_units), or convert it to mm.")
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
@@ -213,7 +218,8 @@ def _metaimage(path: Path, max_voxels: int) -> Header:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path} has a damaged MetaImage header: copy or convert it again.") from error
-    return itk_header(reader, str(path))
+    what = f"{path} has no place in space (no Offset or no TransformMatrix): 0 and its own axes are used"
+    return itk_header(reader, str(path))._replace(warnings=() if voxels.placed else (what,))
 
 
 def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:

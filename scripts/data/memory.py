@@ -51,17 +51,23 @@ def available_bytes() -> int:
     """What this process can still get: of the machine, its control group and its own limits."""
     free = [psutil.virtual_memory().available]
     with suppress(OSError, ValueError):  # no such group, or "max"
-        free.append(
-            int((CGROUP / "memory.max").read_text(encoding="utf-8"))
-            - int((CGROUP / "memory.current").read_text(encoding="utf-8"))
-        )
+        most, used = (int((CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        free.append(most - max(0, used - _cached_bytes()))
     process = psutil.Process().memory_info()
     if hasattr(psutil, "RLIMIT_AS"):
-        for limit, used in ((psutil.RLIMIT_AS, process.vms), (psutil.RLIMIT_DATA, process.data)):
+        for limit, taken in ((psutil.RLIMIT_AS, process.vms), (psutil.RLIMIT_DATA, process.data)):
             most = psutil.Process().rlimit(limit)[0]
             if most >= 0:
-                free.append(most - used)
+                free.append(most - taken)
     return min(free)
+
+
+def _cached_bytes() -> int:
+    """Of the control group's memory, files' pages that nobody uses: the kernel gives them back when asked for more."""
+    with suppress(OSError, ValueError):
+        lines = (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return 0
 
 
 def require_memory(

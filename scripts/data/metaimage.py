@@ -23,13 +23,22 @@ SAME = (VECTORS[:3], MATRICES, SWITCHES[1:3])
 
 
 class Voxels(NamedTuple):
-    """Where a file's voxels are: first and last byte, unpacked size, whether they are compressed, and their shape."""
+    """Where a file's voxels are, and whether their place in space is told.
+
+    Attributes:
+        start, end: first and last byte.
+        size: in bytes, unpacked.
+        packed: whether they are compressed.
+        shape: voxels per axis.
+        placed: whether the header gives an origin and directions, which ITK would take to be 0 and the axes.
+    """
 
     start: int
     end: int
     size: int
     packed: bool
     shape: tuple[int, ...]
+    placed: bool
 
 
 def check_metaimage(path: Path) -> Voxels:
@@ -37,7 +46,7 @@ def check_metaimage(path: Path) -> Voxels:
 
     Raises:
         ValueError: a line that is no ``name = value``, a field that occurs twice or cannot be read, voxels that are
-            text, of several channels or in another file, or fewer or more of them than the header says.
+            text, of several channels, without a size or in another file, or fewer or more of them than the header says.
     """
     with open(path, "rb") as file:
         raw = file.read(HEAD)
@@ -59,6 +68,8 @@ def check_metaimage(path: Path) -> Voxels:
     if kind not in SIZES or channels != "1":
         what = f"{kind[:40]}, {channels[:10]} channels"
         raise ValueError(f"{path} holds RGB, complex or other voxels ({what}): give an image of one number per voxel.")
+    if not fields.keys() & {"ElementSpacing", "ElementSize"}:
+        raise ValueError(f"{path} has no voxel sizes (ElementSpacing): convert it again, or add them to its header.")
     shape = tuple(int(n) for n in fields["DimSize"].split())
     end = path.stat().st_size
     if "CompressedDataSize" in fields:  # ITK allocates this much before it reads
@@ -66,7 +77,9 @@ def check_metaimage(path: Path) -> Voxels:
         if claimed > end:
             raise ValueError(f"{path} is cut off or damaged: copy it again.")
         end = claimed
-    return Voxels(start, end, math.prod(shape) * SIZES[kind], fields.get("CompressedData") == "True", shape)
+    packed = fields.get("CompressedData") == "True"
+    placed = all(fields.keys() & names for names in (VECTORS[:3], MATRICES))
+    return Voxels(start, end, math.prod(shape) * SIZES[kind], packed, shape, placed)
 
 
 def _fault(fields: dict[str, str]) -> str:

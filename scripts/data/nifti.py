@@ -89,6 +89,7 @@ def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
 
     Raises:
         ValueError: a damaged file, one that is no NIfTI file, or one that holds less or more than its header says.
+        MemoryError: there is not enough for it.
     """
     header = header or read_header(path)
     data = read_bytes(path, header.end or 0)
@@ -104,6 +105,8 @@ def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
         voxels = np.asanyarray(stored) if scaled else stored.get_unscaled()
         if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
             voxels = voxels.astype(np.float32, order="K")
+    except MemoryError:
+        raise
     except Exception as error:  # bytes that are no such file make the reader fail in many ways
         why = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} is no readable NIfTI file ({why}): copy or convert it again.") from error

@@ -34,7 +34,17 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
 
     Raises:
         ValueError: they are cut off or damaged.
+        OSError: there is not enough memory for them.
     """
+    try:
+        return _voxels(header)
+    except MemoryError as error:
+        size = f"{header.voxels * header.kind.itemsize / 2**30:.2f} GiB, more than once while it is read"
+        advice = "use a machine with more memory, or refuse such files by --max-voxels"
+        raise OSError(f"{header.path} does not fit in memory (it takes {size}): {advice}.") from error
+
+
+def _voxels(header: Header) -> MetaTensor:
     if header.path.endswith(NIFTI):
         return read_nifti(header.path, header)
     if header.path.endswith(METAIMAGE):
@@ -58,6 +68,8 @@ def _executed(reader: Any, names: Any, path: str) -> sitk.Image:
     try:
         return reader.Execute()
     except RuntimeError as error:
+        if "alloc" in str(error):  # itk::MemoryAllocationError or std::bad_alloc
+            raise MemoryError from error
         raise ValueError(f"{path} is cut off or damaged: copy or export it again.") from error
 
 

@@ -30,7 +30,11 @@ def series_suv(files: Sequence[str], name: str) -> float:
         pydicom = dicom_package("pydicom")
     except ValueError as error:
         raise ValueError(f"{name} is a PET in DICOM: {error}") from error
-    return suv_factor([pydicom.dcmread(file, stop_before_pixels=True) for file in files], name)
+    try:
+        slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    except Exception:  # pydicom says in many ways that a file is damaged, and quotes it
+        raise ValueError(f"{name} holds a damaged DICOM file: export the series again.") from None
+    return suv_factor(slices, name)
 
 
 def suv_factor(slices: Sequence[Any], name: str) -> float:
@@ -77,9 +81,13 @@ def _number(dataset: Any, keyword: str, name: str, limits: tuple[float, float], 
     value = dataset.get(keyword)
     if value in (None, ""):
         raise ValueError(f"{name} lacks {keyword}, which SUV needs: add it, or give the PET as SUV.")
-    if not limits[0] <= float(value) <= limits[1]:
-        raise ValueError(f"{name} has a {keyword} of {float(value):g} {unit}, which cannot be: correct it.")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has a {keyword} that is not one number: correct it.") from None
+    if not limits[0] <= number <= limits[1]:
+        raise ValueError(f"{name} has a {keyword} of {number:g} {unit}, which cannot be: correct it.")
+    return number
 
 
 def _refuse_uncorrected(first: Any, name: str) -> None:

@@ -82,6 +82,16 @@ def test_a_bounding_box_is_six_numbers_and_two_crops_of_an_image_may_be_two_case
     ]  # fmt: skip
 
 
+def test_an_image_may_repeat_the_reference_and_two_crops_may_share_all_files(tmp_path: Path) -> None:
+    files = {"image": "ct.nii", "ct": "x/../ct.nii", "pet": "pet.nii", "label": "l.nii"}
+    boxes = {"A": "0 0 0 1 1 1", "B": "1 1 1 2 2 2", "C": ""}
+    rows = [{"case_id": case, **files, "bbox_mm": box} for case, box in boxes.items()]
+    rows[1]["ct"] = ""  # the reference by the image's column alone
+    items = read_list(write_table(tmp_path / "list.csv", rows), "", KEYS)
+    assert [item["case_id"] for item in items] == ["A", "B", "C"]
+    assert {item["pet"] for item in items} == {str(tmp_path / "pet.nii")}
+
+
 A, B = {"case_id": "A", "ct": "a.nii"}, {"case_id": "B", "ct": "b.nii"}
 UNFIT = {
     "..": ([A, {**B, "mr": "../mr.nii"}], "case 2, mr: ../mr.nii leads out of"),
@@ -93,10 +103,39 @@ UNFIT = {
     "id with a space": ([{**A, "case_id": "x y"}], "case 1: 'x y' cannot be a file's name"),
     "id that is hidden": ([{**A, "case_id": ".x"}], "case 1: '.x' cannot be a file's name"),
     "duplicate id": ([A, B, {**A, "ct": "c.nii"}], "lists the case A twice, as cases 1 and 3: keep one"),
-    "duplicate image": ([A, B, {**B, "case_id": "C"}], "b.nii twice, as cases 2 and 3: keep one"),
+    "duplicate image": (
+        [A, B, {**B, "case_id": "C"}],
+        "b.nii twice, as ct of case 2 (B) and as ct of case 3 (C): keep",
+    ),
+    "a file in two spellings": (
+        [A, {**B, "ct": "x/../a.nii"}],
+        "a.nii twice, as ct of case 1 (A) and as ct of case 2 (B)",
+    ),
+    "a label as an image": (
+        [{**A, "mr": "l.nii", "label": "./l.nii"}],
+        "l.nii twice, as mr of case 1 (A) and as label of",
+    ),
+    "the label as reference": (
+        [{"image": "l.nii", "label": "l.nii"}],
+        "l.nii twice, as ct of case 1 (l) and as label of",
+    ),
+    "two modalities": ([B, {**A, "pet": "y/../a.nii"}], "a.nii twice, as ct of case 2 (A) and as pet of case 2 (A)"),
+    "another's PET": ([{**A, "pet": "p.nii"}, {**B, "mr": "p.nii"}], "as pet of case 1 (A) and as mr of case 2 (B)"),
+    "another's label": ([{**A, "label": "p.nii"}, {**B, "label": "p.nii"}], "as label of case 1 (A) and as label of"),
+    "two crops, two modalities": (
+        [{**A, "bbox_mm": "0 0 0 1 1 1"}, {**B, "pet": "a.nii", "bbox_mm": "1 1 1 2 2 2"}],
+        "as ct of case 1 (A) and as pet",
+    ),
+    "a crop twice": (
+        [{**A, "bbox_mm": "0 0 0 1 1 1"}, {"case_id": "B", "ct": "a.nii", "bbox_mm": "0 0 0 1 1 1.0"}],
+        "as ct of case 2 (B)",
+    ),
     "unknown columns": ([{**A, "t2w": "t.nii", "x": "1"}], "case 1: unknown column t2w, x: use case_id, patient_id"),
     "no image": ([A, {"case_id": "B", "label": "b.nii"}], "case 2 names no image: fill in one of ct, pet, mr, image"),
     "box": ([{**A, "bbox_mm": "1 2 3"}], "case 1: bbox_mm is '1 2 3': give x1 y1 z1 x2 y2 z2"),
+    "box of NaN": ([{**A, "bbox_mm": "0 0 0 1 1 nan"}], "case 1: bbox_mm is '0 0 0 1 1 nan': give x1 y1 z1 x2 y2 z2"),
+    "NUL in a path": ([A, {**B, "pet": "p\0.nii"}], "case 2, pet holds a character that no text has (NUL)"),
+    "NUL elsewhere": ([{**A, "centre": "x\0"}], "case 1, centre holds a character that no text has (NUL)"),
     "nothing": ([], "lists no case"),
 }
 UNREADABLE = {
@@ -105,6 +144,16 @@ UNREADABLE = {
     "one.json": (b'{"ct": "a.nii"}', "one.json holds no list of cases"),
     "names.json": (b'["a.nii", "b.nii"]', "names.json holds no list of cases"),
     "latin.csv": ("case_id,ct\nA,\u00e4.nii\n".encode("latin-1"), "latin.csv is no readable table"),
+    "twice.csv": (
+        b"case_id,ct,pet,ct\nA,a.nii,,b.nii\n",
+        "twice.csv is no readable table (the column 'ct' occurs twice)",
+    ),
+    "twice.json": (
+        b'[{"ct": "a.nii", "ct": "b.nii"}]',
+        "twice.json is no readable table (the column 'ct' occurs twice)",
+    ),
+    "deep.json": (b"[" * 100_000, "deep.json is no readable table (maximum recursion depth"),
+    "half a pair.json": (b'[{"ct": "\\ud800.nii"}]', "case 1, ct holds a character that no text has"),
     "list.xlsx": (b"PK\x03\x04\x14\x00\xff\xfe", "list.xlsx is no readable table"),
 }
 

@@ -126,6 +126,7 @@ def test_suv_by_body_weight_is_taken_as_it_is() -> None:
         ({"DecayCorrection": "NONE"}, {}, "the decay correction NONE"),
         ({"PatientWeight": None}, {}, "lacks PatientWeight"),
         ({"PatientWeight": "0"}, {}, "PatientWeight of 0 kg"),
+        ({"PatientWeight": ["70", "71"]}, {}, "has a PatientWeight that is not one number: correct it"),
         ({}, {"RadionuclideTotalDose": None}, "lacks RadionuclideTotalDose"),
         ({}, {"RadionuclideTotalDose": "370"}, "RadionuclideTotalDose of 370 Bq"),
         ({}, {"RadionuclideHalfLife": None}, "lacks RadionuclideHalfLife"),

@@ -203,7 +203,14 @@ def assert_refused() -> Callable[..., None]:
             assert word in outcome.errors[0]
         assert "Traceback" not in outcome.err
         made = [Path(name).name for name in outcome.files]
-        assert not {"mask.nii.gz", "manifest.json", "checkpoint.pt", "model.pt", "curves.csv"} & set(made)
+        assert not {
+            "mask.nii.gz",
+            "mask.manifest.json",
+            "manifest.json",
+            "checkpoint.pt",
+            "model.pt",
+            "curves.csv",
+        } & set(made)
         assert not [name for name in made if name.endswith(".part")]
 
     return check_outcome

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Damage = Callable[[Path], Path]
 ROOT = Path(__file__).parents[2]
+UNITS = 123  # of NIfTI-1: its lengths' in the lower three bits, its times' above
 DIM, PIXDIM, QFORM, QUATERN, SROW = 40, 76, 252, 256, 280  # offsets in a NIfTI-1 header
 DAMAGED = r"is (cut off|too small|no NIfTI file|not compressed by gzip)|holds (less|more) than|has a damaged MetaImage"
 
@@ -126,12 +127,13 @@ def _in_voxels(share: float) -> Callable[[bytes], bytes]:
     return flipped
 
 
-def _mha_line(name: str, text: str) -> Damage:
-    """A MetaImage with another line in its header."""
+def _mha_line(name: str, text: str | None) -> Damage:
+    """A MetaImage with another line in its header, or without it."""
 
     def damage(path: Path) -> Path:
         changed = _as_mha(path)
-        data = re.sub(rf"(?m)^{name} = .*$".encode(), f"{name} = {text}".encode(), changed.read_bytes())
+        line = b"" if text is None else f"{name} = {text}\n".encode()
+        data = re.sub(rf"(?m)^{name} = .*\n".encode(), line, changed.read_bytes(), count=1)
         changed.write_bytes(data)
         return changed
 
@@ -170,6 +172,19 @@ CASES = [  # row, modality, damage, a part of the sentence
     ("4 NaN pixdim", "ct", _header(PIXDIM + 8, "<f4", np.nan), "has voxel sizes of [4.0, nan, 5.0] mm"),
     ("4 sheared .mha", "pet", _mha_line("TransformMatrix", "1 0 0 0.3 1 0 0 0 1"), "has a sheared affine"),
     ("4 zero spacing .mha", "pet", _mha_line("ElementSpacing", "0 5 5"), ".mha"),
+    (
+        "4 in metres",
+        "ct",
+        _header(UNITS, "u1", 1),
+        "that its voxel sizes are in metres: correct its header (xyzt_units)",
+    ),
+    (
+        "4 in micrometres",
+        "mr",
+        _header(UNITS, "u1", 3 + 8),
+        "that its voxel sizes are in micrometres: correct its header",
+    ),
+    ("4 no spacing .mha", "pet", _mha_line("ElementSpacing", None), "has no voxel sizes (ElementSpacing): convert it"),
     ("6 4D", "pet", _voxels(lambda v: np.stack([v, v], -1)), "holds 20 x 18 x 16 x 2 voxels: give one 3D volume"),
     ("7 2D", "mr", _voxels(lambda v: v[..., 7]), SLICE),
     ("7 a slice", "mr", _voxels(lambda v: v[..., 7:8]), SLICE),
@@ -221,6 +236,23 @@ def test_check_lists_it_and_goes_on_to_the_other_cases(
     assert f"| error | B | {key} |" in outcome.out
 
 
+@pytest.mark.parametrize("line", ["Offset", "TransformMatrix"])
+def test_a_metaimage_without_a_place_is_accepted_and_said(line: str, case: Any, segment: Any, check: Any) -> None:
+    case["pet"] = _as_mha(case["pet"])
+    words = (str(case["pet"]), "has no place in space (no Offset or no TransformMatrix)")
+    assert not segment(case, name="whole").warned(*words)
+    case["pet"].write_bytes(re.sub(rf"(?m)^{line} = .*\n".encode(), b"", case["pet"].read_bytes(), count=1))
+    for outcome in (segment(case), check({"A": case})):
+        assert outcome.code == 0, outcome.err
+        assert outcome.warned(*words)
+
+
+@pytest.mark.parametrize("units", [0, 2, 2 + 8])
+def test_lengths_in_mm_or_of_no_unit_are_taken_as_mm(units: int, case: Any, check: Any) -> None:
+    case["ct"] = _header(UNITS, "u1", units)(case["ct"])
+    assert check({"A": case}).code == 0
+
+
 @pytest.mark.parametrize("row", ["1 one NaN", "4 sheared", "6 4D", "9 .mha cut", "10 Git LFS", "11 30000^3"])
 def test_training_refuses_it_before_its_first_epoch(row: str, cohort_of: Any, train: Any, assert_refused: Any) -> None:
     key, damage, words = next(each[1:] for each in CASES if each[0] == row)
@@ -270,7 +302,7 @@ def test_a_flipped_bit_in_a_packed_metaimage_is_refused(
     assert whole.code == 0, whole.err
     _bytes(_in_voxels(eighth / 8))(case["pet"])
     refused = segment(case)
-    assert_refused(refused._replace(files=[name for name in refused.files if name != "manifest.json"]), "pet.mha")
+    assert_refused(refused._replace(files=[name for name in refused.files if name != "whole.manifest.json"]), "pet.mha")
     assert [each["key"] for each in check({"A": case}).findings if each["level"] == "error"] == ["pet"]
 
 

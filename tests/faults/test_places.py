@@ -103,7 +103,7 @@ def test_files_that_share_no_space_are_refused(
     place(case["pet"], "pet", LPS, (5, 5, 5.5), (20, 18, 16), (0, 0, 83))
     assert segment(case).code == 0  # they share 1 mm
     (case["pet"].parents[1] / "output" / "mask.nii.gz").unlink()
-    (case["pet"].parents[1] / "output" / "manifest.json").unlink()
+    (case["pet"].parents[1] / "output" / "mask.manifest.json").unlink()
     place(case["pet"], "pet", LPS, (5, 5, 5.5), (20, 18, 16), (0, 0, 85))
     words = f"{case['pet']} and {case['ct']} do not overlap in space: check which files belong together."
     assert_refused(segment(case), words)

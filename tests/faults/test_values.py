@@ -52,6 +52,29 @@ def test_nonfinite_voxels_are_replaced_where_that_is_asked_for_and_reported(
     assert found.warned(*words)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e39"])
+def test_a_replacement_that_is_not_finite_in_float32_is_refused_by_every_way_to_it(
+    value: str, case: Any, change_voxels: Any, segment: Any, command: Any, write_list: Any, train: Any,
+    cohort_of: Any, assert_refused: Any, tmp_path: Path,
+) -> None:  # fmt: skip
+    change_voxels(case["ct"], _put(np.nan))
+    words = "give a number that is finite in float32, such as 0."
+    assert_refused(segment(case, f"--replace-nonfinite={value}"), words)
+    assert_refused(segment(case, "--set", f"checks#replace_nonfinite={value}"), words)
+    assert_refused(
+        command("check", tmp_path / "found", *write_list({"A": case}), f"--replace-nonfinite={value}"), words
+    )
+    assert_refused(train(cohort_of(5), f"--replace-nonfinite={value}"), words)
+
+
+def test_what_becomes_infinite_in_float32_counts_as_infinite(case: Any, change_voxels: Any, segment: Any) -> None:
+    change_voxels(case["mr"], lambda voxels: np.where(np.arange(voxels.size).reshape(voxels.shape) == 99, 1e39, voxels))
+    assert nib.Nifti1Image.from_filename(case["mr"]).get_data_dtype() == np.float64
+    outcome = segment(case)
+    assert outcome.code == 1
+    assert "holds 1 voxels of 7392 that are NaN or infinite" in outcome.errors[0]
+
+
 def test_one_constant_image_is_a_warning_by_name(case: Any, change_voxels: Any, segment: Any, check: Any) -> None:
     change_voxels(case["pet"], lambda voxels: voxels * 0 + 3)
     for outcome in (segment(case), check({"A": case})):
@@ -268,6 +291,9 @@ UNITS = [
     ("a CT as PET", "pet", lambda v: v * 0 + np.linspace(-1000, 300, v.size).reshape(v.shape), "not a CT?"),
     ("a PET as CT", "ct", lambda v: (v > 0) * np.linspace(0, 8, v.size).reshape(v.shape), "none of air (about -1000"),
     ("an MR as CT", "ct", lambda v: (v > 0) * np.linspace(1, 900, v.size).reshape(v.shape), "is it a CT in HU?"),
+    ("a damaged MR", "mr", lambda v: _put(3e38)(v), "beyond what any scanner stores: is a voxel damaged?"),
+    ("a damaged CT", "ct", lambda v: _put(-3e38)(v), "beyond what any scanner stores: is a voxel damaged?"),
+    ("a damaged PET", "pet", lambda v: _put(2e9)(v), "beyond what any scanner stores: is a voxel damaged?"),
     ("a CT as MR", "mr", lambda v: v * 0 + np.linspace(-1000, 300, v.size).reshape(v.shape), "is it a CT?"),
 ]
 

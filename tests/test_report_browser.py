@@ -302,7 +302,7 @@ def test_text_has_a_contrast_of_at_least_4_5(opened: Browser, scheme: str) -> No
 
 
 @pytest.mark.parametrize("name", WIDTHS)
-def test_the_page_fits_the_width_of_the_screen(browser: Browser, page: Path, name: str, tmp_path: Path) -> None:
+def test_the_page_fits_the_width_of_the_screen(browser: Browser, page: Path, name: str) -> None:
     browser.open(page, WIDTHS[name])
     assert browser.run("[innerWidth, document.documentElement.scrollWidth]") == [WIDTHS[name]] * 2
     assert browser.run("document.querySelector('.sortable').scrollWidth") > 500  # which scrolls in its own region
@@ -310,8 +310,10 @@ def test_the_page_fits_the_width_of_the_screen(browser: Browser, page: Path, nam
     sizes = browser.run("[...document.querySelectorAll('.frame')].map(f => f.getBoundingClientRect().width)")
     assert min(sizes) >= 120
     assert browser.run("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)") >= 14
-    (tmp_path / f"report_{name}.png").write_bytes(browser.picture())
-    assert Image.open(tmp_path / f"report_{name}.png").width == WIDTHS[name]
+    picture = Path(__file__).parents[1] / "runs" / "browser" / f"report_{name}.png"  # to be looked at
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(browser.picture())
+    assert Image.open(picture).width == WIDTHS[name]
     assert browser.errors == []
 
 

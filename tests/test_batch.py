@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,21 @@ def table(phantoms: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Path]
     return make
 
 
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One case after the other in this process, whose log is afterwards as it was."""
+
+    def survive(work: Any, jobs: Any, workers: int, died: Any, done: Any, **_: Any) -> None:
+        for name, job in jobs.items():
+            done(name, work(job))
+
+    monkeypatch.setattr(batch, "survive", survive)
+    level, propagates = logging.root.manager.disable, logging.getLogger("scripts").propagate
+    yield
+    logging.disable(level)
+    logging.getLogger("scripts").propagate = propagates
+
+
 def test_the_command_segments_a_table_in_processes_of_its_own(
     table: Callable[..., Path], weights: str, tmp_path: Path
 ) -> None:
@@ -99,6 +114,7 @@ def test_the_command_segments_a_table_in_processes_of_its_own(
     assert done.stdout.splitlines() == ["3 cases: 3 segmented, 0 there already, 0 failed"]
 
 
+@pytest.mark.usefixtures("_here")
 def test_an_absent_reference_is_refused_or_stood_in_for_as_it_is_for_one_case(
     table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +136,7 @@ def test_an_absent_reference_is_refused_or_stood_in_for_as_it_is_for_one_case(
     np.testing.assert_array_equal(_mask(output / "PHANTOM_001.nii.gz"), _mask(tmp_path / "one.nii.gz"))
 
 
+@pytest.mark.usefixtures("_here")
 def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
     table: Callable[..., Path], weights: str, tmp_path: Path
 ) -> None:
@@ -138,21 +155,17 @@ def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
         assert [other for other in names if f"/{other}/" in page] == [name]
 
 
+@pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("error", [MemoryError("no room"), AttributeError("no room"), ValueError("no room")])
 def test_whatever_ends_a_case_becomes_its_sentence_and_warnings_are_kept(error: Exception) -> None:
     def segment(args: argparse.Namespace) -> None:
         logging.getLogger("scripts.stub").warning("odd")
         raise error
 
-    level, propagates = logging.root.manager.disable, logging.getLogger("scripts").propagate
-    try:
-        outcome = batch._one(argparse.Namespace(), segment, str)
-    finally:  # as it is the process of one pool
-        logging.disable(level)
-        logging.getLogger("scripts").propagate = propagates
-    assert outcome == ("no room", ("odd",))
+    assert batch._one(argparse.Namespace(), segment, str) == ("no room", ("odd",))
 
 
+@pytest.mark.usefixtures("_here")
 def test_masks_of_other_weights_and_images_are_not_taken_for_done(
     table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +244,7 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
 
 
+@pytest.mark.usefixtures("_here")
 def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weights: str, tmp_path: Path) -> None:
     output = tmp_path / "bids"
     command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]

@@ -16,29 +16,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
-import torch
 from matplotlib.path import Path as Outline
 from scipy import ndimage
 
 from scripts import clinic
-from scripts.networks import Student
 from scripts.study import Series, choose_series, find_series
 from scripts.verbs import main
 
-WORKFLOW = Path(__file__).parents[1] / "docs" / "workflow"
-FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
-TINY = [
-    "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,32]", "--set", f"student_features={list(FEATURES)}",
-    "--set", 'student_norm=["group",{"num_groups":4}]', "--set", "spacing=[6,6,6]",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
-    return str(path)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +161,7 @@ def test_the_patient_is_named_in_the_dicom_files_only(study: Path, tmp_path: Pat
     output = tmp_path / "out"
     command = [sys.executable, "-m", "scripts", "dicom", "--study", str(tmp_path / "study"), "--rtstruct"]
     command += ["--output-dir", str(output), "--engine", "torch"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=WORKFLOW.parents[1])
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "DICOM SEG: " in told.stdout
     assert marker not in told.stdout + told.stderr
     holders = []

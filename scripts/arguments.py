@@ -165,7 +165,7 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _dicom(parser: Parser) -> None:
-    parser.set_defaults(**dict.fromkeys(MODALITIES), stacked=None, report=False)
+    parser.set_defaults(**dict.fromkeys(MODALITIES), stacked=None, report=False, bids=False)
     parser.add_argument("--study", required=True, help="folder of one DICOM study; its series may lie in sub folders")
     parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
     parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")

@@ -12,6 +12,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from scripts.pool import DIED, survive
 Segment = Callable[[argparse.Namespace], None]
 DONE, SKIPPED = "segmented", "there already"
 RECORD = "segment.json"
+KEPT = 10_000  # warnings of one case
 
 
 def refuse_options(args: argparse.Namespace) -> None:
@@ -136,32 +138,23 @@ def _arguments(
     return argparse.Namespace(**{**vars(args), **own})
 
 
-class _Kept(logging.Handler):
-    """Keeps what is warned of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def _one(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> Outcome:
     """In a process of the pool, which prints nothing."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    kept = _Kept()
+    kept = BufferingHandler(KEPT)
+    kept.setLevel(logging.WARNING)
     logging.getLogger("scripts").addHandler(kept)
     logging.getLogger("scripts").propagate = False
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             segment(args)
+        result = DONE
     except Exception as error:  # whatever it is, the other cases go on
-        return Outcome(sentence(error), tuple(kept.lines))
+        result = sentence(error)
     finally:
         logging.getLogger("scripts").removeHandler(kept)
-    return Outcome(DONE, tuple(kept.lines))
+    return Outcome(result, tuple(record.getMessage() for record in kept.buffer))
 
 
 def _tell(told: dict[str, Outcome]) -> None:

@@ -24,7 +24,7 @@ def one_case(
     """
     if not args.output:
         raise ValueError("Name the mask by --output, or a table of cases by --data-list.")
-    if getattr(args, "bids", False):
+    if args.bids:
         raise ValueError("--bids names the masks of a table: give it by --data-list, or leave --bids out.")
     output = Path(args.output)
     if not output.name.endswith(".nii.gz") or output.name == ".nii.gz":

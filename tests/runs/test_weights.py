@@ -72,11 +72,11 @@ WORDS = {
 
 @pytest.mark.parametrize("kind", ["code", "pickle"])
 def test_the_code_in_these_files_works_where_it_is_let(kind: str, spoil: Any, marker: Path, tmp_path: Path) -> None:
-    path = spoil(kind, tmp_path / "bad.pt")
-    if kind == "code":
-        torch.load(path, weights_only=False)
-    else:
-        pickle.loads(path.read_bytes())
+    """What a pickle names is called by hand: nothing is loaded unsafely here, either."""
+    assert str(marker).encode() in spoil(kind, tmp_path / "bad.pt").read_bytes()
+    function, arguments = Code(marker).__reduce__()
+    assert not marker.exists()
+    function(*arguments)
     assert marker.exists()
 
 

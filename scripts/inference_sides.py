@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts import bundle_root
 from scripts.arguments import CONFIGS
+from scripts.bundle_run import Expression
 from scripts.engines import UnavailableError, cpu_has_bf16, read_export
 from scripts.synthetic import DRAWN, write_case
 from scripts.turns import Side
@@ -137,12 +138,12 @@ def all_sides(volume: Volume, plan: Plan) -> list[Side]:
 def _common(name: str, volume: Volume, plan: Plan) -> dict[str, Any]:
     """Overrides of every side: the same case again and again, after one to warm up on."""
     return {
-        "device": "$torch.device('cpu')",
+        "device": Expression("$torch.device('cpu')"),
         "threads": plan.threads,
         "naming": [],
         "case": dict(volume.case),
         "warm": dict(volume.warm if name in SLOW else volume.case),
-        "cases": f"$[@warm] + [@case] * {REPEATS}",
+        "cases": Expression(f"$[@warm] + [@case] * {REPEATS}"),
         "output_dir": str(mask_path(name, volume, plan).parent),
         **volume.overrides,
     }

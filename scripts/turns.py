@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from scripts.arguments import CONFIGS
+from scripts.bundle_run import protected
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def compose(side: Side) -> ConfigParser:
     """A side's configs and overrides, merged."""
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in side.configs])
-    parser.update(dict(side.overrides))
+    parser.update(protected(dict(side.overrides)))
     return parser
 
 

@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.arguments import CONFIGS, build_parser, config_names
+from scripts.bundle_run import Expression, interpreted, protected, shell_word
 
 Overrides = dict[str, Any]
 # What gkd's stages take from the options of a training.
@@ -22,8 +22,8 @@ _SHARED = ("fold", "experiment_tracking", "modality_dropout", "volumes_dir")
 
 
 def _settings(args: argparse.Namespace) -> Overrides:
-    """The overrides that every verb takes, under their config ids; a string that starts with $ is an expression."""
-    device = f"$torch.device('{args.device}')" if args.device else None
+    """The overrides that every verb takes, under their config ids."""
+    device = Expression(f"$torch.device({args.device!r})") if args.device else None
     chosen = {
         "dataset_dir": args.dataset_dir,
         "output_dir": args.output_dir,
@@ -44,27 +44,22 @@ def _settings(args: argparse.Namespace) -> Overrides:
 
 
 def _value(text: str) -> Any:
-    """A value of --set: JSON where it is JSON, text otherwise."""
+    """A value of --set: JSON where it is JSON, text otherwise; its texts may be expressions."""
     try:
-        return json.loads(text)
+        return interpreted(json.loads(text))
     except json.JSONDecodeError:
-        return text
-
-
-def _quoted(value: Any) -> str:
-    """A value as a shell takes it; double quotes inside, so that the shell's own stay readable."""
-    return shlex.quote(value if isinstance(value, str) else repr(value).replace("'", '"'))
+        return Expression(text)
 
 
 def _run(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
     """Print the ``monai.bundle run`` line of these configs, then do it."""
     files = [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
-    overrides = {**overrides, **_settings(args)}
-    flags = [f"--{key} {_quoted(value)}" for key, value in overrides.items()]
+    overrides = protected({**overrides, **_settings(args)})
+    flags = [f"--{key} {shell_word(value)}" for key, value in overrides.items()]
     several = (
         f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 2)}" if "multi_gpu" in configs else "python"
     )
-    print(" ".join([several, "-m monai.bundle run --config_file", _quoted(files), *flags]), flush=True)
+    print(" ".join([several, "-m monai.bundle run --config_file", shell_word(files), *flags]), flush=True)
     if args.dry_run:
         return
     from monai.bundle import run
@@ -179,7 +174,7 @@ def _named_teachers(args: argparse.Namespace) -> Overrides:
 
 def cache_teachers(args: argparse.Namespace) -> None:
     """Run the teachers once per training case and keep their predictions."""
-    chosen = {"fold": args.fold, "rebuild": args.rebuild or None, "maps": "@taps" if args.maps else None}
+    chosen = {"fold": args.fold, "rebuild": args.rebuild or None, "maps": Expression("@taps") if args.maps else None}
     own = {**_named_teachers(args), **{key: value for key, value in chosen.items() if value is not None}}
     maps = ["methods/teachformer"] if args.maps else []
     _run(args, ["train", *_context(args), "distill", *maps, "cache_teachers"], own)
@@ -245,7 +240,8 @@ def _balance(args: argparse.Namespace, configs: Sequence[str], own: Overrides) -
     if not start:
         raise ValueError("--balance needs a student that has begun to learn: name its weights by --balance-with.")
     files = [str(CONFIGS / f"{name}.json") for name in configs]
-    weights = balanced_weights(files, {**own, **_settings(args), "rank": 0, "world": 1}, args.balance, start)
+    overrides = protected({**own, **_settings(args), "rank": 0, "world": 1})
+    weights = balanced_weights(files, overrides, args.balance, start)
     return {f"loss#terms#{name}#weight": weight for name, weight in weights.items()}
 
 
@@ -281,7 +277,7 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(
                 "--predictions scores masks that are there: leave out --engine, --precision and --profile."
             )
-        own |= {"predictions": args.predictions, "run": "@score", "score#network": "$None"}
+        own |= {"predictions": args.predictions, "run": Expression("@score"), "score#network": Expression("$None")}
     configs = ["inference", *_context(args)]
     if args.architecture:
         configs.append("teacher")

@@ -156,6 +156,20 @@ def test_the_segmentation_is_the_mask_and_of_the_patient(made: Path, study: Path
     assert back.FrameOfReferenceUID == heads[0].FrameOfReferenceUID
 
 
+def test_a_folder_of_a_study_that_is_named_like_an_expression_is_only_read(
+    study: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, name in (("CT", "$open('RAN','w').write('x')"), ("PT", "@p#1"), ("MR", "%mr")):
+        (tmp_path / name).mkdir()
+        for path in (study / "dicom").glob(f"{kind}_*.dcm"):
+            shutil.copy(path, tmp_path / name)
+    assert main(["dicom", "--study", ".", "--output-dir", "out #2", "--weights", weights, *TINY]) == 0
+    assert {path.name for path in tmp_path.glob("out*")} == {"out #2"}
+    assert (tmp_path / "out #2" / "seg.dcm").is_file()
+    assert not list(tmp_path.rglob("RAN"))
+
+
 def _filled(structures: Any, heads: list[Any]) -> Array:
     """Pixels inside or on the outlines, even-odd, of each slice (slice, row, column), by Matplotlib.
 

@@ -90,6 +90,12 @@ class TorchEngine(nn.Module):
         return logits.float()
 
 
+def native_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 (x86-64 and Arm)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 @functools.cache
 def openvino_core() -> Any:
     """The only Core of this process, never freed; UnavailableError without OpenVINO.
@@ -102,8 +108,11 @@ def openvino_core() -> Any:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether OpenVINO says that this CPU computes in bfloat16; UnavailableError without OpenVINO."""
-    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    """Whether OpenVINO runs bfloat16 by instructions of this CPU; UnavailableError without OpenVINO.
+
+    OpenVINO names bfloat16 also where it emulates it by AVX-512, which is slower than float32.
+    """
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") and native_bf16()
 
 
 class OpenVINOEngine(nn.Module):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.data.nifti import COMPRESSION, gzip_modules, read_bytes
+from scripts.engines import native_bf16
 
 THREADS = 2
 SIDE = 2048  # of the matrices whose product is timed
@@ -73,6 +74,12 @@ def network_flops(network: nn.Module, channels: int, window: Sequence[int]) -> f
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, channels, *window))
     return float(counter.get_total_flops())
+
+
+def matrix_rates() -> dict[str, float]:
+    """The machine's GFLOP/s by type; bfloat16 only where the CPU has it, since emulated it takes minutes."""
+    types = (torch.float32, torch.bfloat16) if native_bf16() else (torch.float32,)
+    return {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in types}
 
 
 def matrix_rate(dtype: torch.dtype, repeats: int = 5) -> float:

@@ -121,7 +121,7 @@ class _Count:
         return image.new_zeros(len(image), 1, *image.shape[2:])
 
 
-def network_floor(side: Side, volume: Volume) -> dict[str, float]:
+def network_floor(side: Side, volume: Volume) -> dict[str, Any]:
     """The network alone, on random voxels of the volume's grid: seconds, GFLOPs of the pass, the machine's rates."""
     warnings.filterwarnings("ignore")
     parser = compose(side)
@@ -136,8 +136,7 @@ def network_floor(side: Side, volume: Volume) -> dict[str, float]:
         "seconds": floor.median_seconds(lambda: infer(image, engine)),
         "gflops": flops * count.voxels / math.prod(window) / 1e9,
         "passes": float(count.passes),
-        "float32": floor.matrix_rate(torch.float32),
-        "bfloat16": floor.matrix_rate(torch.bfloat16),
+        "rates": floor.matrix_rates(),
     }
 
 
@@ -148,8 +147,8 @@ def floor_rows(side: Side, volume: Volume, seconds: float, plan: Plan) -> tuple[
     files = [Path(path) for key, path in volume.case.items() if key not in ("case_id", "image")]
     parts = floor.floor(files, found["seconds"], mask_path(side.name, volume, plan))
     rows = [_row(f"floor: {name}", volume.name, each, seconds, None, floor.REPEATS) for name, each in parts.items()]
-    used = floor.shares(found["seconds"], found["gflops"], {key: found[key] for key in ("float32", "bfloat16")})
-    rates = ", ".join(f"{share:.0%} of {found[name]:.0f} GFLOP/s ({name})" for name, share in used.items())
+    used = floor.shares(found["seconds"], found["gflops"], found["rates"])
+    rates = ", ".join(f"{share:.0%} of {found['rates'][name]:.0f} GFLOP/s ({name})" for name, share in used.items())
     return rows, [
         f"{volume.name}, {side.name}: {seconds:.2f} s from files to mask are {seconds / parts['sum']:.2f} times the "
         f"floor of {parts['sum']:.2f} s.",

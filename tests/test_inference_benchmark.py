@@ -202,7 +202,10 @@ def test_the_body_is_surrounded_by_noisy_air() -> None:
     assert abs(ct[24, 24].mean()) < 300
 
 
-def test_the_floor_is_the_sum_of_its_positive_parts(sides: dict[str, Side], volume: Volume) -> None:
+def test_the_floor_is_the_sum_of_its_positive_parts(
+    sides: dict[str, Side], volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floor, "SIDE", 32)
     files = [Path(volume.case[key]) for key in DRAWN]
     parts = floor.floor(files, 0.5, files[0], repeats=1)
     assert all(each > 0 for each in parts.values())
@@ -210,7 +213,9 @@ def test_the_floor_is_the_sum_of_its_positive_parts(sides: dict[str, Side], volu
     assert not list(files[0].parent.glob(".floor*"))
     found = network_floor(sides["student, torch fp32"], volume)
     assert found["passes"] == 8  # 2 x 2 x 2 of 32 voxels, 24 apart, on 48 x 40 x 36
-    assert all(each > 0 for each in found.values())
+    assert found["seconds"] > 0
+    assert found["gflops"] > 0
+    assert all(rate > 0 for rate in found["rates"].values())
     side = sides["student, torch fp32"]
     whole = network_floor(Side(side.name, side.configs, {**side.overrides, "whole_volume": True}), volume)
     assert whole["passes"] == 1
@@ -223,6 +228,9 @@ def test_the_numbers_of_the_floor_on_known_cases(monkeypatch: pytest.MonkeyPatch
     assert floor.shares(2.0, 100.0, {"float32": 100.0}) == {"float32": 0.5}
     monkeypatch.setattr(floor, "SIDE", 32)
     assert floor.matrix_rate(torch.float32, 1) > 0
+    for native, names in ((True, ["float32", "bfloat16"]), (False, ["float32"])):
+        monkeypatch.setattr(floor, "native_bf16", lambda found=native: found)
+        assert list(floor.matrix_rates()) == names  # emulated bfloat16 would take minutes
     assert "3 threads" in floor.cpu_name(3)
 
 

@@ -157,7 +157,7 @@ def test_series_of_different_patients_are_refused_without_telling_who_they_are(
     ("file", "package", "unsafe_version", "safe_version"),
     [
         ("requirements.txt", "monai", "1.6.0", "1.6.1"),
-        ("requirements.txt", "torch", "2.9.1", "2.10.0"),
+        ("requirements.txt", "torch", "2.9.1", "2.13.0"),
         ("requirements-dicom.txt", "pydicom", "3.0.1", "3.0.2"),
     ],
 )

@@ -61,7 +61,7 @@ test-real: env
 
 # Every fault of docs/reliability.md made for real, and 12,000 damaged files, counted by kind in docs/results/reliability/fuzz.json.
 test-faults: env
-	$(PY) -m pytest -m "faults or not faults" tests/runs tests/faults tests/fuzz
+	$(PY) -m pytest -m "faults or not faults" tests/end_to_end/runs tests/end_to_end/faults tests/end_to_end/fuzz
 	PYTHONPATH=. $(PY) -W ignore benchmarks/fuzz_readers.py --mutations 12000 --json docs/results/reliability/fuzz.json
 
 # MONAI Label in an environment of its own. torch comes first, so that the build that is there stays; the constraints
@@ -81,20 +81,20 @@ label-env: .venv-label/ready
 
 # A server for 3D Slicer and OHIF on this machine only: see docs/clinic.md.
 label: label-env
-	$(LABEL_PY) label/place.py $(LABEL)
+	$(LABEL_PY) monai_label/install.py $(LABEL)
 	$(LABEL_PY) -m monailabel.main start_server --app $(LABEL)/apps/monaibundle --studies $(LABEL_STUDIES) \
 	  --conf models distilled_segmentation --conf zoo_source local --conf sam2 false --host 127.0.0.1 --port $(LABEL_PORT)
 
 label-test: env label-env
-	$(PY) -m pytest -m label tests/label
+	$(PY) -m pytest -m label tests/monai_label
 
 # Needs Chromium, and says so where it is absent: apt-get install chromium
 browser-test: env
-	$(PY) -m pytest -m browser -rs tests/test_report_browser.py
+	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
 
 lint: env
-	.venv/bin/ruff check scripts tests benchmarks label
-	.venv/bin/ruff format --check scripts tests benchmarks label
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 type: env
 	.venv/bin/mypy
@@ -104,7 +104,7 @@ clean:
 
 # The zip for the MONAI model zoo, from a clean checkout only: runs/release/<bundle>_v<version>.zip
 release: env
-	$(PY) -W ignore -m scripts.release
+	$(PY) -W ignore -m tools.release
 
 bench: env
-	$(PY) benchmarks/networks.py
+	$(PY) benchmarks/network_speed.py

@@ -38,8 +38,8 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from scripts.data.checks import Rules
-from scripts.data.reading import LoadModalitiesd, header_of, read_volume
+from scripts.image_io.checks import Rules
+from scripts.image_io.reader import LoadModalitiesd, header_of, read_volume
 
 SECONDS = 5
 CAP = 256 * 2**20  # the files hold some kilobytes each

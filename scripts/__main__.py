@@ -3,7 +3,7 @@
 
 import sys
 
-from scripts.verbs import main
+from scripts.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

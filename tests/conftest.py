@@ -21,9 +21,9 @@ import torch
 from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
-from scripts.arguments import CONFIGS
-from scripts.data.phantom import write_phantoms
-from scripts.locks import release
+from scripts.cli.options import CONFIGS
+from scripts.data.cohorts.phantom import write_phantoms
+from scripts.utils.output_lock import release
 
 LOCALE = locale.setlocale(locale.LC_ALL)
 Array = NDArray[Any]

@@ -7,12 +7,12 @@ from scripts.losses.channel_wise_divergence import ChannelWiseDivergence as Chan
 from scripts.losses.contourlet_texture import ContourletTextureLoss as ContourletTextureLoss
 from scripts.losses.contrastive_graph import ContrastiveGraphLoss as ContrastiveGraphLoss
 from scripts.losses.cross_image_relation import CrossImageRelationLoss as CrossImageRelationLoss
-from scripts.losses.dist import DISTLoss as DISTLoss
 from scripts.losses.feature_hint import FeatureHintLoss as FeatureHintLoss
 from scripts.losses.hierarchical_context import HierarchicalContextLoss as HierarchicalContextLoss
 from scripts.losses.intra_class_variation import IntraClassVariationLoss as IntraClassVariationLoss
 from scripts.losses.multi_scale_prior import MultiScalePriorLoss as MultiScalePriorLoss
 from scripts.losses.pixel_relation import PixelRelationLoss as PixelRelationLoss
+from scripts.losses.prediction_correlation import DISTLoss as DISTLoss
 from scripts.losses.region_affinity import RegionAffinityLoss as RegionAffinityLoss
 from scripts.losses.soft_prediction import SoftPredictionLoss as SoftPredictionLoss
 from scripts.losses.token_ranking import TokenRankingLoss as TokenRankingLoss

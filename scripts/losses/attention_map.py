@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import EPS, check_maps, check_option, to_common_grid
+from scripts.losses._common import EPS, check_maps, check_option, to_common_grid
 
 
 class AttentionMapLoss(nn.Module):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import EPS, check_channels, to_common_grid
+from scripts.losses._common import EPS, check_channels, to_common_grid
 
 # A row whose deviation is below this share of its size varies by nothing but the rounding of means in float32.
 CONSTANT = 1e-5

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses.common import check_channels, to_common_grid
+from scripts.losses._common import check_channels, to_common_grid
 
 
 class ChannelWiseDivergence(nn.Module):

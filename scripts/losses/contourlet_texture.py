@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from scripts.losses.common import EPS, check_maps, check_option, pool, to_common_grid
-from scripts.losses.directional_bank import SMALLEST, directional_bands, laplacian_pyramid
+from scripts.losses._common import EPS, check_maps, check_option, pool, to_common_grid
+from scripts.losses._directional_filters import SMALLEST, directional_bands, laplacian_pyramid
 
 # Texture weaker than this share of the features' size has no direction: in float32 it may be rounding alone.
 FLAT = 1e-4

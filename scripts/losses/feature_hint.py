@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import check_channels, to_common_grid
+from scripts.losses._common import check_channels, to_common_grid
 
 
 class FeatureHintLoss(nn.Module):

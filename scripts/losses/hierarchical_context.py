@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses.common import check_channels, pool, to_common_grid
+from scripts.losses._common import check_channels, pool, to_common_grid
 
 LEVELS = {4: 1 / 2, 2: 1 / 4, 1: 1 / 8}
 

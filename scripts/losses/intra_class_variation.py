@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses.common import to_common_grid, unit
-from scripts.losses.regions import class_means, class_shares
+from scripts.losses._class_regions import class_means, class_shares
+from scripts.losses._common import to_common_grid, unit
 
 
 class IntraClassVariationLoss(nn.Module):
@@ -16,7 +16,8 @@ class IntraClassVariationLoss(nn.Module):
 
     Source: [paper] IFVD (Wang et al., ECCV 2020) transfers the similarity between the feature of each pixel and the
     prototype of its class, the centre of that class's features; [ours] the formula in 3D and the label's way to a
-    coarser grid, where a cell i belongs to class k by the share a_(k,i) of its voxels (``scripts.losses.regions``)::
+    coarser grid, where a cell i belongs to class k by the share a_(k,i) of its voxels
+    (``scripts.losses._class_regions``)::
 
         P_k = sum_i a_(k,i) f_i / sum_i a_(k,i),   M(f)_i = sum_k a_(k,i) cos(f_i, P_k)
         L = mean over batch and cells of (M(student)_i - M(teacher)_i)^2,  in [0, 4]

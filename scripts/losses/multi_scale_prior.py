@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from scripts.losses.common import check_channels, pool, unit
+from scripts.losses._common import check_channels, pool, unit
 
 
 class MultiScalePriorLoss(nn.Module):

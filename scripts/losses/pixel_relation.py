@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import check_maps, pool, unit
+from scripts.losses._common import check_maps, pool, unit
 
 
 class PixelRelationLoss(nn.Module):

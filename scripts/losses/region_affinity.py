@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses.common import to_common_grid, unit
-from scripts.losses.regions import class_means, class_shares
+from scripts.losses._class_regions import class_means, class_shares
+from scripts.losses._common import to_common_grid, unit
 
 
 class RegionAffinityLoss(nn.Module):
@@ -15,7 +15,7 @@ class RegionAffinityLoss(nn.Module):
 
     Source: [paper] EMKD (Qin et al., IEEE TMI 2021, arXiv 2108.09987) makes the student mimic how far the
     representations of different tissue regions differ; [ours] the formula in 3D and the label's way to a coarser
-    grid, where a cell i belongs to class k by the share a_(k,i) of its voxels (``scripts.losses.regions``)::
+    grid, where a cell i belongs to class k by the share a_(k,i) of its voxels (``scripts.losses._class_regions``)::
 
         v_k = sum_i a_(k,i) f_i / sum_i a_(k,i)
         L = mean over batch and pairs k < l of (cos(v_k, v_l)_student - cos(v_k, v_l)_teacher)^2,  in [0, 4]

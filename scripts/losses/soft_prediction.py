@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses.common import check_same_shape
+from scripts.losses._common import check_same_shape
 
 
 class SoftPredictionLoss(nn.Module):

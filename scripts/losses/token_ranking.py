@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses.common import EPS, check_maps, check_same_shape, pool
+from scripts.losses._common import EPS, check_maps, check_same_shape, pool
 
 
 class TokenRankingLoss(nn.Module):

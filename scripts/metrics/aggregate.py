@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.files import write_text
+from scripts.utils.atomic_files import write_text
 
 from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION
 

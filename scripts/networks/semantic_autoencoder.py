@@ -12,7 +12,7 @@ from monai.networks.blocks import Convolution
 from torch import nn
 from torch.nn import functional
 
-from scripts.networks.alignment import AlignmentHeader
+from scripts.networks.alignment_header import AlignmentHeader
 
 GROUPS = 4
 

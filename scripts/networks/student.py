@@ -67,7 +67,7 @@ class Student(nn.Module):
     sits on the deepest grid. The last stage returns to full resolution with ``full_features`` channels beside the
     input, so that borders follow the image and not the half-resolution grid.
 
-    Tappable layers (see ``scripts.distiller.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
+    Tappable layers (see ``scripts.distillation.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
     (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full``
     (stride 1); with selective fusion its carriers ``fusion.local`` and ``fusion.context`` (stride 4).
 

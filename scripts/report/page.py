@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scripts.files import write_text
+from scripts.utils.atomic_files import write_text
 
 from .curves import curve_figures
 from .overlay import Overlay

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from scripts.losses import contourlet_texture
+from scripts.losses._directional_filters import laplacian_pyramid
 from scripts.losses.contourlet_texture import ContourletTextureLoss
-from scripts.losses.directional_bank import laplacian_pyramid
 
 STATISTICS = ["orientation", "subband_mse"]
 SHAPES = [(2, 3, 9, 8), (2, 3, 8, 9, 6)]

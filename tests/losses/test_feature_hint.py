@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scripts.losses.feature_hint import FeatureHintLoss
-from scripts.networks.adapters import ChannelAdapter
+from scripts.networks.channel_adapter import ChannelAdapter
 
 SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 

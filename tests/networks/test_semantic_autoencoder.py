@@ -8,7 +8,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor
 
-from scripts.networks.alignment import AlignmentHeader
+from scripts.networks.alignment_header import AlignmentHeader
 from scripts.networks.semantic_autoencoder import SemanticAutoEncoder
 
 

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing the cache of ``scripts.distillation.teacher_cache``: every teacher runs once per case, by sliding window."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from scripts.distillation.feature_taps import Tap, layers_of, listening
+from scripts.distillation.teacher_cache import (
+    FORMAT,
+    LOGITS,
+    Case,
+    case_path,
+    read_manifest,
+    require_same,
+    source_states,
+)
+from scripts.training.checkpoint import is_whole, load_plain, sha256, write_atomically
+from scripts.utils.atomic_files import write_json
+from scripts.utils.run_manifest import code_version
+
+logger = logging.getLogger(__name__)
+
+Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
+
+
+def attention_map(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Root of the channels' mean square, ``B 1 size``: one channel with the energy of them all.
+
+    ``AttentionMapLoss`` (p = 2) of this map is that of the features, but for the interpolation to ``size``.
+
+    Args:
+        features: ``B C H W [D]``.
+        size: grid of the result.
+    """
+    energy = features.float().square().mean(dim=1, keepdim=True).sqrt()
+    mode = "trilinear" if features.dim() == 5 else "bilinear"
+    return functional.interpolate(energy, size=tuple(size), mode=mode, align_corners=False)
+
+
+class _Answers(nn.Module):
+    """A teacher's logits and attention maps on the window's grid, one tensor, for the sliding window."""
+
+    def __init__(self, teacher: nn.Module, taps: Mapping[str, Tap]) -> None:
+        super().__init__()
+        self.teacher, self.taps = teacher, dict(taps)
+
+    def forward(self, window: torch.Tensor) -> torch.Tensor:
+        with listening(self.taps.values()) as heard:
+            logits = self.teacher(window)
+        maps = [attention_map(tap.value(heard), window.shape[2:]) for tap in self.taps.values()]
+        return torch.cat([logits, *maps], dim=1)
+
+
+def cache_teachers(
+    cases: Sequence[Case],
+    preprocessing: Any,
+    teachers: Mapping[str, nn.Module],
+    specs: Mapping[str, Mapping[str, Any]],
+    inferer: Inferer,
+    folder: str,
+    settings: Mapping[str, Any],
+    taps: Mapping[str, Mapping[str, Any]] | None = None,
+    device: str | torch.device = "cpu",
+    rebuild: bool = False,
+) -> None:
+    """Run every teacher once per case and keep what it says; what is there and whole is not made again.
+
+    Args:
+        cases: data list.
+        preprocessing: the training pipeline (``scripts.data.training_set.Pipeline``), whose fixed part is run.
+        teachers: name -> ``scripts.networks.teacher.Teacher``.
+        specs: name -> ``architecture`` and ``modalities``, which the manifest notes.
+        inferer: sliding window of (image, network).
+        folder: of the cache.
+        settings: ``modalities`` (the image's channels), ``classes``, ``spacing`` in mm and the windows' ``overlap``.
+        taps: tap name -> layer per network, for attention maps; by default only logits are kept.
+        device: that the teachers run on.
+        rebuild: make a cache of other weights or other preprocessing anew instead of refusing it.
+
+    Raises:
+        ValueError: there is a cache of something else and ``rebuild`` is off, or an answer is not finite in fp16.
+    """
+    common = {
+        "preprocessing_sha256": preprocessing.fingerprint,
+        "preprocessing": preprocessing.settings,
+        "channels": settings["classes"],
+        "spacing": [float(x) for x in settings["spacing"]],
+        "overlap": float(settings["overlap"]),
+    }
+    writers = []
+    for name, teacher in teachers.items():
+        own = {key: specs[name][key] for key in ("architecture", "modalities")}
+        writers.append(_Writer(Path(folder), name, teacher.to(device).eval(), {**own, **common}, taps or {}))
+        writers[-1].claim(rebuild)
+
+    for case in tqdm(cases, desc="caching", unit="case"):
+        image = None
+        for writer in writers:
+            if writer.has(case):
+                continue
+            if image is None:  # once for all teachers
+                volumes = preprocessing.prepare(case)
+                image = torch.cat([volumes[key] for key in settings["modalities"]])[None].to(device)
+            with torch.no_grad():
+                writer.write(case, inferer(image, writer.answers)[0].half().cpu())
+    for writer in writers:
+        writer.finish(cases)
+
+
+class _Writer:
+    """One teacher's folder of the cache."""
+
+    def __init__(
+        self, folder: Path, name: str, teacher: nn.Module, settings: Mapping[str, Any], taps: Mapping[str, Any]
+    ) -> None:
+        network = cast(nn.Module, teacher.network)
+        layers = {tap: layers_of(name, network, tap, table) for tap, table in taps.items()}
+        found = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
+        self.folder, self.name, self.answers = folder, name, _Answers(teacher, found)
+        self.outputs = [LOGITS, *found]
+        self.head = {"format": FORMAT, **settings, "weights_sha256": teacher.sha256, "outputs": self.outputs}
+        self.manifest = folder / name / "manifest.json"
+
+    def claim(self, rebuild: bool) -> None:
+        """Refuse a cache of something else, or take its manifest away before its files are replaced."""
+        if not self.manifest.is_file():
+            return
+        try:
+            manifest = read_manifest(self.folder, self.name)
+            for key, value in self.head["preprocessing"].items():
+                require_same(manifest["preprocessing"], self.name, key, value)
+            for key, value in self.head.items():
+                require_same(manifest, self.name, key, value)
+        except (ValueError, KeyError):
+            if not rebuild:
+                raise
+            self.manifest.unlink()
+
+    def _identity(self, case: Case) -> str:
+        return json.dumps({**self.head, "sources": source_states(case)}, sort_keys=True)
+
+    def has(self, case: Case) -> bool:
+        """Whether the case's file is there, of this teacher, preprocessing and images, and undamaged (every CRC)."""
+        path = case_path(self.folder, self.name, case)
+        return is_whole(path) and load_plain(path).get("made_of") == self._identity(case)
+
+    def write(self, case: Case, said: torch.Tensor) -> None:
+        """Keep what the teacher said of a case, in fp16."""
+        path = case_path(self.folder, self.name, case)
+        if not bool(said.isfinite().all()):
+            raise ValueError(
+                f"What would go into {path} is not finite in half precision: check that teacher's weights."
+            )
+        parts = said.split([self.head["channels"], *[1] * (len(self.outputs) - 1)])
+        tensors = {output: part.clone() for output, part in zip(self.outputs, parts, strict=True)}
+        write_atomically({**tensors, "made_of": self._identity(case)}, path)
+
+    def finish(self, cases: Sequence[Case]) -> None:
+        """Write the manifest; entries of cases that were not asked for this time stay."""
+        kept = (
+            json.loads(self.manifest.read_text(encoding="utf-8"))["cases"] if self.manifest.is_file() else {}
+        )  # of the same head
+        entries = {str(case["case_id"]): self._entry(case) for case in cases}
+        approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
+        notes = {"version": code_version(), "approximate": approximate}
+        write_json({**self.head, **notes, "cases": {**kept, **entries}}, self.manifest)
+        size = sum(entry["bytes"] for entry in entries.values()) / 1e6
+        logger.info("%s: %d cases, %.1f MB", self.manifest.parent, len(entries), size)
+
+    def _entry(self, case: Case) -> dict[str, Any]:
+        """A case's line in the manifest."""
+        path = case_path(self.folder, self.name, case)
+        shape = list(load_plain(path, mmap=True)[LOGITS].shape)
+        return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from data never runs as Python: paths, ids and tables whose text MONAI's configs would interpret."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from fire.parser import DefaultParseValue
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.bundle import ConfigParser
+
+from scripts.cli.bundle_run import Expression, interpreted, literal, protected, shell_word
+from scripts.cli.main import main
+from scripts.networks import Student
+
+FEATURES, NORM = [4, 8, 8, 8], ["group", {"num_groups": 4}]
+CODE = "$open('RAN','w').write('x')"
+NAMES = [
+    "with space", "a#b", "a::b", "@home", "x@home", "x@::y", "$money", "100%", "%pre", "café ü", "it's", 'q"q', "a,b",
+    "[x]", "{x}", "2024", "None", "back\\slash", "a&b;c", "-dash", CODE,
+]  # fmt: skip
+IMAGES = {"ct": "CT_image.nii.gz", "pet": "PET_image.nii.gz", "mr": "MR_T1_image.nii.gz"}
+
+
+def parsed(config: Any) -> Any:
+    parser = ConfigParser({"imports": ["$import os"], "secret": "the secret", "value": protected(config)})
+    return parser.get_parsed_content("value")
+
+
+@pytest.mark.parametrize("text", [*NAMES, "@secret", "$@secret", "%secret", "$'a", "\\#", "\udce9#", ""])
+def test_text_reaches_the_workflow_as_it_is(text: str) -> None:
+    assert parsed(text) == text
+    assert parsed([{"ct": text}, (text, 1)]) == [{"ct": text}, [text, 1]]
+
+
+@given(st.text() | st.text("$@%#:'\"\\ax_"))
+def test_any_text_reaches_the_workflow_as_it_is(text: str) -> None:
+    assert parsed(text) == text
+    assert DefaultParseValue(shlex.split(shell_word(literal(text)))[0]) == literal(text)
+
+
+@given(st.recursive(st.text("$@%#'\"[],1") | st.integers() | st.booleans() | st.none(), st.lists))
+def test_a_pasted_line_gives_the_same_values(value: Any) -> None:
+    (word,) = shlex.split(shell_word(protected(value)))
+    assert DefaultParseValue(word) == protected(value)
+
+
+def test_expressions_of_the_program_and_of_set_are_interpreted() -> None:
+    assert parsed(Expression("@secret")) == "the secret"
+    assert parsed(interpreted(["$1 + 1", {"a": "@secret"}, 3])) == [2, {"a": "the secret"}, 3]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """``segment`` by a tiny student with random weights."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(Student(3, 2, FEATURES, norm=NORM).state_dict(), path)
+    tiny = ["--set", "patch=[16,16,16]", "--set", "spacing=[12,12,12]", "--set", f"student_features={FEATURES}"]
+    tiny += ["--set", 'student_norm=["group",{"num_groups":4}]', "--engine", "torch", "--threads", "1"]
+    return ["segment", "--data", "phantom", *tiny, "--weights", str(path)]
+
+
+@pytest.fixture(scope="module")
+def expected(arguments: list[str], cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The mask of the first phantom, from plain paths."""
+    output = tmp_path_factory.mktemp("plain") / "mask.nii.gz"
+    assert main([*arguments, *images(cohort / "PHANTOM_001"), "--output", str(output)]) == 0
+    return np.asarray(nib.load(output).dataobj)
+
+
+def images(folder: Path) -> list[str]:
+    return [word for key, name in IMAGES.items() for word in (f"--{key}", f"{folder}/{name}")]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "-dash"])
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_any_folder_may_hold_the_images_the_weights_and_the_mask(
+    name: str, absolute: bool, arguments: list[str], expected: Any, cohort: Path, here: Path
+) -> None:
+    shutil.copytree(cohort / "PHANTOM_001", here / name)
+    shutil.copy(arguments[-1], here / name / "w.pt")
+    folder = here / name if absolute else Path(name)
+    mask = folder / "m.nii.gz"
+    assert main([*arguments[:-1], str(folder / "w.pt"), *images(folder), "--output", str(mask)]) == 0
+    np.testing.assert_array_equal(nib.load(mask).dataobj, expected)
+    assert sorted(path.name for path in here.iterdir()) == [name]  # no other folder, no file RAN
+
+
+def test_a_mask_may_have_any_name(arguments: list[str], expected: Any, cohort: Path, here: Path) -> None:
+    assert main([*arguments, *images(cohort / "PHANTOM_001"), "--output", f"{CODE.replace('/', '')} #1.nii.gz"]) == 0
+    (mask,) = here.glob("*.nii.gz")
+    assert mask.name == f"{CODE} #1.nii.gz"
+    np.testing.assert_array_equal(nib.load(mask).dataobj, expected)
+    assert not (here / "RAN").exists()
+
+
+def test_the_printed_line_of_strange_paths_does_the_same(
+    arguments: list[str], expected: Any, cohort: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = here / f"{CODE} #1 it's"
+    shutil.copytree(cohort / "PHANTOM_001", folder)
+    command = [*arguments, *images(folder), "--output", str(folder / "m.nii.gz"), "--dry-run"]
+    assert main(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "monai.bundle" in line]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]], check=True, capture_output=True, timeout=200, env=environment
+    )
+    np.testing.assert_array_equal(nib.load(folder / "m.nii.gz").dataobj, expected)
+    assert not (here / "RAN").exists()
+
+
+def write_table(path: Path, row: list[str]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["case_id", "patient_id", "image", *IMAGES], row])
+
+
+def test_a_cell_of_a_table_is_a_path_and_nothing_else(
+    arguments: list[str], cohort: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ct, _, mr = (str(cohort / "PHANTOM_001" / name) for name in IMAGES.values())
+    write_table(here / "cases.csv", ["one", "one", ct, ct, CODE, mr])
+    assert main([*arguments, "--data-list", "cases.csv", "--allow-outside", "--output-dir", "out"]) == 1
+    assert not list(here.rglob("RAN"))
+    assert "RAN" in capsys.readouterr().err  # the file that is missing is named
+
+
+def test_a_case_id_that_is_no_name_is_refused(
+    arguments: list[str], cohort: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(cohort / "PHANTOM_001" / name) for name in IMAGES.values()]
+    write_table(here / "cases.csv", [CODE, "@one", files[0], *files])
+    assert main([*arguments, "--data-list", "cases.csv", "--allow-outside", "--output-dir", "out"]) == 1
+    assert "cannot be a file's name" in capsys.readouterr().err
+    assert not list(here.rglob("RAN"))
+
+
+def test_every_override_is_protected_unless_it_is_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    """Whatever verb is typed, a hostile folder, name or list never begins a value that MONAI interprets."""
+    commands: list[list[str]] = [
+        ["train", "--volumes-dir", CODE, "--pretrained", CODE],
+        ["teacher", "--architecture", "unetr", "--modalities", "ct"],
+        ["distill", "--teachers-dir", CODE, "--teacher", f"unetr:ct={CODE}", "--cache-dir", CODE],
+        ["cache-teachers", "--teachers-dir", CODE],
+        ["evaluate", "--predictions", CODE, "--name", CODE, "--curves", CODE],
+        ["evaluate", "--weights", CODE],
+        ["export", "--weights", CODE],
+    ]
+    for command in commands:
+        shared = ["--dataset-dir", CODE, "--output-dir", CODE, "--data-list", CODE, "--series-uid", CODE]
+        assert main([*command, *shared, "--device", "cpu", "--dry-run"]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert "open(" in line
+        assert CODE not in line
+    assert not (here / "RAN").exists()

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segment`` of a cohort: resumed, listed, named; what cannot be meant is refused."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from scripts.cli import segment_cohort as batch
+from scripts.cli.main import main
+from scripts.data.bids import bids_name
+from scripts.networks import Student
+
+WORKFLOW = Path(__file__).parents[2] / "docs" / "workflow"
+FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
+TINY = [
+    "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,32]", "--set", f"student_features={list(FEATURES)}",
+    "--set", 'student_norm=["group",{"num_groups":4}]', "--set", "spacing=[6,6,6]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
+    return str(path)
+
+
+def _mask(path: Path) -> Any:
+    return np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
+
+
+def test_the_workflow_calls_what_the_program_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its command lines, with a word for each placeholder."""
+    text = (WORKFLOW / "Snakefile").read_text()
+    commands = ["".join(re.findall(r'"(.*?)"', block)) for block in re.findall(r"shell:((?:\s*\".*\")+)", text)]
+    assert len(commands) == text.count("shell:") == 2
+    words = [
+        shlex.split(re.sub(r"{[^}]*}", lambda word: re.sub(r"\W", "", word[0]) + ".nii.gz", command).split(" > ")[0])
+        for command in commands
+    ]
+    assert words[0][1] == "examples/snakemake/volumes.py"
+    assert words[1][1:4] == ["-m", "scripts", "segment"]
+    assert main([*words[1][3:], "--dry-run"]) == 0
+    assert '"mr": "inputmrq.nii.gz"' in capsys.readouterr().out
+
+
+def test_the_workflow_tells_volumes_in_ml(tmp_path: Path) -> None:
+    """12 voxels of 2 x 2.5 x 4 mm are 240 mm^3."""
+    voxels = np.zeros((5, 6, 7), np.uint8)
+    voxels[1:3, 1:3, 1:4] = 1
+    nib.save(nib.Nifti1Image(voxels, np.diag([-2, -2.5, 4, 1])), tmp_path / "P1.nii.gz")
+    command = [sys.executable, str(WORKFLOW / "volumes.py"), str(tmp_path / "volumes.csv"), str(tmp_path / "P1.nii.gz")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "volumes.csv").read_text().split() == ["case_id,volume_ml", "P1,0.24"]
+
+
+@pytest.fixture
+def table(phantoms: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Three phantoms as a table; ``table(pet=path)`` gives the second another PET."""
+
+    def make(**other: Path) -> Path:
+        path = tmp_path / "cohort.csv"
+        with path.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["case_id", "ct", "pet", "mr"])
+            for number, case in enumerate(phantoms[:3]):
+                files = {key: case[key] for key in ("ct", "pet", "mr")} | (other if number == 1 else {})
+                writer.writerow([case["case_id"], *files.values()])
+        return path
+
+    return make
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One case after the other in this process, whose log is afterwards as it was."""
+
+    def survive(work: Any, jobs: Any, workers: int, died: Any, done: Any, **_: Any) -> None:
+        for name, job in jobs.items():
+            done(name, work(job))
+
+    monkeypatch.setattr(batch, "survive", survive)
+    level, propagates = logging.root.manager.disable, logging.getLogger("scripts").propagate
+    yield
+    logging.disable(level)
+    logging.getLogger("scripts").propagate = propagates
+
+
+def test_the_command_segments_a_table_in_processes_of_its_own(
+    table: Callable[..., Path], weights: str, tmp_path: Path
+) -> None:
+    """As a user types it: the verbs are then in a module that a pool's processes have to find."""
+    command = [sys.executable, "-W", "ignore", "-m", "scripts", "segment", "--data", "phantom", "--weights", weights]
+    command += [*TINY, "--allow-outside", "--output-dir", str(tmp_path / "masks"), "--data-list", str(table())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["3 cases: 3 segmented, 0 there already, 0 failed"]
+
+
+@pytest.mark.usefixtures("_here")
+def test_an_absent_reference_is_refused_or_stood_in_for_as_it_is_for_one_case(
+    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = table(), tmp_path / "masks"
+    with path.open(newline="") as stream:
+        rows = [{**row, "ct": ""} for row in csv.DictReader(stream)][:1]
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plain = ["segment", "--data", "phantom", "--weights", weights, *TINY]
+    command = [*plain, "--output-dir", str(output), "--allow-outside", "--data-list", str(path)]
+    assert main(command) == 1
+    assert "--ct is missing" in capsys.readouterr().err
+    assert main([*command, "--allow-missing"]) == 0
+    assert "PHANTOM_001: absent modalities, read as zeros: PHANTOM_001: ct" in capsys.readouterr().out
+    single = [*plain, "--pet", rows[0]["pet"], "--mr", rows[0]["mr"], "--output", str(tmp_path / "one.nii.gz")]
+    assert main([*single, "--allow-missing"]) == 0
+    np.testing.assert_array_equal(_mask(output / "PHANTOM_001.nii.gz"), _mask(tmp_path / "one.nii.gz"))
+
+
+@pytest.mark.usefixtures("_here")
+def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
+    table: Callable[..., Path], weights: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "masks"
+    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
+    command += [*TINY, "--workers", "2", "--data-list", str(table())]
+    assert main(command) == 0
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
+    assert main([*command, "--report"]) == 0  # which no mask had
+    assert all(path.stat().st_mtime_ns > before for path, before in kept.items())
+    names = [f"PHANTOM_00{k}" for k in (1, 2, 3)]
+    for name in names:
+        manifest = json.loads((output / f"{name}.manifest.json").read_text())
+        assert [case["case_id"] for case in manifest["data"]] == [name]
+        page = (output / f"{name}.report.html").read_text()
+        assert [other for other in names if f"/{other}/" in page] == [name]
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("error", [MemoryError("no room"), AttributeError("no room"), ValueError("no room")])
+def test_whatever_ends_a_case_becomes_its_sentence_and_warnings_are_kept(error: Exception) -> None:
+    def segment(args: argparse.Namespace) -> None:
+        logging.getLogger("scripts.stub").warning("odd")
+        raise error
+
+    assert batch._one(argparse.Namespace(), segment, str) == ("no room", ("odd",))
+
+
+@pytest.mark.usefixtures("_here")
+def test_masks_of_other_weights_and_images_are_not_taken_for_done(
+    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "masks"
+    command = ["segment", "--data", "phantom", "--allow-outside", *TINY, "--data-list", str(table())]
+    assert main([*command, "--output-dir", str(output), "--weights", weights]) == 0
+    torch.manual_seed(4)
+    torch.save(Student(3, 2, FEATURES, norm=NORM).state_dict(), tmp_path / "other.pt")
+    assert main([*command, "--output-dir", str(output), "--weights", str(tmp_path / "other.pt")]) == 1
+    assert "holds masks of other weights" in capsys.readouterr().err
+    (tmp_path / "flat.csv").write_text(f"case_id,ct\na,{output / 'PHANTOM_001.nii.gz'}\n")
+    (output / "PHANTOM_001.nii.gz").rename(output / "a.nii.gz")
+    (tmp_path / "flat.csv").write_text(f"case_id,ct\na,{output / 'a.nii.gz'}\n")
+    flat = ["segment", "--data", "phantom", "--allow-outside", "--data-list", str(tmp_path / "flat.csv")]
+    assert main([*flat, "--output-dir", str(output), "--weights", weights]) == 1
+    assert "would take the place of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output are of one case"),
+        (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked are of one case"),
+        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--ct are of one case"),
+        (["--data-list", "c.csv", "--profile"], "--profile are of one case"),
+        (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of a table"),
+        (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output is c.nii.gz, which is the ct itself"),
+        (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "which is the ct itself"),
+        (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "give a file name that ends in .nii.gz"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["segment", *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_table_prints_the_command_that_makes_the_same_masks(
+    table: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["segment", "--data-list", str(table()), "--output-dir", "OUT", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("python -m monai.bundle run --config_file")
+    assert f"--data_list {table()}" in printed
+    assert "--output_dir OUT" in printed
+
+
+def test_a_case_that_bids_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no letter or digit of ASCII"):
+        bids_name({"case_id": "\u60a3\u8005", "image": "a"}, ["ct"])
+    assert bids_name({"case_id": "a-1", "image": "p", "pet": "p"}, ["ct", "pet"]).name == (
+        "sub-a1_space-pet_label-tumour_mask.nii.gz"
+    )
+
+
+def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
+    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, output = tmp_path / "pet.nii.gz", tmp_path / "masks"
+    bad.write_bytes(b"")
+    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
+    command += [*TINY, "--workers", "2", "--data-list"]
+    assert main([*command, str(table(pet=bad))]) == 1
+    told = capsys.readouterr()
+    assert "3 cases: 2 segmented, 0 there already, 1 failed" in told.out
+    assert f"1 of 3 cases failed (PHANTOM_002: {bad} is an empty file" in told.err
+    assert sorted(path.name for path in output.glob("*.nii.gz")) == ["PHANTOM_001.nii.gz", "PHANTOM_003.nii.gz"]
+    (output / "PHANTOM_003.nii.gz").write_bytes((output / "PHANTOM_003.nii.gz").read_bytes()[:-9])  # stopped half way
+    kept = (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns
+    assert main([*command, str(table())]) == 0
+    assert "3 cases: 2 segmented, 1 there already, 0 failed" in capsys.readouterr().out
+    assert (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns == kept
+    results = json.loads((output / "segment.json").read_text())["cases"]
+    assert [each["result"] for each in results.values()] == ["there already", "segmented", "segmented"]
+    assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weights: str, tmp_path: Path) -> None:
+    output = tmp_path / "bids"
+    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
+    assert main([*command, *TINY, "--bids", "--data-list", str(table())]) == 0
+    names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.nii.gz"))
+    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_mask.nii.gz"
+    assert len(names) == 3
+    assert json.loads((output / "dataset_description.json").read_text())["DatasetType"] == "derivative"
+    sidecar = json.loads((output / names[0].replace(".nii.gz", ".json")).read_text())
+    assert [Path(each).name for each in sidecar["Sources"]] == [
+        "CT_image.nii.gz",
+        "PET_image.nii.gz",
+        "MR_T1_image.nii.gz",
+    ]
+    assert sidecar["SpatialReference"] == sidecar["Sources"][0]
+    ignored = (output / ".bidsignore").read_text().split()
+    named = re.compile(r"sub-[A-Za-z0-9]+_space-ct_label-tumour_mask\.(nii\.gz|json)|dataset_description\.json")
+    for path in output.rglob("[!.]*"):
+        known = named.fullmatch(path.name) or any(fnmatch(path.name, pattern) for pattern in ignored)
+        assert path.is_dir() or known, path

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM in and out on a real study."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from matplotlib.path import Path as Outline
+from scipy import ndimage
+
+from scripts.cli import segment_dicom as clinic
+from scripts.cli.main import main
+from scripts.image_io.dicom_study import Series, choose_series, find_series
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def study(require_data: Any) -> Path:
+    pytest.importorskip("rt_utils", reason="rt-utils does not load: its OpenCV wants libGL", exc_type=ImportError)
+    return Path(require_data("sts_dicom")) / "STS_001"
+
+
+@pytest.fixture(scope="module")
+def segmented(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the shipped weights, which find something."""
+    output = tmp_path_factory.mktemp("dicom")
+    arguments = ["dicom", "--study", str(study), "--output-dir", str(output), "--engine", "torch", "--rtstruct"]
+    assert main(arguments) == 0
+    return output
+
+
+def _mask(path: Path) -> Any:
+    return np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
+
+
+def _slices(study: Path) -> list[Any]:
+    found = [pydicom.dcmread(path) for path in (study / "CT" / "image").glob("*.dcm")]
+    return sorted(found, key=lambda each: float(each.ImagePositionPatient[2]))
+
+
+def test_the_segmentation_read_back_is_the_mask_slice_by_slice(segmented: Path, study: Path) -> None:
+    mask, slices = _mask(segmented / "mask.nii.gz"), _slices(study)
+    made = highdicom.seg.segread(segmented / "seg.dcm")
+    back = made.get_pixels_by_source_instance(
+        [each.SOPInstanceUID for each in slices],
+        combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
+    )  # fmt: skip
+    assert 0 < mask.sum() < mask.size
+    np.testing.assert_array_equal(back, mask.transpose(2, 1, 0))
+
+
+def test_the_segmentation_says_what_made_it_of_which_images(segmented: Path, study: Path) -> None:
+    made, first = highdicom.seg.segread(segmented / "seg.dcm"), _slices(study)[0]
+    segment = made.SegmentSequence[0]
+    assert segment.SegmentAlgorithmType == "AUTOMATIC"
+    assert segment.SegmentedPropertyTypeCodeSequence[0].CodeValue == "108369006"
+    assert made.FrameOfReferenceUID == first.FrameOfReferenceUID
+    assert made.StudyInstanceUID == first.StudyInstanceUID
+    assert made.PatientID == first.PatientID
+    assert "research only" in made.SeriesDescription
+
+
+def test_the_study_gives_the_mask_of_the_same_images_as_files(segmented: Path, study: Path, tmp_path: Path) -> None:
+    files = []
+    for key, name in (("ct", "CT"), ("pet", "PET"), ("mr", "MR_T1")):
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(study / name / "image")))
+        reader.SetOutputPixelType(sitk.sitkFloat32)
+        sitk.WriteImage(reader.Execute(), str(tmp_path / f"{key}.nii.gz"))  # this PET is stored as SUV
+        files += [f"--{key}", str(tmp_path / f"{key}.nii.gz")]
+    assert main(["segment", *files, "--output", str(tmp_path / "mask.nii.gz"), "--engine", "torch"]) == 0
+    a, b = _mask(tmp_path / "mask.nii.gz") > 0, _mask(segmented / "mask.nii.gz") > 0
+    assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.99
+
+
+def test_the_structure_set_has_the_masks_outlines(segmented: Path, study: Path) -> None:
+    """An outline runs through the centres of the outermost pixels: those inside or on it are the mask, holes filled."""
+    mask, slices = _mask(segmented / "mask.nii.gz"), _slices(study)
+    made = pydicom.dcmread(segmented / "rtstruct.dcm")
+    contours = made.ROIContourSequence[0].ContourSequence
+    places = {float(each.ImagePositionPatient[2]): k for k, each in enumerate(slices)}
+    outlined = {min(places, key=lambda z, c=c: abs(z - float(c.ContourData[2]))) for c in contours}
+    assert {places[z] for z in outlined} == set(np.flatnonzero(mask.any((0, 1))).tolist())
+    origin, spacing = np.array(slices[0].ImagePositionPatient[:2], float), float(slices[0].PixelSpacing[0])
+    for contour in contours[:50]:
+        points = np.reshape(np.array(contour.ContourData, float), (-1, 3))
+        columns, rows = np.rint((points[:, :2] - origin) / spacing).astype(int).T
+        assert mask[columns, rows, places[min(places, key=lambda z, p=points: abs(z - p[0, 2]))]].all()
+
+
+def _filled(structures: Any, slices: list[Any]) -> Any:
+    """Pixels whose centres lie within the outlines, even-odd, as a viewer fills them; by Matplotlib."""
+    found = np.zeros((len(slices), slices[0].Rows, slices[0].Columns), dtype=bool)
+    centres = np.argwhere(np.ones(found.shape[1:]))
+    places = np.array([each.ImagePositionPatient for each in slices], float)
+    for contour in structures.ROIContourSequence[0].ContourSequence:
+        points = np.reshape(np.array(contour.ContourData, float), (-1, 3))
+        k = int(np.abs(places[:, 2] - points[0, 2]).argmin())
+        assert np.abs(places[k, 2] - points[:, 2]).max() < 0.01  # mm: in the plane of a slice
+        corners = (points - places[k])[:, 1::-1] / slices[k].PixelSpacing  # rows before columns
+        found[k] ^= Outline(corners).contains_points(centres).reshape(found.shape[1:])
+    return found.transpose(2, 1, 0)
+
+
+def _dice(a: Any, b: Any) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_the_outlines_filled_lose_no_more_than_the_masks_edge(segmented: Path, study: Path) -> None:
+    """They run through the centres of the outermost pixels, of which a viewer may take any."""
+    mask = _mask(segmented / "mask.nii.gz") > 0
+    filled = _filled(pydicom.dcmread(segmented / "rtstruct.dcm"), _slices(study))
+    cross = ndimage.generate_binary_structure(2, 1)[..., None]
+    assert not (filled & ~mask).any()
+    assert not (ndimage.binary_erosion(mask, cross) & ~filled).any()
+    print(f"Dice of the filled outlines with the mask: {_dice(filled, mask):.3f}")
+    assert _dice(filled, mask) > 0.9
+
+
+def test_the_mask_lies_in_the_frame_of_the_physicians_outlines(segmented: Path, study: Path) -> None:
+    """How well it agrees is no matter here; a patient whom the shipped weights were trained on."""
+    drawn, slices = pydicom.dcmread(study / "CT" / "mask" / "RS.dcm"), _slices(study)
+    made = pydicom.dcmread(segmented / "rtstruct.dcm")
+    for each in (drawn, made):
+        assert each.StructureSetROISequence[0].ReferencedFrameOfReferenceUID == slices[0].FrameOfReferenceUID
+    mask, reference = _mask(segmented / "mask.nii.gz") > 0, _filled(drawn, slices)
+    print(f"Dice of the mask with the physicians': {_dice(mask, reference):.3f}")
+    assert _dice(mask, reference) > 0.5
+    assert np.abs(np.argwhere(mask).mean(axis=0) - np.argwhere(reference).mean(axis=0)).max() < 6  # pixels
+
+
+def test_what_is_written_passes_dciodvfy(segmented: Path) -> None:
+    if not shutil.which("dciodvfy"):
+        pytest.skip("dciodvfy is not installed: apt-get install dicom3tools")
+    for name in ("seg.dcm", "rtstruct.dcm"):
+        told = subprocess.run(["dciodvfy", str(segmented / name)], capture_output=True, text=True, check=False)
+        assert [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("Error")] == [], name
+
+
+def test_the_patient_is_named_in_the_dicom_files_only(study: Path, tmp_path: Path) -> None:
+    """In a process of its own, so that everything that is said anywhere is caught."""
+    marker = "ZZMARKER"
+    for path in study.glob("*/image/*.dcm"):
+        head = pydicom.dcmread(path)
+        head.PatientName = head.PatientID = head.OtherPatientIDs = head.ReferringPhysicianName = marker
+        folder = tmp_path / "study" / path.parts[-3]
+        folder.mkdir(parents=True, exist_ok=True)
+        head.save_as(folder / path.name)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "scripts", "dicom", "--study", str(tmp_path / "study"), "--rtstruct"]
+    command += ["--output-dir", str(output), "--engine", "torch"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "DICOM SEG: " in told.stdout
+    assert marker not in told.stdout + told.stderr
+    holders = []
+    for path in sorted(each for each in output.rglob("*") if each.is_file()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        holders += [path.name] if marker.encode() in content else []
+    assert holders == ["rtstruct.dcm", "seg.dcm"]
+    assert pydicom.dcmread(output / "seg.dcm").PatientID == marker
+
+
+def _series(kind: str, uid: str, patient: str = "SECRET", frame: str = "1.9") -> Series:
+    return Series(uid, kind, Path("study") / uid, patient, frame, "words", 9)
+
+
+def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
+    found = [_series("CT", "1.1"), _series("PT", "1.2"), _series("MR", "1.3"), _series("CT", "1.4")]
+    assert {k: s.uid for k, s in choose_series(found, ["ct", "pet"], ["1.4"]).items()} == {"ct": "1.4", "pet": "1.2"}
+
+
+@pytest.mark.parametrize(
+    ("found", "uids", "message"),
+    [
+        ([_series("CT", "1.1"), _series("CT", "1.2")], [], "has 2 CT series: choose one by --series-uid: 1.1"),
+        ([_series("CT", "1.1")], ["7.7"], "has no series 7.7: it has 1.1"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 are of 2 patients"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", frame="1.8")], [], "1.1, 1.2 are of 2 frames of reference"),
+        ([_series("CT", "1.1", frame=""), _series("MR", "1.2", frame="")], [], "1.1 names no FrameOfReferenceUID"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", frame="")], [], "1.2 names no FrameOfReferenceUID"),
+        ([_series("CT", "1.1", frame="")], [], "1.1 names no FrameOfReferenceUID"),
+    ],
+)
+def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_patient(
+    found: list[Series], uids: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        choose_series(found, ["ct", "mr"], uids)
+    assert not {"SECRET", "OTHER"} & set(str(caught.value).split())
+
+
+def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("no image")
+    with pytest.raises(ValueError, match="holds no series of DICOM images"):
+        find_series(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        find_series(tmp_path / "lost")
+
+
+def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dicom", "--study", str(tmp_path), "--data-list", "cohort.csv"]) == 1
+    assert "error: dicom takes one --study, not the table cohort.csv: leave" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, ValueError])
+def test_whatever_fails_in_writing_is_told_without_its_words(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise kind("SECRET")
+
+    monkeypatch.setattr(clinic, "series_slices", lambda *_: [])
+    monkeypatch.setattr(clinic, "write_seg", fail)
+    monkeypatch.delenv("DEBUG", raising=False)
+    words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask is there: mask\.nii\.gz\.$"
+    with pytest.raises(ValueError, match=words) as caught:
+        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(kind, match=r"^SECRET$"):
+        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)

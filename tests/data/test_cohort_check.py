@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``check`` goes through a whole cohort whatever it finds, lists it all, and holds one volume at a time."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import scripts.data.cohort_check as checking
+from scripts.cli.main import main
+from scripts.data import Rules, datalist
+from scripts.image_io import reader as reading
+
+MODALITIES, LABELS = ["ct", "pet", "mr"], [[0], [1]]
+Finding = dict[str, Any]
+
+
+def check(data: str, folder: Path, found: Path, *more: str) -> tuple[int, list[Finding]]:
+    """The verb's exit code, and the findings that it wrote."""
+    arguments = ["check", "--data", data, "--dataset-dir", str(folder), "--workers", "1", "--json", str(found)]
+    code = main([*arguments, *more])
+    return code, json.loads(found.read_text())["findings"]
+
+
+def rewrite(path: Path, change: Callable[[Any], Any], **options: Any) -> None:
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asanyarray(image.dataobj).copy()), image.affine, **options), path)
+
+
+def put(value: float) -> Callable[[Any], Any]:
+    def change(voxels: Any) -> Any:
+        voxels = voxels.astype(np.float32)
+        voxels[3, 4, 5] = value
+        return voxels
+
+    return change
+
+
+@pytest.fixture
+def faulty(cohort: Path, tmp_path: Path) -> Path:
+    """The six phantoms, of which five have one or more faults each; the fourth has none."""
+    root = tmp_path / "faulty"
+    shutil.copytree(cohort, root)
+    one, two, three, five, six = (root / f"PHANTOM_{number:03d}" for number in (1, 2, 3, 5, 6))
+    rewrite(one / "PET_image.nii.gz", put(np.nan))
+    data = (one / "MR_T1_image.nii.gz").read_bytes()
+    (one / "MR_T1_image.nii.gz").write_bytes(data[: len(data) // 2])
+    rewrite(two / "CT_mask.nii.gz", lambda voxels: voxels * 7)
+    rewrite(two / "MR_T1_image.nii.gz", lambda voxels: voxels * 0 + 5)
+    (three / "PET_image.nii.gz").unlink()
+    (three / "MR_T1_image.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\n")
+    rewrite(five / "PET_image.nii.gz", lambda voxels: voxels * 5000)
+    rewrite(five / "CT_mask.nii.gz", lambda voxels: voxels * 0)
+    for path in six.glob("*_image.nii.gz"):
+        rewrite(path, lambda voxels: voxels * 0)
+    return root
+
+
+EXPECTED = {  # level, case, file, words
+    ("error", "PHANTOM_001", "pet", "PET_image.nii.gz holds 1 voxels of"),
+    ("error", "PHANTOM_001", "mr", "MR_T1_image.nii.gz is cut off or damaged"),
+    ("error", "PHANTOM_002", "label", "CT_mask.nii.gz holds the values 7"),
+    ("warning", "PHANTOM_002", "mr", "(mr) is constant: every voxel is 5"),
+    ("error", "PHANTOM_003", "", "pet is absent: add it, or allow it by --allow-missing"),
+    ("error", "PHANTOM_003", "mr", "is a Git LFS pointer"),
+    ("warning", "PHANTOM_005", "pet", "is it in Bq/ml?"),
+    ("note", "PHANTOM_005", "label", "is empty: no voxel is foreground"),
+    ("error", "PHANTOM_006", "", "Every image of the case is constant"),
+    *(("warning", "PHANTOM_006", key, f"({key}) is constant: every voxel is 0") for key in MODALITIES),
+}
+
+
+def told(findings: list[Finding]) -> set[tuple[str, str, str, str]]:
+    """Which of the expected there are; what is not expected stands for itself. Where images lie is no fault."""
+    found = set()
+    for each in findings:
+        if not (each["level"] == "note" and "mm from the reference's" in each["what"]):
+            own = (each["level"], each["case_id"], each["key"])
+            words = [e[3] for e in EXPECTED if e[:3] == own and e[3] in each["what"]]
+            found.add((*own, words[0] if words else each["what"]))
+    return found
+
+
+def test_every_fault_of_every_case_is_found_in_one_go_and_nothing_else(
+    faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, findings = check("phantom", faulty, tmp_path / "found.json")
+    assert code == 1
+    assert told(findings) == EXPECTED
+    written = json.loads((tmp_path / "found.json").read_text())
+    levels = [each["level"] for each in findings]
+    assert written["cases"] == 6
+    assert written["counts"] == {level: levels.count(level) for level in ("error", "warning", "note")}
+    out, err = capsys.readouterr()
+    assert "6 cases: 6 errors, 5 warnings" in out
+    for level, case, key, words in EXPECTED:
+        shown = any(line.startswith(f"| {level} | {case} | {key} |") and words in line for line in out.splitlines())
+        assert shown == (level != "note")
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: 6 errors were found: correct the files, or leave their cases out."
+    ]
+    assert "Traceback" not in err
+
+
+def test_absent_modalities_are_warnings_where_they_are_allowed(faulty: Path, tmp_path: Path) -> None:
+    _, findings = check("phantom", faulty, tmp_path / "found.json", "--allow-missing")
+    (absent,) = [each for each in findings if "is absent" in each["what"]]
+    assert (absent["level"], absent["case_id"]) == ("warning", "PHANTOM_003")
+
+
+def test_every_missing_file_is_listed_where_a_reference_is_lost_and_the_other_cases_are_judged(
+    faulty: Path, tmp_path: Path
+) -> None:
+    lost = [faulty / "PHANTOM_004" / "CT_image.nii.gz", faulty / "PHANTOM_006" / "PET_image.nii.gz"]
+    for path in lost:
+        path.unlink()
+    code, findings = check("phantom", faulty, tmp_path / "found.json")
+    assert code == 1
+    every = {*map(str, lost), str(faulty / "PHANTOM_003" / "PET_image.nii.gz")}
+    assert {each["what"].partition(" is missing: ")[0] for each in findings if "is missing: " in each["what"]} == every
+    assert any(each["case_id"] == "PHANTOM_001" and "is cut off" in each["what"] for each in findings)
+
+
+def test_a_table_with_missing_files_is_judged_to_its_end(faulty: Path, tmp_path: Path) -> None:
+    names = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image", "label": "CT_mask"}
+    cases = [f"PHANTOM_{number:03d}" for number in (1, 3, 4)]
+    rows = [{"case_id": case, **{key: f"{case}/{name}.nii.gz" for key, name in names.items()}} for case in cases]
+    (faulty / "list.json").write_text(json.dumps(rows))
+    (faulty / "PHANTOM_004" / "CT_mask.nii.gz").unlink()
+    (faulty / "PHANTOM_001" / "CT_image.nii.gz").unlink()
+    code, findings = check("phantom", faulty, tmp_path / "found.json", "--data-list", str(faulty / "list.json"))
+    errors = {(each["case_id"], each["key"]): each["what"] for each in findings if each["level"] == "error"}
+    assert code == 1
+    assert set(errors) == {("PHANTOM_001", "ct"), ("PHANTOM_001", "pet"), ("PHANTOM_001", "mr"), ("PHANTOM_003", "pet"),
+                           ("PHANTOM_003", "mr"), ("PHANTOM_004", "label")}  # fmt: skip
+    for case, key in (("PHANTOM_001", "ct"), ("PHANTOM_003", "pet"), ("PHANTOM_004", "label")):
+        assert errors[case, key] == f"{faulty / case / names[key]}.nii.gz is missing: add it, or remove the case."
+
+
+def test_a_cohort_without_faults_is_passed(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, findings = check("phantom", cohort, tmp_path / "found.json")
+    assert code == 0
+    assert told(findings) == set()
+    assert "6 cases: 0 errors, 0 warnings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sts", "hecktor21", "picai22"])
+def test_the_real_samples_have_no_errors(
+    name: str, tmp_path: Path, require_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, findings = check(name, require_data(name), tmp_path / "found.json", "--workers", "2")
+    assert [each["what"] for each in findings if each["level"] == "error"] == []
+    assert code == 0
+    assert "0 errors" in capsys.readouterr().out
+
+
+def test_nothing_to_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--data", "phantom"]) == 1
+    assert "error: There is nothing to check: name a folder by --dataset-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies_takes_its_own_case_with_it_and_no_other(
+    workers: int, faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the kernel kills what takes too much memory; the other five are found as before."""
+    before = checking.header_of
+
+    def header_of(path: str, rules: Rules) -> Any:
+        if "PHANTOM_002" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(path, rules)
+
+    monkeypatch.setattr(checking, "header_of", header_of)  # the processes are forked
+    code, findings = check("phantom", faulty, tmp_path / "found.json", "--workers", str(workers))
+    assert code == 1
+    (dead,) = (each for each in findings if each["case_id"] == "PHANTOM_002")
+    assert (dead["level"], dead["key"]) == ("error", "")
+    assert dead["what"].startswith("Case PHANTOM_002: its process died: killed, or out of memory: ")
+    assert told([each for each in findings if each is not dead]) == {
+        each for each in EXPECTED if each[1] != "PHANTOM_002"
+    }
+    assert "| error | PHANTOM_002 |  | Case PHANTOM_002: its process died" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["check", "segment", "benchmark"])
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_less_than_one_worker_is_refused(verb: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, *(["methods"] if verb == "benchmark" else []), "--workers", number])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --workers: " in last
+    assert number in last
+
+
+def test_one_volume_at_a_time_is_in_memory(faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Any]] = []
+    before, read_volume = [], reading.read_volume
+
+    def read(header: Any, rules: Rules) -> Any:
+        gc.collect()
+        before.append(sum(each() is not None for each in seen))
+        volume = read_volume(header, rules)
+        seen.append(weakref.ref(volume))
+        return volume
+
+    monkeypatch.setattr(reading, "read_volume", read)
+    for case in datalist("phantom", faulty):
+        checking.judge_case(case, checking.Criteria(MODALITIES, LABELS))
+    assert len(before) >= 20
+    assert before == [0] * len(before)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits of patients into folds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.data.folds import fold_split, make_splits
+
+# 23 patients; every fourth has two studies, as in PI-CAI
+CASES: list[dict[str, Any]] = [
+    {"case_id": f"P{patient:02d}_{study}", "patient_id": f"P{patient:02d}"}
+    for patient in range(23)
+    for study in range(1 + (patient % 4 == 0))
+]
+PATIENTS = sorted({case["patient_id"] for case in CASES})
+
+
+def ids(cases: list[dict[str, Any]], key: str = "patient_id") -> set[str]:
+    return {case[key] for case in cases}
+
+
+def test_folds_are_disjoint_balanced_and_complete() -> None:
+    folds = make_splits([case["patient_id"] for case in CASES], folds=5)
+    assert sorted(patient for fold in folds for patient in fold) == PATIENTS
+    assert {len(fold) for fold in folds} == {4, 5}
+
+
+def test_the_seed_decides_and_the_order_of_the_patients_does_not() -> None:
+    assert make_splits(PATIENTS, seed=3) == make_splits(PATIENTS[::-1] * 2, seed=3)
+    assert make_splits(PATIENTS, seed=3) != make_splits(PATIENTS, seed=4)
+
+
+def test_the_studies_of_a_patient_stay_together() -> None:
+    for fold in range(5):
+        training, validation = fold_split(CASES, fold=fold)
+        assert ids(training).isdisjoint(ids(validation))
+        assert ids(training, "case_id") | ids(validation, "case_id") == ids(CASES, "case_id")
+        assert len(training) + len(validation) == len(CASES)
+
+
+def test_every_patient_is_validated_once() -> None:
+    validated = [patient for fold in range(5) for patient in ids(fold_split(CASES, fold=fold)[1])]
+    assert sorted(validated) == PATIENTS
+
+
+def test_without_a_fold_all_cases_train() -> None:
+    assert fold_split(CASES, fold=None) == (CASES, [])
+
+
+def test_no_cases_give_no_split_and_no_file(tmp_path: Path) -> None:
+    assert fold_split([], file=tmp_path / "splits.json") == ([], [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_is_written_once_and_then_obeyed(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "splits.json"
+    first = fold_split(CASES, fold=1, seed=7, file=file)
+    written = file.read_text()
+    assert json.loads(written) == {"seed": 7, "folds": make_splits(PATIENTS, seed=7)}
+    assert fold_split(CASES, fold=1, seed=8, folds=3, file=str(file)) == first
+    assert file.read_text() == written
+    assert [path.name for path in file.parent.iterdir()] == ["splits.json"]
+
+
+def test_a_file_made_by_hand_is_obeyed(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps({"name": "mine", "seed": 0, "folds": [PATIENTS[:2], PATIENTS[2:]]}))
+    assert ids(fold_split(CASES, fold=0, file=file)[1]) == set(PATIENTS[:2])
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ([[*PATIENTS[:3], "X1", "X2"], PATIENTS[3:]], "without a case on disk: X1, X2: restore"),
+        ([PATIENTS[:3], PATIENTS[5:]], "lacks patients that are on disk: P03, P04: add each"),
+        ([PATIENTS[:4], PATIENTS[3:]], r"more than once: P03 \(folds 0, 1\)"),
+        ([[*PATIENTS[:4], "P03"], PATIENTS[4:]], r"more than once: P03 \(folds 0, 0\)"),
+        ("P00", "has no list 'folds'"),
+        ([], "has no list 'folds'"),
+    ],
+)
+def test_a_file_that_does_not_fit_the_patients_is_refused_by_name(folds: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps({"seed": 0, "folds": folds}))
+    with pytest.raises(ValueError, match=f"splits.json .*{message}"):
+        fold_split(CASES, file=file)
+
+
+def test_a_file_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    file.write_text('{"seed": 0, "folds": [["P0')
+    with pytest.raises(ValueError, match=r"splits\.json cannot be read"):
+        fold_split(CASES, file=file)
+
+
+def test_fewer_patients_than_folds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"23 patient\(s\) cannot fill 24 folds"):
+        fold_split(CASES, folds=24)
+
+
+def test_a_single_fold_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 folds, got 1"):
+        make_splits(PATIENTS, folds=1)
+
+
+@pytest.mark.parametrize("fold", [-1, 5])
+def test_a_fold_that_does_not_exist_is_refused_and_nothing_is_written(fold: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="choose one of 0 to 4"):
+        fold_split(CASES, fold=fold, file=tmp_path / "splits.json")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method of configs/methods: one short epoch on phantoms, and all of them two by two."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from scripts.cli.main import main
+from scripts.data.cohorts.phantom import write_phantoms
+from scripts.networks import Student
+from scripts.training.handlers import read_curves
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.json"))
+PATCH = [32, 32, 16]
+MODALITIES = ["ct", "pet", "mr"]
+SMALL: dict[str, Any] = {
+    "patch": PATCH,
+    "spacing": [8.0, 8.0, 8.0],
+    "student_features": [8, 8, 16, 16],
+    "architectures": {"hdenseformer": {"features": 4, "depth": 4}, "dynunet": {"filters": [4, 8, 16, 16]}},
+    "teacher_specs": {
+        "transformer": {"architecture": "hdenseformer", "modalities": MODALITIES},
+        "cnn": {"architecture": "dynunet", "modalities": MODALITIES},
+    },
+    "threads": 1,
+}
+
+
+def compose(*methods: str, **changes: Any) -> ConfigParser:
+    parser = ConfigParser()
+    names = ["train", "data/phantom", "scale/small", "distill", *(f"methods/{method}" for method in methods)]
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in names])
+    untrained = {"headers_dir": None} if "gkd" in methods else {}
+    parser.update({**SMALL, **untrained, **changes})
+    return parser
+
+
+def terms_of(method: str) -> list[str]:
+    keys = json.loads((CONFIGS / "methods" / f"{method}.json").read_text())
+    return [key.removeprefix("loss#terms#") for key in keys if key.startswith("loss#terms#")]
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> list[bool]:
+    return [torch.equal(value, second[name]) for name, value in first.items()]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cohort")
+    write_phantoms(root, cases=5, seed=3, progress=False)
+    return root
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_epoch_teaches_the_student_and_leaves_the_teachers(method: str, cohort: Path, tmp_path: Path) -> None:
+    parser = compose(
+        method, dataset_dir=str(cohort), output_dir=str(tmp_path), max_epochs=1, val_interval=2,
+    )  # fmt: skip
+    parser.get_parsed_content("initialize")
+    distiller = parser.get_parsed_content("trained")
+    student, teachers = state(distiller.student), state(distiller.teachers)
+    adapters = state(distiller.adapters)
+    parser.get_parsed_content("run")
+    rows = read_curves(tmp_path / "curves.csv")
+    terms = parser["loss"]["terms"]
+    assert terms
+    assert all(math.isfinite(rows[0][name]) for name in ("loss", *(f"loss/{term}" for term in terms)))
+    assert not any(same(student, state(distiller.student)))
+    assert not any(same(adapters, state(distiller.adapters)))
+    assert all(same(teachers, state(distiller.teachers)))
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(METHODS, 2)))
+def test_any_two_methods_add_up(first: str, second: str) -> None:
+    patch = [32, 16, 16]
+    image = torch.rand(2, 3, *patch, generator=torch.Generator().manual_seed(0))
+    label = torch.zeros(2, 1, *patch)
+    label[:, :, 8:20, 4:10, 4:12] = 1
+    parser = compose(first, second, patch=patch)
+    distiller, loss = parser.get_parsed_content("trained"), parser.get_parsed_content("loss")
+    torch.manual_seed(0)
+    total = loss(distiller.train()(image), label)
+    wanted = {*terms_of(first), *terms_of(second)}
+    assert set(loss.losses) == wanted
+    expected = loss.logged["segmentation"] + sum(loss.weights[name] * loss.logged[name] for name in wanted)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert math.isfinite(total.item())
+
+
+def test_no_two_methods_share_a_name_so_that_none_overrides_another() -> None:
+    owners: dict[str, str] = {}
+    for method in METHODS:
+        for key in json.loads((CONFIGS / "methods" / f"{method}.json").read_text()):
+            if key.startswith(("taps#", "adapters#", "loss#terms#")):
+                assert owners.setdefault(key, method) == method
+
+
+def test_dual_distillation_is_refused_without_a_cnn_by_naming_one() -> None:
+    only = {"one": {"architecture": "hdenseformer", "modalities": MODALITIES}}
+    with pytest.raises(RuntimeError) as caught:
+        compose("dual", teacher_specs=only).get_parsed_content("trained")
+    causes = []
+    error: BaseException | None = caught.value
+    while error is not None:
+        causes.append(str(error))
+        error = error.__cause__
+    assert any("Tap 'local' is for no teacher of this run: add one of NNUNet, SegResNet, UXNet" in c for c in causes)
+
+
+def test_the_list_of_methods_has_a_line_for_each_with_its_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert sorted(lines) == METHODS
+    assert "TokenRankingLoss(rank_deep)" in lines["rskd"]
+
+
+def _arguments(cohort: Path, output: Path) -> list[str]:
+    settings = {key: value for key, value in SMALL.items() if key not in ("teacher_specs", "threads")}
+    pairs = [item for key, value in settings.items() for item in ("--set", f"{key}={json.dumps(value)}")]
+    shared = ["--data", "phantom", "--dataset-dir", str(cohort), "--output-dir", str(output), "--threads", "1"]
+    return [*shared, *pairs, "--epochs", "2"]
+
+
+def test_gkd_trains_its_stages_first_and_keeps_them(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["distill", "--method", "gkd", "--teacher", "dynunet=random", *_arguments(cohort, tmp_path)]
+    assert main(arguments) == 0
+    stages = sorted(path.parent.name for path in (tmp_path / "stages").glob("*/model.pt"))
+    assert stages == ["autoencoder", "header_dynunet", "header_student", "student"]
+    assert len(read_curves(tmp_path / "curves.csv")) == 1  # the other epoch was the student's alone
+    assert "stage autoencoder" in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").glob("*/model.pt")}
+    (tmp_path / "stages" / "header_student" / "manifest.json").unlink()  # as if it had been interrupted
+    for state in tmp_path.glob("checkpoint*.pt"):  # before the last training began
+        state.unlink()
+    assert main(arguments) == 0
+    again = {path.parent.name for path, before in times.items() if path.stat().st_mtime_ns != before}
+    assert again == {"header_student"}
+    assert "stage autoencoder" not in capsys.readouterr().out
+
+
+def test_balanced_weights_give_every_term_the_same_part_of_the_gradient(cohort: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Student(3, 2, (8, 8, 16, 16))
+    torch.save({"model": network.state_dict()}, tmp_path / "warm.pt")
+    arguments = ["distill", "--method", "cwd", "--method", "hinton", "--teacher", "dynunet=random"]
+    arguments += [
+        *_arguments(cohort, tmp_path / "out"),
+        "--balance",
+        "0.5",
+        "--balance-with",
+        str(tmp_path / "warm.pt"),
+    ]
+    assert main([*arguments, "--set", "max_epochs=1"]) == 0
+    config = json.loads((tmp_path / "out" / "manifest.json").read_text())["config"]
+    weights = {name: term["weight"] for name, term in config["loss"]["terms"].items()}
+    parser = compose("cwd", "hinton", dataset_dir=str(cohort), output_dir=str(tmp_path), **{
+        f"loss#terms#{name}#weight": weight for name, weight in weights.items()
+    })  # fmt: skip
+    parser["teacher_specs"] = {"dynunet": SMALL["teacher_specs"]["cnn"]}
+    from monai.utils import set_determinism
+
+    set_determinism(seed=0)
+    parser.get_parsed_content("network").load_state_dict(network.state_dict())
+    distiller, loss = parser.get_parsed_content("trained").train(), parser.get_parsed_content("loss")
+    parameters = list(distiller.student.parameters())
+    norms: dict[str, list[float]] = {}
+    for i, batch in enumerate(parser.get_parsed_content("train#dataloader")):
+        values = loss.terms(distiller(batch["image"], batch["presence"]), batch["label"]) if i < 8 else {}
+        for name, value in values.items():
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            flat = torch.cat([g.flatten().double() for g in gradients if g is not None])
+            norms.setdefault(name, []).append(float(flat.norm()))
+    mean = {name: sum(each) / len(each) for name, each in norms.items()}
+    for name, weight in weights.items():
+        assert weight * mean[name] == pytest.approx(0.25 * mean["segmentation"], rel=0.01)
+
+
+def test_balancing_without_a_student_is_refused(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["distill", "--method", "cwd", "--teacher", "dynunet=random", *_arguments(cohort, tmp_path)]
+    assert main([*arguments, "--balance", "1"]) == 1
+    assert "--balance-with" in capsys.readouterr().err

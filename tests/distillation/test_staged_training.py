@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule before domain-generalisable distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.distillation.staged_training import finished, gkd_stages
+
+TEACHERS = {
+    "one": {"architecture": "hdenseformer", "modalities": ["ct", "pet"], "weights": "one.pt"},
+    "two": {"architecture": "dynunet", "modalities": ["pet"], "weights": None},
+}
+
+
+def test_each_stage_builds_on_weights_that_an_earlier_one_writes() -> None:
+    folder, made = Path("stages"), {"one.pt", ""}
+    stages = gkd_stages(folder, TEACHERS, epochs=20)
+    assert [stage.name for stage in stages] == ["autoencoder", "student", "header_student", "header_one", "header_two"]
+    for stage in stages:
+        assert {stage.overrides.get(key, "") for key in ("weights", "autoencoder")} <= made, stage.name
+        made.add(str(folder / stage.name / "model.pt"))
+
+
+@pytest.mark.parametrize(("epochs", "half"), [(20, 10), (3, 1), (2, 1)])
+def test_the_students_epochs_are_shared_between_alone_and_distilled(epochs: int, half: int) -> None:
+    stages = {stage.name: stage.overrides["max_epochs"] for stage in gkd_stages(Path("s"), TEACHERS, epochs)}
+    assert stages["student"] == stages["header_one"] == stages["header_student"] == half
+    assert stages["autoencoder"] == epochs
+
+
+def test_one_epoch_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match="at least 2 epochs, one alone and one distilled, got 1"):
+        gkd_stages(Path("s"), TEACHERS, 1)
+
+
+def test_a_training_is_finished_when_its_manifest_is_there(tmp_path: Path) -> None:
+    assert not finished(tmp_path)
+    (tmp_path / "model.pt").write_text("")
+    assert not finished(tmp_path)
+    (tmp_path / "manifest.json").write_text("")
+    assert finished(tmp_path)

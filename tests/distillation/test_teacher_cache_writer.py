@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing the cache: what the teachers say on whole volumes, once, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+from benchmarks.methods_plan import own_bars
+from scripts.cli.main import main
+from scripts.data import preprocessing
+from scripts.distillation.teacher_cache_writer import attention_map, cache_teachers
+from scripts.losses import AttentionMapLoss
+
+MODALITIES, SPACING, PATCH = ["ct", "pet", "mr"], [9.0, 9.0, 9.0], [16, 12, 10]
+INTENSITY = {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]}
+
+
+class Fake(nn.Module):
+    """A teacher of two convolutions that pad with zeros, so that every window's border shows in its answer."""
+
+    def __init__(self, channels: list[int], seed: int = 0, sha256: str = "a" * 64) -> None:
+        super().__init__()
+        self.channels, self.sha256 = channels, sha256
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.network = nn.Sequential(
+                nn.Conv3d(len(channels), 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 2, 3, padding=1)
+            )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network(image[:, self.channels])
+
+
+SPECS = {
+    "pair": {"architecture": "fake", "modalities": ["pet", "ct"]},
+    "mr": {"architecture": "f", "modalities": ["mr"]},
+}
+TAPS = {"deep": {"Sequential": "0"}}
+
+
+def teachers(**changed: Any) -> dict[str, nn.Module]:
+    return {"pair": Fake([1, 0], **changed), "mr": Fake([2], seed=1, sha256="b" * 64)}
+
+
+def pipeline(**changed: Any) -> Any:
+    settings = {"modalities": MODALITIES, "intensity": INTENSITY, "spacing": SPACING, "mode": "train", "patch": PATCH}
+    return preprocessing(**{**settings, "labels": [[0], [1]], **changed})
+
+
+def write(cases: Any, folder: Path, asked: Any = None, transform: Any = None, **more: Any) -> None:
+    asked = asked or teachers()
+    inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
+    settings = {"modalities": MODALITIES, "classes": 2, "spacing": SPACING, "overlap": 0.5}
+    specs = {name: SPECS[name] for name in asked}
+    cache_teachers(cases, transform or pipeline(), asked, specs, inferer, str(folder), settings, **more)
+
+
+def read(folder: Path, teacher: str, case: Any) -> dict[str, Any]:
+    return torch.load(folder / teacher / f"{case['case_id']}.pt", weights_only=True)  # type: ignore[no-any-return]
+
+
+def manifest(folder: Path, teacher: str = "pair") -> dict[str, Any]:
+    return json.loads((folder / teacher / "manifest.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def cases(phantoms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return phantoms[:2]
+
+
+@pytest.fixture(scope="module")
+def written(cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    write(cases, folder, taps=TAPS)
+    return folder
+
+
+def slid(image: np.ndarray, network: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Windows of PATCH at half steps, the last at the border, averaged by a Gaussian of an eighth of the window."""
+    starts, bells = [], []
+    for size, window in zip(image.shape[1:], PATCH, strict=True):
+        steps = range(0, max(size - window, 0) + window // 2, window // 2)
+        starts.append(sorted({min(start, size - window) for start in steps}))
+        x = np.arange(window) - (window - 1) / 2
+        bells.append(np.exp(-(x**2) / (2 * (window / 8) ** 2)))
+    weight = np.maximum(np.einsum("i,j,k->ijk", *bells), 1e-3)
+    total, norm = 0.0, np.zeros(image.shape[1:])
+    for x in starts[0]:
+        for y in starts[1]:
+            for z in starts[2]:
+                at = np.s_[:, x : x + PATCH[0], y : y + PATCH[1], z : z + PATCH[2]]
+                with torch.no_grad():
+                    said = network(torch.tensor(image[at])[None])[0].double().numpy()
+                if isinstance(total, float):
+                    total = np.zeros((len(said), *image.shape[1:]))
+                total[at] += said * weight
+                norm[at[1:]] += weight
+    return total / norm  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def images(cases: Any) -> list[np.ndarray]:
+    """The image as training's fixed part gives it: at the spacing, padded to at least a patch."""
+    prepared = [pipeline().prepare(case) for case in cases]
+    return [np.concatenate([volumes[key].numpy() for key in MODALITIES]) for volumes in prepared]
+
+
+def test_logits_and_maps_are_an_independent_sliding_window_to_half_precision(
+    written: Path, cases: Any, images: Any
+) -> None:
+    for name, teacher in teachers().items():
+        first = teacher.network[0]  # type: ignore[index]
+
+        def root(x: torch.Tensor, teacher: Any = teacher, first: nn.Module = first) -> torch.Tensor:
+            return first(x[:, teacher.channels]).square().mean(1, keepdim=True).sqrt()  # type: ignore[no-any-return]
+
+        for case, image in zip(cases, images, strict=True):
+            kept = read(written, name, case)
+            assert kept["logits"].dtype == kept["deep"].dtype == torch.float16
+            for key, network in (("logits", teacher), ("deep", root)):
+                expected = slid(image, network)
+                assert kept[key].shape == expected.shape
+                # Half precision has 11 bits: half a unit in the last place is 2^-11 of the value.
+                np.testing.assert_allclose(kept[key].double().numpy(), expected, rtol=2**-11 * 1.02, atol=2e-6)
+            assert kept["logits"].std() > 0.01
+
+
+def test_shapes_are_those_of_the_padded_grid(cases: Any, tmp_path: Path) -> None:
+    small = pipeline(spacing=[20.0, 20.0, 20.0])
+    write(cases[:1], tmp_path, {"mr": teachers()["mr"]}, small)
+    volume = small.prepare(cases[0])["ct"]
+    assert all(size >= least for size, least in zip(volume.shape[1:], PATCH, strict=True))
+    shape = list(read(tmp_path, "mr", cases[0])["logits"].shape)
+    assert shape == manifest(tmp_path, "mr")["cases"]["PHANTOM_001"]["shape"] == [2, *volume.shape[1:]]
+    assert PATCH[0] in shape  # 10 voxels of 20 mm cover the limb: this axis was padded
+
+
+def test_one_file_per_case_and_teacher_and_a_complete_manifest(written: Path, cases: Any, images: Any) -> None:
+    names = [f"{case['case_id']}.pt" for case in cases]
+    for name in ("pair", "mr"):
+        assert sorted(path.name for path in (written / name).iterdir()) == [*names, "manifest.json"]
+        found = manifest(written, name)
+        assert found["weights_sha256"] == ("a" if name == "pair" else "b") * 64
+        assert (found["architecture"], found["modalities"]) == tuple(SPECS[name].values())
+        assert found["preprocessing_sha256"] == pipeline().fingerprint != pipeline(patch=[8, 8, 8]).fingerprint
+        assert (found["spacing"], found["outputs"], found["channels"]) == (SPACING, ["logits", "deep"], 2)
+        assert found["version"].startswith(json.loads(Path("configs/metadata.json").read_text())["version"])
+        assert "flips" in found["approximate"]
+        for case, image in zip(cases, images, strict=True):
+            entry, path = found["cases"][case["case_id"]], written / name / f"{case['case_id']}.pt"
+            assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert entry["bytes"] == path.stat().st_size
+            assert entry["shape"] == [2, *image.shape[1:]]
+            content = Path(case["pet"]).read_bytes()
+            assert entry["sources"]["pet bytes"] == len(content)
+            assert entry["sources"]["pet sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_an_attention_map_is_the_root_of_the_channels_mean_square_and_gives_the_loss_of_its_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 8, 6, 4, generator=generator), torch.randn(2, 5, 8, 6, 4, generator=generator)
+    same = attention_map(teacher, (8, 6, 4))
+    np.testing.assert_allclose(same[:, 0].numpy(), np.sqrt((teacher.numpy() ** 2).mean(1)), rtol=1e-6)
+    loss = AttentionMapLoss()
+    torch.testing.assert_close(loss(student, same), loss(student, teacher), rtol=1e-5, atol=1e-7)
+    # A smooth map on half the grid survives being brought to the window's grid, to the tolerance of interpolation.
+    z, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (16, 16, 16)), indexing="ij")
+    coarse = torch.stack([1 + x, 1 + y * z])[None]
+    fine = torch.stack([2 - x, 1 + z])[None]
+    wanted = float(loss(fine, coarse))
+    assert float(loss(fine, attention_map(coarse, (32, 32, 32)))) == pytest.approx(wanted, rel=0.02)
+    assert wanted > 1e-3
+
+
+def test_what_is_whole_is_left_alone_and_what_is_broken_is_made_anew(cases: Any, tmp_path: Path) -> None:
+    write(cases, tmp_path)
+    paths = [tmp_path / name / f"{case['case_id']}.pt" for name in SPECS for case in cases]
+    content, times = [path.read_bytes() for path in paths], [path.stat().st_mtime_ns for path in paths]
+    noted = [manifest(tmp_path, name) for name in SPECS]
+    write(cases, tmp_path)
+    assert [path.stat().st_mtime_ns for path in paths] == times
+    os.truncate(paths[0], len(content[0]) - 7)
+    flipped = bytearray(content[1])
+    flipped[len(flipped) // 2] ^= 1
+    paths[1].write_bytes(bytes(flipped))
+    paths[2].unlink()
+    write(cases, tmp_path)
+    assert paths[3].stat().st_mtime_ns == times[3]
+    for path, name, case in zip(paths, ["pair", "pair", "mr", "mr"], cases * 2, strict=True):
+        old = torch.load(io.BytesIO(content[paths.index(path)]), weights_only=True)
+        assert torch.equal(read(tmp_path, name, case)["logits"], old["logits"])
+    assert [manifest(tmp_path, name)["cases"] for name in SPECS] == [entry["cases"] for entry in noted]
+
+
+def test_a_later_call_for_more_cases_adds_them(cases: Any, tmp_path: Path) -> None:
+    one = {"mr": teachers()["mr"]}
+    write(cases[:1], tmp_path, one)
+    time = (tmp_path / "mr" / "PHANTOM_001.pt").stat().st_mtime_ns
+    write(cases[1:], tmp_path, one)
+    assert sorted(manifest(tmp_path, "mr")["cases"]) == ["PHANTOM_001", "PHANTOM_002"]
+    assert (tmp_path / "mr" / "PHANTOM_001.pt").stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"asked": {"pair": Fake([1, 0], sha256="c" * 64)}},
+            "its weights sha256 is aaaaaaaaaaaa..., this run's cccccc",
+        ),
+        (
+            {"transform": pipeline(spacing=[8.0, 9.0, 9.0])},
+            r"its spacing is \[9.0, 9.0, 9.0\], this run's \[8.0, 9.0, 9.0\]",
+        ),
+        ({"taps": TAPS}, r"its outputs is \['logits'\], this run's \['logits', 'deep'\]"),
+    ],
+)
+def test_another_cache_is_refused_unless_it_is_to_be_rebuilt(
+    cases: Any, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    write(cases[:1], tmp_path, {"pair": teachers()["pair"]})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "pair").iterdir()}
+    changed = {"asked": {"pair": teachers(seed=5)["pair"]}, **changed}
+    with pytest.raises(ValueError, match=words):
+        write(cases[:1], tmp_path, **changed)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pair").iterdir()} == before
+    write(cases[:1], tmp_path, **changed, rebuild=True)
+    assert (tmp_path / "pair" / "PHANTOM_001.pt").read_bytes() != before["PHANTOM_001.pt"]
+    write(cases[:1], tmp_path, **changed)  # and is now the cache of the other
+
+
+def test_a_rebuild_that_stops_half_way_does_not_pass_for_the_cache_before_it(cases: Any, tmp_path: Path) -> None:
+    write(cases, tmp_path, {"pair": teachers()["pair"]})
+    other = Fake([1, 0], seed=9, sha256="c" * 64)
+    calls: list[Any] = []
+    other.register_forward_pre_hook(lambda *_: calls.append(1) or (1 / 0 if len(calls) > 1 else None))
+    with pytest.raises(ZeroDivisionError):
+        write(cases, tmp_path, {"pair": other}, rebuild=True)
+    assert not (tmp_path / "pair" / "manifest.json").exists()
+
+
+def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, tmp_path: Path) -> None:
+    for value in (float("nan"), 1e5):  # the largest half is 65504
+        teacher = Fake([2])
+        nn.init.constant_(teacher.network[2].bias, value)
+        with pytest.raises(ValueError, match=r"PHANTOM_001\.pt is not finite in half precision"):
+            write(cases[:1], tmp_path, {"mr": teacher})
+        assert list(tmp_path.rglob("*.pt")) == []
+        assert list(tmp_path.rglob("manifest.json")) == []
+
+
+def _killed_while_saving(cases: Any, folder: Path, die_in_save: Callable[[int], None]) -> None:
+    own_bars()
+    die_in_save(2)
+    write(cases, folder)
+
+
+def test_a_kill_in_the_middle_leaves_no_half_file_under_a_final_name(
+    cases: Any, written: Path, tmp_path: Path, die_in_save: Callable[[int], None]
+) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_while_saving, args=(cases, tmp_path, die_in_save)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.rglob("PHANTOM*")] == ["PHANTOM_001.pt"]
+    assert list(tmp_path.rglob("manifest.json")) == []  # so that no training takes it for a cache
+    time = (tmp_path / "pair" / "PHANTOM_001.pt").stat().st_mtime_ns
+    write(cases, tmp_path)
+    assert (tmp_path / "pair" / "PHANTOM_001.pt").stat().st_mtime_ns == time
+    for name in SPECS:
+        assert sorted(manifest(tmp_path, name)["cases"]) == ["PHANTOM_001", "PHANTOM_002"]
+        for case in cases:
+            assert torch.equal(read(tmp_path, name, case)["logits"], read(written, name, case)["logits"])
+
+
+def test_the_command_writes_what_it_is_told_and_refuses_in_one_sentence(
+    tmp_path: Path, phantoms: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "cache-teachers", "--data", "phantom", "--dataset-dir", str(Path(phantoms[0]["image"]).parents[1]),
+        "--output-dir", str(tmp_path / "cache"), "--teacher", "dynunet:pet=random", "--threads", "1",
+        "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]", "--set", f"splits_file={tmp_path / 'splits.json'}",
+        "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}',
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    folder = tmp_path / "cache"
+    training = json.loads((tmp_path / "splits.json").read_text())["folds"][1:]
+    assert sorted(manifest(folder, "dynunet_pet")["cases"]) == sorted(case for fold in training for case in fold)
+    assert manifest(folder, "dynunet_pet")["outputs"] == ["logits"]
+    assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: The cache of the teacher dynunet_pet is stale: its spacing is [12.0, 12.0, 12.0], ")
+    assert main([*arguments, "--set", "spacing=[14,12,12]", "--rebuild", "--maps"]) == 0
+    assert manifest(folder, "dynunet_pet")["outputs"] == ["logits", "coarse", "fine"]
+    assert manifest(folder, "dynunet_pet")["spacing"] == [14, 12, 12]

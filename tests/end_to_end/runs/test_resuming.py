@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training's newest state has gone: the one before is taken, and it is said which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.cli.main import main
+
+
+@pytest.mark.parametrize("lost", ["newest", "both"])
+def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_without_any_says_that_it_begins(
+    lost: str, tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", *tiny, "--dataset-dir", cohort, "--output-dir", tmp_path, "--epochs", 3]
+    line += ["--set", "spacing=[12,12,12]", "--set", "val_interval=100", "--set", "save_interval=1"]
+    arguments = [str(each) for each in line]
+    assert main(arguments) == 0
+    whole = torch.load(tmp_path / "model.pt", weights_only=True)
+    (tmp_path / "checkpoint.pt").unlink()
+    if lost == "both":
+        (tmp_path / "checkpoint.previous.pt").unlink()
+    capfd.readouterr()
+    assert main([*arguments, "--resume"]) == 0
+    told = capfd.readouterr().err
+    previous = f"resumed {tmp_path / 'checkpoint.previous.pt'} after epoch 2"
+    nothing = f"nothing to resume at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
+    assert (previous in told, nothing in told) == (lost == "newest", lost == "both")
+    again = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_training_started_again_without_resume_is_refused_and_loses_nothing_and_anew_where_that_is_said(
+    tiny: list[str], cohort: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = ["train", *tiny, "--dataset-dir", cohort, "--output-dir", tmp_path, "--epochs", 2]
+    line += ["--set", "spacing=[12,12,12]", "--set", "val_interval=100", "--set", "save_interval=1"]
+    arguments = [str(each) for each in line]
+    assert main(arguments) == 0
+    kept = ("checkpoint.pt", "checkpoint.previous.pt", "model.pt", "curves.csv", "manifest.json")
+    before = {name: (tmp_path / name).read_bytes() for name in kept}
+    told = f"{tmp_path / 'checkpoint.pt'} holds the state of an earlier run (epoch 2): go on with it by --resume, or"
+    assert told in refused(*arguments)
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == before
+    assert main([*arguments, "--epochs", "1", "--set", "overwrite=true"]) == 0
+    assert not (tmp_path / "checkpoint.previous.pt").exists()  # one epoch of a run of its own

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring masks on disk: right numbers, nothing forgiven, nothing hidden."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from torch import nn
+
+from scripts.cli.main import main
+from scripts.evaluation.score import compare, score
+
+pytestmark = pytest.mark.usefixtures("fake_git")
+SHAPE, SPACING = (24, 20, 16), (1.5, 2.0, 2.5)
+CUBE_ML = 8**3 * 1.5 * 2.0 * 2.5 / 1000  # 3.84
+DIAGONAL = float(np.sqrt((24 * 1.5) ** 2 + (20 * 2) ** 2 + (16 * 2.5) ** 2))
+AFFINE = np.diag([-1.5, -2.0, 2.5, 1.0])  # LPS
+
+
+def cube(shift: int = 0) -> Any:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[8 + shift : 16 + shift, 6:14, 4:12] = 1
+    return mask
+
+
+@pytest.fixture(autouse=True)
+def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds: only tests that speak of outlines in their names draw them."""
+    if "outlines" not in request.node.name:
+        monkeypatch.setattr("scripts.evaluation.score._overlays", lambda *arguments: [])
+
+
+@pytest.fixture
+def cohort(tmp_path: Path, write_nifti: Any) -> list[dict[str, Any]]:
+    """Six cases and, in ``masks``, what a network may have left behind."""
+    empty, masks = np.zeros(SHAPE, np.uint8), tmp_path / "masks"
+    half = np.diag([0.75, 1.0, 1.25, 1.0])  # voxels of half the size, two axes the other way round, the same place
+    half[:3, 3] = AFFINE[:3, :3] @ [24 - 0.75, 20 - 0.75, -0.25]
+    fine = cube()[::-1, ::-1].repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    made = {
+        "A_same": (cube(), (cube(), AFFINE)),
+        "B_shifted": (cube(), (cube(2), AFFINE)),
+        "C_other_grid": (cube(), (fine, half)),
+        "D_missing": (cube(), None),
+        "E_empty": (empty, (empty, AFFINE)),
+        "F_unlabelled": (None, (cube(), AFFINE)),
+    }
+    cases = []
+    for name, (label, prediction) in made.items():
+        image = write_nifti(tmp_path / name / "ct.nii.gz", (100 * cube()).astype(np.int16), AFFINE)
+        case = {"case_id": name, "patient_id": f"patient {name[0]}", "image": str(image), "ct": str(image)}
+        if label is not None:
+            case["label"] = str(write_nifti(tmp_path / name / "label.nii.gz", label, AFFINE))
+        if prediction is not None:
+            write_nifti(masks / f"{name}.nii.gz", *prediction)
+        cases.append(case)
+    write_nifti(masks / "stranger.nii.gz", cube(), AFFINE)
+    return cases
+
+
+def run(cases: Any, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    settings = {"labels": [[0], [1]], "intensity": {"ct": [0, 100]}, "workers": 1, "name": "network <X>"}
+    settings |= {"predictions": str(tmp_path / "masks"), "output_dir": str(tmp_path / "out"), **options}
+    return score(cases=cases, **settings)
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="") as file:
+        return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def strict(path: Path) -> dict[str, Any]:
+    """JSON without NaN or infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)  # type: ignore[no-any-return]
+
+
+def test_every_case_has_its_row_with_the_values_of_arithmetic(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    rows = read(tmp_path / "out" / "cases.csv")
+    assert list(rows) == ["A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"]
+    for name in ("A_same", "C_other_grid"):
+        assert [float(rows[name][key]) for key in ("dice", "hd95_mm", "assd_mm")] == [1, 0, 0]
+    assert float(rows["B_shifted"]["dice"]) == 0.75  # 6 of 8 layers overlap
+    assert float(rows["B_shifted"]["hd95_mm"]) == 3.0  # by two voxels of 1.5 mm
+    assert [rows[name]["status"] for name in rows] == ["ok", "ok", "ok", "error", "true_negative"]
+    for name, row in rows.items():
+        assert row["patient_id"] == f"patient {name[0]}"
+        assert float(row["diagonal_mm"]) == pytest.approx(DIAGONAL)
+        assert float(row["reference_volume_ml"]) == pytest.approx(0 if name == "E_empty" else CUBE_ML)
+        if name != "D_missing":
+            assert float(row["volume_ml"]) == pytest.approx(0 if name == "E_empty" else CUBE_ML)
+    for name in ("D_missing", "E_empty"):
+        assert [rows[name][key] for key in ("dice", "hd95_mm", "assd_mm")] == ["", "", ""]
+    assert rows["D_missing"]["volume_ml"] == ""
+
+
+def test_the_summary_counts_a_missing_mask_as_the_worst_value(cohort: Any, tmp_path: Path) -> None:
+    returned = run(cohort, tmp_path)
+    summary = strict(tmp_path / "out" / "summary.json")
+    assert summary == json.loads(json.dumps(returned))
+    whole = summary["aggregate"]
+    assert (whole["n"], whole["n_patients"]) == (5, 5)
+    assert whole["counts"] == {"ok": 3, "missed": 0, "false_positive": 0, "true_negative": 1, "error": 1}
+    assert whole["metrics"]["dice"]["defined"]["mean"] == pytest.approx((1 + 0.75 + 1) / 3)
+    assert whole["metrics"]["dice"]["worst_filled"]["mean"] == pytest.approx((1 + 0.75 + 1 + 0) / 4)
+    assert whole["metrics"]["hd95_mm"]["worst_filled"]["mean"] == pytest.approx((0 + 3 + 0 + DIAGONAL) / 4)
+
+
+def test_what_is_missing_extra_or_without_reference_is_listed_and_logged(
+    cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        summary = run(cohort, tmp_path)
+    assert summary["missing"] == ["D_missing"]
+    assert summary["without_reference"] == ["F_unlabelled"]
+    assert "stranger.nii.gz" in summary["extra_files"]
+    assert not {f"{name}.nii.gz" for name in ("A_same", "B_shifted", "C_other_grid")} & set(summary["extra_files"])
+    for name in ("D_missing", "F_unlabelled", "stranger.nii.gz"):
+        assert name in caplog.text
+
+
+def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+    run(cohort, tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "network &lt;X&gt;" in page
+    assert "<X>" not in page
+    assert "0.917" in page  # mean Dice where it is defined
+    for name in ("A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"):
+        assert name in page
+    assert "worst: B_shifted, Dice 0.750" in page
+    assert "data:image/webp" in page
+    assert "| network \\<X> | 0.917" in capsys.readouterr().out
+
+
+def test_the_masks_manifest_is_kept_unless_it_is_of_other_cases(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    path = tmp_path / "out" / "manifest.json"
+    made = strict(path)
+    assert made["data"] == cohort
+    path.write_text(json.dumps({**made, "wall_seconds": 12.0, "seed": 41}))  # as the inference leaves it
+    assert run(cohort, tmp_path)["seconds_per_case"] == pytest.approx(12 / 6)
+    assert strict(path)["seed"] == 41
+    assert run(cohort[:3], tmp_path)["seconds_per_case"] is None
+    assert strict(path)["data"] == cohort[:3]
+
+
+def test_parameters_and_operations_of_a_network_are_counted(cohort: Any, tmp_path: Path) -> None:
+    network = nn.Conv3d(2, 16, 3, padding=1)
+    summary = run(cohort[:1], tmp_path, network=network, patch=(32, 32, 16), intensity={"ct": [0, 1], "pet": [0, 1]})
+    assert summary["parameters"] == 2 * 16 * 27 + 16
+    assert summary["gflops"] == round(2 * 2 * 16 * 27 * 32 * 32 * 16 / 1e9, 2)
+    assert run(cohort[:1], tmp_path)["parameters"] is None
+
+
+def test_several_classes_are_scored_as_their_union(cohort: Any, tmp_path: Path, write_nifti: Any) -> None:
+    label = cube() * 3
+    label[8:12] *= 2  # the values 3 and 6 mean the classes 1 and 2
+    prediction = cube()
+    prediction[10:16] *= 2  # another border between the classes
+    case = {**cohort[0], "label": str(write_nifti(tmp_path / "classes.nii.gz", label, AFFINE))}
+    write_nifti(tmp_path / "masks" / "A_same.nii.gz", prediction, AFFINE)
+    run([case], tmp_path, labels=[[0], [3], [6]])
+    assert float(read(tmp_path / "out" / "cases.csv")["A_same"]["dice"]) == 1.0
+
+
+def test_a_cohort_without_any_reference_is_refused(cohort: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="None of the 1 cases has a reference mask"):
+        run(cohort[-1:], tmp_path)
+    with pytest.raises(ValueError, match="None of the 0 cases"):
+        run([], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_masks_that_does_not_exist_is_named(cohort: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder of masks at .*nowhere"):
+        run(cohort, tmp_path, predictions=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("which", ["label", "mask"])
+def test_values_that_the_mapping_does_not_know_are_refused_with_the_file(
+    cohort: Any, tmp_path: Path, write_nifti: Any, which: str
+) -> None:
+    path = Path(cohort[0]["label"]) if which == "label" else tmp_path / "masks" / "A_same.nii.gz"
+    write_nifti(path, cube() * 7, AFFINE)
+    with pytest.raises(ValueError, match=rf"{path.name} holds the values 7, which"):
+        run(cohort[:1], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
+    cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.evaluation.score._overlays", lambda *arguments: [])
+        run(cohort, tmp_path, output_dir=str(tmp_path / "one"), name="first")
+        run(cohort[:2], tmp_path, output_dir=str(tmp_path / "two"), name="second")
+    curves = tmp_path / "student" / "curves.csv"
+    curves.parent.mkdir()
+    curves.write_text("epoch,loss,val_dice\n1,0.5,\n2,0.25,0.5\n")
+    text = compare(
+        [str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "both"), cohort, ["ct"], [str(curves)]
+    )
+    head, _, first, second = text.splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:5] == ["network", "Dice", "HD95 mm", "ASSD mm"]
+    cells = [[cell.strip() for cell in line.split("|")] for line in (first, second)]
+    assert [row[1] for row in cells] == ["first", "second"]
+    assert cells[0][2].startswith("0.917 [")
+    assert cells[0][2].endswith("(3); 0.688 with failures")  # (1 + 0.75 + 1 + 0) / 4
+    assert cells[0][3].endswith(f"(3); {(3 + DIAGONAL) / 4:.1f} with failures")
+    assert cells[1][2].endswith("(2)")
+    assert cells[1][2].startswith("0.875 [")
+    assert [row[5] for row in cells] == ["1", "0"]  # failures
+    assert (tmp_path / "both" / "table.md").read_text() == text + "\n"
+    assert strict(tmp_path / "both" / "manifest.json")["data"] == cohort
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "worst: B_shifted", "student"))
+
+
+def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    for cases in ([], [{**cohort[0], "case_id": "of another cohort"}]):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"), cases, ["ct"])
+        assert "data:image/webp" not in (tmp_path / "both" / "report.html").read_text()
+
+
+def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) -> None:
+    run(cohort, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"masks holds no summary\.json"):
+        compare([str(tmp_path / "out"), str(tmp_path / "masks")], str(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()
+
+
+def test_a_network_that_misses_everything_is_shown_with_its_failures(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+    run(cohort[3:4], tmp_path, name="a|b \\ c\nd")
+    name, *cells = re.split(r" (?<!\\)\| ", capsys.readouterr().out.splitlines()[2].removeprefix("| "))
+    assert name == r"a\|b \\ c d"
+    worst = f"undefined (0); {DIAGONAL:.1f} with failures"
+    assert cells[:4] == ["undefined (0); 0.000 with failures", worst, worst, "1"]
+
+
+@pytest.mark.parametrize("file", ["summary.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[1]", "{}", '"text"', '{"data": [[], []]}', '{"aggregate": {}}', "\xff"]
+)
+def test_a_cut_or_foreign_file_in_an_evaluations_folder_is_named(
+    content: str, file: str, cohort: Any, tmp_path: Path
+) -> None:
+    run(cohort, tmp_path)
+    path = tmp_path / "out" / file
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{path} is not what `evaluate` writes: run it again.$"):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()
+    run(cohort, tmp_path)  # writes it anew
+    compare([str(tmp_path / "out")], str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("key", ["name", "aggregate", "predictions", "parameters", "gflops", "seconds_per_case"])
+def test_a_summary_that_lacks_what_the_report_needs_is_named(key: str, cohort: Any, tmp_path: Path) -> None:
+    summary = run(cohort[:1], tmp_path)
+    del summary[key]
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"summary\.json is not what `evaluate` writes"):
+        compare([str(tmp_path / "out")], str(tmp_path / "both"))
+
+
+def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: Path) -> None:
+    intensity = {"ct": [0, 100], "pet": [0, 10]}
+    assert run(cohort, tmp_path, intensity=intensity)["present"] == ["ct", "pet"]
+    part = run(cohort, tmp_path, intensity=intensity, present=["pet"])
+    assert (part["name"], part["present"]) == ("network <X> (pet only)", ["pet"])
+    assert strict(tmp_path / "out" / "summary.json")["present"] == ["pet"]
+    with pytest.raises(ValueError, match="present is \\['mr'\\]: name one or more of ct, pet"):
+        run(cohort, tmp_path, intensity=intensity, present=["mr"])
+
+
+def test_the_outlines_of_a_reference_follow_the_mapping_of_its_values(cohort: Any, tmp_path: Path) -> None:
+    """A value that the mapping calls background is neither scored nor drawn."""
+    image = sitk.ReadImage(cohort[0]["label"])
+    values = sitk.GetArrayFromImage(image)
+    values[0, 0, :] = 9
+    marked = sitk.GetImageFromArray(values)
+    marked.CopyInformation(image)
+    sitk.WriteImage(marked, cohort[0]["label"])
+    summary = run(cohort[:1], tmp_path, labels=[[0, 9], [1]])
+    assert summary["aggregate"]["metrics"]["dice"]["defined"]["mean"] == 1.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count(f"Volume: reference {CUBE_ML:.2f} ml, prediction {CUBE_ML:.2f} ml") == 3
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_outlines_are_still_drawn(
+    cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "A_same" / "pet.nii.gz"
+    broken.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        run([{**cohort[0], "pet": str(broken)}], tmp_path, intensity={"ct": [0, 100], "pet": [0, 10]})
+    assert f"pet is not shown in the report: {broken} is an empty file" in caplog.text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>CT</b><small>0 to 100</small>" in page
+    assert "<b>PET</b>" not in page
+
+
+def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: Any, tmp_path: Path) -> None:
+    cases = [{**case, "centre": "North" if case["case_id"] < "C" else "S<ou>th"} for case in cohort]
+    run(cases, tmp_path)
+    compare([str(tmp_path / "out")], str(tmp_path / "both"))  # its manifest remembers the data list
+    for folder in ("out", "both"):
+        page = (tmp_path / folder / "report.html").read_text()
+        rows = re.findall(r'<th scope="row">(North|S&lt;ou&gt;th)<small>(\d) cases', page)
+        assert rows == [("North", "2"), ("S&lt;ou&gt;th", "3")], folder
+        assert "0.875 [0.750, 1.000] (2)" in page  # of North: 1 and 0.75
+    assert "centre" not in (tmp_path / "out" / "cases.csv").read_text()
+
+
+def test_evaluations_of_several_subsets_of_modalities_are_compared(cohort: Any, tmp_path: Path) -> None:
+    for present, name in ((None, "all"), (["pet"], "pet")):
+        run(cohort, tmp_path, intensity={"ct": [0, 1], "pet": [0, 1]}, present=present, output_dir=str(tmp_path / name))
+    compare([str(tmp_path / "pet"), str(tmp_path / "all")], str(tmp_path / "both"))
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert re.findall(r"<td>(yes|no)</td>", page) == ["yes", "yes", "no", "yes"]
+    assert "0.000 [0.000, 0.000] (4)" in page  # the same masks: no difference
+
+
+def test_the_report_verb_reads_centres_and_images_from_a_data_list(cohort: Any, tmp_path: Path) -> None:
+    run(cohort[:3], tmp_path)
+    lines = ["case_id,patient_id,centre,ct,label"]
+    for case, centre in zip(cohort[:3], ("North", "South", "South"), strict=True):
+        files = [str(Path(case[key]).relative_to(tmp_path)) for key in ("ct", "label")]
+        lines.append(",".join([case["case_id"], case["patient_id"], centre, *files]))
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    arguments = ["report", "--data", "phantom", "--data-list", tmp_path / "list.csv"]
+    arguments += ["--evaluations", tmp_path / "out", "--output-dir", tmp_path / "both"]
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[Any] = []
+        patch.setattr("scripts.evaluation.score._overlays", lambda cases, *others: shown.extend(cases) or [])
+        assert main([str(argument) for argument in arguments]) == 0
+    assert [Path(case["ct"]) for case in shown] == [Path(case["ct"]) for case in cohort[:3]]
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert re.findall(r'<th scope="row">(North|South)<small>(\d) case', page) == [("North", "1"), ("South", "2")]

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM in and out without patients: a phantom written as DICOM, segmented, and everything read back."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from matplotlib.path import Path as Outline
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from scripts.cli import segment_dicom as clinic
+from scripts.cli.main import main
+from scripts.image_io.dicom_study import Series, find_series
+from scripts.image_io.dicom_writer import read_slices, write_rtstruct, write_seg
+from scripts.networks import Student
+
+Array = NDArray[Any]
+try:
+    import rt_utils  # noqa: F401
+
+    RTSTRUCT = ["--rtstruct"]
+except ImportError:
+    RTSTRUCT = []
+needs_rt_utils = pytest.mark.skipif(not RTSTRUCT, reason="rt-utils does not load: its OpenCV wants the system's libGL")
+FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
+TINY = [
+    "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
+    "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
+]  # fmt: skip
+CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
+MARKER = "ZZMARKER"
+PERSON = {"PatientName": f"{MARKER}NAME", "PatientID": f"{MARKER}ID", "ReferringPhysicianName": f"{MARKER}DOCTOR",
+          "AccessionNumber": f"{MARKER}1", "InstitutionName": f"{MARKER} HOSPITAL", "StudyID": MARKER}  # fmt: skip
+# 70 kg, 370 MBq, half gone by the scan: SUV 1 is 370e6 / 2 Bq / 70000 g = 2642.857 Bq/ml. Stored are SUV x 1000.
+SLOPE = "2.64285714285714"
+
+
+def _slice(kind: str, series: str, frame: str, study: str, **tags: Any) -> Dataset:
+    made = Dataset()
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
+    made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    dates = {"StudyDate": "20200102", "StudyTime": "110000", "PatientBirthDate": "", "PatientSex": "O"}
+    ids = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "SeriesNumber": 3}
+    pixels = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16,
+              "HighBit": 15, "PixelRepresentation": 1, "RescaleIntercept": 0, "RescaleSlope": 1}  # fmt: skip
+    for keyword, value in {"Modality": kind, **dates, **ids, **pixels, **PERSON, **tags}.items():
+        setattr(made, keyword, value)
+    return made
+
+
+def _pet_tags() -> dict[str, Any]:
+    drug = Dataset()
+    drug.RadionuclideTotalDose, drug.RadionuclideHalfLife = 370e6, 6000
+    drug.RadiopharmaceuticalStartTime = "100000"  # 100 minutes, one half life, before the scan
+    scan = {"SeriesDate": "20200102", "SeriesTime": "114000", "Units": "BQML", "DecayCorrection": "START"}
+    return {**scan, "PatientWeight": 70, "RescaleSlope": SLOPE, "RadiopharmaceuticalInformationSequence": [drug]}
+
+
+def _write_series(folder: Path, kind: str, stored: Array, affine: Array, ids: tuple[str, str], tags: Any) -> None:
+    """One file per plane of the last axis; the affine is RAS, DICOM is LPS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series, lps = generate_uid(), np.diag([-1.0, -1, 1, 1]) @ affine
+    sizes = np.linalg.norm(lps[:3, :3], axis=0)
+    axes = lps[:3, :3] / sizes
+    for k in range(stored.shape[2]):
+        made = _slice(kind, series, *ids, **tags)
+        made.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3, 3] + k * lps[:3, 2]]
+        made.ImageOrientationPatient = [f"{x:.9g}" for x in axes[:, :2].T.ravel()]
+        made.PixelSpacing = [f"{sizes[1]:.9g}", f"{sizes[0]:.9g}"]  # between rows, between columns
+        made.SliceThickness, made.InstanceNumber = f"{sizes[2]:.9g}", k + 1
+        made.Columns, made.Rows = stored.shape[:2]
+        made.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
+        made.save_as(folder / f"{kind}_{k:03d}.dcm", enforce_file_format=True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(9)  # whose mask is neither empty nor full
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def study(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One phantom as DICOM, all series in one folder, and in ``nifti`` beside it the same images in SUV.
+
+    Every second column of the CT is left out, so that its pixels are twice as wide as they are high.
+    """
+    root, case = tmp_path_factory.mktemp("study"), phantoms[0]
+    ids = (generate_uid(), generate_uid())
+    for key, kind, factor in (("ct", "CT", 1), ("pet", "PT", 1000), ("mr", "MR", 1)):
+        image = nib.Nifti1Image.from_filename(case[key])
+        voxels, affine = np.asanyarray(image.dataobj), image.affine.copy()
+        if key == "ct":
+            voxels, affine[:3, 0] = voxels[::2], affine[:3, 0] * 2
+        stored = np.rint(voxels * float(factor)).astype(np.int16)
+        _write_series(root / "dicom", kind, stored, affine, ids, _pet_tags() if key == "pet" else {})
+        nib.save(nib.Nifti1Image(stored.astype(np.float32) / factor, affine), root / f"{key}.nii.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(study: Path, weights: str) -> Path:
+    """What ``dicom`` wrote of the study."""
+    arguments = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(study / "out"), *RTSTRUCT]
+    assert main([*arguments, "--weights", weights, *TINY]) == 0
+    return study / "out"
+
+
+def _mask(path: Path) -> tuple[Array, Array]:
+    image = nib.Nifti1Image.from_filename(path)
+    return np.asanyarray(image.dataobj) > 0, image.affine
+
+
+def _heads(study: Path) -> list[Any]:
+    """The CT's slices upwards."""
+    found = [pydicom.dcmread(path) for path in (study / "dicom").glob("CT_*.dcm")]
+    return sorted(found, key=lambda each: float(each.ImagePositionPatient[2]))
+
+
+def test_the_study_gives_the_mask_of_the_same_images_as_files(made: Path, study: Path, weights: str) -> None:
+    """SUV by hand in the files, by the headers in the study."""
+    files = [word for key in ("ct", "pet", "mr") for word in (f"--{key}", str(study / f"{key}.nii.gz"))]
+    assert main(["segment", *files, "--output", str(study / "files.nii.gz"), "--weights", weights, *TINY]) == 0
+    (found, affine), (expected, other) = _mask(made / "mask.nii.gz"), _mask(study / "files.nii.gz")
+    np.testing.assert_allclose(affine, other, atol=1e-3)
+    assert 0.01 < expected.mean() < 0.99
+    assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.99
+
+
+def test_the_segmentation_is_the_mask_and_of_the_patient(made: Path, study: Path) -> None:
+    back, heads = highdicom.seg.segread(made / "seg.dcm"), _heads(study)
+    pixels = back.get_pixels_by_source_instance(
+        [each.SOPInstanceUID for each in heads],
+        combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels > 0, _mask(made / "mask.nii.gz")[0].transpose(2, 1, 0))
+    assert (str(back.PatientName), back.PatientID) == (PERSON["PatientName"], PERSON["PatientID"])
+    assert back.FrameOfReferenceUID == heads[0].FrameOfReferenceUID
+
+
+def test_a_folder_of_a_study_that_is_named_like_an_expression_is_only_read(
+    study: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, name in (("CT", "$open('RAN','w').write('x')"), ("PT", "@p#1"), ("MR", "%mr")):
+        (tmp_path / name).mkdir()
+        for path in (study / "dicom").glob(f"{kind}_*.dcm"):
+            shutil.copy(path, tmp_path / name)
+    assert main(["dicom", "--study", ".", "--output-dir", "out #2", "--weights", weights, *TINY]) == 0
+    assert {path.name for path in tmp_path.glob("out*")} == {"out #2"}
+    assert (tmp_path / "out #2" / "seg.dcm").is_file()
+    assert not list(tmp_path.rglob("RAN"))
+
+
+def _filled(structures: Any, heads: list[Any]) -> Array:
+    """Pixels inside or on the outlines, even-odd, of each slice (slice, row, column), by Matplotlib.
+
+    Of a hole, whose outline runs through the pixels around it, the inside is taken away and the outline is not.
+    """
+    found = np.zeros((len(heads), heads[0].Rows, heads[0].Columns), dtype=bool)
+    edges, centres = np.zeros_like(found), np.argwhere(np.ones(found.shape[1:]))
+    numbers = {each.SOPInstanceUID: k for k, each in enumerate(heads)}
+    for contour in structures.ROIContourSequence[0].ContourSequence:
+        k = numbers[contour.ContourImageSequence[0].ReferencedSOPInstanceUID]
+        directions = np.reshape(np.array(heads[k].ImageOrientationPatient, float), (2, 3))
+        points = np.reshape(np.array(contour.ContourData, float), (-1, 3)) - heads[k].ImagePositionPatient
+        assert np.abs(points @ np.cross(*directions)).max() < 0.01  # mm: in the slice's plane
+        columns, rows = (points @ directions.T / np.array(heads[k].PixelSpacing, float)[::-1]).T
+        corners = np.rint(np.stack([rows, columns], axis=1)).astype(int)
+        np.testing.assert_allclose(corners, np.stack([rows, columns], axis=1), atol=0.01)  # centres of pixels
+        edge = np.zeros(found.shape[1:], dtype=bool)
+        for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):  # straight or diagonal
+            edge[tuple(np.linspace(start, end, np.abs(end - start).max() + 1).round().astype(int).T)] = True
+        found[k] ^= Outline(corners).contains_points(centres).reshape(edge.shape) & ~edge
+        edges[k] |= edge
+    return found | edges
+
+
+@needs_rt_utils
+def test_the_outlines_filled_by_another_program_are_the_mask(made: Path, study: Path) -> None:
+    """Pixels of unequal sides; all series in one folder."""
+    structures, heads = pydicom.dcmread(made / "rtstruct.dcm"), _heads(study)
+    np.testing.assert_array_equal(_filled(structures, heads), _mask(made / "mask.nii.gz")[0].transpose(2, 1, 0))
+    listed = structures.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
+    assert len(listed.RTReferencedSeriesSequence[0].ContourImageSequence) == len(heads)
+    assert structures.PatientID == PERSON["PatientID"]
+
+
+def test_nobody_is_named_outside_of_the_dicom_files(
+    study: Path, weights: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = ["--output-dir", str(tmp_path / "out"), *RTSTRUCT, "--weights", weights, *TINY]
+    assert main(["dicom", "--study", str(study / "dicom"), *output]) == 0
+    assert main(["dicom", "--study", str(study / "dicom"), "--series-uid", "1.2", *output]) == 1
+    out, err = capfd.readouterr()
+    assert "mask: " in out and "has no series 1.2" in err  # noqa: PT018
+    assert MARKER not in out + err + caplog.text
+    assert holders(tmp_path / "out", MARKER) == [*(["rtstruct.dcm"] if RTSTRUCT else []), "seg.dcm"]
+
+
+def holders(folder: Path, marker: str) -> list[str]:
+    """Names of the files below a folder that hold a text, or are called by it; what is packed is unpacked."""
+    found = []
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if marker.encode() in content or marker in str(path.relative_to(folder)):
+            found.append(path.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named 'rt_utils'", name="rt_utils"), 'is not installed: pip install "'),
+        (ImportError("libGL.so.1: cannot open", name="cv2"), r"does not load \(libGL\.so\.1: cannot open\): install"),
+    ],
+    ids=["package", "library"],
+)
+def test_what_is_lacking_is_told_before_anything_runs(
+    error: ImportError,
+    message: str,
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(name: str) -> Any:
+        if name.startswith("rt_utils"):
+            raise error
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("scripts.image_io.dicom_packages.import_module", fail)
+    command = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(tmp_path / "out"), "--rtstruct"]
+    assert main(command) == 1
+    assert re.search(f"^error: rt-utils {message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_pydicom_warns_of_is_not_logged(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A frame of reference that is no UID: pydicom quotes it."""
+    pydicom_log, head = logging.getLogger("pydicom"), _heads(study)[0]
+    with pydicom.config.disable_value_validation():
+        head.FrameOfReferenceUID = MARKER
+        head.save_as(tmp_path / "one.dcm")
+    pydicom_log.setLevel(logging.NOTSET)
+    with pytest.warns(UserWarning, match=MARKER):
+        assert pydicom.dcmread(tmp_path / "one.dcm").FrameOfReferenceUID == MARKER
+    assert MARKER in caplog.text
+    caplog.clear()
+    assert find_series(tmp_path)[0].frame == MARKER
+    assert MARKER not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("PatientSex", MARKER), ("PatientBirthDate", MARKER), ("StudyDate", MARKER), ("StudyTime", "11:00:00")],
+)
+def test_what_a_segmentation_does_not_take_is_refused_without_its_value(
+    keyword: str, value: str, made: Path, study: Path, tmp_path: Path
+) -> None:
+    slices = _heads(study)
+    with pydicom.config.disable_value_validation():
+        for each in slices:
+            setattr(each, keyword, value)
+    with pytest.raises(ValueError, match=f"has a {keyword} that is none in DICOM: correct it") as caught:
+        write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    assert value not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(("PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")),
+        {
+            "PatientName": "山田^太郎",
+            "SpecificCharacterSet": "ISO_IR 192",
+            "PatientSex": "",
+            "PatientBirthDate": "19500101",
+        },
+    ],
+    ids=["anonymised", "Japanese"],
+)
+def test_headers_that_lack_what_may_be_empty_or_are_in_other_letters_are_taken_over(
+    changes: dict[str, Any], made: Path, study: Path, tmp_path: Path
+) -> None:
+    for path in (study / "dicom").glob("CT_*.dcm"):
+        head = pydicom.dcmread(path)
+        for keyword, value in changes.items():
+            if value is None:
+                delattr(head, keyword)
+            else:
+                setattr(head, keyword, value)
+        head.save_as(tmp_path / path.name)
+    slices = read_slices(sorted(map(str, tmp_path.glob("CT_*.dcm"))))
+    before = [list(each.PixelSpacing) for each in slices]
+    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    if RTSTRUCT:
+        write_rtstruct(made / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+    assert [list(each.PixelSpacing) for each in slices] == before
+    for path in (tmp_path / "seg.dcm", *tmp_path.glob("rtstruct.dcm")):
+        written = pydicom.dcmread(path)
+        assert str(written.PatientName) == (changes["PatientName"] or "")
+        assert written.StudyDate == ("" if "StudyDate" in changes else "20200102")
+
+
+@pytest.mark.parametrize("multi", [False, True], ids=["functional groups", "frames"])
+def test_a_multi_frame_series_is_refused_before_anything_is_segmented(
+    multi: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"NumberOfFrames": 2} if multi else {"NumberOfFrames": 1, "SharedFunctionalGroupsSequence": [Dataset()]}
+    image = _slice("CT", "1.2.3", "1.2.4", "1.2.5", Rows=1, Columns=1, **groups, PixelData=b"\0\0" * (1 + multi))
+    image.save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    command = ["dicom", "--study", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--allow-missing", *TINY]
+    assert main(command) == 1
+    assert "error: The series 1.2.3 is multi-frame (enhanced) DICOM" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.09, 0.11])
+def test_a_slice_may_lie_beside_its_place_as_far_as_the_reader_lets_it(
+    share: float, made: Path, study: Path, tmp_path: Path
+) -> None:
+    """The reader's limit is a tenth of the distance between slices."""
+    slices = _heads(study)
+    distance = float(slices[1].ImagePositionPatient[2]) - float(slices[0].ImagePositionPatient[2])
+    slices[5].ImagePositionPatient[0] += share * distance
+    if share > 0.1:
+        with pytest.raises(ValueError, match=r"mask\.nii\.gz is not on the grid of the series .*: segment that series"):
+            write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        return
+    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    pixels = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
+        [slices[5].SOPInstanceUID], combine_segments=True, ignore_spatial_locations=True,
+        assert_missing_frames_are_empty=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels[0] > 0, _mask(made / "mask.nii.gz")[0][:, :, 5].T)
+
+
+def _reference(study: Path) -> Series:
+    return next(series for series in find_series(study / "dicom") if series.kind == "CT")
+
+
+@needs_rt_utils
+def test_of_an_empty_mask_there_is_no_structure_set(
+    made: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor that of an earlier mask, which lay there."""
+    mask, affine = _mask(made / "mask.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), affine), tmp_path / "mask.nii.gz")
+    (tmp_path / "rtstruct.dcm").write_bytes(b"earlier")
+    clinic._write(tmp_path / "mask.nii.gz", _reference(study), "tumour", tmp_path, True)
+    assert "rtstruct.dcm was not written, no structure: the mask is empty" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "seg.dcm"]
+    assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
+
+
+@pytest.mark.parametrize(("length", "kept"), [(16, True), (17, False)])
+def test_a_short_string_that_is_too_long_is_left_empty_and_told(
+    length: int, kept: bool, made: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slices, number = _heads(study), MARKER.ljust(length, "7")
+    for each in slices:
+        each.AccessionNumber = each.StudyID = number
+    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    if RTSTRUCT:
+        assert write_rtstruct(made / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+    for path in tmp_path.glob("*.dcm"):
+        written = pydicom.dcmread(path)
+        assert (written.AccessionNumber, written.StudyID) == (number if kept else "", number[:16])
+        assert (f"{path}: AccessionNumber is left empty" in caplog.text) is not kept
+    assert MARKER not in caplog.text
+    assert {(each.AccessionNumber, each.StudyID) for each in slices} == {(number, number)}
+
+
+@pytest.mark.parametrize("keyword", ["PatientName", "PatientID", "AccessionNumber"])
+def test_several_values_where_there_is_one_are_refused_without_them(
+    keyword: str, made: Path, study: Path, tmp_path: Path
+) -> None:
+    slices = _heads(study)
+    for each in slices:
+        setattr(each, keyword, f"{MARKER}\\{MARKER}")
+    with pytest.raises(ValueError, match=f"has several values of {keyword}, where DICOM allows one") as caught:
+        write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    assert MARKER not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_file_beside_the_series_does_not_end_the_search(study: Path, tmp_path: Path) -> None:
+    """The length of a number is one that no number has: pydicom raises when the value is asked for."""
+    shutil.copytree(study, tmp_path / "study")
+    head, rows, rest = next(study.rglob("*.dcm")).read_bytes().partition(b"\x28\x00\x10\x00US\x02\x00")
+    (tmp_path / "study" / "odd.bin").write_bytes(head + rows[:-2] + b"\x03\x00\x01\x02\x03" + rest[2:])
+    assert [each.uid for each in find_series(tmp_path / "study")] == [each.uid for each in find_series(study)]

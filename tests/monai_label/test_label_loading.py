@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle as MONAI Label takes it apart: ids of inference.json alone, from any folder, nothing initialised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from scripts.cli.main import main
+from scripts.networks import Student
+
+ROOT = Path(__file__).parents[2]
+FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}
+# What MONAI Label 0.8.5 does with a bundle (tasks/infer/bundle.py, basic_infer.py, transform/pre.py), in its order.
+IMITATION = """
+import json, sys
+import numpy, torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose, LoadImaged, SaveImaged
+
+bundle, image, changes, target = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+sys.path.insert(0, bundle)
+parser = ConfigParser()
+parser.read_config(f"{bundle}/configs/inference.json")
+parser.config.update({"bundle_root": bundle, **changes})
+network = parser.get_parsed_content("network_def", instantiate=True)
+parser.config.update({"device": "cpu"})
+pre = parser.get_parsed_content("preprocessing", instantiate=True)
+assert isinstance(pre, Compose)
+loaders = [t for t in pre.transforms if isinstance(t, LoadImaged)]
+assert len(loaders) == 1
+loaders[0]._loader.image_only = False
+data = {"image": image, "image_path": image, "model": "m", "device": "cpu", "description": "d"}
+for transform in pre.transforms:
+    if transform in loaders:
+        assert all(isinstance(data[key], str) for key in transform.keys)
+    data = transform(data)
+inferer = parser.get_parsed_content("inferer", instantiate=True)
+checkpoint = torch.load(f"{bundle}/models/model.pt", map_location="cpu")
+network.load_state_dict(checkpoint.get("model", checkpoint), strict=False)
+network.eval()
+with torch.no_grad():
+    data["pred"] = inferer(data["image"][None], network)[0]
+post = list(parser.get_parsed_content("postprocessing", instantiate=True).transforms)
+kept = [t for t in post if not isinstance(t, SaveImaged)]
+assert len(kept) == len(post) - 1
+for transform in kept:
+    data = transform(data)
+meta = data["image"].meta
+assert tuple(meta["spatial_shape"]) == tuple(data["pred"].shape[1:])
+import scripts
+assert scripts.__file__.startswith(bundle)
+numpy.savez(target, mask=data["pred"][0].numpy(), affine=meta["original_affine"])
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """The bundle in a folder of its own, where nobody has written yet."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for name in ("configs", "scripts", "models"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def study(cohort: Path, tmp_path: Path) -> Path:
+    """The CT of a phantom, with PET and MR in sub folders by the same name."""
+    for key, name in FILES.items():
+        place = tmp_path / "studies" / ("" if key == "ct" else key) / "case.nii.gz"
+        place.parent.mkdir(exist_ok=True, parents=True)
+        place.symlink_to(cohort / "PHANTOM_001" / f"{name}.nii.gz")
+    return tmp_path / "studies" / "case.nii.gz"
+
+
+@pytest.fixture
+def imitate(bundle: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the imitation in a process of its own that starts in "/"; the mask goes to mask.npz."""
+
+    def run(image: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-c", IMITATION, str(bundle), str(image), json.dumps(changes)]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(
+            [*command, str(tmp_path / "mask.npz")],
+            cwd="/", env=environment, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("absent", ["", "mr"])
+def test_the_parts_that_monai_label_asks_for_give_the_mask_of_segment(
+    absent: str, imitate: Callable[..., subprocess.CompletedProcess[str]], study: Path, bundle: Path, tmp_path: Path
+) -> None:
+    if absent:
+        (study.parent / absent / study.name).unlink()
+    done = imitate(study, allow_missing=bool(absent))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in bundle.iterdir()) == ["configs", "models", "scripts"], "something was written"
+    files = [text for key in FILES if key != absent for text in (f"--{key}", _file(study, key))]
+    output = tmp_path / "own.nii.gz"
+    allowed = ["--allow-missing"] if absent else []
+    plain = ["--engine", "torch", "--set", "network=$@network_def.to(@device)"]  # else the memory format is another
+    assert main(["segment", *files, *allowed, *plain, "--output", str(output)]) == 0
+    own, found = nib.load(output), np.load(tmp_path / "mask.npz")
+    np.testing.assert_array_equal(found["mask"], np.asarray(own.dataobj))
+    np.testing.assert_allclose(found["affine"], own.affine, atol=1e-4)
+    assert found["mask"].any()
+
+
+def _file(study: Path, key: str) -> str:
+    return str(study if key == "ct" else study.parent / key / study.name)
+
+
+def test_a_missing_modality_is_refused_by_name(
+    imitate: Callable[..., subprocess.CompletedProcess[str]], study: Path, tmp_path: Path
+) -> None:
+    (study.parent / "pet" / study.name).unlink()
+    done = imitate(study)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"ValueError: Case case: no pet was given or found beside {study}."
+    assert not (tmp_path / "mask.npz").exists()
+
+
+@pytest.mark.parametrize("absent", ["", "mr"])
+def test_a_training_takes_its_cases_from_the_label_store(
+    absent: str, study: Path, cohort: Path, tmp_path: Path
+) -> None:
+    """As MONAI Label gives them to the bundle that ``monai_label/install.py`` made: images and labels, by path."""
+    if absent:
+        (study.parent / absent / study.name).unlink()
+    spec = importlib.util.spec_from_file_location("place", ROOT / "label" / "place.py")
+    assert spec is not None
+    assert spec.loader is not None
+    place = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(place)
+    bundle = place.place_bundle(tmp_path / "app", ROOT / "models" / "model.pt")
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs" / "train.json"))
+    stored = [{"image": str(study), "label": str(cohort / "PHANTOM_001" / "CT_mask.nii.gz")}]
+    parser["train#dataset#data"] = stored
+    if absent:
+        with pytest.raises(RuntimeError) as refused:
+            parser.get_parsed_content("required")
+        assert f": {absent}): add the files" in str(refused.value.__cause__)
+    else:
+        parser.get_parsed_content("required")
+        assert parser.get_parsed_content("split") == [stored, []]
+        assert parser["overwrite"] is True  # so that a second training is not refused
+
+
+def test_the_student_refuses_weights_of_other_names_even_where_it_is_told_to_take_what_fits() -> None:
+    torch.manual_seed(0)
+    student = Student(3, 2, (8, 16, 24, 32))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    other = {f"student.{name}": value + 1 for name, value in before.items()}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        student.load_state_dict(other, strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    wanted = {name: value + 1 for name, value in before.items()}
+    student.load_state_dict(wanted, strict=False)
+    assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())

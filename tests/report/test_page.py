@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTML report: self-contained, escaped, accessible, complete."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.metrics import aggregate
+from scripts.report import Overlay, pick_cases, write_report
+
+EVIL = "<script>alert('x')</script>"
+VOID = {"meta", "img", "br", "input"}
+
+
+class Page(HTMLParser):
+    """Elements as ``(tag, attributes, text inside)``; open tags must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.elements: list[tuple[str, dict, list[str]]] = []
+        self.open: list[int] = []
+        self.feed(text)
+        assert not self.open, [self.elements[i][0] for i in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self.open.append(len(self.elements) - 1)
+
+    def handle_endtag(self, tag):
+        assert self.elements[self.open.pop()][0] == tag
+
+    def handle_data(self, data):
+        for i in self.open:
+            self.elements[i][2].append(data)
+
+    def attributes(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(text) for name, _, text in self.elements if name == tag]
+
+    def rows(self, table: int) -> list[list[str]]:
+        tables = re.findall(r"<tbody>.*?</tbody>", self.text, flags=re.DOTALL)
+        return [Page(f"<p>{row}</p>").texts("td") for row in re.findall(r"<tr>(.*?)</tr>", tables[table])]
+
+
+def case(name: str, dice=0.8, hd95=4.25, assd=1.5, status="ok") -> dict:
+    if status != "ok":
+        dice, hd95, assd = (0.0 if status == "missed" else None), None, None
+    row = {"case_id": name, "dice": dice, "hd95_mm": hd95, "assd_mm": assd, "status": status, "diagonal_mm": 100.0}
+    return row | {"volume_ml": 12.5, "reference_volume_ml": None}
+
+
+def run(name: str, rows: list[dict], **costs) -> dict:
+    return {"name": name, "aggregate": aggregate(rows, resamples=50), "rows": rows, **costs}
+
+
+def overlay(title: str = "median case: a") -> Overlay:
+    reference = np.zeros((12, 10, 8), dtype=np.uint8)
+    reference[3:9, 3:7, 2:6] = 1
+    rng = np.random.default_rng(0)
+    images = {"ct": rng.normal(size=reference.shape), "pet": np.zeros(reference.shape)}
+    return Overlay(title, images, reference, np.roll(reference, 1, 0), (1.0, 1.0, 3.0))
+
+
+def learning_curves() -> dict:
+    rows = [{"epoch": e, "loss": 1 / e, "loss/dice": 0.5 / e, "loss/soft": 0.5 / e} for e in range(1, 5)]
+    rows[1]["val_dice"], rows[3]["val_dice"] = 0.25, 0.5
+    return {r"_student $\foo$": rows, "alone": [{"epoch": 1, "loss": 2.0, "val_dice": None}]}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    rows = [case("a", 0.9), case(EVIL, 0.7), case("b", status="missed"), case("c", status="error")]
+    runs = [
+        run("student", rows, parameters=2_500_000, gflops=15.53, seconds_per_case=0.812),
+        run(f"alone {EVIL}", [case("a")], parameters=None),
+    ]
+    manifest = {"command": EVIL, "url": "https://example.org/x.js", "seed": 0, "path": Path("models") / "x.pt"}
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    overlays = [overlay(f"worst case: {EVIL}"), overlay()]
+    write_report(
+        path, f"Title {EVIL} & more", runs, overlays, learning_curves(), manifest, notes=[f"Extra file {EVIL}"]
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_nothing_is_loaded_from_anywhere(page) -> None:
+    for tag, attributes, _ in page.elements:
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    style = "".join(page.texts("style"))
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a["content"] for a in page.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:")
+
+
+def test_names_from_files_are_text_and_never_markup(page) -> None:
+    assert len(page.attributes("script")) == 1
+    assert EVIL not in page.text
+    assert page.texts("title") == page.texts("h1") == [f"Title {EVIL} & more"]
+    assert EVIL in page.texts("td")
+    assert f"Extra file {EVIL}" in page.texts("p")
+    assert page.texts("figcaption")[0].startswith(f"worst case: {EVIL}Volume: ")
+
+
+def test_the_only_script_is_the_one_that_the_policy_allows(page) -> None:
+    digest = base64.b64encode(hashlib.sha256(page.texts("script")[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.attributes("meta")[2]["content"]
+
+
+def test_every_image_has_an_alt_text_and_decodes(page) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    images = page.attributes("img")
+    panels = 2 * 3 * 2  # cases, planes, modalities
+    assert len(images) == 2 * panels + 2 + 1  # each with its outlines; loss and Dice, the terms of one run
+    for attributes in images:
+        kind, data = re.fullmatch(r"data:image/(png|webp);base64,(.+)", attributes["src"]).groups()
+        with image_module.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
+            assert image.format.lower() == kind
+            empty = ": pet," in attributes["alt"]  # an image of zeros
+            assert (np.asarray(image.convert("L")).std() > 5) != empty
+    alts = [attributes["alt"] for attributes in images]
+    assert alts[1::2][:panels] == [""] * panels  # outlines: what they show is said above them
+    assert alts[0] == f"worst case: {EVIL}: ct, axial, outlines of reference and prediction"
+    assert len(set(alts[0 : 2 * panels : 2])) == panels
+    assert alts[-2] == r"Validation Dice by epoch; last values: _student $\foo$ 0.5"
+
+
+def test_the_page_says_that_it_is_for_research_only_and_fits_a_phone(page) -> None:
+    assert page.texts("p")[0] == (
+        "For research only: not a medical device, "
+        "not for diagnosis, treatment planning or any decision about a patient."
+    )
+    assert page.texts("h2")[0] == "Intended use and limits"
+    assert len(page.texts("li")) == 4
+    before = [tag for tag, _, _ in page.elements][: [tag for tag, _, _ in page.elements].index("p")]
+    assert not {"table", "figure", "img"} & set(before)  # at the head
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.attributes("meta")
+    assert page.attributes("html") == [{"lang": "en"}]
+
+
+def test_summary_shows_mean_interval_n_failures_and_costs(page) -> None:
+    student, alone = page.rows(0)
+    assert re.fullmatch(
+        r"0\.533 \[0\.\d{3}, 0\.\d{3}\] \(3\)with failures0\.400 \[0\.\d{3}, 0\.\d{3}\] \(4\)", student[0]
+    )
+    assert re.match(r"4\.25 \[4\.25, 4\.25\] \(2\)with failures52\.12 \[", student[1])
+    assert student[3:] == ["2 of 41 missed1 error", "2,500,000", "15.5", "0.81"]
+    assert alone[:3] == [f"{mean} (1)with failures{mean} (1)" for mean in ("0.800", "4.25", "1.50")]
+    assert alone[3:] == ["0 of 1", "\N{EN DASH}", "\N{EN DASH}", "\N{EN DASH}"]
+
+
+def test_every_case_of_every_run_has_a_row_with_dashes_where_undefined(page) -> None:
+    rows, dash = page.rows(1), "\N{EN DASH}"
+    assert len(rows) == 5
+    assert rows[0] == ["student", "a", "a", "ok", "0.900", "4.25", "1.50", "12.50", dash]
+    assert rows[2] == ["student", "b", "b", "missed", "0.000", dash, dash, "12.50", dash]
+    assert rows[3][3:5] == ["error", dash]
+    assert rows[4][0] == f"alone {EVIL}"
+
+
+def test_columns_sort_by_keyboard_and_by_exact_values(page) -> None:
+    assert page.texts("button") == [
+        *("Network", "Case", "Patient", "Status", "Dice", "HD95 mm", "ASSD mm", "Volume ml", "Reference ml")
+    ]
+    values = [a["data-value"] for a in page.attributes("td") if "data-value" in a]
+    assert values[:5] == ["0.9", "4.25", "1.5", "12.5", ""]
+
+
+def test_every_table_header_has_a_scope_and_every_control_a_name(page) -> None:
+    headers = page.attributes("th")
+    assert {a["scope"] for a in headers} == {"col", "row"}
+    regions = [a for a in page.attributes("div") if a.get("role") == "region"]
+    assert [a["aria-label"] for a in regions] == ["Summary", "Every case"]
+    assert all(a["tabindex"] == "0" for a in regions)
+    sliders = [a for a in page.attributes("input") if a["type"] == "range"]
+    assert len(sliders) == 2 * 3
+    assert len({a["id"] for a in sliders}) == len(sliders)
+    assert {a["id"] for a in sliders} < {a.get("for") for a in page.attributes("label")}
+    for slider, plane in zip(sliders, 2 * ["axial", "coronal", "sagittal"], strict=True):
+        assert slider["aria-label"].startswith(f"{plane} slice of ")
+        assert re.fullmatch(r"slice \d+ of (12|10|8)", slider["aria-valuetext"])
+
+
+def test_volumes_of_the_shown_cases_are_in_millilitres(page) -> None:
+    box = 6 * 4 * 4 * 1.0 * 1.0 * 3.0 / 1000  # voxels times mm3
+    assert page.texts("small").count(f"Volume: reference {box:.2f} ml, prediction {box:.2f} ml") == 2
+
+
+def test_centres_have_a_table_of_their_own_and_a_column(tmp_path) -> None:
+    rows = [case("a", 0.9) | {"centre": "X<1>"}, case("b", 0.5) | {"centre": "Y"}, case("c", 0.7) | {"centre": "X<1>"}]
+    write_report(tmp_path / "r.html", "t", [run("r", [*rows, case("d", status="missed")])], [], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "By centre" in page.texts("h2")
+    names = [text for text in page.texts("th") if "case" in text]
+    assert names[2:] == ["X<1>2 cases, 2 patients", "Y1 case, 1 patient", "not given1 case, 1 patient"]
+    dice = [row[1] for row in page.rows(1)]
+    assert re.match(r"0\.800 \[0\.700, 0\.900\] \(2\)", dice[0])
+    assert dice[1].startswith("0.500 (1)")  # one patient: no interval
+    assert [row[4] for row in page.rows(1)] == ["0 of 2", "0 of 1", "1 of 11 missed"]
+    assert [row[3] for row in page.rows(2)] == ["X<1>", "Y", "X<1>", ""]
+    assert page.texts("button")[3] == "Centre"
+
+
+def test_modalities_have_a_table_where_evaluations_differ_in_them(tmp_path) -> None:
+    whole = run("net", [case("a", 0.9), case("b", 0.7)], present=["ct", "pet"])
+    part = run("net (pet only)", [case("b", 0.6), case("a", 0.5)], present=["pet"])
+    other = run("old", [case("a", 0.3)])  # says nothing of its modalities
+    write_report(tmp_path / "r.html", "t", [part, other, whole], [], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    first, second = page.rows(1)
+    assert first[:3] == ["yes", "yes", "\N{EN DASH}"]
+    assert second[:2] == ["no", "yes"]
+    assert second[2] == "-0.250 [-0.400, -0.100] (2)"  # -0.4 and -0.1: each is drawn twice in some resample
+    for runs in ([whole], [whole, {**whole, "name": "again"}], [whole, other]):
+        write_report(tmp_path / "r.html", "t", runs, [], {}, {})
+        assert "By modalities" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_mask_without_reference_has_its_volume_and_no_scores(tmp_path) -> None:
+    drawn = overlay("one <case>")
+    alone = Overlay(drawn.title, drawn.images, None, drawn.prediction, drawn.spacing)
+    write_report(tmp_path / "r.html", "t", [], [alone], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.texts("h2") == ["Intended use and limits", "Volumes", "Slices", "Manifest"]
+    assert page.rows(0) == [["0.29"]]
+    assert "one <case>: prediction" in page.texts("th")
+    assert "reference" not in page.texts("span")
+
+
+def test_definitions_and_intervals_are_explained_once(page) -> None:
+    terms = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+    assert "95th percentiles" in terms["hd95_mm"]
+    assert "50 resamples of the patients with replacement" in terms["ci95"]
+    assert "seed 0" in terms["ci95"]
+    assert len(page.texts("dt")) == len(terms)
+
+
+def test_manifest_is_complete_json_in_a_collapsed_block(page) -> None:
+    assert "open" not in page.attributes("details")[0]
+    expected = {"command": EVIL, "url": "https://example.org/x.js", "seed": 0, "path": str(Path("models") / "x.pt")}
+    assert json.loads(page.texts("pre")[0]) == expected
+
+
+def test_the_same_input_writes_the_same_bytes(tmp_path) -> None:
+    for name in "ab":
+        write_report(tmp_path / name, "t", [run("r", [case("a")])], [overlay()], learning_curves(), {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_report_without_runs_or_figures_is_still_a_page(tmp_path) -> None:
+    write_report(tmp_path / "r.html", "empty", [], [], {}, {"seed": 0})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.texts("h2") == ["Intended use and limits", "Manifest"]
+
+
+def test_without_matplotlib_and_pillow_the_tables_remain_and_the_page_says_why(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    write_report(tmp_path / "r.html", "t", [run("r", [case("a")])], [overlay()], learning_curves(), {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    for package in ("matplotlib", "PIL"):
+        assert page.texts("p").count(f"No figures: {package} is not installed.") == 1
+    assert not page.attributes("img")
+    assert len(page.rows(1)) == 1
+
+
+def test_importing_the_report_imports_neither_matplotlib_nor_nibabel() -> None:
+    code = "import sys, scripts.report; assert not {'matplotlib', 'nibabel', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_a_failing_report_leaves_the_old_one(tmp_path) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        write_report(path, "t", [{"name": "no aggregate"}], [], {}, {})
+    assert path.read_text() == "old"
+
+
+def test_pick_cases_takes_best_lower_median_and_worst_with_ties_by_case_id() -> None:
+    rows = [case("d", 0.9), case("b", 0.9), case("e", 0.1), case("c", 0.1), case("x", status="error"), case("m", 0.5)]
+    assert pick_cases(rows) == {"best": "b", "median": "m", "worst": "c"}
+    assert pick_cases([case("a", 0.2), case("b", 0.4)]) == {"best": "b", "median": "a", "worst": "a"}
+    assert pick_cases([case("a", status="true_negative")]) == pick_cases([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prediction": np.zeros((12, 10, 9))}, r"share one grid, got shapes.*\(12, 10, 8\).*\(12, 10, 9\)"),
+        ({"images": {"ct": np.zeros((1, 12, 10, 8))}}, r"share one grid.*'ct': \(1, 12, 10, 8\)"),
+        ({"spacing": (1, 1, 0)}, "spacing must hold 3 finite positive values"),
+    ],
+)
+def test_an_overlay_that_does_not_fit_is_refused_by_title(changed, message) -> None:
+    good = overlay("case 7")
+    fields = {name: getattr(good, name) for name in ("images", "reference", "prediction", "spacing")}
+    with pytest.raises(ValueError, match=f"case 7.*{message}"):
+        Overlay("case 7", **(fields | changed))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient accumulation through the bundle, against larger batches and against a loop written out here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor
+
+from scripts.training import handlers
+from scripts.training.handlers import read_curves
+
+RATE, EPOCHS, CASES = 0.05, 2, 4
+SGD = {"_target_": "torch.optim.SGD", "params": "$@trained.parameters()", "lr": "@learning_rate"}
+RECIPE = {"optimizer": SGD, "learning_rate": RATE, "max_epochs": EPOCHS}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order
+
+
+class Bar:
+    """Stands for a progress bar."""
+
+    def __init__(self, total: int, initial: int, **options: Any) -> None:
+        self.total, self.done = total, initial
+
+    def set_postfix(self, **values: Any) -> None:
+        pass
+
+    def update(self) -> None:
+        self.done += 1
+
+    def close(self) -> None:
+        pass
+
+
+def learnt(parser: ConfigParser) -> list[Tensor]:
+    """The weights after the bundle's training."""
+    parser.get_parsed_content("run")
+    return [p.detach() for p in parser.get_parsed_content("network").parameters()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.allclose(a, b, **CLOSE) for a, b in zip(first, second, strict=True))
+
+
+def by_hand(parser: ConfigParser, window: int) -> tuple[list[Tensor], list[float]]:
+    """Weights and mean losses per epoch of gradient descent whose step sums 1/window of up to ``window`` gradients."""
+    network, loss = parser.get_parsed_content("network").train(), parser.get_parsed_content("segmentation_loss")
+    loader, weights, means = parser.get_parsed_content("train#dataloader"), list(network.parameters()), []
+    for epoch in range(EPOCHS):
+        loader.sampler.set_epoch(epoch + 1)
+        rate, values = RATE * (1 - epoch / EPOCHS) ** 0.9, []
+        batches = list(loader)
+        for start in range(0, len(batches), window):
+            total = [torch.zeros_like(w) for w in weights]
+            for batch in batches[start : start + window]:
+                value = loss(network(batch["image"]), batch["label"])
+                values.append(value.item())
+                total = [t + g / window for t, g in zip(total, torch.autograd.grad(value, weights), strict=True)]
+            with torch.no_grad():
+                for weight, gradient in zip(weights, total, strict=True):
+                    weight -= rate * gradient
+        means.append(sum(values) / len(values))
+    return [w.detach() for w in weights], means
+
+
+def test_two_steps_of_one_case_are_one_step_of_two(tiny_bundle: Callable[..., ConfigParser], tmp_path: Path) -> None:
+    pairs = learnt(tiny_bundle(tmp_path / "pairs", batch_size=2, **RECIPE))
+    singles = learnt(tiny_bundle(tmp_path / "singles", batch_size=1, accumulation=2, **RECIPE))
+    assert same(pairs, singles)
+    each = learnt(tiny_bundle(tmp_path / "each", batch_size=1, **RECIPE))
+    assert not same(pairs, each)  # the tolerance sees it
+
+
+def test_an_epoch_ends_with_a_step_of_what_is_left_and_its_records_count_every_batch(
+    tiny_bundle: Callable[..., ConfigParser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Bar] = []
+    monkeypatch.setattr(handlers, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    options = {**RECIPE, "batch_size": 1, "accumulation": 3}
+    parser = tiny_bundle(tmp_path, **options)
+    trainer = parser.get_parsed_content("train#trainer")
+    weights = learnt(parser)
+    expected, losses = by_hand(tiny_bundle(tmp_path, **options), window=3)
+    assert same(weights, expected)
+    assert not same(weights, by_hand(tiny_bundle(tmp_path, **options), window=1)[0])
+    assert (trainer.state.iteration, trainer.state.epoch_length) == (EPOCHS * CASES, CASES)
+    rows = read_curves(tmp_path / "curves.csv")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)  # of whole batches, not of their thirds
+    assert [row["learning_rate"] for row in rows] == pytest.approx([RATE, RATE * 0.5**0.9])  # per epoch
+    assert [(bar.total, bar.done) for bar in bars] == [(EPOCHS, EPOCHS)]

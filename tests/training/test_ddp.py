@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes with one case each learn what one process with two learns (gloo, on the CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.cli.main import main
+from scripts.data.cohorts.phantom import write_phantoms
+from scripts.training.handlers import read_curves
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ["train", "data/phantom", "scale/small", "distill", "methods/hint"]
+EPOCHS = 2
+
+RECORDER = """
+import os
+import torch
+from ignite.engine import Events
+
+
+class Recorder:
+    def __init__(self, folder, trained, evaluator):
+        self.path = os.path.join(folder, f"rank{os.environ.get('RANK', '0')}.pt")
+        self.trained, self.evaluator, self.seen, self.dice = trained, evaluator, [], []
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.STARTED, self.validate)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.note)
+        engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def validate(self, engine):
+        self.evaluator.run()  # before the first step: on the very same weights whatever the number of processes
+        self.dice = self.evaluator.state.metrics["val_dice"]
+
+    def note(self, engine):
+        self.seen.append((engine.state.epoch, list(engine.state.batch["case_id"])))
+
+    def save(self, engine):
+        state = {"student": self.trained.student.state_dict(), "adapters": self.trained.adapters.state_dict()}
+        torch.save({**state, "seen": self.seen, "dice": self.dice}, self.path)
+"""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each process of a run with two processes, and a run with one, saw and learnt."""
+    root = tmp_path_factory.mktemp("ddp")
+    cases = [case["patient_id"] for case in write_phantoms(root / "data", cases=11, seed=3, progress=False)]
+    (root / "splits.json").write_text(json.dumps({"seed": 0, "folds": [cases[:3], cases[3:]]}))
+    (root / "recorder.py").write_text(RECORDER)
+    (root / "overlay.json").write_text(
+        json.dumps(
+            {
+                "optimizer": {
+                    "_target_": "torch.optim.SGD", "params": "$[p for p in @trained.parameters() if p.requires_grad]",
+                    "lr": 0.05,
+                },
+                "teacher_specs": {
+                    "dynunet": {"architecture": "dynunet", "modalities": ["ct", "pet", "mr"], "weights": None}
+                },
+                # An untrained student finds no lesion; the background's Dice differs from case to case.
+                "validate#key_metric#val_dice#include_background": True,
+                "+train#handlers": [
+                    {
+                        "_target_": "recorder.Recorder", "folder": "@output_dir", "trained": "@trained",
+                        "evaluator": "@validate#evaluator",
+                    }
+                ],
+            }
+        )
+    )  # fmt: skip
+    found = {}
+    for name, processes in (("two", 2), ("one", 1)):
+        (root / name).mkdir()
+        _run(root, name, processes)
+        for rank in range(processes):
+            found[f"{name}{rank}"] = torch.load(root / name / f"rank{rank}.pt", weights_only=True)
+        found[name] = root / name
+    return found
+
+
+def _run(root: Path, name: str, processes: int) -> None:
+    """``monai.bundle run``, by torchrun where there is more than one process."""
+    configs = [*CONFIGS, *(["multi_gpu_train"] if processes > 1 else [])]
+    files = [*(str(ROOT / "configs" / f"{config}.json") for config in configs), str(root / "overlay.json")]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    settings = {
+        "dataset_dir": root / "data", "splits_file": root / "splits.json", "output_dir": root / name, "threads": 1,
+        "batch_size": 2 // processes, "max_epochs": EPOCHS, "val_interval": 1, "spacing": [12, 12, 12],
+        "patch": [32, 32, 32], "student_features": [4, 8, 8, 8], "student_norm": ["group", {"num_groups": 4}],
+        "architectures": {"dynunet": {"filters": [2, 4, 4, 4, 4]}},
+        "meta_file": ROOT / "configs/metadata.json", "logging_file": ROOT / "configs/logging.conf",
+    }  # fmt: skip
+    flags = [x for key, value in settings.items() for x in (f"--{key}", str(value).replace("'", '"'))]
+    command = [sys.executable, "-W", "ignore", "-m", *(launcher if processes > 1 else []), "monai.bundle", "run"]
+    done = subprocess.run(
+        [*command, "--config_file", json.dumps(files), *flags], cwd=ROOT, text=True, capture_output=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    # Gloo's teardown may fail after everything is written: what was written is what counts.
+    assert (root / name / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
+
+
+def test_student_and_adapters_are_identical_on_both_ranks(records: dict[str, Any]) -> None:
+    for part in ("student", "adapters"):
+        first, second = records["two0"][part], records["two1"][part]
+        assert len(first) > 0
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_both_ranks_cases_together_are_one_epoch(records: dict[str, Any]) -> None:
+    for epoch in range(1, EPOCHS + 1):
+        ranks = [[c for e, cases in records[f"two{rank}"]["seen"] if e == epoch for c in cases] for rank in (0, 1)]
+        together = sorted(ranks[0] + ranks[1])
+        assert together == sorted(c for e, cases in records["one0"]["seen"] if e == epoch for c in cases)
+        assert len(together) == len(set(together)) == 8
+        assert len(ranks[0]) == len(ranks[1]) == 4
+
+
+def test_two_ranks_learn_what_one_process_learns(records: dict[str, Any]) -> None:
+    for part in ("student", "adapters"):
+        for key, value in records["one0"][part].items():
+            torch.testing.assert_close(records["two0"][part][key], value, atol=2e-5, rtol=1e-4, msg=key)
+
+
+def test_validation_counts_an_uneven_number_of_cases_once_each(records: dict[str, Any]) -> None:
+    # Three cases on two ranks.
+    assert 0 < records["one0"]["dice"] < 1
+    assert records["two0"]["dice"] == pytest.approx(records["one0"]["dice"], abs=1e-6)
+    assert records["two1"]["dice"] == pytest.approx(records["one0"]["dice"], abs=1e-6)
+
+
+def test_only_the_first_rank_writes(records: dict[str, Any]) -> None:
+    expected = {path.name for path in records["one"].iterdir()}
+    assert {path.name for path in records["two"].iterdir()} == expected | {"rank1.pt"}
+    assert len(list((records["two"] / "tensorboard").iterdir())) == 1  # a file for each process that writes
+    assert len((records["two"] / "curves.csv").read_text().splitlines()) == 1 + EPOCHS
+
+
+def test_the_command_shares_preprocessing_among_ranks_reads_the_cache_and_resumes(
+    records: dict[str, Any], tmp_path: Path
+) -> None:
+    root = records["two"].parent
+    common = [
+        "--data", "phantom", "--dataset-dir", str(root / "data"), "--threads", "1", "--teacher", "dynunet=random",
+        "--set", f"splits_file={root / 'splits.json'}", "--set", "spacing=[12,12,12]", "--set", "patch=[32,32,32]",
+        "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}',
+    ]  # fmt: skip
+    assert main(["cache-teachers", *common, "--output-dir", str(tmp_path / "cache")]) == 0
+    student = ["--set", "student_features=[4,8,8,8]", "--set", 'student_norm=["group",{"num_groups":4}]']
+    distill = [
+        "distill", "--multi-gpu", *common, *student, "--method", "hinton", "--cache-dir", str(tmp_path / "cache"),
+        "--volumes-dir", str(tmp_path / "volumes"), "--output-dir", str(tmp_path / "out"), "--epochs", "3",
+        "--set", "batch_size=1", "--set", "save_interval=1",
+    ]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+    ]
+    for more in ([], ["--resume"]):
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+        done = subprocess.run(
+            [*launcher, "scripts", *distill, *more], cwd=ROOT, text=True, capture_output=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert (tmp_path / "out" / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
+        if not more:  # as if it had been killed after the second epoch
+            os.replace(tmp_path / "out" / "checkpoint.previous.pt", tmp_path / "out" / "checkpoint.pt")
+    assert "resumed" in done.stdout + done.stderr
+    assert [row["epoch"] for row in read_curves(tmp_path / "out" / "curves.csv")] == [1, 2, 3]
+    assert len(list((tmp_path / "volumes").iterdir())) == 8  # one file for each training case, and no half ones

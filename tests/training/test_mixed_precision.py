@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision on the CPU, by trainings of the bundle: what the networks compute in, and float16's scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from monai.engines.utils import IterationEvents
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from scripts.cli.main import main
+from scripts.losses import SoftPredictionLoss
+from scripts.training.handlers import read_curves
+from scripts.training.mixed_precision import AutocastInferer
+
+HALVES = {"float16": torch.float16}  # bfloat16 is for GPUs, see AutocastInferer
+INITIAL = 2.0**16  # of the scale
+TINY = [
+    "--data", "phantom", "--threads", "1", "--device", "cpu", "--method", "hinton", "--teacher", "dynunet=random",
+    "--set", "patch=[32,32,16]", "--set", "spacing=[12,12,12]", "--set", "student_features=[4,8,8,8]",
+    "--set", 'student_norm=["group",{"num_groups":4}]', "--set", 'architectures={"dynunet":{"filters":[2,4,4,4]}}',
+    "--set", "val_interval=100", "--epochs", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The same epoch of a distillation in every precision: its loss, and what convolutions gave and losses took."""
+    found: dict[str, dict[str, Any]] = {}
+    for precision in ("float32", *HALVES):
+        seen: dict[str, set[torch.dtype]] = {"convolutions": set(), "losses": set()}
+
+        def note(module: nn.Module, inputs: Any, output: Any, seen: Any = seen) -> None:
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+                seen["convolutions"].add(output.dtype)
+            elif isinstance(module, DiceCELoss | SoftPredictionLoss):
+                seen["losses"] |= {x.dtype for x in inputs if x.shape[1] == 2}  # logits, not labels
+
+        output = tmp_path_factory.mktemp(precision)
+        arguments = ["distill", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(output)]
+        handle = register_module_forward_hook(note)
+        try:
+            assert main([*arguments, "--set", f"precision={precision}"]) == 0
+        finally:
+            handle.remove()
+        (row,) = read_curves(output / "curves.csv")
+        weights = torch.load(output / "model.pt", weights_only=True)
+        found[precision] = {**seen, "row": row, "weights": weights}
+    return found
+
+
+@pytest.mark.parametrize("precision", ["float32", *HALVES])
+def test_networks_run_in_the_precision_and_losses_see_float32(
+    epochs: dict[str, dict[str, Any]], precision: str
+) -> None:
+    assert epochs[precision]["convolutions"] == {HALVES.get(precision, torch.float32)}
+    assert epochs[precision]["losses"] == {torch.float32}
+    assert {value.dtype for value in epochs[precision]["weights"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("float16", 11)])
+def test_the_loss_of_the_first_epoch_is_that_of_float32_within_rounding(
+    epochs: dict[str, dict[str, Any]], precision: str, bits: int
+) -> None:
+    # A rounding errs by at most 2^-bits of a value. Some twenty layers, normalised again and again, one after the
+    # other: their errors add like random ones, to sqrt(20) 2^-bits of logits that are about 1. Cross-entropy and Dice
+    # together change by at most about twice that.
+    tolerance = 2 * 20**0.5 * 2.0**-bits
+    for name in ("loss", "loss/segmentation", "loss/hinton"):
+        half, full = epochs[precision]["row"][name], epochs["float32"]["row"][name]
+        assert np.isfinite(half)
+        assert half != full
+        assert half == pytest.approx(full, abs=tolerance)
+
+
+def trainer_of(parser: ConfigParser) -> Any:
+    """The trainer of a bundle."""
+    return parser.get_parsed_content("train#trainer")
+
+
+def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
+    tiny_bundle: Callable[..., ConfigParser], tmp_path: Path
+) -> None:
+    recipe = {"precision": "float16", "save_interval": 1, "lr_scheduler#total_iters": 2}
+    parser = tiny_bundle(tmp_path, **recipe)
+    trainer = trainer_of(parser)
+    weights: list[list[Tensor]] = [[p.detach().clone() for p in trainer.network.parameters()]]
+    scales: list[float] = []
+
+    @trainer.on(IterationEvents.BACKWARD_COMPLETED)
+    def overflow(engine: Any) -> None:
+        if engine.state.iteration == 1:
+            next(engine.network.parameters()).grad[0, 0, 0, 0, 0] = float("inf")
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine: Any) -> None:
+        weights.append([p.detach().clone() for p in engine.network.parameters()])
+        scales.append(engine.scaler.get_scale())
+
+    parser.get_parsed_content("run")
+    before, skipped, done = weights
+    assert all(torch.equal(a, b) for a, b in zip(before, skipped, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(skipped, done, strict=True))
+    assert all(bool(w.isfinite().all()) for w in done)
+    assert scales == [INITIAL / 2, INITIAL / 2]
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["scaler"]
+    assert (state["scale"], state["_growth_tracker"]) == (INITIAL / 2, 1)  # one step without an overflow
+
+    resumed = tiny_bundle(tmp_path, **recipe, resume=True, max_epochs=2)
+    trainer, found = trainer_of(resumed), []
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: found.append(engine.scaler.state_dict()))
+    resumed.get_parsed_content("run")
+    assert found == [state]
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["scaler"]
+    assert (state["scale"], state["_growth_tracker"]) == (INITIAL / 2, 3)
+
+
+def test_dicts_come_back_in_float32_and_masks_as_they_are() -> None:
+    outputs = AutocastInferer("cpu", "float16")(
+        torch.ones(2, 3), lambda x: {"logits": x @ x.T, "available": torch.ones(2, 1, dtype=torch.bool)}
+    )
+    assert {name: value.dtype for name, value in outputs.items()} == {"logits": torch.float32, "available": torch.bool}
+
+
+def test_an_unknown_precision_is_refused_in_one_sentence(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["distill", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(tmp_path)]
+    assert main([*arguments, "--set", "precision=half"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert errors == ["error: Unknown precision 'half': choose one of float32, bfloat16, float16."]
+
+
+def test_bfloat16_is_refused_on_the_cpu_and_accepted_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match="On the CPU bfloat16 gives gradients that are not finite"):
+        AutocastInferer("cpu", "bfloat16")
+    assert AutocastInferer("cuda", "bfloat16").dtype is torch.bfloat16

@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.methods_plan import Job, Plan, compare_methods, with_needs, work_off
+from benchmarks.job_queue import Job, with_needs, work_off
+from benchmarks.methods_plan import Plan, compare_methods
 from benchmarks.methods_table import write_comparison
 from benchmarks.missing_modalities import MissingPlan, write_missing
 from scripts.cli.options import config_names
@@ -122,7 +123,8 @@ def training(args: argparse.Namespace, modalities: Sequence[str], main: Main) ->
 def _exported(patients: Path, main: Main) -> None:
     """Export the shipped weights where that has not been done; int8 needs the patients that they were trained on."""
     from benchmarks.inference_candidates import WEIGHTS
-    from scripts.inference.engines import UnavailableError, read_export
+    from scripts.inference.engine_choice import read_export
+    from scripts.inference.engines import UnavailableError
 
     try:
         read_export(WEIGHTS)

@@ -16,7 +16,8 @@ from benchmarks.turn_taking import Side
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression
 from scripts.cli.options import CONFIGS
-from scripts.inference.engines import UnavailableError, cpu_has_bf16, read_export
+from scripts.inference.engine_choice import read_export
+from scripts.inference.engines import UnavailableError, cpu_has_bf16
 
 MAIN = "256x256x192"
 SIZES = ("128x128x96", "192x192x144", "320x320x240")  # only the student, for the plot of time against volume

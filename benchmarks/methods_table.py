@@ -16,12 +16,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.methods_plan import ALONE, THRESHOLDS, Job, Plan
+from benchmarks.job_queue import Job
+from benchmarks.methods_plan import ALONE, THRESHOLDS, Plan
 from scripts.data import datalist, fold_split
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
-from scripts.training.checkpoint import sha256
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
+from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import write_manifest
 
 WARMED = "student warmed up"

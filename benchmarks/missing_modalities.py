@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.methods_plan import SHARE, TEACHER_RATE, Command, Job
+from benchmarks.job_queue import Command, Job
+from benchmarks.methods_plan import SHARE, TEACHER_RATE
 from benchmarks.methods_table import interval, seed_mean
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.utils.atomic_files import atomic_file, write_json, write_text

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 SIDES = {  # name -> processes, cases per step in each
     "1 process, batch 2": (1, 2),

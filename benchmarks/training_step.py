@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods_plan import own_bars
+from benchmarks.job_queue import own_bars
 from benchmarks.turn_taking import Side, Turns, compose, take_turns
 
 WARM_UP, TURN = 3, 5  # steps before the first turn; steps per turn

@@ -334,7 +334,7 @@ def export(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """One report of several evaluations."""
     from scripts.data import datalist
-    from scripts.evaluation.score import compare
+    from scripts.evaluation.compare import compare
 
     spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
     cases = datalist(args.data, args.dataset_dir, args.data_list, spec["modalities"], args.allow_outside)

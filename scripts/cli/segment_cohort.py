@@ -23,8 +23,8 @@ from scripts.cli.options import CONFIGS, MODALITIES
 from scripts.data import Rules, datalist
 from scripts.data.bids import bids_name, describe, describe_mask
 from scripts.image_io.reader import header_of, read_volume
-from scripts.training.checkpoint import sha256
 from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
 from scripts.utils.process_pool import DIED, survive
 
 Segment = Callable[[argparse.Namespace], None]

@@ -51,7 +51,7 @@ def datalist(
         return read_list(file, root or "", [*modalities, "image", "label"], allow_outside)
     if root is None or str(root) == "":
         return []
-    items: list[Item] = importlib.import_module(f"scripts.data.{name}").datalist(Path(root))
+    items: list[Item] = importlib.import_module(f"scripts.data.cohorts.{name}").datalist(Path(root))
     return items
 
 

@@ -12,8 +12,9 @@ import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
-from scripts.distillation.distiller import SEGMENTATION, DistillationLoss, Distiller
-from scripts.training.checkpoint import load_weights
+from scripts.distillation.distiller import SEGMENTATION, Distiller
+from scripts.distillation.loss import DistillationLoss
+from scripts.networks.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 
 ``FOLDER/<teacher>/<case>.pt`` holds fp16 tensors of the case's preprocessed, un-augmented volume: ``logits`` and, where
 asked, ``<tap>``, a one-channel attention map. ``FOLDER/<teacher>/manifest.json`` says of what: weights, preprocessing,
-spacing, versions, and per case its shape, size and checksum (``teacher_cache_writer`` writes both). In training they take
+spacing, versions, and per case its shape, size and checksum (written by ``teacher_cache_writer``). In training they take
 the same patch, flips and affine as the image. That is an approximation: a network's answer to a flipped image is not
 quite its flipped answer.
 """
@@ -21,7 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.case_list import source_files
-from scripts.training.checkpoint import load_plain, sha256
+from scripts.utils.checksums import sha256
+from scripts.utils.tensor_files import load_plain
 
 LOGITS = "logits"
 FORMAT = 1  # raised when the files' layout changes

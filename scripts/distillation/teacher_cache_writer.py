@@ -24,9 +24,10 @@ from scripts.distillation.teacher_cache import (
     require_same,
     source_states,
 )
-from scripts.training.checkpoint import is_whole, load_plain, sha256, write_atomically
 from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import code_version
+from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,20 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
+from scripts.evaluation.records import Case, add_centres, cases_in_manifest
+from scripts.evaluation.summary_table import table
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
-from scripts.metrics import Row, aggregate, image_diagonal_mm, read_rows, surface_metrics, write_rows
-from scripts.metrics.aggregate import FAILURES
-from scripts.report import Overlay, pick_cases, write_report
-from scripts.report.case_view import foreground, onto, show
-from scripts.report.tables import summary_table
-from scripts.training.handlers import read_curves
-from scripts.utils.atomic_files import write_json, write_text
+from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
+from scripts.report import write_report
+from scripts.report.case_view import case_overlays, foreground, onto
+from scripts.report.curves import read_curves
+from scripts.utils.atomic_files import write_json
 from scripts.utils.run_manifest import write_manifest
 
 logger = logging.getLogger(__name__)
-
-Case = Mapping[str, Any]
 
 
 def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
@@ -84,74 +81,6 @@ def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dic
         network(torch.zeros(1, channels, *patch))
     parameters = sum(p.numel() for p in network.parameters())
     return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}
-
-
-def _overlays(
-    cases: Sequence[Case],
-    rows: Sequence[Row],
-    predictions: str,
-    intensity: Mapping[str, Any],
-    labels: Sequence[Sequence[float]] | None = None,
-    rules: Rules | None = None,
-) -> list[Overlay]:
-    """Best, median and worst case on the label's grid."""
-    by_id, rules, drawn = {case["case_id"]: case for case in cases}, rules or Rules(), []
-    for kind, case_id in pick_cases(rows).items():
-        path = Path(predictions) / f"{case_id}.nii.gz"
-        if case_id not in by_id or not path.is_file():
-            continue
-        case = by_id[case_id]
-        label = read_itk(case["label"], rules)
-        reference = foreground(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
-        mask = onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
-        dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
-        images = {key: (str(case[key]), 0) for key in intensity if key in case}
-        title = f"{kind}: {case_id}, Dice {dice:.3f}"
-        drawn.append(show(title, images, label, sitk.GetArrayFromImage(mask) > 0, reference, intensity, rules))
-    return drawn
-
-
-def _listed(folder: str) -> list[Case]:
-    """The cases of an evaluation, from its manifest."""
-    path = Path(folder) / "manifest.json"
-    cases = _noted(path) if path.is_file() else []
-    if cases is None:
-        raise _foreign(path)
-    return cases
-
-
-def _noted(manifest: Path) -> list[Case] | None:
-    """The cases that an evaluation's manifest notes; None where it is cut off, or of something else."""
-    try:
-        cases = json.loads(manifest.read_text(encoding="utf-8"))["data"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    known = isinstance(cases, list) and all(isinstance(case, dict) and "case_id" in case for case in cases)
-    return cases if known else None
-
-
-def _foreign(path: Path) -> ValueError:
-    return ValueError(f"{path} is not what `evaluate` writes: run it again.")
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    """An evaluation's summary, if the report can be made of it."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        table([found])
-        summary_table([found])
-        known = {"predictions", "aggregate"} <= set(found) and {"bootstrap", "definitions"} <= set(found["aggregate"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        known = False
-    if not known:
-        raise _foreign(path)
-    return found
-
-
-def _with_centres(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
-    """The rows with the centre that the data list names, where it does."""
-    centres = {str(case["case_id"]): case["centre"] for case in cases if case.get("centre")}
-    return [{**row, "centre": centres.get(str(row["case_id"]), "")} for row in rows]
 
 
 def score(
@@ -232,8 +161,8 @@ def score(
     write_report(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
-        [{**summary, "rows": _with_centres(rows, cases)}],
-        _overlays(scored, rows, predictions, intensity, labels, checks),
+        [{**summary, "rows": add_centres(rows, cases)}],
+        case_overlays(scored, rows, predictions, intensity, labels, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
     )
@@ -245,7 +174,7 @@ def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
     """The manifest of the inference that made the masks, or a new one where they were made elsewhere."""
     path = Path(output_dir) / "manifest.json"
     # Not one of an earlier run on other cases.
-    if path.is_file() and _noted(path) == json.loads(json.dumps(list(cases), default=str)):
+    if path.is_file() and cases_in_manifest(path) == json.loads(json.dumps(list(cases), default=str)):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     return write_manifest(output_dir, list(cases))
@@ -254,84 +183,3 @@ def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
 def _seconds_per_case(manifest: Mapping[str, Any], scored: Sequence[Case]) -> float | None:
     seconds = manifest.get("wall_seconds")
     return None if seconds is None else round(float(seconds) / max(1, len(manifest["data"]) or len(scored)), 2)
-
-
-def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries as a Markdown table: mean [95% interval] and n of every metric, and the mean with failures."""
-    head = ["network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for each in summaries:
-        measured = each["aggregate"]["metrics"]
-        counts = each["aggregate"]["counts"]
-        failures = sum(counts[status] for status in FAILURES)
-        metrics = [_cell(measured[m], d, failures) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
-        parameters = "" if each["parameters"] is None else f"{each['parameters'] / 1e6:.2f} M"
-        cost = ["" if each[k] is None else f"{each[k]:.1f}" for k in ("gflops", "seconds_per_case")]
-        lines.append("| " + " | ".join([_escaped(each["name"]), *metrics, str(failures), parameters, *cost]) + " |")
-    return "\n".join(lines)
-
-
-def _escaped(name: str) -> str:
-    """A name as one cell of a Markdown table, without markup of its own."""
-    return re.sub(r"([\\|<])", r"\\\1", " ".join(name.split()))
-
-
-def _cell(metric: Mapping[str, Any], digits: int, failures: int) -> str:
-    """Where it is defined; a network that misses cases can look better there, so with failures at their worst, too."""
-    summary, worst = metric["defined"], metric["worst_filled"]["mean"]
-    filled = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
-    if summary["mean"] is None:
-        return f"undefined (0){filled}"
-    interval = "" if summary["ci95"] is None else " [" + ", ".join(f"{x:.{digits}f}" for x in summary["ci95"]) + "]"
-    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']}){filled}"
-
-
-def compare(
-    evaluations: Sequence[str],
-    output_dir: str,
-    cases: Sequence[Case] = (),
-    modalities: Sequence[str] | Mapping[str, Any] = (),
-    curves: Sequence[str] = (),
-    title: str = "Comparison",
-    labels: Sequence[Sequence[float]] | None = None,
-) -> str:
-    """One report of several evaluations, with overlays of the last one's best, median and worst cases.
-
-    Args:
-        evaluations: folders that ``score`` wrote.
-        output_dir: folder of ``report.html`` and ``table.md``.
-        cases: data list, for the overlays.
-        modalities: keys of the data list to draw, and where known the ranges that the network is given.
-        curves: files of learning curves, named after their folders.
-        title: head of the page.
-        labels: per class the reference's values, for the overlays; by default all but 0 are foreground.
-
-    Returns:
-        The table, as Markdown.
-
-    Raises:
-        FileNotFoundError: a folder holds no evaluation.
-        ValueError: a file there is not an evaluation's.
-    """
-    runs = []
-    for folder in evaluations:
-        summary = Path(folder) / "summary.json"
-        if not summary.is_file():
-            raise FileNotFoundError(f"{folder} holds no summary.json: run `python -m scripts evaluate` first.")
-        known = _summary(summary)
-        rows = _with_centres(read_rows(Path(folder) / "cases.csv"), [*_listed(folder), *cases])
-        runs.append({**known, "rows": rows})
-    scored = [case for case in cases if "label" in case]
-    last = runs[-1]
-    ranges = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")
-    text = table(runs)
-    write_report(
-        Path(output_dir) / "report.html",
-        title,
-        runs,
-        _overlays(scored, last["rows"], last["predictions"], ranges, labels) if scored else [],
-        {Path(path).parent.name: read_curves(path) for path in curves},
-        write_manifest(output_dir, list(cases)),
-    )
-    write_text(text + "\n", Path(output_dir) / "table.md")
-    return text

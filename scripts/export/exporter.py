@@ -23,9 +23,11 @@ from tqdm import tqdm
 from scripts.data.cohorts.phantom import MODALITIES, write_phantoms
 from scripts.export import converters as conversion
 from scripts.export.parity import Inferer, compare, failures
-from scripts.inference.engines import RECORD, ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, export_folder, optional
-from scripts.training.checkpoint import load_weights, sha256
+from scripts.inference.engine_choice import RECORD, export_folder
+from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, optional
+from scripts.networks.weights import load_weights
 from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import code_version, package_versions
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from monai.networks.nets import UNETR, SegResNet, SwinUNETR
 from torch import nn
 
 from scripts.networks import HDenseFormer, NNUNet, UXNet
-from scripts.training.checkpoint import load_weights
+from scripts.networks.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

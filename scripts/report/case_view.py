@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.data import Rules
+from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
-from scripts.report import Overlay, write_report
+from scripts.metrics import Row
+from scripts.report import Overlay, pick_cases, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -107,3 +108,28 @@ def report_mask(
     notes = [f"Segmented without {', '.join(absent).upper()}."] if absent else []
     write_report(path, f"Segmentation of {case}", [], [shown], {}, made, notes)
     return path
+
+
+def case_overlays(
+    cases: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    predictions: str,
+    intensity: Mapping[str, Any],
+    labels: Sequence[Sequence[float]] | None = None,
+    rules: Rules | None = None,
+) -> list[Overlay]:
+    """Best, median and worst case on the label's grid."""
+    by_id, rules, drawn = {case["case_id"]: case for case in cases}, rules or Rules(), []
+    for kind, case_id in pick_cases(rows).items():
+        path = Path(predictions) / f"{case_id}.nii.gz"
+        if case_id not in by_id or not path.is_file():
+            continue
+        case = by_id[case_id]
+        label = read_itk(case["label"], rules)
+        reference = foreground(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
+        mask = onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
+        dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
+        images = {key: (str(case[key]), 0) for key in intensity if key in case}
+        title = f"{kind}: {case_id}, Dice {dice:.3f}"
+        drawn.append(show(title, images, label, sitk.GetArrayFromImage(mask) > 0, reference, intensity, rules))
+    return drawn

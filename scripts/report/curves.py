@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,3 +56,13 @@ def _image(figure: Any, alt: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+Row = dict[str, float | int | None]
+
+
+def read_curves(path: str | Path) -> list[Row]:
+    """Rows of a curves file; an empty cell is None."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]

@@ -3,125 +3,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
-from torch import nn
 
-from scripts.utils.atomic_files import atomic_file
+from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
-
-
-def sha256(path: str | Path) -> str:
-    """Checksum of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checksum_beside(path: str | Path) -> str | None:
-    """The sha256 in ``<path>.sha256``, as ``sha256sum`` writes it; None where there is no such file.
-
-    Raises:
-        ValueError: the file holds no sha256.
-    """
-    beside = Path(f"{path}.sha256")
-    if not beside.is_file():
-        return None
-    with open(beside, "rb") as file:
-        found = re.match(rb"\s*([0-9a-fA-F]{64})(?:\s|$)", file.read(1000))
-    if found is None:
-        raise ValueError(
-            f"{beside} holds no sha256 of 64 hexadecimal digits: write it again by sha256sum, or remove it."
-        )
-    return found[1].decode().lower()
-
-
-def load_plain(path: str | Path, mmap: bool = False) -> Any:
-    """Tensors and plain numbers of a file; ValueError, without running anything, where it holds anything else.
-
-    Args:
-        path: of what ``torch.save`` wrote.
-        mmap: map it into memory, so that only what is used is read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no checkpoint make the reader fail in a dozen ways
-        raise ValueError(f"{path} is not a file of plain weights, and nothing else is loaded.") from error
-
-
-def load_weights(network: nn.Module, path: str | Path, checksum: str | None = None, key: str = "model") -> str:
-    """Load weights strictly, without ever unpickling code.
-
-    Args:
-        network: receives the weights.
-        path: file of a state dict, or of a checkpoint that holds one under ``key``.
-        checksum: sha256 that the file must have; by default the one beside it (``<path>.sha256``), where there is one.
-        key: see ``path``.
-
-    Returns:
-        The file's sha256.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another checksum, a file that is no weights file, weights that are not finite or that do not fit the
-            network.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No weights at {path}: train the network first or give the right path.")
-    found, expected = sha256(path), checksum or checksum_beside(path)
-    if expected is not None and found != expected.lower():
-        raise ValueError(f"{path} has the sha256 {found[:12]}..., not {expected[:12]}...: it is not the expected file.")
-    state = load_plain(path)
-    try:
-        weights = state.get(key, state) if isinstance(state, dict) else state
-        _require_finite(path, weights)
-        network.load_state_dict(weights, strict=True)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise ValueError(f"The weights in {path} do not fit {type(network).__name__}: {detail}") from error
-    return found
-
-
-def _require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
-    """A network whose weights are NaN answers with an empty mask and no word."""
-    tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
-    bad = sum(not bool(value.isfinite().all()) for value in tensors)
-    if bad:
-        raise ValueError(
-            f"{path} holds NaN or infinite values in {bad} of its {len(tensors)} tensors: take weights from before "
-            "that, or train again."
-        )
-
-
-def write_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` by ``atomic_file``; read again by ``is_whole`` before it gets its name."""
-    with atomic_file(path, check=is_whole) as file:
-        torch.save(state, file)
-
-
-def is_whole(path: str | Path) -> bool:
-    """Whether a file that ``torch.save`` wrote is there with every byte: each member's CRC-32 is compared."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # A member that a flipped bit marks as a folder keeps its CRC, but PyTorch reads zeros in its place.
-            whole = archive.testzip() is None and not any(member.external_attr for member in archive.infolist())
-        if whole:
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # the directory has no CRC of its own
-    except Exception:  # a flipped bit makes the readers fail in a dozen ways
-        return False
-    return whole
 
 
 class TrainingCheckpoint:
@@ -260,24 +153,3 @@ def _require_length(path: Path, state: Any, item: Any) -> None:
             f"{path} is of a run of {planned} epochs, here there are {now}: go on with {planned}, or start a new run "
             "from its weights (--pretrained)."
         )
-
-
-class WeightsLoader:
-    """Handler: load weights strictly when an inference starts, so that only a run that needs them asks for them.
-
-    Args:
-        network: receives the weights.
-        path: file of the weights.
-        checksum: see ``load_weights``.
-    """
-
-    def __init__(self, network: nn.Module, path: str, checksum: str | None = None) -> None:
-        self.network, self.path, self.checksum = network, Path(path), checksum
-
-    def attach(self, engine: Engine) -> None:
-        """Register with an engine."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Load."""
-        logger.info("weights %s, sha256 %s", self.path, load_weights(self.network, self.path, self.checksum))

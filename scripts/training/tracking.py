@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.report import Overlay, slice_figure
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import atomic_file
 
 

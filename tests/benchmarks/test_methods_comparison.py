@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks.methods_plan import ALONE, Job, Plan, threshold_masks, work_off
+from benchmarks.job_queue import Job, work_off
+from benchmarks.methods_plan import ALONE, Plan, threshold_masks
 from benchmarks.methods_table import entries, markdown, seed_mean, write_comparison
 from scripts.cli.main import ACTIONS, main
 from scripts.cli.options import build_parser

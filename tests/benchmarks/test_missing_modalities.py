@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.methods_plan import Job, work_off
+from benchmarks.job_queue import Job, work_off
 from benchmarks.missing_modalities import (
     DISTILLED,
     DROPPED,

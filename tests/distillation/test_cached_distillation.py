@@ -15,7 +15,7 @@ import torch
 
 from scripts.cli.main import main
 from scripts.networks.teacher import Teacher
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 PHANTOM = [
     "--data", "phantom", "--threads", "1", "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]",

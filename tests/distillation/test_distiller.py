@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.distillation.distiller import DistillationLoss, Distiller
+from scripts.distillation.distiller import Distiller
+from scripts.distillation.loss import DistillationLoss
 from scripts.losses import AttentionMapLoss, SoftPredictionLoss
 from scripts.networks import ChannelAdapter, Student
 

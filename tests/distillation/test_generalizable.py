@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.distillation.distiller import DistillationLoss
-from scripts.distillation.generalizable import (
+from scripts.distillation.alignment_training import (
     AlignmentLoss,
-    GeneralizableDistiller,
     HeaderTrainer,
     header_of,
     intensity_view,
     mask_batch,
     semantic_codes,
 )
+from scripts.distillation.generalizable import GeneralizableDistiller
+from scripts.distillation.loss import DistillationLoss
 from scripts.losses import ContrastiveGraphLoss, SoftPredictionLoss
 from scripts.metrics import FrechetSemanticDistance
 from scripts.networks import Student
 from scripts.networks.teacher import Teacher
-from scripts.training.checkpoint import write_atomically
+from scripts.utils.tensor_files import write_atomically
 
 MODALITIES = ["ct", "pet", "mr"]
 PATCH = [32, 32, 16]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.distillation.distiller import DistillationLoss, Distiller
+from scripts.distillation.distiller import Distiller
 from scripts.distillation.gradient_balance import gradient_norms, shared_weights
+from scripts.distillation.loss import DistillationLoss
 
 
 class Scale(nn.Module):

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from scripts.cli.main import main
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.networks import Student
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.json"))

@@ -22,7 +22,8 @@ from torch import nn
 from scripts.data import Draws, preprocessing, training_set
 from scripts.data.pipelines import Pipeline
 from scripts.data.training_set import Volumes
-from scripts.distillation.distiller import DistillationLoss, Distiller
+from scripts.distillation.distiller import Distiller
+from scripts.distillation.loss import DistillationLoss
 from scripts.distillation.teacher_cache import CachedTeacher, TeacherCache, cached_teachers
 from scripts.distillation.teacher_cache_writer import cache_teachers
 from scripts.losses import AttentionMapLoss, SoftPredictionLoss

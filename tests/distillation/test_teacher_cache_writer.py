@@ -19,7 +19,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from benchmarks.methods_plan import own_bars
+from benchmarks.job_queue import own_bars
 from scripts.cli.main import main
 from scripts.data import preprocessing
 from scripts.distillation.teacher_cache_writer import attention_map, cache_teachers

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scripts.cli.main import main
-from scripts.training.checkpoint import sha256
+from scripts.utils.checksums import sha256
 
 ROOT = Path(__file__).parents[2]
 STS = ROOT.parent / "shared/data/sts"

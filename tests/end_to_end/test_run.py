@@ -17,7 +17,7 @@ import torch
 from monai.bundle import ckpt_export
 
 from scripts.cli.main import main
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 ROOT = Path(__file__).parents[2]
 TINY = [

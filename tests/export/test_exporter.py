@@ -21,7 +21,7 @@ from scripts.export import exporter as export
 from scripts.export import parity
 from scripts.export.parity import Figures, Gate, dice, failures, mean
 from scripts.networks import Student
-from scripts.training.checkpoint import sha256
+from scripts.utils.checksums import sha256
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")

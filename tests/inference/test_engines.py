@@ -19,18 +19,10 @@ from torch import nn
 from scripts.cli.options import build_parser
 from scripts.export import converters as conversion
 from scripts.inference import engines
-from scripts.inference.engines import (
-    ENGINES,
-    PRECISIONS,
-    Engine,
-    ONNXRuntimeEngine,
-    OpenVINOEngine,
-    TorchEngine,
-    UnavailableError,
-    choose_engine,
-)
+from scripts.inference.engine_choice import ENGINES, PRECISIONS, Engine, choose_engine
+from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, TorchEngine, UnavailableError
 from scripts.networks import Student
-from scripts.training.checkpoint import sha256
+from scripts.utils.checksums import sha256
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")

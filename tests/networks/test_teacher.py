@@ -15,7 +15,7 @@ import torch
 
 from scripts.networks import Student
 from scripts.networks.teacher import ARCHITECTURES, Teacher, load_teachers
-from scripts.training.checkpoint import sha256
+from scripts.utils.checksums import sha256
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "unetr": {"feature_size": 4, "hidden_size": 24, "mlp_dim": 24, "num_heads": 2},

@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from scripts.evaluation.score import compare, score
+from scripts.evaluation.compare import compare
+from scripts.evaluation.score import score
 
 pytestmark = pytest.mark.browser
 

@@ -12,8 +12,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
+from scripts.report.curves import read_curves
 from scripts.training import handlers
-from scripts.training.handlers import read_curves
 
 RATE, EPOCHS, CASES = 0.05, 2, 4
 SGD = {"_target_": "torch.optim.SGD", "params": "$@trained.parameters()", "lr": "@learning_rate"}

@@ -15,15 +15,10 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 
-from scripts.training.checkpoint import (
-    TrainingCheckpoint,
-    WeightsLoader,
-    is_whole,
-    load_plain,
-    load_weights,
-    sha256,
-    write_atomically,
-)
+from scripts.networks.weights import WeightsLoader, load_weights
+from scripts.training.checkpoint import TrainingCheckpoint
+from scripts.utils.checksums import sha256
+from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 ITERATIONS = 3
 

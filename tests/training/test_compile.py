@@ -14,7 +14,7 @@ from torch._dynamo import register_backend
 
 from scripts.cli.main import main
 from scripts.networks import Student
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 CALLS: list[str] = []
 TINY = [

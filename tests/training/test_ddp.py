@@ -15,7 +15,7 @@ import torch
 
 from scripts.cli.main import main
 from scripts.data.cohorts.phantom import write_phantoms
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ["train", "data/phantom", "scale/small", "distill", "methods/hint"]

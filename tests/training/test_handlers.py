@@ -19,8 +19,10 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import MeanDice, ValidationHandler, from_engine
 from torch import nn
 
+from scripts.report.curves import read_curves
 from scripts.training.checkpoint import TrainingCheckpoint
-from scripts.training.handlers import CurveWriter, ManifestWriter, Progress, SeedEpochs, read_curves
+from scripts.training.handlers import ManifestWriter, Progress, SeedEpochs
+from scripts.training.learning_curves import CurveWriter
 
 OPTIMIZER = SimpleNamespace(param_groups=[{"lr": 0.25}])
 

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from scripts.cli.main import main
 from scripts.losses import SoftPredictionLoss
-from scripts.training.handlers import read_curves
+from scripts.report.curves import read_curves
 from scripts.training.mixed_precision import AutocastInferer
 
 HALVES = {"float16": torch.float16}  # bfloat16 is for GPUs, see AutocastInferer

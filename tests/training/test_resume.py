@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.methods_plan import own_bars
+from benchmarks.job_queue import own_bars
 from scripts.cli.main import main
 
 EPOCHS, KILLS = 26, 20

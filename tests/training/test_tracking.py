@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.cli.main import main
 from scripts.report import Overlay
+from scripts.report.curves import read_curves
 from scripts.training import tracking
-from scripts.training.handlers import CurveWriter, read_curves
+from scripts.training.learning_curves import CurveWriter
 from scripts.training.tracking import MLflowCurves, OverlayWriter, TensorBoard, TensorBoardCurves
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.methods_plan import own_bars
+from benchmarks.job_queue import own_bars
 from scripts.cli.main import main
 from scripts.networks import Student
 

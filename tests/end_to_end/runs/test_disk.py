@@ -20,8 +20,8 @@ import torch
 import scripts.utils.atomic_files
 from scripts.cli.main import main
 from scripts.image_io.nifti import write_nifti as write_mask
-from scripts.training.checkpoint import write_atomically
 from scripts.utils.atomic_files import write_bytes, write_json, write_text
+from scripts.utils.tensor_files import write_atomically
 
 LIMIT = 2048
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)

@@ -178,7 +178,7 @@ def _plain_student(path: Path) -> None:
 
 
 def _plain_header(path: Path) -> None:
-    from scripts.distillation.generalizable import header_of
+    from scripts.distillation.alignment_training import header_of
     from scripts.networks import Student
 
     student = Student(3, 2, (4, 8, 8, 8), norm=("group", {"num_groups": 4}))

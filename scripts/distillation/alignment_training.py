@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the alignment headers and the semantic auto-encoder of GKD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.losses import DiceCELoss
+from torch import nn
+from torch.nn import functional
+
+from scripts.distillation.distiller import LOGITS
+from scripts.networks import AlignmentHeader, SemanticAutoEncoder
+from scripts.networks.weights import load_weights
+
+
+def header_of(network: nn.Module, window: Sequence[int], **options: Any) -> AlignmentHeader:
+    """A new alignment header for a network's deepest features.
+
+    Args:
+        network: has ``encode`` and ``decode`` (``Student``, or a ``Teacher`` of H-DenseFormer, 3D UX-Net or DynUNet).
+        window: ``[M, H, W, D]``, an image that it accepts.
+        options: further arguments of ``AlignmentHeader``.
+
+    Raises:
+        ValueError: the network has no encoder and decoder that can be called apart.
+    """
+    inner = getattr(network, "network", network)
+    if not (hasattr(inner, "encode") and hasattr(inner, "decode")):
+        raise ValueError(
+            f"{type(inner).__name__} has no encoder and decoder that can be called apart, as alignment headers need: "
+            "choose hdenseformer, uxnet or dynunet as the teacher."
+        )
+    parameter = next(network.parameters())
+    training = network.training
+    with torch.no_grad():
+        deepest = network.eval().encode(torch.zeros(1, *window, device=parameter.device))[-1]  # type: ignore[operator]
+    network.train(training)
+    return AlignmentHeader(deepest.shape[1], **options).to(parameter.device)
+
+
+def intensity_view(image: torch.Tensor) -> torch.Tensor:
+    """The image (``B M H W [D]``) with noise and another gain per sample and modality; absent (zero) ones stay zero."""
+    shape = [*image.shape[:2], *[1] * (image.dim() - 2)]
+    gain = 0.8 + 0.4 * torch.rand(shape, device=image.device)
+    present = (image != 0).flatten(2).any(dim=2).view(shape)
+    return image * gain + 0.05 * torch.randn_like(image) * present
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
+
+
+class HeaderTrainer(nn.Module):
+    """A frozen network with the alignment header that is to be trained on its deepest features.
+
+    In ``train()`` ``forward(image, label)`` returns a dict for ``AlignmentLoss``; in ``eval()`` ``forward(image)``
+    returns the network's logits as they are with the header's reconstruction in place of the deepest features, so that
+    validation Dice tells what the code keeps.
+
+    Args:
+        network: see ``header_of``.
+        window: see ``header_of``.
+        classes: of the label, background included.
+        weights: of the network, loaded strictly; empty: random ones (a control).
+        autoencoder: weights of the semantic auto-encoder; empty: random ones.
+    """
+
+    def __init__(
+        self, network: nn.Module, window: Sequence[int], classes: int, weights: str = "", autoencoder: str = ""
+    ) -> None:
+        super().__init__()
+        if weights:
+            load_weights(network, weights)
+        self.network = freeze(network)
+        self.header = header_of(network, window)
+        self.autoencoder = SemanticAutoEncoder(classes)
+        if autoencoder:
+            load_weights(self.autoencoder, autoencoder)
+        freeze(self.autoencoder)
+
+    def train(self, mode: bool = True) -> HeaderTrainer:
+        """Set the header's mode; everything else stays in eval()."""
+        super().train(mode)
+        self.network.eval()
+        self.autoencoder.eval()
+        return self
+
+    def forward(self, image: torch.Tensor, label: torch.Tensor | None = None) -> Any:
+        """``image`` ``B M H W D`` (and in train() ``label`` ``B 1 H W D``) to a dict, or to logits."""
+        with torch.no_grad():
+            features = self.network.encode(image)  # type: ignore[operator]
+        code, reconstruction = self.header(features[-1])
+        logits = self.network.decode([*features[:-1], reconstruction])  # type: ignore[operator]
+        if not self.training or label is None:
+            return logits
+        with torch.no_grad():
+            view = self.network.encode(intensity_view(image))[-1]  # type: ignore[operator]
+            semantic = self.autoencoder.encode(label)  # type: ignore[operator]
+        return {
+            LOGITS: logits,
+            "features": features[-1],
+            "reconstruction": reconstruction,
+            "code": code,
+            "view": self.header.encode(view),
+            "semantic": semantic,
+        }
+
+
+class AlignmentLoss(nn.Module):
+    """Consistency training of an alignment header: what it keeps is the features, the label's meaning, no intensity.
+
+    Source: [ours] formula of ACT (Qi et al., arXiv 2207.12995)::
+
+        mean (F' - F)^2 + (1 - cos(z, z_semantic)) + S(decoder(F'), label) + mean (z(view) - z)^2
+
+    F the deepest features, F' their reconstruction, z the code; every term is a mean over the batch, the cosine is of
+    a sample's whole code. ``logged`` holds the four by name.
+
+    Args:
+        segmentation: S; by default Dice + cross-entropy.
+    """
+
+    def __init__(self, segmentation: nn.Module | None = None) -> None:
+        super().__init__()
+        default = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+        self.segmentation = segmentation or default
+        self.logged: dict[str, float] = {}
+
+    def forward(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+        """What ``HeaderTrainer.forward`` returned in train(), and the label ``B 1 H W D``, to a scalar."""
+        code, semantic = outputs["code"].float().flatten(1), outputs["semantic"].float().flatten(1)
+        terms = {
+            "reconstruction": functional.mse_loss(outputs["reconstruction"].float(), outputs["features"].float()),
+            "meaning": (1 - functional.cosine_similarity(code, semantic, dim=1, eps=1e-12)).mean(),
+            "segmentation": self.segmentation(outputs[LOGITS], label),
+            "consistency": functional.mse_loss(outputs["view"].float().flatten(1), code),
+        }
+        self.logged = {name: float(value.detach()) for name, value in terms.items()}
+        return torch.stack(list(terms.values())).sum()
+
+
+def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Codes of images, one row each, for ``scripts.metrics.FrechetSemanticDistance``.
+
+    Args:
+        network: see ``header_of``; in eval().
+        header: that network's trained header.
+        images: batches ``B M H W D``.
+    """
+    with torch.no_grad():
+        return torch.cat([header.encode(network.encode(batch)[-1]).flatten(1).cpu() for batch in images])
+
+
+def mask_batch(batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+    """``prepare_batch`` of the semantic auto-encoder: the label is its input and its target."""
+    label = batch["label"].to(device=device, non_blocking=non_blocking)
+    return label, label

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DistillationLoss: the segmentation loss plus weighted terms between student and teachers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
+from scripts.distillation.teacher_weighting import teacher_weights
+
+
+class DistillationLoss(nn.Module):
+    """``segmentation + warmup * sum over terms of weight * sum over teachers of w_k * loss(student, teacher_k)``.
+
+    Source: [ours] in this form; see docs/methods.md for each term's own source.
+
+    Args:
+        segmentation: supervised loss of (logits, label).
+        distiller: whose taps, teachers and adapters the terms refer to; only read here, and not kept.
+        terms: name -> ``{"loss": module, "tap": "logits" or a tap's name, "weight": factor}``.
+        weighting: teachers' weights, see ``scripts.distillation.teacher_weighting.teacher_weights``.
+        static: the weights of ``weighting="static"``, in the order of the teachers.
+        mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
+            the teachers' softened probabilities, for terms on logits only; the same gradient for static weights,
+            another value, which is then logged).
+
+    A term on a tap that is not for every teacher shares its weight among those that it is for. ``logged`` holds the
+    last values, by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``, and what a term logs
+    itself, as ``<term>/<name>``.
+
+    Raises:
+        ValueError: a term on an unknown tap; an adapter that no term uses; an unknown mixing.
+    """
+
+    def __init__(
+        self,
+        segmentation: nn.Module,
+        distiller: Distiller,
+        terms: Mapping[str, Mapping[str, Any]],
+        weighting: str = "mean",
+        static: Sequence[float] | None = None,
+        mixing: str = "loss",
+    ) -> None:
+        super().__init__()
+        if mixing not in ("loss", "probability"):
+            raise ValueError(f"Unknown mixing {mixing!r}: choose loss or probability.")
+        taps = {name: term["tap"] for name, term in terms.items()}
+        for name, tap in taps.items():
+            if tap not in distiller.tap_names:
+                raise ValueError(f"Term {name!r} wants the tap {tap!r}; there are {', '.join(distiller.tap_names)}.")
+        unused = sorted(set(distiller.adapters) - set(taps.values()))
+        if unused:
+            raise ValueError(f"No term uses the adapters of {unused}: remove them or add a term on that tap.")
+        self.segmentation = segmentation
+        self.losses = nn.ModuleDict({name: term["loss"] for name, term in terms.items()})
+        self.taps, self.weights = taps, {name: float(term["weight"]) for name, term in terms.items()}
+        self.wants_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
+        self.teacher_names = distiller.teacher_names
+        self.teachers_of = {tap: distiller.teachers_of(tap) for tap in taps.values()}
+        self.weighting, self.static, self.mixing = weighting, static, mixing
+        self.warmup = 1.0
+        self.logged: dict[str, float] = {}
+
+    def set_warmup(self, factor: float) -> None:
+        """Set the common factor of all terms, 0 to 1 (``ParamSchedulerHandler`` calls it)."""
+        self.warmup = float(factor)
+
+    def forward(self, outputs: dict[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+        """Total loss, a scalar.
+
+        Args:
+            outputs: what ``Distiller.forward`` returned in train().
+            label: class indices, ``B 1 H W [D]``.
+        """
+        values = self.terms(outputs, label)
+        total = values.pop(SEGMENTATION)
+        for name, value in values.items():
+            total = total + self.warmup * self.weights[name] * value
+        return total
+
+    def terms(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The segmentation loss and every term before its weight, by name."""
+        values = {SEGMENTATION: self.segmentation(outputs[LOGITS], label)}
+        answers = [outputs[f"{k}.{LOGITS}"] for k in self.teacher_names]
+        shares = teacher_weights(self.weighting, answers, outputs["available"], label, self.static)
+        values |= {name: self._term(name, outputs, shares, label) for name in self.losses}
+        self.logged = {name: float(value.detach()) for name, value in values.items()}
+        for name, loss in self.losses.items():
+            self.logged |= {f"{name}/{key}": value for key, value in getattr(loss, "logged", {}).items()}
+        self.logged |= {f"weight/{k}": float(w) for k, w in zip(self.teacher_names, shares.mean(0), strict=True)}
+        return values
+
+    def _term(
+        self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        tap, extra = self.taps[name], [label] if self.wants_label[name] else []
+        if tap == LOGITS and self.mixing == "probability":
+            mixed, known = self._mixture(name, outputs, shares)
+            return self._per_sample(name, known, [outputs[LOGITS], mixed, *extra])
+        keys = self.teachers_of[tap]
+        shares = shares[:, [self.teacher_names.index(k) for k in keys]]
+        if len(keys) < len(self.teacher_names):
+            shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        values = []
+        for share, key in zip(shares.unbind(dim=1), keys, strict=True):
+            adapted = f"student.{tap}@{key}"
+            mine = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
+            values.append(self._per_sample(name, share, [mine, outputs[f"{key}.{tap}"], *extra]))
+        return torch.stack(values).sum()
+
+    def _per_sample(self, name: str, share: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean over the batch of share * loss; one call where the samples share their weight."""
+        loss = self.losses[name]
+        if bool((share == share[0]).all()):
+            # A teacher that is nowhere available is not asked: 0 * its loss would still carry a NaN on.
+            return share[0] * loss(*tensors) if bool(share[0] > 0) else (tensors[0] * 0.0).sum()
+        values = [w * loss(*(x[i : i + 1] for x in tensors)) for i, w in enumerate(share) if bool(w > 0)]
+        return torch.stack(values).sum() / len(share)
+
+    def _mixture(
+        self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits whose softened probabilities are the teachers' weighted mean, and where there is any teacher."""
+        temperature = getattr(self.losses[name], "temperature", 1.0)
+        stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
+        weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
+        # An absent teacher must not even pass on a NaN: 0 * NaN is NaN.
+        stacked = stacked.masked_fill(weights == 0, 0.0)
+        if stacked.shape[2] == 1:
+            p = (stacked.sigmoid() * weights).sum(1)
+            return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
+        p = (stacked.softmax(2) * weights).sum(1)
+        return temperature * p.clamp_min(1e-12).log(), shares.sum(1)

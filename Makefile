@@ -95,6 +95,7 @@ browser-test: env
 lint: env
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 
 type: env
 	.venv/bin/mypy

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -345,8 +346,7 @@ def report(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Compare methods, subsets of the modalities, or the cost of training; goes on where it was stopped."""
-    import benchmarks.__main__ as benchmarks
-
+    benchmarks = importlib.import_module("benchmarks.__main__")
     args.scale = args.scale or benchmarks.SCALES.get(args.name, "small")
     run = getattr(benchmarks, args.name)
     print(run(args, _merged(args)["modalities"], main))

@@ -3,9 +3,9 @@
 
 ``FOLDER/<teacher>/<case>.pt`` holds fp16 tensors of the case's preprocessed, un-augmented volume: ``logits`` and, where
 asked, ``<tap>``, a one-channel attention map. ``FOLDER/<teacher>/manifest.json`` says of what: weights, preprocessing,
-spacing, versions, and per case its shape, size and checksum (written by ``teacher_cache_writer``). In training they take
-the same patch, flips and affine as the image. That is an approximation: a network's answer to a flipped image is not
-quite its flipped answer.
+spacing, versions, and per case its shape, size and checksum. ``teacher_cache_writer`` writes both. In training the
+cached tensors take the same patch, flips and affine as the image. That is an approximation: a network's answer to a
+flipped image is not quite its flipped answer.
 """
 
 from __future__ import annotations

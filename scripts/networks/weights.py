@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.training.checkpoint import logger
 from scripts.utils.checksums import checksum_beside, sha256
 from scripts.utils.tensor_files import load_plain
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(network: nn.Module, path: str | Path, checksum: str | None = None, key: str = "model") -> str:

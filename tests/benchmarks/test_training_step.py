@@ -22,6 +22,7 @@ from benchmarks.training_step import (
     specs,
     table,
 )
+from scripts.cli.bundle_run import Expression
 from scripts.cli.options import CONFIGS, config_names
 from scripts.data.cohorts.phantom import write_phantoms
 
@@ -35,7 +36,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_phantoms(root, cases=6, seed=3, progress=False)
     return {
         "dataset_dir": str(root), "output_dir": str(root / "unused"), "threads": 1, "patch": [32, 32, 16],
-        "device": "$torch.device('cpu')", "spacing": [12.0, 12.0, 12.0], "student_features": [4, 8, 8, 8],
+        "device": Expression("$torch.device('cpu')"), "spacing": [12.0, 12.0, 12.0], "student_features": [4, 8, 8, 8],
         "student_norm": ["group", {"num_groups": 4}], "architectures": {"dynunet": {"filters": [2, 4, 4, 4]}},
     }  # fmt: skip
 

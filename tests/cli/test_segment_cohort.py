@@ -26,7 +26,7 @@ from scripts.cli.main import main
 from scripts.data.bids import bids_name
 from scripts.networks import Student
 
-WORKFLOW = Path(__file__).parents[2] / "docs" / "workflow"
+WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
 TINY = [
     "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,32]", "--set", f"student_features={list(FEATURES)}",

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
-import statistics
 import subprocess
 from pathlib import Path
 
@@ -18,29 +16,6 @@ from scripts.cli.main import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = sorted((ROOT / "scripts").rglob("*.py"))
-# What each part of the house may import of the house: imports go down only.
-ALLOWED = {
-    "losses": {"losses"},
-    "networks": {"networks"},
-    "metrics": {"metrics"},
-    "data": {"data"},
-    "fusion": set(),
-    "taps": set(),
-    "distiller": {"fusion", "taps"},
-    "gkd": {"checkpoint", "distiller", "networks"},
-    "balance": {"checkpoint", "distiller"},
-    "stages": set(),
-    "checkpoint": set(),
-    "teachers": {"checkpoint", "networks"},
-    "tracking": {"handlers", "report"},
-    "engines": {"checkpoint"},
-    "conversion": {"engines", "manifest"},
-    "parity": set(),
-    "export": {"checkpoint", "conversion", "data", "engines", "manifest", "metrics", "parity"},
-    "teacher_cache": {"checkpoint", "data"},
-    "release": set(),
-    "caching": {"checkpoint", "manifest", "metrics", "taps", "teacher_cache"},
-}
 
 
 def _commands(page: Path) -> list[str]:
@@ -86,35 +61,6 @@ def test_the_reading_order_is_at_most_six_files_and_700_lines() -> None:
 
 def test_the_readme_begins_with_the_two_commands() -> None:
     assert [line.split("#")[0].strip() for line in _commands(ROOT / "README.md")[:2]] == ["make demo", "make test"]
-
-
-def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.startswith("scripts.")}
-
-
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down_only(path: Path) -> None:
-    part = path.relative_to(ROOT / "scripts").parts[0].removesuffix(".py")
-    if part in ALLOWED:
-        assert {name.split(".")[1] for name in _imports(path)} <= ALLOWED[part] | {"files"}
-
-
-def test_files_and_functions_stay_small() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in CODE}
-    assert max(lengths.values()) <= 400
-    assert statistics.median(lengths.values()) <= 150
-    for path in CODE:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = node.end_lineno - body[0].lineno + 1 if body else 0
-                assert lines <= 50, f"{path}: {node.name} has {lines} lines"
 
 
 def test_public_losses_and_networks_keep_their_names() -> None:
@@ -165,6 +111,6 @@ def test_data_configs_name_an_intensity_rule_for_every_modality() -> None:
 
 
 def test_every_test_that_the_table_of_faults_names_is_there() -> None:
-    named = re.findall(r"`((?:\w+/)?test_\w+\.py)`", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)`", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"))
     assert len(named) > 30
     assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []

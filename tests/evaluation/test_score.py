@@ -36,7 +36,7 @@ def cube(shift: int = 0) -> Any:
 def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds: only tests that speak of outlines in their names draw them."""
     if "outlines" not in request.node.name:
-        monkeypatch.setattr("scripts.report.case_view._overlays", lambda *arguments: [])
+        monkeypatch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
     cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.report.case_view._overlays", lambda *arguments: [])
+        patch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
         run(cohort, tmp_path, output_dir=str(tmp_path / "one"), name="first")
         run(cohort[:2], tmp_path, output_dir=str(tmp_path / "two"), name="second")
     curves = tmp_path / "student" / "curves.csv"
@@ -346,7 +346,7 @@ def test_the_report_verb_reads_centres_and_images_from_a_data_list(cohort: Any, 
     arguments += ["--evaluations", tmp_path / "out", "--output-dir", tmp_path / "both"]
     with pytest.MonkeyPatch.context() as patch:
         shown: list[Any] = []
-        patch.setattr("scripts.report.case_view._overlays", lambda cases, *others: shown.extend(cases) or [])
+        patch.setattr("scripts.evaluation.compare.case_overlays", lambda cases, *others: shown.extend(cases) or [])
         assert main([str(argument) for argument in arguments]) == 0
     assert [Path(case["ct"]) for case in shown] == [Path(case["ct"]) for case in cohort[:3]]
     page = (tmp_path / "both" / "report.html").read_text()

@@ -18,7 +18,7 @@ from torch import nn
 
 from scripts.cli.options import build_parser
 from scripts.export import converters as conversion
-from scripts.inference import engines
+from scripts.inference import engine_choice, engines
 from scripts.inference.engine_choice import ENGINES, PRECISIONS, Engine, choose_engine
 from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, TorchEngine, UnavailableError
 from scripts.networks import Student
@@ -214,11 +214,11 @@ def test_sizes_that_an_engine_does_not_take_are_named(files: Path) -> None:
 def test_auto_takes_openvino_where_it_can_and_says_why(
     student: Student, files: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, "scripts.inference.engines")
-    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
+    caplog.set_level(logging.INFO, "scripts.inference.engine_choice")
+    monkeypatch.setattr(engine_choice, "cpu_has_bf16", lambda: True)
     assert choose_engine("auto", "auto", files / "model.pt", student).description == "openvino bf16"
     assert caplog.messages[-1] == f"engine openvino bf16: exported files {files / 'model_export'}, this CPU has bf16"
-    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(engine_choice, "cpu_has_bf16", lambda: False)
     assert choose_engine("auto", "auto", files / "model.pt", student).description == "openvino fp32"
     with pytest.raises(UnavailableError, match="this CPU has no bf16"):
         choose_engine("openvino", "bf16", files / "model.pt", student)
@@ -261,7 +261,7 @@ def test_what_is_missing_stale_or_damaged_is_refused_by_name_and_auto_falls_back
     own_files: Path, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = spoil(own_files)
-    caplog.set_level(logging.INFO, "scripts.inference.engines")
+    caplog.set_level(logging.INFO, "scripts.inference.engine_choice")
     assert choose_engine("auto", "auto", own_files / "model.pt", _student()).description == "torch fp32"
     assert caplog.messages[-1].startswith("engine torch fp32: ")
     assert reason in caplog.messages[-1]

@@ -141,7 +141,7 @@ def test_a_training_takes_its_cases_from_the_label_store(
     """As MONAI Label gives them to the bundle that ``monai_label/install.py`` made: images and labels, by path."""
     if absent:
         (study.parent / absent / study.name).unlink()
-    spec = importlib.util.spec_from_file_location("place", ROOT / "label" / "place.py")
+    spec = importlib.util.spec_from_file_location("install", ROOT / "monai_label" / "install.py")
     assert spec is not None
     assert spec.loader is not None
     place = importlib.util.module_from_spec(spec)

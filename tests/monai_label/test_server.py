@@ -83,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if not PYTHON.is_file():
         pytest.fail("MONAI Label's environment is missing: run `make label-test`.")
     folder = tmp_path_factory.mktemp("label")
-    subprocess.run([PYTHON, ROOT / "label" / "place.py", folder, "--cases", "3"], check=True, timeout=200)
+    subprocess.run([PYTHON, ROOT / "monai_label" / "install.py", folder, "--cases", "3"], check=True, timeout=200)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,63 +1,158 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What enters a config of the bundle: text from data is kept from being evaluated, at this one place."""
+"""Call ``monai.bundle run`` with the bundle's configs.
+
+This is the one place where text from outside enters a config. MONAI evaluates text that starts with ``$``, replaces
+``@ID`` and ``%FILE``, and turns ``#`` into ``::``. So every override is escaped, unless it is marked as ``Expression``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import logging
+import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fire.parser import DefaultParseValue
+from scripts.cli.config import CONFIGS, merge_configs, require_id, set_value
+from scripts.cli.options import common_overrides, parse_set
 
-# MONAI evaluates a config's text that starts with $, replaces @ID and %FILE::ID by what they name, and turns # into ::.
-_SPECIAL = re.compile(r"[$@%#]")
+Overrides = dict[str, Any]
+MULTI_GPU = "multi_gpu_train"
+_SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
 
 
 class Expression(str):
-    """A config's text that MONAI interprets: from this program or from ``--set``, never from a file, name or table."""
+    """Config text that MONAI may evaluate: written by this program or given by ``--set``, never data."""
 
     __slots__ = ()
 
 
 def interpreted(value: Any) -> Any:
-    """A value of ``--set`` in which every text is an ``Expression``."""
+    """A value of ``--set`` with every text marked as ``Expression``; ``None`` becomes the expression ``$None``.
+
+    ``monai.bundle run`` drops overrides that are None.
+    """
+    if value is None:
+        return Expression("$None")
     if isinstance(value, str):
         return Expression(value)
     if isinstance(value, dict):
-        return {key: interpreted(each) for key, each in value.items()}
-    return [interpreted(each) for each in value] if isinstance(value, list) else value
+        return {key: interpreted(item) for key, item in value.items()}
+    return [interpreted(item) for item in value] if isinstance(value, list) else value
 
 
 def literal(text: str) -> str:
-    """A config's text that MONAI reads as exactly ``text``, whatever characters it holds."""
+    """Config text that MONAI reads as exactly ``text``."""
     if not _SPECIAL.search(text):
         return text
-    return "$" + _SPECIAL.sub(lambda found: f"\\x{ord(found[0]):02x}", ascii(text))
+    return "$" + _SPECIAL.sub(lambda match: f"\\x{ord(match[0]):02x}", ascii(text))
 
 
 def protected(value: Any) -> Any:
-    """A config override whose texts are literals, except those marked as ``Expression``."""
+    """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``."""
     if isinstance(value, Expression):
         return str(value)
     if isinstance(value, str):
         return literal(value)
     if isinstance(value, Mapping):
-        return {key: protected(each) for key, each in value.items()}
+        return {key: protected(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [protected(each) for each in value]
+        return [protected(item) for item in value]
     return value
 
 
 def shell_word(value: Any) -> str:
-    """A protected override as a word of the shell that ``python -m monai.bundle run`` reads as this very value."""
+    """An override as a word on the command line of ``python -m monai.bundle run``, quoted for the shell.
+
+    MONAI's command line parses values as Python literals, so text such as ``2024`` or ``[a]`` needs quotes of its own.
+    """
+    from fire.parser import DefaultParseValue
+
     if isinstance(value, str) and DefaultParseValue(value) == value:
         return shlex.quote(value)
     text = repr(value)
-    readable = text.replace("'", '"')  # the shell's own quotes are single ones
+    readable = text.replace("'", '"')  # the shell's quotes are single ones
     try:
         same = ast.literal_eval(readable) == value
     except (SyntaxError, ValueError):
         same = False
     return shlex.quote(readable if same else text)
+
+
+def user_overrides(args: argparse.Namespace) -> Overrides:
+    """The overrides of the options that every verb has, and of ``--set``."""
+    device = {"device": Expression(f"$torch.device({args.device!r})")} if args.device else {}
+    given = {key.removeprefix("+"): interpreted(value) for key, value in parse_set(args.set).items()}
+    return {**common_overrides(args), **device, **given}
+
+
+def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> dict[str, Any]:
+    """The merged configs with all overrides, as plain values; expressions stay text.
+
+    Raises:
+        ValueError: ``--set`` names an id that the configs do not hold.
+    """
+    config = merge_configs(configs)
+    for key in parse_set(args.set):
+        if not key.startswith("+"):
+            require_id(config, key)
+    for key, value in {**overrides, **user_overrides(args)}.items():
+        try:
+            set_value(config, key, value)
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise ValueError(f"--set {key}: the configs hold nothing that could contain this id.") from None
+    return config
+
+
+def command_line(configs: Sequence[str], overrides: Mapping[str, Any]) -> str:
+    """The ``monai.bundle run`` command of configs and protected overrides."""
+    start = "python"
+    if MULTI_GPU in configs:
+        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 2)}"
+    flags = [f"--{key} {shell_word(value)}" for key, value in overrides.items()]
+    return " ".join([start, "-m monai.bundle run --config_file", shell_word(_config_files(configs)), *flags])
+
+
+def _config_files(configs: Sequence[str]) -> list[str]:
+    return [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
+
+
+def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+    """Run configs of the bundle by ``monai.bundle run``.
+
+    Args:
+        args: parsed options; ``dry_run`` prints the command and stops, ``verbose`` prints it and MONAI's log.
+        configs: names in configs/, merged in this order.
+        overrides: config id -> value; the options that every verb has are added. Text is data unless it is an
+            ``Expression``.
+
+    Raises:
+        ValueError: ``--set`` names an unknown id, or the run refuses its input.
+    """
+    resolved_config(args, configs, overrides)
+    overrides = protected({**overrides, **user_overrides(args)})
+    command = command_line(configs, overrides)
+    if args.dry_run or args.verbose:
+        print(command, flush=True)
+    if args.dry_run:
+        return
+    from monai.bundle import run
+
+    from scripts.utils import run_manifest
+    from scripts.utils.output_lock import release
+
+    # MONAI warns of every config that lies in a sub folder of configs/.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    run_manifest.set_command(command)
+    try:
+        run(
+            config_file=_config_files(configs),
+            meta_file=str(CONFIGS / "metadata.json"),
+            logging_file=str(CONFIGS / "logging.conf") if args.verbose else False,
+            **overrides,
+        )
+    finally:
+        release()

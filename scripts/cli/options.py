@@ -1,227 +1,232 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of ``python -m scripts``."""
+"""Options that several verbs share, and the config overrides that they stand for."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import json
+import os
+from typing import Any
 
-from scripts import bundle_root
+from scripts.cli.config import config_names, read_config
 
-CONFIGS = Path(bundle_root()) / "configs"
-Action = Callable[[argparse.Namespace], None]
 Parser = argparse.ArgumentParser
-MODALITIES = ("ct", "pet", "mr", "t2w", "adc", "hbv")
-TRAININGS = ("train", "teacher", "distill")
 
 
-def config_names(folder: str) -> list[str]:
-    """Names of the configs in a folder of configs/."""
-    return sorted(path.stem for path in (CONFIGS / folder).glob("*.json"))
-
-
-def count(text: str) -> int:
-    """An argument's whole number of at least 1."""
+def positive_int(text: str) -> int:
+    """An option's whole number of at least 1."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too few: give at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is too small, use at least 1")
     return number
 
 
-def build_parser(actions: Sequence[Action]) -> Parser:
-    """A verb for each action, named after it and described by its docstring.
-
-    Args:
-        actions: what the verbs do with their arguments.
-    """
-    common, training = _common(), _training()
-    # Parents share their actions with every verb, so that another default needs another parent.
-    compared = _common(scale=None)  # each benchmark has its own
-    parser = Parser(prog="python -m scripts", description="Train, distil, segment, score: see docs/README.md.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    added: dict[str, Parser] = {}
-    for action in actions:
-        name = action.__name__.replace("_", "-")
-        shared = compared if name == "benchmark" else common
-        parents = [shared, training] if name in TRAININGS else [shared]
-        added[name] = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents)
-        added[name].set_defaults(action=action)
-    for name in ("train", "teacher", "distill"):
-        added[name].add_argument("--tracking", choices=["mlflow"], help="also track by MLflow; TensorBoard always does")
-    added["phantom"].add_argument("--cases", type=int, default=24)
-    added["check"].add_argument("--json", metavar="FILE", help="also write every finding, for machines")
-    added["check"].add_argument("--workers", type=count, default=2, help="processes")
-    _name_teacher(added["teacher"], architecture="unetr")
-    _student(added["train"])
-    _student(added["distill"])
-    _distill(added["distill"])
-    _cache(added["cache-teachers"])
-    _evaluate(added["evaluate"])
-    _segment(added["segment"])
-    _dicom(added["dicom"])
-    for name in ("evaluate", "segment", "dicom"):
-        _engine(added[name])
-    _export(added["export"])
-    added["report"].add_argument("--evaluations", nargs="+", required=True, help="folders that `evaluate` wrote")
-    added["report"].add_argument("--curves", nargs="+", default=[], help="curves.csv files to draw")
-    added["report"].add_argument("--title", default="Comparison")
-    _benchmark(added["benchmark"])
-    return parser
-
-
-def _common(scale: str | None = "small") -> Parser:
-    """Options of every verb."""
-    common = Parser(add_help=False)
-    common.add_argument("--data", default="sts", choices=config_names("data"), help="data set (a config of its own)")
-    common.add_argument("--dataset-dir", help="folder of the data set, as it was downloaded")
-    common.add_argument("--output-dir", help="folder for everything that is written")
-    common.add_argument("--scale", default=scale, choices=config_names("scale"), help="small: two cores; full: a GPU")
-    common.add_argument("--device", help="such as cpu or cuda:0; by default a GPU where there is one")
-    common.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
-    common.add_argument("--seed", type=int, help="of the initial weights and the augmentation")
-    common.add_argument("--data-list", metavar="FILE", help="a table of cases (.csv, .json) in place of a known layout")
-    common.add_argument("--allow-outside", action="store_true", help="accept paths of the list outside of its folder")
-    common.add_argument("--max-voxels", type=int, help="refuse files that claim more (default 2^30)")
-    common.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="in place of NaN and infinite voxels")
-    common.add_argument(
-        "--series-uid", action="append", metavar="UID", help="DICOM series where a folder holds several"
+def modality_names() -> list[str]:
+    """Every modality of the data sets in configs/data."""
+    return list(
+        dict.fromkeys(key for name in config_names("data") for key in read_config(f"data/{name}")["modalities"])
     )
-    common.add_argument("--allow-missing", action="store_true", help="read absent modalities as zeros")
-    common.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
-    common.add_argument("--dry-run", action="store_true", help="only print the monai.bundle command")
-    return common
 
 
-def _training() -> Parser:
+def add_common_options(parser: Parser) -> None:
+    """Options of every verb."""
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--data", default="sts", choices=config_names("data"), help="data set (default: sts)")
+    group.add_argument("--dataset-dir", metavar="DIR", help="folder of the data set, as downloaded")
+    group.add_argument("--data-list", metavar="FILE", help="table of cases (.csv, .json) instead of a known layout")
+    group.add_argument("--output-dir", metavar="DIR", help="folder for all results")
+    group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
+    group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")
+    group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
+    group.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="replace NaN and infinite voxels")
+    group.add_argument(
+        "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--scale", default="small", choices=config_names("scale"), help="small: CPU; full: one GPU")
+    group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
+    group.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
+    group.add_argument("--dry-run", action="store_true", help="print the monai.bundle command and stop")
+    group.add_argument("--verbose", action="store_true", help="print the monai.bundle command and the full log")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_training_options(parser: Parser) -> None:
     """Options of every training."""
-    training = Parser(add_help=False)
-    training.add_argument("--epochs", type=int, help="length of the training")
-    training.add_argument("--fold", type=int, help="fold that validates (default 0)")
-    training.add_argument("--pretrained", help="weights to start from, with a fresh schedule")
-    training.add_argument("--volumes-dir", help="keep preprocessed cases on disk there, for cohorts larger than memory")
-    training.add_argument("--multi-gpu", action="store_true", help="one process per GPU: start it by torchrun")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    return training
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, metavar="N", help="length of the training")
+    group.add_argument("--fold", type=int, metavar="N", help="validation fold (default: 0)")
+    group.add_argument("--pretrained", metavar="FILE", help="weights to start from, with a fresh schedule")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    group.add_argument("--volumes-dir", metavar="DIR", help="keep preprocessed cases on disk, for large cohorts")
+    group.add_argument("--multi-gpu", action="store_true", help="one process per GPU, started by torchrun")
+    group.add_argument("--tracking", choices=["mlflow"], help="track with MLflow beside TensorBoard")
 
 
-def _student(parser: Parser) -> None:
+def add_student_options(parser: Parser) -> None:
     """Options of every training of a student."""
     parser.add_argument(
         "--modality-dropout",
         type=float,
         metavar="P",
-        help="the student loses each modality with this probability while it trains; its teachers see all",
+        help="hide each modality from the student with this probability; teachers see all (default: 0)",
     )
 
 
-def _name_teacher(parser: Parser, architecture: str | None) -> None:
+def add_network_options(parser: Parser, architecture: str | None) -> None:
+    """Options that name a teacher's network."""
     names = "unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
     parser.add_argument("--architecture", default=architecture, help=names)
-    parser.add_argument("--modalities", nargs="+", default=["ct"], help="what the teacher sees, such as ct pet")
+    parser.add_argument("--modalities", nargs="+", default=["ct"], help="input of the network, such as ct pet")
 
 
-def _name_teachers(parser: Parser) -> None:
-    parser.add_argument("--teachers-dir", help="folder that holds teacher_<modality>/model.pt")
+def add_teachers_options(parser: Parser) -> None:
+    """Options that name the trained teachers of a distillation."""
+    parser.add_argument("--teachers-dir", metavar="DIR", help="folder of teacher_<modality>/model.pt")
     parser.add_argument(
         "--teacher",
         action="append",
         metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
-        help="a teacher in place of the default three; may be given more than once; WEIGHTS: a file, or random",
+        help="a teacher instead of the default three, repeatable; WEIGHTS: a file, or random",
     )
 
 
-def _cache(parser: Parser) -> None:
-    _name_teachers(parser)
-    parser.add_argument("--fold", type=int, help="whose training cases are cached (default 0)")
-    parser.add_argument("--maps", action="store_true", help="also cache the attention maps that Teach-Former compares")
-    parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
+def add_weights_option(parser: Parser) -> None:
+    """The option that names a network's weights."""
+    parser.add_argument("--weights", metavar="FILE", help="weights of the network (default: models/model.pt)")
 
 
-def _distill(parser: Parser) -> None:
-    methods = config_names("methods")
-    _name_teachers(parser)
-    parser.add_argument("--method", action="append", choices=methods, help="may be given more than once")
-    parser.add_argument("--list", action="store_true", help="list the methods, each with its terms, and stop")
-    parser.add_argument("--cache-dir", help="folder that cache-teachers wrote: the teachers are read, not run")
-    parser.add_argument(
-        "--balance",
-        type=float,
-        metavar="SHARE",
-        help="weigh the terms so that their gradients together are SHARE times that of the segmentation loss",
+def add_engine_options(parser: Parser) -> None:
+    """Options of the inference engine."""
+    from scripts.inference import ENGINES, PRECISIONS
+
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine", choices=ENGINES, help="default: auto, which takes OpenVINO where exported files exist"
     )
-    parser.add_argument("--balance-with", metavar="WEIGHTS", help="student on which --balance measures")
-    parser.add_argument("--stages-dir", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
+    group.add_argument("--precision", choices=PRECISIONS, help="default: auto, which takes bf16 where the CPU has it")
+    group.add_argument("--profile", action="store_true", help="print the time of each stage")
 
 
-def _evaluate(parser: Parser) -> None:
-    _name_teacher(parser, architecture=None)
-    parser.add_argument("--weights", help="weights of the network (default: models/model.pt)")
-    parser.add_argument("--name", help="how the table calls the network")
-    parser.add_argument("--fold", type=int, help="only this fold's validation cases (default: every case)")
-    parser.add_argument("--present", nargs="+", metavar="MODALITY", help="as if the cases had no others (default: all)")
-    parser.add_argument("--predictions", help="folder of <case_id>.nii.gz to score instead of segmenting")
-    parser.add_argument("--curves", nargs="+", help="curves.csv files to draw")
+def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The config overrides of the options that every verb has, without ``--device`` and ``--set``."""
+    values = {
+        "dataset_dir": args.dataset_dir,
+        "output_dir": args.output_dir,
+        "threads": args.threads,
+        "seed": args.seed,
+        "data_list": os.path.abspath(args.data_list) if args.data_list else None,
+        "allow_outside": args.allow_outside or None,
+        "allow_missing": args.allow_missing or None,
+        "checks#max_voxels": args.max_voxels,
+        "checks#replace_nonfinite": args.replace_nonfinite,
+        "checks#series_uids": args.series_uid or None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _dicom(parser: Parser) -> None:
-    parser.set_defaults(**dict.fromkeys(MODALITIES), stacked=None, report=False, bids=False)
-    parser.add_argument("--study", required=True, help="folder of one DICOM study; its series may lie in sub folders")
-    parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
-    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+def parse_set(pairs: list[str]) -> dict[str, Any]:
+    """The pairs of ``--set``: id -> value, parsed as JSON where it is JSON, else text.
+
+    Raises:
+        ValueError: a pair without ``=`` or without an id.
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip("+"):
+            raise ValueError(f"--set {pair}: write ID=VALUE, such as --set overlap=0.5.")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
 
 
-def _segment(parser: Parser) -> None:
-    for modality in MODALITIES:
-        parser.add_argument(f"--{modality}", help="file, or DICOM folder")
-    parser.add_argument("--stacked", metavar="FILE", help="one 4D file whose last axis is the modalities, in order")
-    parser.add_argument("--output", help="the mask, .nii.gz")
-    parser.add_argument("--workers", type=count, default=1, help="with --data-list: cases at a time")
-    parser.add_argument("--bids", action="store_true", help="with --data-list: named as BIDS derivatives")
-    parser.add_argument("--report", action="store_true", help="also write OUTPUT's name.report.html: slices and volume")
-    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
+def image_rules(config: dict[str, Any]) -> Any:
+    """The ``scripts.data.Rules`` of a merged config."""
+    from scripts.data import Rules
+
+    return Rules(**{key: value for key, value in config["checks"].items() if key != "_target_"})
 
 
-def _engine(parser: Parser) -> None:
-    """Names as in ``scripts.inference.engines``, which would have to import PyTorch first."""
-    parser.add_argument(
-        "--engine",
-        choices=["auto", "torch", "openvino", "onnxruntime"],
-        help="what runs the network (default auto: OpenVINO where `export` has been run and it is installed)",
-    )
-    parser.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16", "int8"], help="of the engine (default auto: bf16 or fp32)"
-    )
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes, stage by stage")
+def training_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The config overrides of the training options that a verb has."""
+    options = vars(args)
+    if options.get("tracking") and not args.dry_run:  # before the cases are loaded
+        from scripts.training.tracking import require_mlflow
+
+        require_mlflow()
+    ids = {
+        "fold": "fold",
+        "epochs": "max_epochs",
+        "resume": "resume",
+        "pretrained": "pretrained",
+        "volumes_dir": "volumes_dir",
+        "modality_dropout": "modality_dropout",
+        "tracking": "experiment_tracking",
+    }
+    # An unused option is None and an unused switch False; fold 0 counts.
+    values = {key: options.get(name) for name, key in ids.items()}
+    return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
-def _export(parser: Parser) -> None:
-    parser.add_argument("--weights", help="weights of the student (default: models/model.pt)")
-    parser.add_argument("--fold", type=int, help="whose validation cases are compared on (default 0)")
-    parser.add_argument("--formats", nargs="+", choices=["onnx", "openvino", "torchscript"], help="default: all")
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        choices=["fp32", "bf16", "int8"],
-        help="of OpenVINO (default: fp32 bf16); int8 needs --dataset-dir",
-    )
+def context_configs(args: argparse.Namespace) -> list[str]:
+    """The configs of the data set and the scale."""
+    return [f"data/{args.data}", f"scale/{args.scale}"]
 
 
-def _benchmark(parser: Parser) -> None:
-    parser.add_argument(
-        "name", choices=["methods", "missing", "training", "scaling", "inference", "metrics"], help="what to compare"
-    )
-    parser.add_argument("--epochs", type=int, help="of every student (scaling: of every training)")
-    parser.add_argument("--fold", type=int, help="fold that is scored (default 0)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
-    parser.add_argument("--rounds", type=int, default=5, help="training, scaling, inference, metrics: turns of a side")
-    parser.add_argument("--teacher-epochs", type=int, default=100)
-    parser.add_argument("--workers", type=count, default=2, help="trainings at once, of one thread each")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="ROW", help="only these rows and what they need, or these sides"
-    )
-    parser.add_argument("--table", action="store_true", help="train nothing: write the table of what is there")
-    parser.add_argument("--json", metavar="FILE", help="also write the costs, for machines")
-    parser.add_argument("--slow-rounds", type=int, default=1, help="inference: turns of teachers and nnU-Net")
-    parser.add_argument("--volume", nargs="+", metavar="NAME", help="inference: 256x256x192, or patient (default: all)")
-    parser.add_argument("--plot", metavar="FILE", help="inference: draw the seconds against the voxels")
+def multi_gpu_configs(args: argparse.Namespace) -> list[str]:
+    """The config of several processes, where ``--multi-gpu`` asks for it.
+
+    Raises:
+        ValueError: the process was not started by torchrun.
+    """
+    if not args.multi_gpu:
+        return []
+    if "RANK" not in os.environ and not args.dry_run:
+        raise ValueError("--multi-gpu needs one process per GPU. Start it with torchrun --nproc_per_node=N -m scripts")
+    return ["multi_gpu_train"]
+
+
+def engine_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The config overrides of ``--engine`` and ``--precision``."""
+    values = {"engine": args.engine, "engine_precision": args.precision}
+    return {key: value for key, value in values.items() if value}
+
+
+def profile_configs(args: argparse.Namespace) -> list[str]:
+    """The config of ``--profile``."""
+    return ["profile"] if args.profile else []
+
+
+def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, dict[str, Any]]:
+    """The teachers of ``--teacher ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS``, as the config id ``teacher_specs``.
+
+    Args:
+        args: parsed options.
+        modalities: of the data set, for teachers that name none.
+
+    Raises:
+        ValueError: a teacher without weights.
+    """
+    specs = {}
+    for text in args.teacher or []:
+        network, _, weights = text.partition("=")
+        architecture, _, seen = network.partition(":")
+        if not weights:
+            raise ValueError(f"--teacher {text} has no weights. Write {text}=FILE, or {text}=random as a control.")
+        specs[network.replace(":", "_").replace("+", "_")] = {
+            "architecture": architecture,
+            "modalities": seen.split("+") if seen else modalities,
+            "weights": None if weights == "random" else weights,
+        }
+    return specs
+
+
+def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:
+    """The config overrides of ``--teachers-dir`` and ``--teacher``."""
+    values = {"teachers_dir": args.teachers_dir, "teacher_specs": teacher_specs(args, modalities)}
+    return {key: value for key, value in values.items() if value}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segment`` of one case: what its arguments mean, and which cannot be."""
+"""Segment one case onto the grid of its first modality."""
 
 from __future__ import annotations
 
@@ -7,43 +7,83 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 
-def one_case(
-    args: argparse.Namespace, modalities: Sequence[str], allow_missing: bool
-) -> tuple[Path, dict[str, str], str]:
-    """Where the mask goes, the files by modality, and the modality on whose grid it lies.
+SUFFIX = ".nii.gz"
 
-    Args:
-        args: of the verb.
-        modalities: of the network, the reference first.
-        allow_missing: another one may be the reference where the first is absent.
+
+def segment_case(args: argparse.Namespace) -> None:
+    """Segment the case that the options of ``segment`` name, and write the mask, its manifest and its report.
 
     Raises:
-        ValueError: no mask or no image is named, the mask has no name or takes an image's place, options that are of a
-            table, or the reference is absent.
+        ValueError: see ``mask_and_images``, or the images are refused.
+    """
+    configs = ["inference", *context_configs(args), *profile_configs(args)]
+    config = resolved_config(args, configs, {})
+    mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
+    case_id = mask.name.removesuffix(SUFFIX)
+    case = {"case_id": case_id, "image": images[reference], **({} if args.stacked else images)}
+    overrides = {
+        "datalist": [case],
+        "naming": [],
+        "reference": reference,
+        "output_dir": str(mask.parent),
+        "manifest_name": f"{case_id}.manifest.json",
+        "locked": str(mask),
+        **engine_overrides(args),
+    }
+    if args.weights:
+        overrides["weights"] = args.weights
+    if args.stacked:
+        overrides["stacked"] = True
+    run_bundle(args, configs, overrides)
+    if args.dry_run:
+        return
+    print(f"mask: {mask}")
+    if args.report:
+        from scripts.report.case_view import report_mask
+
+        rules = image_rules(config)
+        print(f"report: {report_mask(mask, images, bool(args.stacked), rules, config['intensity'])}")
+
+
+def mask_and_images(
+    args: argparse.Namespace, modalities: Sequence[str], allow_missing: bool
+) -> tuple[Path, dict[str, str], str]:
+    """The mask to write, the image of each modality, and the modality on whose grid the mask lies.
+
+    Args:
+        args: options of ``segment``.
+        modalities: input of the network, the reference first.
+        allow_missing: without the reference, the first modality that is there takes its place.
+
+    Raises:
+        ValueError: no image or no mask is named, the mask would overwrite an image, an option is only for tables, or
+            the reference is missing.
     """
     if not args.output:
-        raise ValueError("Name the mask by --output, or a table of cases by --data-list.")
+        raise ValueError("No output. Name the mask with --output, or a table of cases with --data-list.")
     if args.bids:
-        raise ValueError("--bids names the masks of a table: give it by --data-list, or leave --bids out.")
-    output = Path(args.output)
-    if not output.name.endswith(".nii.gz") or output.name == ".nii.gz":
-        raise ValueError(f"--output is {output}: give a file name that ends in .nii.gz.")
-    files = {key: getattr(args, key) for key in modalities if getattr(args, key)}
+        raise ValueError("--bids names the masks of a table. Add --data-list, or remove --bids.")
+    mask = Path(args.output)
+    if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
+        raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")
+    images = {key: getattr(args, key) for key in modalities if getattr(args, key)}
     if args.stacked:
-        files = dict.fromkeys(modalities, args.stacked)
-    if not files:
-        raise ValueError(f"There is no image to segment: name it by --{' or --'.join(modalities)}.")
-    for key, path in files.items():
-        if Path(path).resolve() == output.resolve():
-            raise ValueError(f"--output is {output}, which is the {key} itself: name another file.")
-    reference = next(iter(files))
+        images = dict.fromkeys(modalities, args.stacked)
+    if not images:
+        raise ValueError(f"No image to segment. Name the images with --{', --'.join(modalities)}.")
+    for key, path in images.items():
+        if Path(path).resolve() == mask.resolve():
+            raise ValueError(f"--output {mask} is the {key} image itself. Choose another file name.")
+    reference = next(iter(images))
     if reference != modalities[0]:
-        absent = [key for key in modalities if key not in files]
+        missing = ", ".join(f"--{key}" for key in modalities if key not in images)
         if not allow_missing:
-            lost = ", ".join(f"--{key} is missing" for key in absent)
             raise ValueError(
-                f"{lost}: add the files, or allow it by --allow-missing (the mask gets --{reference}'s grid)."
+                f"Missing images: {missing}. Add them, or use --allow-missing (the mask is then written on the grid of "
+                f"--{reference})."
             )
-        print(f"The mask is written on the grid of --{reference}, since {absent[0]} is absent.")
-    return output, files, reference
+        print(f"The mask is written on the grid of --{reference}, because --{modalities[0]} is missing.")
+    return mask, images, reference

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segment --data-list``: a cohort, several cases at a time; what is whole is skipped, what fails is listed."""
+"""Segment every case of a table, several at a time: finished masks are skipped, failed cases are listed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import json
 import logging
 import multiprocessing
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from scripts import bundle_root
-from scripts.cli.options import CONFIGS, MODALITIES
+from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.errors import error_sentence
+from scripts.cli.options import context_configs, engine_overrides, modality_names, profile_configs
+from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.data import Rules, datalist
 from scripts.data.bids import bids_name, describe, describe_mask
 from scripts.image_io.reader import header_of, read_volume
@@ -27,98 +28,104 @@ from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.process_pool import DIED, survive
 
-Segment = Callable[[argparse.Namespace], None]
-DONE, SKIPPED = "segmented", "there already"
-RECORD = "segment.json"
-KEPT = 10_000  # warnings of one case
-
-
-def refuse_options(args: argparse.Namespace) -> None:
-    """ValueError for options that are of one case."""
-    given = [key for key in ("output", "stacked", "profile", *MODALITIES) if getattr(args, key)]
-    if given:
-        raise ValueError(f"--{', --'.join(given)} are of one case: leave them out beside --data-list.")
+SEGMENTED, SKIPPED = "segmented", "already there"
+RECORD = "segment.json"  # what became of each case, in the output folder
+MAX_WARNINGS = 10_000  # kept per case
 
 
 class Outcome(NamedTuple):
-    """What became of a case, and what was warned of meanwhile."""
+    """The result of a case (``SEGMENTED``, ``SKIPPED`` or an error) and the warnings that were logged."""
 
     result: str
     warnings: tuple[str, ...] = ()
 
 
-def segment_list(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> None:
-    """Segment every case of a table into ``args.output_dir``, and write ``segment.json``: what became of each.
-
-    Args:
-        args: of the verb, with ``data_list``, ``output_dir``, ``workers`` and ``bids``.
-        segment: the verb that segments one case; a function that processes of a pool can import.
-        sentence: what to say of an error; such a function, too.
+def segment_cohort(args: argparse.Namespace) -> None:
+    """Segment every case of ``args.data_list`` into ``args.output_dir`` and write ``segment.json``.
 
     Raises:
-        ValueError: options that are of one case; masks of other weights lie there; a mask would take an image's place;
-            or some cases failed, and every other one is segmented.
+        ValueError: an option is only for one case; the folder holds masks of other weights; a mask would overwrite an
+            image; or some cases failed (all others are segmented).
     """
-    modalities = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))["modalities"]
+    _refuse_options_of_one_case(args)
+    configs = ["inference", *context_configs(args), *profile_configs(args)]
+    config = resolved_config(args, configs, {})
+    if args.dry_run:  # the same masks, one after the other in one process
+        weights = {"weights": args.weights} if args.weights else {}
+        run_bundle(args, configs, engine_overrides(args) | weights)
+        return
+    modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)
-    masks = _masks(args, cases, modalities, output)
-    weights = sha256(args.weights or Path(bundle_root()) / "models" / "model.pt")
-    _refuse_other_weights(output / RECORD, weights)
+    masks = _mask_paths(args, cases, modalities, output)
+    checksum = sha256(args.weights or _default_weights())
+    _refuse_other_weights(output / RECORD, checksum)
     if args.bids:
         describe(output)
-    todo = [case for case in cases if not _is_done(masks[case["case_id"]], args.report)]
-    told = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in todo}
-    jobs = {case["case_id"]: _arguments(args, case, modalities, masks[case["case_id"]]) for case in todo}
-    work = partial(_one, segment=segment, sentence=sentence)
-    spawn = multiprocessing.get_context("spawn")
+    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
+    outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
+    jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
-        with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
-
-            def done(case: str, outcome: Outcome) -> None:
-                told[case] = outcome
-                bar.update()
-
-            survive(work, jobs, args.workers, lambda _: Outcome(DIED), done, mp_context=spawn)
+        _run_jobs(jobs, args.workers, outcomes)
     finally:
-        record = {case: {"mask": str(masks[case]), **told[case]._asdict()} for case in masks if case in told}
-        write_json({"weights_sha256": weights, "cases": record}, output / RECORD)
+        record = {
+            case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
+            for case_id, mask in masks.items()
+            if case_id in outcomes
+        }
+        write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
     if args.bids:
         for case in cases:
             describe_mask(masks[case["case_id"]], case, modalities)
-    _tell({case: told[case] for case in masks})
+    _report({case_id: outcomes[case_id] for case_id in masks})
 
 
-def _masks(
-    args: argparse.Namespace, cases: Sequence[dict[str, Any]], modalities: Sequence[str], output: Path
+def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
+    used = [key for key in ("output", "stacked", "profile", *modality_names()) if getattr(args, key)]
+    if used:
+        raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
+
+
+def _default_weights() -> Path:
+    from scripts import bundle_root
+
+    return Path(bundle_root()) / "models" / "model.pt"
+
+
+def _mask_paths(
+    args: argparse.Namespace, cases: Sequence[Mapping[str, Any]], modalities: Sequence[str], output: Path
 ) -> dict[str, Path]:
-    """Where each case's mask goes; ValueError where two would share a place, or one takes an image's."""
-    masks = {case["case_id"]: output / (bids_name(case, modalities) if args.bids else f"{case['case_id']}.nii.gz")
-             for case in cases}  # fmt: skip
+    """The mask of each case; ValueError where two would share a path, or one is the path of an image."""
+    masks = {}
+    for case in cases:
+        name = bids_name(case, modalities) if args.bids else f"{case['case_id']}{SUFFIX}"
+        masks[case["case_id"]] = output / name
     if len(set(masks.values())) < len(masks):
-        raise ValueError(f"Cases of {args.data_list} would share a name in BIDS, which knows letters and digits only.")
+        raise ValueError(
+            f"Two cases of {args.data_list} get the same BIDS name, which holds only letters and digits. Rename them."
+        )
     images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
-    for case, mask in masks.items():
+    for case_id, mask in masks.items():
         if mask.resolve() in images:
-            raise ValueError(f"The mask of {case} would take the place of {mask}: name another --output-dir.")
+            raise ValueError(f"The mask of {case_id} would overwrite the image {mask}. Choose another --output-dir.")
     return masks
 
 
-def _refuse_other_weights(record: Path, weights: str) -> None:
+def _refuse_other_weights(record: Path, checksum: str) -> None:
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
-    except (OSError, ValueError, TypeError, KeyError):  # none, or a damaged one
+        earlier = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
+    except (OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one
         return
-    if before != weights:
+    if earlier != checksum:
         raise ValueError(
-            f"{record.parent} holds masks of other weights (sha256 {str(before)[:12]}, now {weights[:12]}): name "
-            "another --output-dir."
+            f"{record.parent} holds masks of other weights (sha256 {str(earlier)[:12]}, now {checksum[:12]}). "
+            "Choose another --output-dir."
         )
 
 
-def _is_done(mask: Path, report: bool) -> bool:
-    """Whether a mask is there, to its last byte, with its report where one is wanted."""
-    if report and not mask.with_name(f"{mask.name.removesuffix('.nii.gz')}.report.html").is_file():
+def _is_complete(mask: Path, with_report: bool) -> bool:
+    """Whether the whole mask can be read, and its report exists where one is wanted."""
+    if with_report and not mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html").is_file():
         return False
     try:
         read_volume(header_of(mask, Rules()), Rules())
@@ -127,45 +134,62 @@ def _is_done(mask: Path, report: bool) -> bool:
     return True
 
 
-def _arguments(
-    args: argparse.Namespace, case: dict[str, Any], modalities: Sequence[str], mask: Path
+def _case_options(
+    args: argparse.Namespace, case: Mapping[str, Any], modalities: Sequence[str], mask: Path
 ) -> argparse.Namespace:
-    """The verb's arguments for one case."""
-    files = {key: case.get(key) for key in modalities}
-    if case["image"] not in files.values():  # else it is another modality, which stands in for an absent reference
-        files[modalities[0]] = case["image"]
-    own = {**files, "data_list": None, "output_dir": None, "bids": False, "output": str(mask)}
-    return argparse.Namespace(**{**vars(args), **own})
+    """The options of ``segment`` for one case."""
+    images = {key: case.get(key) for key in modalities}
+    if case["image"] not in images.values():  # else another modality stands in for a missing reference
+        images[modalities[0]] = case["image"]
+    own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask)}
+    return argparse.Namespace(**{**vars(args), **images, **own})
 
 
-def _one(args: argparse.Namespace, segment: Segment, sentence: Callable[[BaseException], str]) -> Outcome:
-    """In a process of the pool, which prints nothing."""
+def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
+    """Segment the cases in a pool of processes and add what became of them to ``outcomes``."""
+    context = multiprocessing.get_context("spawn")
+    with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
+
+        def add_outcome(case_id: str, outcome: Outcome) -> None:
+            outcomes[case_id] = outcome
+            bar.update()
+
+        survive(segment_quietly, jobs, workers, lambda _: Outcome(DIED), add_outcome, mp_context=context)
+
+
+def segment_quietly(args: argparse.Namespace) -> Outcome:
+    """Segment one case in a process of the pool; print nothing, and keep its warnings and its error."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
-    kept = BufferingHandler(KEPT)
-    kept.setLevel(logging.WARNING)
-    logging.getLogger("scripts").addHandler(kept)
-    logging.getLogger("scripts").propagate = False
+    logger = logging.getLogger("scripts")
+    messages = BufferingHandler(MAX_WARNINGS)
+    messages.setLevel(logging.WARNING)
+    logger.addHandler(messages)
+    logger.propagate = False
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            segment(args)
-        result = DONE
-    except Exception as error:  # whatever it is, the other cases go on
-        result = sentence(error)
+            segment_case(args)
+        result = SEGMENTED
+    except Exception as error:  # the other cases go on
+        result = error_sentence(error)
     finally:
-        logging.getLogger("scripts").removeHandler(kept)
-    return Outcome(result, tuple(record.getMessage() for record in kept.buffer))
+        logger.removeHandler(messages)
+    return Outcome(result, tuple(record.getMessage() for record in messages.buffer))
 
 
-def _tell(told: dict[str, Outcome]) -> None:
-    """Print what is to be known; ValueError where cases failed."""
-    for case, outcome in told.items():
-        for line in outcome.warnings:
-            print(f"{case}: {line}")
-    results = [outcome.result for outcome in told.values()]
-    failed = {case: outcome.result for case, outcome in told.items() if outcome.result not in (DONE, SKIPPED)}
-    print(f"{len(told)} cases: {results.count(DONE)} segmented, {results.count(SKIPPED)} there already, "
-          f"{len(failed)} failed")  # fmt: skip
+def _report(outcomes: Mapping[str, Outcome]) -> None:
+    """Print the warnings and the counts; ValueError where cases failed."""
+    for case_id, outcome in outcomes.items():
+        for message in outcome.warnings:
+            print(f"{case_id}: {message}")
+    results = [outcome.result for outcome in outcomes.values()]
+    failed = {key: outcome.result for key, outcome in outcomes.items() if outcome.result not in (SEGMENTED, SKIPPED)}
+    print(
+        f"{len(outcomes)} cases: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
+        f"{len(failed)} failed"
+    )
     if failed:
-        listed = "; ".join(f"{case}: {result}" for case, result in failed.items())
-        raise ValueError(f"{len(failed)} of {len(told)} cases failed ({listed}): mend them and run the command again.")
+        listed = "; ".join(f"{case_id}: {result}" for case_id, result in failed.items())
+        raise ValueError(
+            f"{len(failed)} of {len(outcomes)} cases failed. Correct them and run the command again. {listed}"
+        )

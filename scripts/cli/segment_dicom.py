@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dicom``: a study in, a mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT out. For research pipelines."""
+"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT. For research pipelines."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.cli.options import CONFIGS
+from scripts.cli.bundle_run import resolved_config
+from scripts.cli.config import read_config
+from scripts.cli.options import context_configs
+from scripts.cli.segment_case import segment_case
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_series import series_slices
 from scripts.image_io.dicom_study import KINDS, Series, choose_series, find_series
@@ -20,93 +21,98 @@ from scripts.image_io.dicom_writer import RefusedError, read_slices, write_rtstr
 from scripts.utils.run_manifest import code_version
 
 
-def segment_study(args: argparse.Namespace, segment: Callable[[argparse.Namespace], None]) -> None:
+def segment_study(args: argparse.Namespace) -> None:
     """Segment a study onto the grid of its reference series.
 
-    Writes into ``args.output_dir``: ``mask.nii.gz``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm``.
-
-    Args:
-        args: of the verb.
-        segment: the verb that segments one case.
+    Writes ``mask.nii.gz``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` into ``args.output_dir``.
 
     Raises:
         ValueError: the study lacks a series, holds several of a kind, or mixes patients or frames of reference; the
-            reference series is absent; an optional package is not installed; a table of cases is given.
+            reference series is missing; an optional package is not installed; a table of cases is given.
     """
     if args.data_list:
-        raise ValueError(f"dicom takes one --study, not the table {args.data_list}: leave out --data-list.")
-    spec = json.loads((CONFIGS / "data" / f"{args.data}.json").read_text(encoding="utf-8"))
-    modalities = spec["modalities"]
-    if args.dry_run:  # what it would print where one folder held every series
-        where = str(Path(args.output_dir or "runs/dicom") / "mask.nii.gz")
-        segment(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": where}))
+        raise ValueError("dicom segments one --study. Remove --data-list.")
+    modalities = resolved_config(args, ["inference", *context_configs(args)], {})["modalities"]
+    output = Path(args.output_dir or "runs/dicom")
+    mask = output / "mask.nii.gz"
+    if args.dry_run:  # as if one folder held every series
+        segment_case(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": str(mask)}))
         return
     for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
-        dicom_package(name)  # rather now than when the mask has been made
+        dicom_package(name)  # before anything is segmented
     chosen = choose_series(find_series(args.study), modalities, args.series_uid or ())
-    lost = [key for key in modalities if key not in chosen]
-    if lost and (modalities[0] in lost or not args.allow_missing):
-        names = ", ".join(KINDS[key] for key in lost)
-        advice = "" if modalities[0] in lost else ", or allow it by --allow-missing"
-        raise ValueError(f"{args.study} has no series of {names}: add it{advice}.")
-    output = Path(args.output_dir or "runs/dicom")
-    mask, reference = output / "mask.nii.gz", chosen[modalities[0]]
+    _require_series(args, chosen, modalities)
     uids = [series.uid for series in chosen.values()]
-    with tempfile.TemporaryDirectory(prefix="series-") as linked:
-        folders = _folders(chosen, Path(linked))
-        segment(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
-    _write(mask, reference, _segment_name(), output, args.rtstruct)
+    with tempfile.TemporaryDirectory(prefix="series-") as links:
+        folders = _series_folders(chosen, Path(links))
+        segment_case(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
+    write_dicom(mask, chosen[modalities[0]], segment_label(), output, args.rtstruct, args.debug)
 
 
-def _folders(chosen: dict[str, Series], linked: Path) -> dict[str, str]:
-    """A folder per modality that holds no other's images: where series share one, links to the files of each."""
-    shared = Counter(series.folder for series in chosen.values())
+def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], modalities: list[str]) -> None:
+    missing = [key for key in modalities if key not in chosen]
+    if missing and (modalities[0] in missing or not args.allow_missing):
+        names = ", ".join(KINDS[key] for key in missing)
+        advice = "Add it." if modalities[0] in missing else "Add it, or use --allow-missing."
+        raise ValueError(f"{args.study} has no series of {names}. {advice}")
+
+
+def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
+    """A folder for each modality that holds only its series; of series that share a folder, links to their files."""
+    counts = Counter(series.folder for series in chosen.values())
     folders = {}
     for key, series in chosen.items():
-        own = series.folder
-        if shared[own] > 1:
-            own = linked / key
-            own.mkdir()
+        folder = series.folder
+        if counts[folder] > 1:
+            folder = links / key
+            folder.mkdir()
             for number, file in enumerate(series_slices(series.folder, [series.uid])):
-                (own / f"{number:05d}").symlink_to(Path(file).resolve())
-            print(f"{key}: series {series.uid} of {series.folder}, linked for this run into {own}")
-        folders[key] = str(own)
+                (folder / f"{number:05d}").symlink_to(Path(file).resolve())
+            print(f"{key}: series {series.uid} of {series.folder}")
+        folders[key] = str(folder)
     return folders
 
 
-def _write(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool) -> None:
+def write_dicom(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool, debug: bool = False) -> None:
+    """Write the mask as DICOM SEG and, on request, as RTSTRUCT.
+
+    Args:
+        mask: the NIfTI mask on the grid of ``reference``.
+        reference: series that the objects refer to.
+        label: name of the segment.
+        output: folder of ``seg.dcm`` and ``rtstruct.dcm``.
+        rtstruct: also write the structure set.
+        debug: let the errors of the DICOM packages through, which may quote the patient's data.
+    """
     path = output / "seg.dcm"
-    with _nameless(path, reference, mask):
+    with _without_patient_data(path, reference, mask, debug):
         slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
         write_seg(mask, slices, label, code_version(), path)
     print(f"DICOM SEG: {path}")
     if rtstruct:
         path = output / "rtstruct.dcm"
-        with _nameless(path, reference, mask):
+        with _without_patient_data(path, reference, mask, debug):
             written = write_rtstruct(mask, slices, label, path)
-        print(f"RTSTRUCT: {path}" if written else f"RTSTRUCT: {path} was not written, no structure: the mask is empty")
+        print(f"RTSTRUCT: {path}" if written else "RTSTRUCT: not written, because the mask is empty")
 
 
 @contextmanager
-def _nameless(path: Path, series: Series, mask: Path) -> Iterator[None]:
-    """Tells what failed in the packages for DICOM without their words, which may quote the patient's data.
-
-    With ``DEBUG`` in the environment their errors are let through.
-    """
+def _without_patient_data(path: Path, series: Series, mask: Path, debug: bool) -> Iterator[None]:
+    """Replace errors of the DICOM packages, whose text may quote the patient's data."""
     try:
         yield
     except (RefusedError, OSError):
         raise
     except Exception as error:
-        if os.environ.get("DEBUG"):
+        if debug:
             raise
         raise ValueError(
-            f"{path} was not written ({type(error).__name__}): the headers of the series {series.uid} do not go into "
-            f"it; DEBUG=1 shows why, and may show the patient's data. The mask is there: {mask}."
+            f"{path} was not written ({type(error).__name__}): the headers of the series {series.uid} do not fit. "
+            f"The mask was written to {mask}. Use --debug to see why; the traceback may show patient data."
         ) from None
 
 
-def _segment_name() -> str:
-    """What the metadata call the foreground."""
-    formats = json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))["network_data_format"]
+def segment_label() -> str:
+    """The name of the foreground in the bundle's metadata."""
+    formats = read_config("metadata")["network_data_format"]
     return str(formats["outputs"]["pred"]["channel_def"]["1"])

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs a network on a volume."""
+"""Run a network on a volume."""
+
+ENGINES = ("auto", "torch", "openvino", "onnxruntime")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")

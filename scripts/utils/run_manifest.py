@@ -8,7 +8,9 @@ import inspect
 import json
 import platform
 import resource
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +23,15 @@ from scripts import bundle_root
 from scripts.utils.atomic_files import write_json
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "scipy", "pytorch-ignite", "itk-io", "SimpleITK")
+
+
+_command: str | None = None
+
+
+def set_command(command: str) -> None:
+    """Note the ``monai.bundle run`` command of this process, for its manifests."""
+    global _command
+    _command = command
 
 
 def running_config() -> dict[str, Any] | None:
@@ -94,6 +105,7 @@ def write_manifest(
     manifest = {
         "bundle_version": meta.get("version"),
         "git_commit": _commit(),
+        "command": _command or shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "seed": (config or {}).get("seed"),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the teachers once per training case and store their predictions."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.bundle_run import Expression, resolved_config, run_bundle
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_teachers_options,
+    context_configs,
+    teachers_overrides,
+)
+
+EXAMPLE = (
+    "python -m scripts cache-teachers --data sts --dataset-dir DATA --teachers-dir RUNS --output-dir RUNS/cache\n"
+    "python -m scripts distill --data sts --dataset-dir DATA --teachers-dir RUNS --cache-dir RUNS/cache "
+    "--output-dir RUNS/distilled"
+)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_teachers_options(parser)
+    parser.add_argument("--fold", type=int, metavar="N", help="fold whose training cases are cached (default: 0)")
+    parser.add_argument("--maps", action="store_true", help="also store the attention maps of Teach-Former")
+    parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fill the cache."""
+    context = context_configs(args)
+    modalities = resolved_config(args, ["train", *context, "distill", "cache_teachers"], {})["modalities"]
+    overrides = teachers_overrides(args, modalities)
+    if args.fold is not None:
+        overrides["fold"] = args.fold
+    if args.rebuild:
+        overrides["rebuild"] = True
+    maps = []
+    if args.maps:
+        overrides["maps"] = Expression("@taps")
+        maps = ["methods/teachformer"]
+    run_bundle(args, ["train", *context, "distill", *maps, "cache_teachers"], overrides)

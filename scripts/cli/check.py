@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validate a data set: list every problem in every file."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.bundle_run import resolved_config
+from scripts.cli.options import Parser, add_common_options, context_configs, image_rules, positive_int
+
+EXAMPLE = "python -m scripts check --data sts --dataset-dir DATA"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("--json", metavar="FILE", help="also write all findings as JSON")
+    parser.add_argument("--workers", type=positive_int, default=2, metavar="N", help="processes (default: 2)")
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the data set and print the findings.
+
+    Raises:
+        ValueError: no data set is named, or there are errors in it.
+    """
+    if not args.dataset_dir and not args.data_list:
+        raise ValueError("No data to check. Name a folder with --dataset-dir, or a table with --data-list.")
+    config = resolved_config(args, ["train", *context_configs(args)], {})
+    if args.dry_run:
+        return
+    from scripts.data.cohort_check import ERROR, Criteria, check_cohort, summary, write_findings
+
+    criteria = Criteria(
+        config["modalities"],
+        config["labels"],
+        image_rules(config),
+        config.get("naming", ()),
+        args.allow_missing,
+        config["stacked"],
+    )
+    findings, cases = check_cohort(
+        args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
+    )
+    print(summary(findings, cases))
+    if args.json:
+        write_findings(findings, cases, args.json)
+    errors = sum(finding.level == ERROR for finding in findings)
+    if errors:
+        raise ValueError(f"{errors} errors found. Correct the files, or remove their cases.")

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment a DICOM study and write the mask as NIfTI, DICOM SEG and RTSTRUCT."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.options import Parser, add_common_options, add_engine_options, add_weights_option, modality_names
+
+EXAMPLE = "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("--study", required=True, metavar="DIR", help="folder of one DICOM study, with its sub folders")
+    parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
+    add_weights_option(parser)
+    add_engine_options(parser)
+    add_common_options(parser)
+    # Options of `segment`, which segments the chosen series.
+    parser.set_defaults(**dict.fromkeys(modality_names()), stacked=None, report=False, bids=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Segment the study."""
+    from scripts.cli.segment_dicom import segment_study
+
+    segment_study(args)

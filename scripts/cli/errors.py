@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user sees: one sentence, an exit code, no traceback."""
+
+from __future__ import annotations
+
+# Bad input, a file that cannot be read or written, a config that cannot be built. Anything else is a bug of the program
+# and keeps its traceback.
+EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError)
+
+
+def error_sentence(error: BaseException) -> str:
+    """The message of an error in one line.
+
+    MONAI wraps errors in RuntimeErrors that only name the config item or the transform; the message is that of the
+    cause below them.
+    """
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__

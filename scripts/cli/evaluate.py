@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment a data set and score it, or score masks made elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from scripts.cli.bundle_run import Expression, run_bundle
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_engine_options,
+    add_network_options,
+    add_weights_option,
+    context_configs,
+    engine_overrides,
+    profile_configs,
+)
+
+EXAMPLE = (
+    "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
+    "python -m scripts evaluate --data sts --dataset-dir DATA --predictions MASKS --output-dir OUT"
+)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("--predictions", metavar="DIR", help="score the masks <case_id>.nii.gz in this folder")
+    add_weights_option(parser)
+    add_network_options(parser, architecture=None)
+    parser.add_argument("--name", help="display name in tables and reports")
+    parser.add_argument("--fold", type=int, metavar="N", help="only the validation cases of this fold (default: all)")
+    parser.add_argument(
+        "--present", nargs="+", metavar="MODALITY", help="use only these modalities of each case (default: all)"
+    )
+    parser.add_argument("--curves", nargs="+", metavar="FILE", help="curves.csv files to draw in the report")
+    add_engine_options(parser)
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate.
+
+    Raises:
+        ValueError: options of the engine beside masks that already exist.
+    """
+    options: dict[str, Any] = {
+        "weights": args.weights,
+        "fold": args.fold,
+        "name": args.name,
+        "curves": args.curves,
+        "present": args.present,
+    }
+    overrides = {key: value for key, value in options.items() if value is not None} | engine_overrides(args)
+    if args.predictions:
+        if args.profile or engine_overrides(args):
+            raise ValueError("--predictions scores existing masks. Remove --engine, --precision and --profile.")
+        overrides |= {
+            "predictions": args.predictions,
+            "run": Expression("@score"),
+            "score#network": Expression("$None"),
+        }
+    configs = ["inference", *context_configs(args)]
+    if args.architecture:
+        configs.append("teacher")
+        overrides |= {"architecture": args.architecture, "teacher_modalities": args.modalities}
+        overrides.setdefault("engine", "torch")  # only students are exported
+    run_bundle(args, [*configs, "evaluate", *profile_configs(args)], overrides)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export the student for OpenVINO, ONNX Runtime and TorchScript; each model is verified against PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.bundle_run import run_bundle
+from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
+
+EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_weights_option(parser)
+    parser.add_argument("--fold", type=int, metavar="N", help="fold whose validation cases verify (default: 0)")
+    parser.add_argument("--formats", nargs="+", choices=["onnx", "openvino", "torchscript"], help="default: all")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=["fp32", "bf16", "int8"],
+        help="of OpenVINO (default: fp32 bf16); int8 needs --dataset-dir",
+    )
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export."""
+    options = {
+        "weights": args.weights,
+        "fold": args.fold,
+        "formats": args.formats,
+        "precisions": args.precisions,
+    }
+    overrides = {key: value for key, value in options.items() if value is not None}
+    run_bundle(args, ["inference", *context_configs(args), "export"], overrides)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write one report of several evaluations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scripts.cli.bundle_run import resolved_config
+from scripts.cli.options import Parser, add_common_options, context_configs
+
+EXAMPLE = (
+    "python -m scripts report --data sts --dataset-dir DATA --evaluations OUT/alone OUT/distilled --output-dir OUT"
+)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("--evaluations", nargs="+", required=True, metavar="DIR", help="folders that `evaluate` wrote")
+    parser.add_argument("--curves", nargs="+", default=[], metavar="FILE", help="curves.csv files to draw")
+    parser.add_argument("--title", default="Comparison", help="title of the page")
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report."""
+    config = resolved_config(args, ["inference", *context_configs(args)], {})
+    if args.dry_run:
+        return
+    from scripts.data import datalist
+    from scripts.evaluation.compare import compare
+
+    cases = datalist(args.data, args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
+    output = args.output_dir or "runs/report"
+    table = compare(args.evaluations, output, cases, config["intensity"], args.curves, args.title, config["labels"])
+    print(f"{table}\nreport: {Path(output) / 'report.html'}")

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment one case, or every case of a table."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_engine_options,
+    add_weights_option,
+    modality_names,
+    positive_int,
+)
+
+EXAMPLE = (
+    "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
+    "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2"
+)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    for modality in modality_names():
+        parser.add_argument(f"--{modality}", metavar="FILE", help="image file or DICOM folder")
+    parser.add_argument("--stacked", metavar="FILE", help="one 4D file with the modalities on its last axis, in order")
+    parser.add_argument("--output", metavar="FILE", help="the mask to write, .nii.gz")
+    parser.add_argument("--report", action="store_true", help="also write an HTML report beside the mask")
+    add_weights_option(parser)
+    parser.add_argument(
+        "--workers", type=positive_int, default=1, metavar="N", help="with --data-list: cases at a time (default: 1)"
+    )
+    parser.add_argument("--bids", action="store_true", help="with --data-list: name the masks as BIDS derivatives")
+    add_engine_options(parser)
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Segment."""
+    if args.data_list:
+        from scripts.cli.segment_cohort import segment_cohort
+
+        segment_cohort(args)
+    else:
+        from scripts.cli.segment_case import segment_case
+
+        segment_case(args)

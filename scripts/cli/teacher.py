@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one teacher."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.bundle_run import run_bundle
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_network_options,
+    add_training_options,
+    context_configs,
+    multi_gpu_configs,
+    training_overrides,
+)
+
+EXAMPLE = (
+    "python -m scripts teacher --data sts --dataset-dir DATA --architecture unetr --modalities ct "
+    "--output-dir RUNS/teacher_ct"
+)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_network_options(parser, architecture="unetr")
+    add_training_options(parser)
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    network = {"architecture": args.architecture, "teacher_modalities": args.modalities}
+    configs = ["train", *context_configs(args), "teacher", *multi_gpu_configs(args)]
+    run_bundle(args, configs, {**training_overrides(args), **network})

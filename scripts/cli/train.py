@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the student without teachers."""
+
+from __future__ import annotations
+
+import argparse
+
+from scripts.cli.bundle_run import run_bundle
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_student_options,
+    add_training_options,
+    context_configs,
+    multi_gpu_configs,
+    training_overrides,
+)
+
+EXAMPLE = "python -m scripts train --data sts --dataset-dir DATA --output-dir RUNS/alone"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_student_options(parser)
+    add_training_options(parser)
+    add_common_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    run_bundle(args, ["train", *context_configs(args), *multi_gpu_configs(args)], training_overrides(args))

@@ -13,7 +13,7 @@ from benchmarks.job_queue import Job, with_needs, work_off
 from benchmarks.methods_plan import Plan, compare_methods
 from benchmarks.methods_table import write_comparison
 from benchmarks.missing_modalities import MissingPlan, write_missing
-from scripts.cli.options import config_names
+from scripts.cli.config import config_names
 from scripts.utils.atomic_files import write_json
 
 logger = logging.getLogger(__name__)

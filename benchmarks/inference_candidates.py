@@ -15,7 +15,7 @@ from benchmarks.synthetic_body import DRAWN, write_case
 from benchmarks.turn_taking import Side
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression
-from scripts.cli.options import CONFIGS
+from scripts.cli.config import CONFIGS
 from scripts.inference.engine_choice import read_export
 from scripts.inference.engines import UnavailableError, cpu_has_bf16
 

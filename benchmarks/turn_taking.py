@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from scripts.cli.bundle_run import protected
-from scripts.cli.options import CONFIGS
+from scripts.cli.config import CONFIGS
 
 
 @dataclass(frozen=True)

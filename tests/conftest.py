@@ -21,7 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
-from scripts.cli.options import CONFIGS
+from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.utils.output_lock import release
 

@@ -151,7 +151,7 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
         run(
             config_file=_config_files(configs),
             meta_file=str(CONFIGS / "metadata.json"),
-            logging_file=str(CONFIGS / "logging.conf") if args.verbose else False,
+            logging_file=str(CONFIGS / "logging.conf") if args.verbose else False,  # type: ignore[arg-type]
             **overrides,
         )
     finally:

@@ -98,7 +98,7 @@ def _mask_paths(
     """The mask of each case; ValueError where two would share a path, or one is the path of an image."""
     masks = {}
     for case in cases:
-        name = bids_name(case, modalities) if args.bids else f"{case['case_id']}{SUFFIX}"
+        name = bids_name(dict(case), modalities) if args.bids else f"{case['case_id']}{SUFFIX}"
         masks[case["case_id"]] = output / name
     if len(set(masks.values())) < len(masks):
         raise ValueError(

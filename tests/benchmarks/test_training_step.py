@@ -23,7 +23,7 @@ from benchmarks.training_step import (
     table,
 )
 from scripts.cli.bundle_run import Expression
-from scripts.cli.options import CONFIGS, config_names
+from scripts.cli.config import CONFIGS, config_names
 from scripts.data.cohorts.phantom import write_phantoms
 
 BASE = ("train", "data/phantom", "scale/small")

@@ -111,7 +111,7 @@ def test_the_command_segments_a_table_in_processes_of_its_own(
     command += [*TINY, "--allow-outside", "--output-dir", str(tmp_path / "masks"), "--data-list", str(table())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["3 cases: 3 segmented, 0 there already, 0 failed"]
+    assert done.stdout.splitlines() == ["3 cases: 3 segmented, 0 already there, 0 failed"]
 
 
 @pytest.mark.usefixtures("_here")
@@ -128,7 +128,7 @@ def test_an_absent_reference_is_refused_or_stood_in_for_as_it_is_for_one_case(
     plain = ["segment", "--data", "phantom", "--weights", weights, *TINY]
     command = [*plain, "--output-dir", str(output), "--allow-outside", "--data-list", str(path)]
     assert main(command) == 1
-    assert "--ct is missing" in capsys.readouterr().err
+    assert "Missing images: --ct" in capsys.readouterr().err
     assert main([*command, "--allow-missing"]) == 0
     assert "PHANTOM_001: absent modalities, read as zeros: PHANTOM_001: ct" in capsys.readouterr().out
     single = [*plain, "--pet", rows[0]["pet"], "--mr", rows[0]["mr"], "--output", str(tmp_path / "one.nii.gz")]
@@ -157,12 +157,15 @@ def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
 
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("error", [MemoryError("no room"), AttributeError("no room"), ValueError("no room")])
-def test_whatever_ends_a_case_becomes_its_sentence_and_warnings_are_kept(error: Exception) -> None:
+def test_any_error_of_a_case_becomes_its_result_and_warnings_are_kept(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def segment(args: argparse.Namespace) -> None:
         logging.getLogger("scripts.stub").warning("odd")
         raise error
 
-    assert batch._one(argparse.Namespace(), segment, str) == ("no room", ("odd",))
+    monkeypatch.setattr(batch, "segment_case", segment)
+    assert batch.segment_quietly(argparse.Namespace()) == ("no room", ("odd",))
 
 
 @pytest.mark.usefixtures("_here")
@@ -181,20 +184,20 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
     (tmp_path / "flat.csv").write_text(f"case_id,ct\na,{output / 'a.nii.gz'}\n")
     flat = ["segment", "--data", "phantom", "--allow-outside", "--data-list", str(tmp_path / "flat.csv")]
     assert main([*flat, "--output-dir", str(output), "--weights", weights]) == 1
-    assert "would take the place of" in capsys.readouterr().err
+    assert "would overwrite the image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output are of one case"),
-        (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked are of one case"),
-        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--ct are of one case"),
-        (["--data-list", "c.csv", "--profile"], "--profile are of one case"),
+        (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output cannot be combined with --data-list"),
+        (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked cannot be combined with --data-list"),
+        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--ct cannot be combined with --data-list"),
+        (["--data-list", "c.csv", "--profile"], "--profile cannot be combined with --data-list"),
         (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of a table"),
-        (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output is c.nii.gz, which is the ct itself"),
-        (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "which is the ct itself"),
-        (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "give a file name that ends in .nii.gz"),
+        (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),
+        (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "is the ct image itself"),
+        (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "Use a name that ends in .nii.gz"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -231,16 +234,18 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     command += [*TINY, "--workers", "2", "--data-list"]
     assert main([*command, str(table(pet=bad))]) == 1
     told = capsys.readouterr()
-    assert "3 cases: 2 segmented, 0 there already, 1 failed" in told.out
-    assert f"1 of 3 cases failed (PHANTOM_002: {bad} is an empty file" in told.err
+    assert "3 cases: 2 segmented, 0 already there, 1 failed" in told.out
+    assert (
+        f"1 of 3 cases failed. Correct them and run the command again. PHANTOM_002: {bad} is an empty file" in told.err
+    )
     assert sorted(path.name for path in output.glob("*.nii.gz")) == ["PHANTOM_001.nii.gz", "PHANTOM_003.nii.gz"]
     (output / "PHANTOM_003.nii.gz").write_bytes((output / "PHANTOM_003.nii.gz").read_bytes()[:-9])  # stopped half way
     kept = (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns
     assert main([*command, str(table())]) == 0
-    assert "3 cases: 2 segmented, 1 there already, 0 failed" in capsys.readouterr().out
+    assert "3 cases: 2 segmented, 1 already there, 0 failed" in capsys.readouterr().out
     assert (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns == kept
     results = json.loads((output / "segment.json").read_text())["cases"]
-    assert [each["result"] for each in results.values()] == ["there already", "segmented", "segmented"]
+    assert [each["result"] for each in results.values()] == ["already there", "segmented", "segmented"]
     assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
 
 

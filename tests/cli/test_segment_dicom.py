@@ -211,7 +211,7 @@ def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dicom", "--study", str(tmp_path), "--data-list", "cohort.csv"]) == 1
-    assert "error: dicom takes one --study, not the table cohort.csv: leave" in capsys.readouterr().err
+    assert "error: dicom segments one --study. Remove --data-list." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, ValueError])
@@ -223,12 +223,10 @@ def test_whatever_fails_in_writing_is_told_without_its_words(
 
     monkeypatch.setattr(clinic, "series_slices", lambda *_: [])
     monkeypatch.setattr(clinic, "write_seg", fail)
-    monkeypatch.delenv("DEBUG", raising=False)
-    words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask is there: mask\.nii\.gz\.$"
+    words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask was written to mask\.nii\.gz\."
     with pytest.raises(ValueError, match=words) as caught:
-        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
+        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__suppress_context__
-    monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(kind, match=r"^SECRET$"):
-        clinic._write(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
+        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False, debug=True)

@@ -128,6 +128,7 @@ def test_segment_writes_the_mask_on_the_reference_grid_and_its_line_can_be_paste
     np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-4)
     first = np.asarray(mask.dataobj).copy()
     assert set(np.unique(first)) <= {0, 1}
+    _run(*arguments, "--dry-run")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m monai.bundle"))
     output.unlink()
     subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True, capture_output=True, timeout=200)
@@ -158,7 +159,7 @@ def test_a_case_without_ct_is_segmented_on_the_grid_of_its_pet(
         "segment", *TINY, "--pet", pet, "--mr", pet.with_name("MR_T1_image.nii.gz"), "--allow-missing",
         "--output", output, "--weights", trained / "distilled" / "model.pt",
     )  # fmt: skip
-    assert "The mask is written on the grid of --pet, since ct is absent." in capsys.readouterr().out
+    assert "The mask is written on the grid of --pet, because --ct is missing." in capsys.readouterr().out
     mask, reference, ct = (nib.load(path) for path in (output, pet, pet.with_name("CT_image.nii.gz")))
     assert mask.shape == reference.shape != ct.shape
     np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-4)
@@ -186,12 +187,12 @@ def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
     [
         (["train", "--dataset-dir", "/nowhere"], "/nowhere"),
         (["train"], "no folder of data was given"),
-        (["segment", "--pet", "p.nii.gz", "--output", "m.nii.gz"], "--ct is missing, --mr is missing: add the files"),
-        (["segment", "--output", "m.nii.gz", "--allow-missing"], "name it by --ct or --pet or --mr"),
+        (["segment", "--pet", "p.nii.gz", "--output", "m.nii.gz"], "Missing images: --ct, --mr. Add them"),
+        (["segment", "--output", "m.nii.gz", "--allow-missing"], "Name the images with --ct, --pet, --mr"),
         (["segment", "--ct", "nowhere.nii.gz", "--output", "m.nii.gz"], "nowhere.nii.gz"),
         (["segment", "--ct", "a.nii.gz", "--output", "m.mha"], ".nii.gz"),
         (["train", "--dataset-dir", ".", "--multi-gpu"], "torchrun"),
-        (["distill", "--dataset-dir", ".", "--method", "gkd", "--cache-dir", "c"], "gkd needs its teachers' features"),
+        (["distill", "--dataset-dir", ".", "--method", "gkd", "--cache-dir", "c"], "gkd needs the teachers' features"),
         (["report", "--evaluations", "/nowhere"], "/nowhere"),
     ],
 )

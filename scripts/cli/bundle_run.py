@@ -144,8 +144,9 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
     from scripts.utils import run_manifest
     from scripts.utils.output_lock import release
 
-    # MONAI warns of every config that lies in a sub folder of configs/.
+    # MONAI warns of every config that lies in a sub folder of configs/, and prints all overrides.
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    logging.getLogger("monai.bundle.scripts").setLevel(logging.INFO if args.verbose else logging.WARNING)
     run_manifest.set_command(command)
     try:
         run(

@@ -77,6 +77,8 @@ def configure_logging(verbose: bool, debug: bool) -> None:
     """Print the bundle's own messages and all warnings; the log of MONAI and ignite only where it is asked for."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("scripts").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        logging.getLogger("monai").setLevel(logging.ERROR)
     if not debug:
         logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it repeats every error with a traceback
 

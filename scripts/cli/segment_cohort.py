@@ -30,6 +30,7 @@ from scripts.utils.process_pool import DIED, survive
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
+PRELOADED = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
 MAX_WARNINGS = 10_000  # kept per case
 
 
@@ -147,7 +148,8 @@ def _case_options(
 
 def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
     """Segment the cases in a pool of processes and add what became of them to ``outcomes``."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # imported once, not by every process
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
 
         def add_outcome(case_id: str, outcome: Outcome) -> None:

@@ -73,9 +73,21 @@ def _overview() -> str:
     return "\n".join(lines).rstrip()
 
 
+class ConsoleHandler(logging.Handler):
+    """Print log messages on stderr, above an open progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message; warnings and errors with their level."""
+        text = record.getMessage() if record.levelno <= logging.INFO else f"{record.levelname}: {record.getMessage()}"
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
+
+
 def configure_logging(verbose: bool, debug: bool) -> None:
     """Print the bundle's own messages and all warnings; the log of MONAI and ignite only where it is asked for."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[ConsoleHandler()])
     logging.getLogger("scripts").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         logging.getLogger("monai").setLevel(logging.ERROR)

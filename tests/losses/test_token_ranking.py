@@ -33,15 +33,15 @@ def importance(x: np.ndarray) -> np.ndarray:
 def rank(student: np.ndarray, teacher: np.ndarray, top_k: float = 0.25, flat: float = 0.995) -> float:
     """Minus the discounted log-probability of drawing the teacher's top k without replacement."""
     values = []
-    for worth, guide in zip(student, teacher, strict=True):
-        p = guide / guide.sum()
+    for student_importance, teacher_importance in zip(student, teacher, strict=True):
+        p = teacher_importance / teacher_importance.sum()
         if -(p * np.log(p)).sum() / math.log(len(p)) > flat:
             continue
-        left, total, weights = sorted(range(len(p)), key=lambda i: -p[i]), 0.0, 0.0
+        remaining, total, weights = sorted(range(len(p)), key=lambda i: -p[i]), 0.0, 0.0
         for i in range(max(1, round(top_k * len(p)))):
-            total += math.log(worth[left].sum() / worth[left[0]]) / math.log2(2 + i)
+            total += math.log(student_importance[remaining].sum() / student_importance[remaining[0]]) / math.log2(2 + i)
             weights += 1 / math.log2(2 + i)
-            left.pop(0)
+            remaining.pop(0)
         values.append(total / weights)
     return float(np.mean(values)) if values else 0.0
 
@@ -112,36 +112,36 @@ def test_the_teachers_order_gives_the_lowest_value_of_all_orders():
 
 
 def test_at_agreement_the_value_is_not_0_and_the_gradient_does_not_vanish():
-    worth = DESCENDING.log().requires_grad_()
-    loss = TokenRankingLoss(top_k=0.5).ranking(worth.exp(), DESCENDING)
+    log_importance = DESCENDING.log().requires_grad_()
+    loss = TokenRankingLoss(top_k=0.5).ranking(log_importance.exp(), DESCENDING)
     loss.backward()
     assert loss.item() == pytest.approx((math.log(1 / 0.4) + W2 * math.log(2)) / (1 + W2), abs=1e-6)
-    assert worth.grad[0, 0].item() == pytest.approx(-0.6 / (1 + W2), abs=1e-6)
+    assert log_importance.grad[0, 0].item() == pytest.approx(-0.6 / (1 + W2), abs=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [10.0, 100.0, 1000.0])
 def test_value_and_gradient_vanish_as_the_importances_separate_in_the_teachers_order(ratio):
     # Relative to the first remaining token, the sum of all others is at most 1 / ratio + 1 / ratio^2 + ...
-    worth = (-math.log(ratio) * torch.arange(4.0)).view(1, 4).requires_grad_()
-    loss = TokenRankingLoss(top_k=0.75).ranking(worth.exp(), DESCENDING)
+    log_importance = (-math.log(ratio) * torch.arange(4.0)).view(1, 4).requires_grad_()
+    loss = TokenRankingLoss(top_k=0.75).ranking(log_importance.exp(), DESCENDING)
     loss.backward()
     assert 0 < loss.item() <= math.log(ratio / (ratio - 1)) + 1e-6
-    assert 0 < worth.grad.abs().sum().item() <= 2 / (ratio - 1)
+    assert 0 < log_importance.grad.abs().sum().item() <= 2 / (ratio - 1)
 
 
 @pytest.mark.parametrize("top_k", [0.25, 0.5, 1.0])
 def test_the_gradient_is_the_sum_over_successive_draws(normal, top_k):
     # d/ds_m of the i-th draw: the probability of token m, minus 1 if m is the teacher's i-th token.
-    worth, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
-    TokenRankingLoss(top_k).ranking(worth.exp(), teacher).backward()
+    log_importance, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
+    TokenRankingLoss(top_k).ranking(log_importance.exp(), teacher).backward()
     order = np.argsort(-teacher[0].double().numpy())
-    worths, slope, weights = np.exp(worth[0].detach().double().numpy()), np.zeros(8), 0.0
+    student, gradient, weights = np.exp(log_importance[0].detach().double().numpy()), np.zeros(8), 0.0
     for i in range(round(top_k * 8)):
-        left, w = order[i:], 1 / math.log2(2 + i)
-        slope[left] += w * worths[left] / worths[left].sum()
-        slope[order[i]] -= w
+        remaining, w = order[i:], 1 / math.log2(2 + i)
+        gradient[remaining] += w * student[remaining] / student[remaining].sum()
+        gradient[order[i]] -= w
         weights += w
-    np.testing.assert_allclose(worth.grad[0].numpy(), slope / weights, atol=1e-6)
+    np.testing.assert_allclose(log_importance.grad[0].numpy(), gradient / weights, atol=1e-6)
 
 
 def test_the_gradient_through_the_features_agrees_with_finite_differences(normal, reference, numerical_gradient):

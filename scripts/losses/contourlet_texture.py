@@ -46,14 +46,13 @@ class ContourletTextureLoss(nn.Module):
     p = 1/K and r = 1. Scaling a map does not change L.
 
     Only |y_k| is compared, so the texture may be shifted. With ``statistic="subband_mse"``, an ablation, L is the mean
-    squared difference of all y_k. It carries no direction: the bands are a tight frame, so it equals 1/K of the mean
-    squared difference of d without its mean.
+    squared difference of all y_k, summed over levels. It is independent of direction: the bands are a tight frame, so
+    it equals 1/K of the mean squared difference of d without its mean.
 
     Both maps are pooled to their common (smaller) grid first. An axis is halved while it has at least three voxels;
     there are no further levels once no axis has three. If a map has more than ``max_channels`` channels, a fixed random
-    orthogonal projection reduces them. For the gradient, the responses need the memory of 6 maps of up to
-    ``max_channels`` channels. The filtering is periodic. The numbers of channels may differ, except for
-    ``"subband_mse"``.
+    orthogonal projection reduces them. For the gradient, up to 6 * ``max_channels`` single-channel maps are kept in
+    memory. The filtering is periodic. The numbers of channels may differ, except for ``"subband_mse"``.
 
     Config::
 

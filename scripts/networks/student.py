@@ -81,8 +81,8 @@ class Student(nn.Module):
         full_features: channels of the full-resolution stage.
         heads: number of attention heads.
         norm: name of the normalisation in MONAI. The default is group normalisation: with batches of two patches, the
-            running statistics of batch normalisation gave worse results (docs/results.md). With large batches
-            ``"batch"`` is faster, because it folds into the convolutions.
+            running statistics of batch normalisation gave a lower Dice than the statistics of each window
+            (docs/results.md). With large batches ``"batch"`` is faster, because it folds into the convolutions.
         selective_fusion: insert a ``SelectiveFusion`` block after the decoder stage at stride 4, for dual distillation.
         modality_dropout: probability of dropping each modality in training, see ``ModalityDropout``. It has no weights
             and does nothing in eval().

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation losses: ``forward(student, teacher[, label]) -> scalar``, without parameters."""
+"""Distillation losses: ``forward(student, teacher[, label]) -> scalar``. No loss has trainable parameters."""
 
 from scripts.losses.attention_map import AttentionMapLoss as AttentionMapLoss
 from scripts.losses.channel_relation import ChannelRelationLoss as ChannelRelationLoss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of where each channel has its mass."""
+"""Distil where in space each channel is active."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses._common import check_channels, to_common_grid
+from scripts.losses._common import check_channels, check_positive, kl_divergence, to_common_grid
 
 
 class ChannelWiseDivergence(nn.Module):
-    """Kullback-Leibler divergence of the channels' distributions over space.
+    """Kullback-Leibler divergence between the spatial distributions of corresponding channels.
 
-    Source: a baseline beside the papers, CWD (Shu et al., ICCV 2021, arXiv 2011.13256): [paper] a softmax turns each
-    channel into a probability map, and the KL divergence of corresponding channels is minimised; [ours] in 3D, and
-    the common grid::
+    Source: CWD (Shu et al., ICCV 2021, arXiv 2011.13256), a baseline that belongs to none of the five methods:
+    [paper] a softmax turns each channel into a probability map, and the KL divergence of corresponding channels is
+    minimised; [ours] the 3D form and the common grid::
 
         p_c = softmax over voxels of (channel c / temperature)
         L = temperature^2 * mean over batch and channels of KL(p_teacher || p_student)
 
-    The KL is a SUM over voxels: repeating the same voxels changes nothing. Nor does the offset of a channel; its gain
-    does. Both maps are pooled to the smaller grid before the softmax. Not to be confused with SoftPredictionLoss, whose
-    softmax runs over channels.
+    Both maps are pooled to their common (smaller) grid before the softmax. The KL is a SUM over voxels, so repeating
+    the same voxels does not change L. Adding a constant to a channel does not change L; scaling it does. Unlike here,
+    the softmax of SoftPredictionLoss runs over channels.
 
     Config::
 
         "loss#terms#cwd": {"tap": "logits", "weight": 0.1, "loss": {"_target_": "scripts.losses.ChannelWiseDivergence"}}
 
     Args:
-        temperature: softening; a larger one looks at more of the voxels.
+        temperature: softening of the softmax; a higher temperature takes more voxels into account.
 
     Raises:
         ValueError: ``temperature`` is not positive.
@@ -37,19 +37,24 @@ class ChannelWiseDivergence(nn.Module):
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}.")
+        check_positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Logits or features of both, ``B C H W [D]`` (one C, the grid may differ), to a scalar, 0 where they agree.
+        """Compare the spatial distributions.
+
+        Args:
+            student: logits or features, ``B C H W [D]``.
+            teacher: logits or features, ``B C H W [D]``; the grid may differ from the student's, C must not.
+
+        Returns:
+            Scalar, 0 if the distributions agree.
 
         Raises:
-            ValueError: the maps are not two batches of one size and dimension, or their channel counts differ; both
-                shapes are named.
+            ValueError: the batch sizes, numbers of dimensions or numbers of channels differ. The message contains both
+                shapes.
         """
         check_channels(student, teacher)
         maps = to_common_grid(student.float(), teacher.detach().float())
         log_s, log_t = (functional.log_softmax(m.flatten(2) / self.temperature, dim=2) for m in maps)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(dim=2)
-        return self.temperature**2 * divergence.mean()
+        return self.temperature**2 * kl_divergence(log_t, log_s, dim=2).mean()

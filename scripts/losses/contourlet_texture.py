@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of texture: which directions the fine structure of a feature map has, and how strong it is."""
+"""Distil the texture of a feature map: the directions of its fine structures and their strength."""
 
 from __future__ import annotations
 
@@ -8,37 +8,51 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from scripts.losses._common import EPS, check_maps, check_option, pool, to_common_grid
-from scripts.losses._directional_filters import SMALLEST, directional_bands, laplacian_pyramid
+from scripts.losses._common import (
+    EPS,
+    check_at_least,
+    check_choice,
+    check_maps,
+    kl_divergence,
+    pool,
+    shapes_text,
+    to_common_grid,
+)
+from scripts.losses._directional_filters import MIN_AXIS_SIZE, directional_bands, laplacian_pyramid
 
-# Texture weaker than this share of the features' size has no direction: in float32 it may be rounding alone.
-FLAT = 1e-4
+# Added to every band energy, as a share of the root mean square of the features. Weaker texture has no meaningful
+# direction: in float32 it may be nothing but rounding errors.
+ENERGY_FLOOR = 1e-4
 
 
 class ContourletTextureLoss(nn.Module):
-    """Divergence of the orientation and strength of texture, by a steerable surrogate of the contourlet transform.
+    """Divergence of the direction and strength of texture, by a steerable surrogate of the contourlet transform.
 
     Source: [paper] RSKD (Knowledge-Based Systems 2024) distils structural texture by a contourlet decomposition; [ours]
-    the 3D construction and the loss. The 2D contourlet is a Laplacian pyramid followed by a directional filter bank (Do
-    and Vetterli 2005). This is a non-subsampled steerable surrogate of the contourlet transform: the same pyramid, but
-    six smooth, overlapping bands in place of a bank of wedges. Per level of the pyramid (down: blur [1, 4, 6, 4, 1] /
-    16 per axis, reflected at the border, every second voxel)::
+    the 3D construction and the loss. The 2D contourlet transform is a Laplacian pyramid followed by a directional
+    filter bank (Do and Vetterli 2005). This loss uses a non-subsampled steerable surrogate of the contourlet transform:
+    the same pyramid, but smooth, overlapping bands instead of wedge-shaped filters. Each level of the pyramid halves
+    the resolution (downsample: blur [1, 4, 6, 4, 1] / 16 per axis, reflected at the border, then every second voxel)::
 
-        d = x - up(down(x)),  y_k = D_k d,  D_k(w) = sqrt(5/6) (n_k . w / |w|)^2,  D_k(0) = 0,  sum over k of D_k^2 = 1
-        E_k = mean over channels of adaptive average pooling to at most grid cells per axis of |y_k|,  + floor
+        d = x - upsample(downsample(x)),  y_k = D_k d
+        D_k(w) = sqrt(5/6) (n_k . w / |w|)^2,  D_k(0) = 0,  sum over k of D_k^2 = 1
+        E_k = mean over channels of |y_k|, adaptive average pooling to at most grid cells per axis,  + floor
         p = E / sum over k of E,  r = sum over k of E / (mean over cells of sum over k of E)
         L = sum over levels of mean over cells of [KL(p_teacher || p_student) + |r_teacher - r_student|]
 
-    averaged over the batch. n_k are the six axes of the icosahedron; in 2D three at 60 degrees, with sqrt(8/9). w is
-    the frequency per mm, by ``spacing``. The low-pass residual is not compared. floor = 1e-4 of the root mean square of
-    a sample's channels: a map without texture has p = 1/K and r = 1. Gain (> 0) of a map changes nothing.
+    L is averaged over the batch. The n_k are the six axes of the icosahedron in 3D; in 2D they are three directions at
+    60 degrees, with sqrt(8/9) instead of sqrt(5/6). The frequency w is in cycles per mm, by ``spacing``. The low-pass
+    residual is not compared. floor is 1e-4 of the root mean square of a sample's channels: a map without texture has
+    p = 1/K and r = 1. Scaling a map does not change L.
 
-    Only |y_k| is compared, so texture may be shifted; all bands of a tight frame together know no direction: the mean
-    squared difference of every y_k (``statistic="subband_mse"``, the ablation) is 1/K that of d without its mean.
+    Only |y_k| is compared, so the texture may be shifted. With ``statistic="subband_mse"``, an ablation, L is the mean
+    squared difference of all y_k, summed over levels. It is independent of direction: the bands are a tight frame, so
+    it equals 1/K of the mean squared difference of d without its mean.
 
-    Both maps come to the smaller grid first. An axis is halved while it has three voxels, and the levels end where none
-    has. At most ``max_channels`` channels enter the bank, by a fixed random orthogonal projection of those that are
-    more; the responses then take ``max_channels`` * 6 maps of memory for the gradient. Their filtering is periodic.
+    Both maps are pooled to their common (smaller) grid first. An axis is halved while it has at least three voxels;
+    there are no further levels once no axis has three. If a map has more than ``max_channels`` channels, a fixed random
+    orthogonal projection reduces them. For the gradient, up to 6 * ``max_channels`` single-channel maps are kept in
+    memory. The filtering is periodic. The numbers of channels may differ, except for ``"subband_mse"``.
 
     Config::
 
@@ -51,16 +65,16 @@ class ContourletTextureLoss(nn.Module):
 
     Args:
         levels: levels of the pyramid.
-        grid: most cells per axis.
-        spacing: voxel size of the common grid along H, W[, D]; only ratios matter, so a stride that is the same on all
-            axes may be left out. A 2D map takes the first two.
+        grid: maximum number of cells per axis.
+        spacing: voxel size of the common grid along H, W[, D]. Only ratios matter, so a stride that is the same along
+            all axes can be ignored. A 2D map uses the first two numbers.
         statistic: ``"orientation"`` or ``"subband_mse"``.
-        max_channels: most channels that enter the bank.
-        seed: of the projection.
+        max_channels: maximum number of channels that are filtered.
+        seed: of the random projection.
 
     Raises:
-        ValueError: an unknown ``statistic``; ``levels``, ``grid`` or ``max_channels`` below 1; ``spacing`` that is not
-            two or three positive numbers.
+        ValueError: ``statistic`` is unknown; ``levels``, ``grid`` or ``max_channels`` is less than 1; ``spacing`` is
+            not two or three positive numbers.
     """
 
     def __init__(
@@ -73,10 +87,9 @@ class ContourletTextureLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_option("statistic", statistic, ("orientation", "subband_mse"))
+        check_choice("statistic", statistic, ("orientation", "subband_mse"))
         for name, value in {"levels": levels, "grid": grid, "max_channels": max_channels}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            check_at_least(name, value, 1)
         if len(spacing) not in (2, 3) or min(spacing) <= 0:
             raise ValueError(f"spacing must be two or three positive numbers, got {tuple(spacing)}.")
         self.levels, self.grid, self.statistic = levels, grid, statistic
@@ -84,12 +97,12 @@ class ContourletTextureLoss(nn.Module):
         self.max_channels, self.seed = max_channels, seed
 
     def projection(self, channels: int) -> torch.Tensor:
-        """Orthonormal rows, ``max_channels`` x ``channels``, the same at every call."""
+        """Orthonormal rows, ``max_channels x channels``; the same at every call with the same seed."""
         generator = torch.Generator().manual_seed(self.seed)
         normal = torch.randn(channels, self.max_channels, generator=generator, dtype=torch.float64, device="cpu")
         return torch.linalg.qr(normal).Q.T.float()
 
-    def _reduce(self, features: torch.Tensor) -> torch.Tensor:
+    def _reduce_channels(self, features: torch.Tensor) -> torch.Tensor:
         channels = features.shape[1]
         if channels <= self.max_channels:
             return features
@@ -97,8 +110,8 @@ class ContourletTextureLoss(nn.Module):
         return torch.einsum("mc,bc...->bm...", rows, features)
 
     def _energies(self, features: torch.Tensor) -> list[torch.Tensor]:
-        """E of each level, ``B K cells``."""
-        floor = FLAT * features.detach().square().flatten(1).mean(dim=1).sqrt() + EPS
+        """Compute E of each level, ``B K cells``."""
+        floor = ENERGY_FLOOR * features.detach().square().flatten(1).mean(dim=1).sqrt() + EPS
         details, _ = laplacian_pyramid(features, self.levels, self.spacing[: features.dim() - 2])
         energies = []
         for detail, spacing in details:
@@ -111,12 +124,11 @@ class ContourletTextureLoss(nn.Module):
 
     def _orientation(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         loss = student.new_zeros(())
-        for levels in zip(self._energies(student), self._energies(teacher), strict=True):
-            totals = [e.sum(dim=1, keepdim=True) for e in levels]
-            log_s, log_t = ((e / total).log() for e, total in zip(levels, totals, strict=True))
+        for energies in zip(self._energies(student), self._energies(teacher), strict=True):
+            totals = [e.sum(dim=1, keepdim=True) for e in energies]
+            log_s, log_t = ((e / total).log() for e, total in zip(energies, totals, strict=True))
             r_s, r_t = (total / total.mean(dim=2, keepdim=True) for total in totals)
-            divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1)
-            loss = loss + divergence.mean() + (r_t - r_s).abs().mean()
+            loss = loss + kl_divergence(log_t, log_s, dim=1).mean() + (r_t - r_s).abs().mean()
         return loss
 
     def _subband_mse(self, difference: torch.Tensor) -> torch.Tensor:
@@ -125,22 +137,37 @@ class ContourletTextureLoss(nn.Module):
         return torch.stack([torch.stack(bands).mean() for bands in levels]).sum()
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Features of both, ``B C H W [D]`` (C and the grid may differ), to a scalar, 0 where the maps agree.
+        """Compare the texture of two feature maps.
+
+        Args:
+            student: features, ``B C H W [D]``.
+            teacher: features, ``B C H W [D]``; C and the grid may differ from the student's.
+
+        Returns:
+            Scalar, 0 if the texture agrees.
 
         Raises:
-            ValueError: the maps are not two batches of one size and dimension; no axis of the common grid has three
-                voxels; ``"subband_mse"`` and the channels differ; all name both shapes. ``spacing`` is too short.
+            ValueError: the batch sizes or numbers of dimensions differ; no axis of the common grid has three voxels;
+                the numbers of channels differ with ``"subband_mse"``; or ``spacing`` has too few numbers. The message
+                contains both shapes.
         """
         check_maps(student, teacher)
-        shapes = f"Student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        shapes = shapes_text(student, teacher)
         if self.statistic == "subband_mse" and student.shape[1] != teacher.shape[1]:
-            raise ValueError(f"{shapes} must have one C for subband_mse: put an adapter before the loss.")
-        if max(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)) < SMALLEST:
-            raise ValueError(f"{shapes} have no axis of {SMALLEST} voxels on their common grid: no texture.")
+            raise ValueError(
+                f"{shapes} must have the same number of channels for subband_mse: add a ChannelAdapter for this tap."
+            )
+        if max(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)) < MIN_AXIS_SIZE:
+            raise ValueError(
+                f"{shapes} need an axis of at least {MIN_AXIS_SIZE} voxels on their common grid: choose layers with a "
+                "larger grid."
+            )
         if len(self.spacing) < student.dim() - 2:
             raise ValueError(f"{shapes} need a spacing of three numbers, got {self.spacing}.")
         with torch.autocast(student.device.type, enabled=False):
-            maps = to_common_grid(self._reduce(student.float()), self._reduce(teacher.detach().float()))
+            maps = to_common_grid(
+                self._reduce_channels(student.float()), self._reduce_channels(teacher.detach().float())
+            )
             if self.statistic == "subband_mse":
                 return self._subband_mse(maps[0] - maps[1])
             return self._orientation(*maps)

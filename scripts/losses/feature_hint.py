@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of the features themselves."""
+"""Distil the features themselves."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from scripts.losses._common import check_channels, to_common_grid
 
 
 class FeatureHintLoss(nn.Module):
-    """Mean squared error of two feature maps, the student's behind an adapter.
+    """Mean squared error between two feature maps.
 
-    Source: a baseline beside the papers, FitNets (Romero et al., ICLR 2015, arXiv 1412.6550): [paper] the teacher's
-    intermediate features are hints, and additional parameters map the student's to them, here
-    ``scripts.networks.ChannelAdapter``, which trains with the student; [ours] in 3D, and the common grid::
+    Source: FitNets (Romero et al., ICLR 2015, arXiv 1412.6550), a baseline that belongs to none of the five methods:
+    [paper] the teacher's intermediate features are hints, and additional parameters map the student's features to
+    them; [ours] the 3D form and the common grid. Here ``scripts.networks.ChannelAdapter`` is that mapping and trains
+    with the student::
 
         L = mean over batch, channels and voxels of (student - teacher)^2
 
-    Both maps are pooled to the smaller grid first. The value has the square of the teacher's unit, so its weight
-    depends on the layer.
+    Both maps are pooled to their common (smaller) grid first. L scales with the square of the teacher's features, so a
+    suitable weight depends on the layer.
 
     Config::
 
@@ -29,11 +30,18 @@ class FeatureHintLoss(nn.Module):
     """
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Features of both, ``B C H W [D]`` (one C, the grid may differ), to a scalar, 0 where they agree.
+        """Compare the features.
+
+        Args:
+            student: features, ``B C H W [D]``.
+            teacher: features, ``B C H W [D]``; the grid may differ from the student's, C must not.
+
+        Returns:
+            Scalar, 0 if the features agree.
 
         Raises:
-            ValueError: the maps are not two batches of one size and dimension, or their channel counts differ; both
-                shapes are named.
+            ValueError: the batch sizes, numbers of dimensions or numbers of channels differ. The message contains both
+                shapes.
         """
         check_channels(student, teacher)
         student, teacher = to_common_grid(student.float(), teacher.detach().float())

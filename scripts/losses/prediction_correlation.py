@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of the correlations of the final predictions, which leaves their scale free."""
+"""Distil the correlations of the final predictions, independent of their scale."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from scripts.losses._common import EPS, check_maps, check_same_shape
+from scripts.losses._common import EPS, check_maps, check_positive, check_same_shape, two_class_logits
 
-# Below this relative amplitude the variation of a float32 map is the rounding of its mean.
-CONSTANT = 1e-6
+# A row counts as constant if its largest deviation from the mean is below this share of its largest value: in float32
+# such a small deviation may be nothing but the rounding error of the mean.
+CONSTANT_TOLERANCE = 1e-6
 
 
-def _directions(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (last dimension) centred at length 1, and which of them vary; a constant row is zero without gradient."""
+def _centred_directions(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre the rows (last dimension) and scale them to length 1.
+
+    Returns:
+        The rows; a constant row is zero and has no gradient. And a mask of the rows that vary.
+    """
     centred = x - x.mean(dim=-1, keepdim=True)
-    varies = centred.abs().amax(dim=-1) > CONSTANT * x.abs().amax(dim=-1)
+    varies = centred.abs().amax(dim=-1) > CONSTANT_TOLERANCE * x.abs().amax(dim=-1)
     norm = centred.norm(dim=-1, keepdim=True)
     return centred * varies.unsqueeze(-1) / norm.clamp_min(EPS), varies
 
 
-def _distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """``B M K`` to B: 1 - Pearson of the rows, mean over those that vary in the teacher."""
-    s, s_varies = _directions(student)
-    t, t_varies = _directions(teacher)
-    # |s - t|^2 / 2 is 1 - <s, t> of two unit vectors, without its cancellation where they agree.
+def _correlation_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Compute 1 - Pearson of the rows of ``B M K``, and its mean over the rows that vary in the teacher: ``B``."""
+    s, s_varies = _centred_directions(student)
+    t, t_varies = _centred_directions(teacher)
+    # |s - t|^2 / 2 equals 1 - <s, t> for two unit vectors, but does not cancel where they nearly agree.
     distance = ((s - t).square().sum(dim=-1) + (~s_varies).float()) / 2
     return (distance * t_varies).sum(dim=1) / t_varies.sum(dim=1).clamp_min(1)
 
@@ -32,23 +37,23 @@ def _distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 class DISTLoss(nn.Module):
     """One minus the Pearson correlation of the probabilities, over classes and over voxels.
 
-    Source: [paper] DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536) matches predictions by their correlation,
-    between the classes of an instance (inter-class) and between the instances of a class (intra-class), rather than
-    exactly; [ours] its instances are the voxels of one sample, and what is constant is left out::
+    Source: [paper] DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536) matches the correlations of predictions instead
+    of the predictions: between the classes of an instance (inter-class) and between the instances of a class
+    (intra-class); [ours] the instances are the voxels of one sample, and constant rows are left out::
 
         p = softmax(logits / temperature)
         L = mean over batch of
             inter * mean over voxels of (1 - Pearson over classes of p_student and p_teacher)
           + intra * mean over classes of (1 - Pearson over voxels of p_student and p_teacher)
 
-    Each part lies in [0, 2]. Where the teacher is constant (a class over all voxels, a voxel over all classes) there
-    is nothing to correlate with: it is left out of the mean, which is 0 if nothing remains. A constant student has
-    correlation 0 and gets no gradient. Correlations know no scale, so the gradient of a student whose predictions
-    hardly vary yet is large, as 1 / their spread: warm the term up.
+    Each part is in [0, 2]. A teacher that is constant (a class over all voxels, or a voxel over all classes) has no
+    correlation: that row is left out of the mean, and the mean of no rows is 0. A constant row of the student has
+    correlation 0 and gets no gradient. Correlations are independent of scale, so the gradient grows as 1 / spread for a
+    student whose predictions hardly vary yet: warm this term up.
 
-    With two classes the correlation over classes is 1 or -1 whatever the probabilities: the inter-class part counts
-    the voxels whose larger class differs (times 2) and has no gradient; only the intra-class part teaches. A
-    single-channel (sigmoid) head is read as the two-class logits (0, z).
+    With two classes the correlation over classes is 1 or -1 for any probabilities. The inter-class part then counts the
+    voxels whose most likely class differs (times 2) and has no gradient: only the intra-class part trains the student.
+    A single-channel (sigmoid) head is treated as the two-class logits (0, z).
 
     Config::
 
@@ -57,7 +62,8 @@ class DISTLoss(nn.Module):
     Args:
         inter: factor of the inter-class part.
         intra: factor of the intra-class part.
-        temperature: softening; no factor temperature^2, because correlations do not shrink with the probabilities.
+        temperature: softening of the softmax. There is no factor temperature^2, because correlations do not shrink with
+            the probabilities.
 
     Raises:
         ValueError: ``inter`` or ``intra`` is negative, or ``temperature`` is not positive.
@@ -67,28 +73,31 @@ class DISTLoss(nn.Module):
         super().__init__()
         if inter < 0 or intra < 0:
             raise ValueError(f"inter and intra must not be negative, got {inter} and {intra}.")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}.")
+        check_positive("temperature", temperature)
         self.inter, self.intra, self.temperature = inter, intra, temperature
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """``B C H W [D]`` to ``B C N``."""
-        z = logits.float().flatten(2) / self.temperature
-        if z.shape[1] == 1:
-            z = torch.cat([torch.zeros_like(z), z], dim=1)
-        return z.softmax(dim=1)
+        """Softmax of ``B C H W [D]``, as ``B C N``."""
+        return two_class_logits(logits.float().flatten(2) / self.temperature).softmax(dim=1)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Logits of both, ``B C H W [D]``, to a scalar, 0 where they agree.
+        """Compare the predictions.
+
+        Args:
+            student: logits, ``B C H W [D]``.
+            teacher: logits of the same shape.
+
+        Returns:
+            Scalar, 0 if the predictions agree.
 
         Raises:
-            ValueError: the shapes differ, or are not ``B C H W [D]``; both are named.
+            ValueError: the shapes differ or are not ``B C H W [D]``. The message contains both shapes.
         """
         check_same_shape(student, teacher)
         check_maps(student, teacher)
         s, t = self._probabilities(student), self._probabilities(teacher.detach())
-        inter = _distance(s.transpose(1, 2), t.transpose(1, 2))
+        inter = _correlation_distance(s.transpose(1, 2), t.transpose(1, 2))
         if s.shape[1] == 2:
-            # Its gradient is zero up to rounding, which the division by a small norm makes large where p is near 1/2.
+            # The exact gradient is zero. Near p = 1/2, division by a small norm would amplify its rounding errors.
             inter = inter.detach()
-        return (self.inter * inter + self.intra * _distance(s, t)).mean()
+        return (self.inter * inter + self.intra * _correlation_distance(s, t)).mean()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student, the teachers' architectures that MONAI does not have, and what aligns their features."""
+"""The student, teacher architectures that MONAI lacks, and adapters that align their features."""
 
 from scripts.networks.alignment_header import AlignmentHeader as AlignmentHeader
 from scripts.networks.cascade_fusion import CascadeFusion as CascadeFusion

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alignment headers: short codes of a network's features that can be compared and exchanged between networks."""
+"""Alignment headers: encode features as short codes that can be compared and exchanged between networks."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from torch.nn import functional
 
 
 class AlignmentHeader(nn.Module):
-    """Auto-encoder of one feature map whose code has the same shape for every network and every grid.
+    """Auto-encoder of a feature map. Its code has the same shape for every network and every grid.
 
     Source: [paper] Qi et al., JBHI 2024, arXiv 2207.12995, and its released networks: one header per network, an
     encoder that maps each channel's flattened map to a short code by Linear, GELU, Linear, and a mirrored decoder;
-    [ours] the 3D form, the pooled grid and the 1x1 convolutions around it::
+    [ours] the 3D form, the pooled grid and the 1x1 convolutions before and after the MLPs. With n = spatial_dims and
+    N = grid^n::
 
-        encode: conv1 to code_channels, adaptive average pooling to grid^n, N = grid^n, per channel N -> hidden -> code
-        decode: per channel code -> hidden -> N, linear interpolation from grid^n to the features' grid, conv1 back
+        encode: 1x1 conv to code_channels, adaptive average pooling to grid^n, per channel N -> hidden -> code
+        decode: per channel code -> hidden -> N, linear interpolation from grid^n to the features' grid, 1x1 conv back
 
-    The MLP is one for all channels. A map with fewer cells than ``grid`` along an axis is not refused: adaptive
-    pooling then repeats cells, and ``decode`` averages them again.
+    All channels share one MLP. A map with fewer than ``grid`` cells along an axis is accepted: adaptive pooling then
+    repeats cells, and ``decode`` averages them again.
 
     Args:
-        channels: of the features.
-        code_channels: width of the code, the same for all networks that exchange codes.
-        grid: cells per axis that the MLP sees.
-        code: numbers per code channel. 1 is the published size; it loses the layout.
+        channels: number of channels of the features.
+        code_channels: channels of the code; must be the same for all networks that exchange codes.
+        grid: cells per axis of the MLP's input.
+        code: numbers per code channel. 1 is the published size; it loses the spatial layout.
         spatial_dims: 2 or 3.
         hidden: width of the MLP.
 
     Raises:
-        ValueError: a size below 1, or ``spatial_dims`` other than 2 or 3.
+        ValueError: a size is less than 1, or ``spatial_dims`` is not 2 or 3.
     """
 
     def __init__(
@@ -62,10 +63,16 @@ class AlignmentHeader(nn.Module):
         self.restore = Convolution(spatial_dims, code_channels, channels, kernel_size=1, conv_only=True)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Features ``B channels h w [d]`` to their code, ``B code_channels code``.
+        """Encode features.
+
+        Args:
+            features: ``B channels h w [d]``.
+
+        Returns:
+            The code, ``B code_channels code``.
 
         Raises:
-            ValueError: another number of channels or axes.
+            ValueError: the features have another number of channels or axes.
         """
         if features.dim() != 2 + len(self.grid) or features.shape[1] != self.channels:
             raise ValueError(
@@ -75,10 +82,17 @@ class AlignmentHeader(nn.Module):
         return self.encoder(self.pool(self.project(features)).flatten(2))
 
     def decode(self, code: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """A code ``B code_channels code``, of this or another header, to features ``B channels *size``.
+        """Decode a code of this or another header.
+
+        Args:
+            code: ``B code_channels code``.
+            size: spatial size of the features to return.
+
+        Returns:
+            Features, ``B channels *size``.
 
         Raises:
-            ValueError: another shape of the code, or a ``size`` of another number of axes.
+            ValueError: the code has another shape, or ``size`` has another number of axes.
         """
         if code.dim() != 3 or tuple(code.shape[1:]) != self.code_shape:
             raise ValueError(
@@ -92,6 +106,6 @@ class AlignmentHeader(nn.Module):
         return self.restore(functional.interpolate(cells, size=tuple(size), mode=mode, align_corners=False))
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features ``B channels h w [d]`` to their code and their reconstruction at their own size."""
+        """Encode features ``B channels h w [d]`` and return their code and their reconstruction at the same size."""
         code = self.encode(features)
         return code, self.decode(code, features.shape[2:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that take redundancy out of a student's features, in space and in channels, before they are compared."""
+"""Adapters that reduce the redundancy of a student's features, in space and in channels, before the comparison."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def _conv(dims: int, inputs: int, outputs: int, kernel: int = 1, groups: int = 1
     return conv(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=bias)
 
 
-def _norm_groups(channels: int, most: int = 16) -> int:
-    """Largest divisor of ``channels`` up to ``most`` that leaves two channels or more in a group."""
-    return max(n for n in range(1, most + 1) if channels % n == 0 and (n == 1 or channels // n > 1))
+def _norm_groups(channels: int, max_groups: int = 16) -> int:
+    """Largest divisor of ``channels``, at most ``max_groups``, that leaves at least two channels per group."""
+    return max(n for n in range(1, max_groups + 1) if channels % n == 0 and (n == 1 or channels // n > 1))
 
 
 class SpatialUnit(nn.Module):
-    """Keep the informative voxels of every channel and hand the rest to the channels of the other half.
+    """Keep the informative voxels of each channel, and add the others to a channel of the other half as well.
 
-    ``w = gamma / sum(gamma)`` of a group normalisation GN, ``R = sigmoid(w * GN(x))``; where R > 0.5 a voxel is kept
-    whole, elsewhere it counts R. What is not kept is added, weighted by R, to the channel half of the channels
-    further on, cyclically: the exchange of the two halves, which odd counts allow too. Gamma learns through the
-    voxels that are not kept.
+    With the scales gamma of a group normalisation GN: ``w = gamma / sum(gamma)`` and ``R = sigmoid(w * GN(x))``. A
+    voxel with R > 0.5 is kept unchanged. Any other voxel is multiplied by R, and is also added to the channel C // 2
+    positions further on (cyclically). This exchanges the two halves, and works for odd C too. Gamma gets its gradient
+    through the voxels that are not kept.
 
     Args:
-        channels: C.
+        channels: number of channels C.
     """
 
     def __init__(self, channels: int) -> None:
@@ -40,7 +40,7 @@ class SpatialUnit(nn.Module):
         self.norm = nn.GroupNorm(_norm_groups(channels), channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``B C H W [D]`` to features of the same shape."""
+        """Return features of the same shape as ``x``, ``B C H W [D]``."""
         gamma = self.norm.weight
         total = gamma.sum()
         share = gamma / torch.where(total.abs() > EPS, total, EPS)
@@ -51,14 +51,15 @@ class SpatialUnit(nn.Module):
 
 
 class ChannelUnit(nn.Module):
-    """Split the channels in two, enrich one half, re-use the other, and weigh both per channel.
+    """Split the channels in two halves, transform one, reuse the other, and weight both per channel.
 
-    Halves of C // 2 and the rest, each squeezed by 2 (1x1 convolution). Upper: grouped 3^n + 1x1 convolution to C.
-    Lower: what a 1x1 convolution adds, beside the squeezed half itself, C together. Out = b_1 * upper + b_2 * lower,
-    (b_1, b_2) = softmax per channel of the two branches' means over space.
+    The halves have C // 2 and C - C // 2 channels. A 1x1 convolution halves the channels of each. Upper branch: sum of
+    a grouped 3^n and a 1x1 convolution, both to C channels. Lower branch: the squeezed half itself, concatenated with a
+    1x1 convolution of it, C channels in total. The output is b_1 * upper + b_2 * lower, where (b_1, b_2) is the softmax
+    per channel of the two branches' spatial means.
 
     Args:
-        channels: C, at least 2.
+        channels: number of channels C, at least 2.
         spatial_dims: 2 or 3.
     """
 
@@ -74,7 +75,7 @@ class ChannelUnit(nn.Module):
         self.added = _conv(spatial_dims, lower, channels - lower)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``B C H W [D]`` to features of the same shape."""
+        """Return features of the same shape as ``x``, ``B C H W [D]``."""
         upper, lower = x.split(self.halves, dim=1)
         upper, lower = self.squeeze_upper(upper), self.squeeze_lower(lower)
         rich = self.grouped(upper) + self.pointwise(upper)
@@ -85,18 +86,18 @@ class ChannelUnit(nn.Module):
 
 
 class SpaceChannelCascade(nn.Module):
-    """Spatial unit, then channel unit, then a projection: ``B C H W [D]`` -> ``B out H W [D]``.
+    """Apply a spatial unit, a channel unit and a projection: ``B C H W [D]`` -> ``B out H W [D]``.
 
     Source: [paper] RSKD (Knowledge-Based Systems 2024) refines spatial and channel information together, with less
-    redundancy; [ours] that this is done as in the two units of SCConv (Li et al., CVPR 2023), in 3D too.
+    redundancy; [ours] the choice of the two units of SCConv (Li et al., CVPR 2023) for this, and the 3D form.
 
     Args:
-        channels: the student's, at least 2.
-        out_channels: the teacher's, reached by a 1x1 convolution; None: no projection, the shape is kept.
+        channels: number of channels of the student, at least 2.
+        out_channels: number of channels of the teacher, reached by a 1x1 convolution; None: no projection.
         spatial_dims: 2 or 3.
 
     Raises:
-        ValueError: fewer than 2 channels, which have no halves.
+        ValueError: ``channels`` is less than 2.
     """
 
     def __init__(self, channels: int, out_channels: int | None = None, spatial_dims: int = 3) -> None:
@@ -107,19 +108,19 @@ class SpaceChannelCascade(nn.Module):
         self.project = nn.Identity() if out_channels is None else _conv(spatial_dims, channels, out_channels, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``B C H W [D]`` to ``B out H W [D]``."""
+        """Refine and project features ``B C H W [D]``; returns ``B out H W [D]``."""
         return self.project(self.channel(self.space(x)))
 
 
 class CascadeFusion(nn.Module):
-    """Several stages of a student fused from deep to shallow: ``h_i = cascade_i(f_i) + up(h_(i+1))``.
+    """Fuse several stages of a student from deep to shallow: ``h_i = cascade_i(f_i) + up(h_(i+1))``.
 
-    Source: [paper] RSKD (Knowledge-Based Systems 2024) fuses several stages; [ours] the sum. cascade_i is the stage's
-    own ``SpaceChannelCascade`` to ``out_channels``, up is linear interpolation to the grid of f_i.
+    Source: [paper] RSKD (Knowledge-Based Systems 2024) fuses several stages; [ours] the sum. cascade_i is a
+    ``SpaceChannelCascade`` of the stage to ``out_channels``. up is linear interpolation to the grid of f_i.
 
     Args:
-        channels: of each stage, from shallow to deep.
-        out_channels: the teacher's.
+        channels: number of channels of each stage, from shallow to deep.
+        out_channels: number of channels of the teacher.
         spatial_dims: 2 or 3.
     """
 
@@ -129,13 +130,21 @@ class CascadeFusion(nn.Module):
         self.mode = "bilinear" if spatial_dims == 2 else "trilinear"
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stages ``B C_i H_i W_i [D_i]``, shallow to deep, to the fused shallowest h_0, ``B out H_0 W_0 [D_0]``.
+        """Fuse the stages.
+
+        Args:
+            features: one map per stage, from shallow to deep: ``B C_i H_i W_i [D_i]``.
+
+        Returns:
+            h_0 on the grid of the shallowest stage, ``B out H_0 W_0 [D_0]``.
 
         Raises:
-            ValueError: another number of stages than of channel counts.
+            ValueError: the number of maps differs from the number of stages.
         """
         if len(features) != len(self.cascades):
-            raise ValueError(f"CascadeFusion is built for {len(self.cascades)} stages, got {len(features)}.")
+            raise ValueError(
+                f"CascadeFusion was built for {len(self.cascades)} stages, got {len(features)} feature maps."
+            )
         maps = [cascade(f) for cascade, f in zip(self.cascades, features, strict=True)]
         fused = maps.pop()
         while maps:

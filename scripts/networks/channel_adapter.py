@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainable alignment of a student's features to a teacher's."""
+"""Trainable projection of a student's features to the channels of a teacher."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class ChannelAdapter(nn.Module):
     """1x1 convolution from the student's channels to the teacher's: ``B in H W [D]`` -> ``B out H W [D]``.
 
     Args:
-        in_channels: the student's.
-        out_channels: the teacher's.
+        in_channels: number of channels of the student.
+        out_channels: number of channels of the teacher.
         spatial_dims: 2 or 3.
     """
 
@@ -22,5 +22,5 @@ class ChannelAdapter(nn.Module):
         self.conv = Convolution(spatial_dims, in_channels, out_channels, kernel_size=1, conv_only=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Project the channels."""
+        """Project features ``B in H W [D]``; returns ``B out H W [D]``."""
         return self.conv(x)

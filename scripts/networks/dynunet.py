@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nnU-Net's 3D network, as MONAI has it, with an encoder and a decoder that can be called apart."""
+"""MONAI's version of nnU-Net's 3D network, with a separate encoder and decoder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from monai.networks.nets import DynUNet
 
 
 class NNUNet(DynUNet):
-    """MONAI's ``DynUNet`` in nnU-Net's 3D form: 3^3 kernels, instance norm, leaky ReLU, strides 1, 2, 2, ...
+    """MONAI's ``DynUNet`` configured as nnU-Net's 3D network.
 
-    Without nnU-Net's deep supervision, so that every network of a comparison is trained by the same loss.
+    It has 3^3 kernels, instance normalisation, leaky ReLU and the strides 1, 2, 2, ...
 
-    Source: Isensee et al., Nature Methods 2021;18:203.
+    Source: Isensee et al., Nature Methods 2021;18:203. nnU-Net's deep supervision is left out, so that all networks of
+    a comparison are trained with the same loss.
 
-    Layers that a forward hook can tap: ``bottleneck`` (deepest), ``skip_layers`` (last decoder stage), and one
-    ``.next_layer`` behind it for every halving of the grid.
+    Layers that can be tapped: ``bottleneck`` (deepest stage) and ``skip_layers`` (last decoder stage). Each
+    ``.next_layer`` appended to ``skip_layers`` halves the grid.
 
     Args:
-        in_channels: image channels.
-        out_channels: classes, background included.
-        filters: widths from full resolution to the deepest stage.
+        in_channels: number of image channels.
+        out_channels: number of classes, including the background.
+        filters: channels of each stage, from full resolution to the deepest stage.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class NNUNet(DynUNet):
         super().__init__(3, in_channels, out_channels, kernels, strides, strides[1:], filters=list(filters))
 
     def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """``B C H W D`` to the features of every stage, shallow to deep."""
+        """Encode an image ``B C H W D``; returns the features of every stage, from shallow to deep."""
         features = [self.input_block(image)]
         for stage in self.downsamples:
             features.append(stage(features[-1]))
@@ -41,7 +42,7 @@ class NNUNet(DynUNet):
         return features
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What ``encode`` returned, to logits ``B classes H W D``."""
+        """Decode the result of ``encode``; returns logits ``B classes H W D``."""
         x = features[-1]
         for stage, skip in zip(self.upsamples, reversed(features[:-1]), strict=True):
             x = stage(x, skip)

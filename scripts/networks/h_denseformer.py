@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""H-DenseFormer: one densely connected Transformer path per modality beside a small 3D U-Net.
+"""H-DenseFormer: a small 3D U-Net with one densely connected Transformer path per modality.
 
 Source: J. Shi et al., "H-DenseFormer: An Efficient Hybrid Densely Connected Transformer for Multimodal Tumor
 Segmentation", MICCAI 2023, arXiv 2307.01486. Written from a description of the network, with MONAI's blocks.
@@ -20,7 +20,7 @@ LAYERS_PER_BLOCK = 4
 
 def _conv_norm_relu(in_channels: int, out_channels: int) -> Convolution:
     act, norm = ("relu", {"inplace": True}), ("instance", {"affine": True})
-    # No bias: instance normalisation subtracts it, so it would never receive a gradient.
+    # No bias: instance normalisation would subtract it, so it would never receive a gradient.
     return Convolution(3, in_channels, out_channels, kernel_size=3, act=act, norm=norm, bias=False)
 
 
@@ -34,10 +34,10 @@ def _up_projection(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class DenseLayer(nn.Module):
-    """Narrow the concatenated tokens to ``growth``, then one pre-norm Transformer layer: (B, N, in) -> (B, N, growth).
+    """Project the concatenated tokens to ``growth`` channels, then apply one pre-norm Transformer layer.
 
-    MONAI's ``TransformerBlock`` is not used: it owns a cross-attention norm that never receives a gradient, and it
-    also drops attention weights.
+    Shape: ``B N in`` -> ``B N growth``. MONAI's ``TransformerBlock`` is not used, because it has a cross-attention norm
+    that never receives a gradient and it applies dropout to the attention weights.
     """
 
     def __init__(self, in_features: int, growth: int, num_heads: int, dropout: float) -> None:
@@ -57,7 +57,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseTransformerBlock(nn.Module):
-    """Four dense layers, each fed everything before it, then a projection back: (B, N, c) -> (B, N, c)."""
+    """Four dense layers, each with all previous outputs as input, then a projection back: ``B N c`` -> ``B N c``."""
 
     def __init__(self, channels: int, growth: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class DenseTransformerBlock(nn.Module):
 
 
 class ModalityPath(nn.Module):
-    """Embed ONE modality at 1/16: (B, 1, H, W, D) -> (B, c, H/16, W/16, D/16)."""
+    """Embed a SINGLE modality at 1/16 resolution: ``B 1 H W D`` -> ``B c H/16 W/16 D/16``."""
 
     def __init__(
         self, img_size: tuple[int, ...], channels: int, depth: int, growth: int, num_heads: int, dropout: float
     ) -> None:
         super().__init__()
         self.grid = [size // PATCH_SIZE for size in img_size]
-        # num_heads=1: MONAI only checks divisibility with it, and the heads here divide growth, not channels.
+        # MONAI uses num_heads only to check that it divides the channels. Here it divides growth instead, so pass 1.
         self.embedding = PatchEmbeddingBlock(1, img_size, PATCH_SIZE, channels, num_heads=1, dropout_rate=dropout)
         self.blocks = nn.ModuleList(
             DenseTransformerBlock(channels, growth, num_heads, dropout) for _ in range(depth // LAYERS_PER_BLOCK)
@@ -99,9 +99,10 @@ class ModalityPath(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """(B, in, 2h, 2w, 2d), (B, c, h, w, d) -> (B, c, h, w, d): pool, two conv-IN-ReLU, plus the embedding.
+    """Max pooling and two conv-IN-ReLU, then add the embedding.
 
-    The sum is inside the stage so that a forward hook on it sees what both branches say together.
+    Shape: ``B in 2h 2w 2d``, embedding ``B c h w d`` -> ``B c h w d``. The embedding is added inside the stage, so that
+    a forward hook on the stage gets the sum of both branches.
     """
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool = True) -> None:
@@ -114,7 +115,10 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """(B, 2c, h, w, d), skip (B, c, 2h, 2w, 2d) -> (B, c, 2h, 2w, 2d): transposed conv, concat, two conv-IN-ReLU."""
+    """Transposed convolution, concatenation with the skip connection, two conv-IN-ReLU.
+
+    Shape: ``B 2c h w d``, skip ``B c 2h 2w 2d`` -> ``B c 2h 2w 2d``.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,28 +132,41 @@ class DecoderStage(nn.Module):
 class HDenseFormer(nn.Module):
     """Hybrid densely connected Transformer for multimodal segmentation (Shi et al., arXiv 2307.01486).
 
-    Every input channel is one modality with a Transformer path of its own; the concatenated paths (the paper's
-    multi-path parallel embedding) are added to all four scales of a U-Net encoder. The authors' released code runs
-    each MLP once more on what it appends to the dense concatenation; here the layer's residual output is appended.
+    Every input channel is a modality with its own Transformer path. The concatenated paths (the paper's multi-path
+    parallel embedding) are added to all four scales of a U-Net encoder. One difference to the authors' released code:
+    their code applies each MLP once more before it appends a layer's output to the dense concatenation; here the
+    residual output of the layer is appended.
 
-    Layers that a forward hook can tap (each one Tensor), as name, stride, channels with n = ``features``:
-    ``encoder1`` 1 n, ``encoder2`` 2 2n, ``encoder3`` 4 4n, ``encoder4`` 8 8n (deepest; embedding included),
-    ``decoder3`` 4 4n, ``decoder2`` 2 2n, ``decoder1`` 1 n (last before the head), ``paths.<i>`` 16 4n.
+    Layers that can be tapped, with n = ``features``:
+
+    ================ ====== ======== ===========================
+    layer            stride channels
+    ================ ====== ======== ===========================
+    ``encoder1``     1      n
+    ``encoder2``     2      2n
+    ``encoder3``     4      4n
+    ``encoder4``     8      8n       deepest; embedding included
+    ``decoder3``     4      4n
+    ``decoder2``     2      2n
+    ``decoder1``     1      n        last before the head
+    ``paths.<i>``    16     4n
+    ================ ====== ======== ===========================
 
     Args:
         in_channels: number of modalities.
         out_channels: number of classes.
-        img_size: the one spatial size that ``forward`` accepts (positions are learned per patch), divisible by 16.
-        features: n, the width at full resolution.
+        img_size: spatial size of the input, divisible by 16. ``forward`` accepts no other size, because one position is
+            learned per 16^3 patch.
+        features: n, the channels at full resolution.
         depth: Transformer layers per path, a multiple of 4.
         growth: channels that each dense layer adds.
-        num_heads: attention heads, a divisor of ``growth``.
-        dropout: rate on positions, attention output and MLPs.
-        deep_supervision: also build heads at 1/2, 1/4 and 1/8; in train() ``forward`` then returns a list.
+        num_heads: number of attention heads, a divisor of ``growth``.
+        dropout: rate for positions, attention outputs and MLPs.
+        deep_supervision: add heads at 1/2, 1/4 and 1/8 resolution; in train() ``forward`` then returns a list.
 
     Raises:
-        ValueError: ``img_size`` not divisible by 16 or of one patch only, ``depth`` not divisible by 4, ``growth``
-            not divisible by ``num_heads``; in ``forward`` and ``encode`` any other input shape.
+        ValueError: ``img_size`` is not divisible by 16 or is a single patch, ``depth`` is not divisible by 4, or
+            ``growth`` is not divisible by ``num_heads``. ``forward`` and ``encode`` raise it for any other input shape.
 
     Example::
 
@@ -171,8 +188,10 @@ class HDenseFormer(nn.Module):
         super().__init__()
         size = ensure_tuple_rep(img_size, 3)
         if any(s < PATCH_SIZE or s % PATCH_SIZE for s in size) or math.prod(size) == PATCH_SIZE**3:
-            # One patch alone would leave instance normalisation a single voxel.
-            raise ValueError(f"img_size must be divisible by {PATCH_SIZE} and hold at least two patches, got {size}.")
+            # With a single patch, instance normalisation would get a single voxel.
+            raise ValueError(
+                f"img_size must be divisible by {PATCH_SIZE} and contain at least two patches, got {size}."
+            )
         if depth < LAYERS_PER_BLOCK or depth % LAYERS_PER_BLOCK:
             raise ValueError(f"depth must be a positive multiple of {LAYERS_PER_BLOCK}, got {depth}.")
         if growth % num_heads:
@@ -195,16 +214,16 @@ class HDenseFormer(nn.Module):
         self.decoder2 = DecoderStage(2 * n)
         self.decoder1 = DecoderStage(n)
         self.head = nn.Conv3d(n, out_channels, 1)
-        # Built only on request: a head without a loss has no gradient, which DistributedDataParallel refuses.
+        # A head without a loss gets no gradient, and DistributedDataParallel refuses that.
         widths = (2 * n, 4 * n, 8 * n) if deep_supervision else ()
         self.auxiliary_heads = nn.ModuleList(nn.Conv3d(width, out_channels, 1) for width in widths)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, M, H, W, D) -> the outputs of encoder1 to encoder4, at 1/1, 1/2, 1/4 and 1/8."""
+        """Encode an image ``B M H W D``; returns the outputs of encoder1 to encoder4, at 1/1, 1/2, 1/4 and 1/8."""
         if list(x.shape[1:]) != self.input_shape:
             raise ValueError(
-                f"HDenseFormer got an input of shape {list(x.shape)}, needs (B, C, H, W, D) with C, H, W, D = "
-                f"{self.input_shape}: its positions are learned for that size; crop, pad or set img_size."
+                f"HDenseFormer needs (B, C, H, W, D) with C, H, W, D = {self.input_shape}, got {list(x.shape)}: crop "
+                "or pad the image, or train with another img_size."
             )
         embedding4 = self.embed4(torch.cat([path(x[:, i : i + 1]) for i, path in enumerate(self.paths)], dim=1))
         embedding3 = self.embed3(embedding4)
@@ -215,7 +234,7 @@ class HDenseFormer(nn.Module):
         return stage1, stage2, stage3, self.encoder4(stage3, embedding4)
 
     def decode(self, features: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """What ``encode`` returned -> logits (B, K, H, W, D)."""
+        """Decode the result of ``encode``; returns logits ``B classes H W D``."""
         return self.head(self._decode_stages(features)[0])
 
     def _decode_stages(self, features: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
@@ -224,7 +243,10 @@ class HDenseFormer(nn.Module):
         return [self.decoder1(stage2, features[0]), stage2, stage3, features[3]]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, M, H, W, D) -> logits (B, K, H, W, D); in train() with deep supervision a list, finest first."""
+        """Segment an image ``B M H W D``; returns logits ``B classes H W D``.
+
+        In train() with deep supervision, returns the logits of all scales in a list, finest first.
+        """
         features = self.encode(x)
         if not (self.deep_supervision and self.training):
             return self.decode(features)

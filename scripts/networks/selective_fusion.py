@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student's block that weighs a local against a wider context, so that two teachers can each teach one of them."""
+"""A block of the student that weights local features against wider context; a different teacher can teach each."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import nn
 
 
 class SelectiveFusion(nn.Module):
-    """Per-channel selection between a local and a context carrier: ``B C H W [D]`` -> ``B C H W [D]``.
+    """Per-channel selection between local and context features: ``B C H W [D]`` -> ``B C H W [D]``.
 
-    Source: [paper] dual distillation (Cui et al., Med Phys 2024, 10.1002/mp.17506) has Selective Fusion in the
-    student; [ours] the formula, after selective kernels (Li et al., arXiv 1903.06586)::
+    Source: [paper] dual distillation (Cui et al., Med Phys 2024, 10.1002/mp.17506) uses Selective Fusion in
+    the student; [ours] the formula, after selective kernels (Li et al., arXiv 1903.06586)::
 
-        l = local(x), depthwise 3^n                  the carrier that a CNN teaches
-        g = context(x), depthwise 3^n, dilation 3    the carrier that a transformer teaches
+        l = local(x), depthwise 3^n                  taught by a CNN
+        g = context(x), depthwise 3^n, dilation 3    taught by a transformer
         z = ReLU(LayerNorm(W GAP(l + g))),  width max(C / 16, 32)
         (a, b) = softmax, per channel, of two linear heads of z,  a + b = 1
         out = x + conv1(a * l + b * g)
 
-    Tappable layers: ``local`` and ``context``, each ``B C H W [D]``.
+    Layers that can be tapped: ``local`` and ``context``, each ``B C H W [D]``.
 
     Args:
-        channels: C.
+        channels: number of channels C.
         spatial_dims: 2 or 3.
     """
 
@@ -38,13 +38,17 @@ class SelectiveFusion(nn.Module):
         self.project = conv(channels, channels, 1)
 
     def select(self, local: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The carriers (``B C H W [D]``) to their shares a and b (``B C`` each), which sum to 1 in every channel."""
+        """Compute the weights a and b of local and context features (``B C H W [D]``).
+
+        Returns:
+            a and b, each ``B C``; they sum to 1 in every channel.
+        """
         z = self.squeeze((local + context).flatten(2).mean(dim=2))
         shares = torch.stack([self.prefer_local(z), self.prefer_context(z)]).softmax(dim=0)
         return shares[0], shares[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``B C H W [D]`` to features of the same shape."""
+        """Return features of the same shape as ``x``, ``B C H W [D]``."""
         local, context = self.local(x), self.context(x)
         a, b = self.select(local, context)
         shape = [x.shape[0], x.shape[1]] + [1] * (x.dim() - 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compact student: a U-Net with a stride-2 stem and one attention block on its deepest grid."""
+"""The compact student: a U-Net with a stride-2 stem and one attention block on the deepest grid."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ def _conv(dims: int, inputs: int, outputs: int, norm: str | tuple, strides: int 
 class GridAttention(nn.Module):
     """Pre-norm multi-head self-attention and MLP over the cells of a grid.
 
-    No learned positions: the convolutions before it carry position, and any grid size works.
+    Positions are not learned, because the convolutions before this block encode them. So any grid size works.
 
     Args:
-        channels: channels of the grid; divisible by ``heads``.
-        heads: attention heads.
+        channels: number of channels; divisible by ``heads``.
+        heads: number of attention heads.
+
+    Raises:
+        ValueError: ``channels`` is not divisible by ``heads``.
     """
 
     def __init__(self, channels: int, heads: int = 4) -> None:
@@ -48,7 +51,7 @@ class GridAttention(nn.Module):
             x: features, ``B C H W [D]``.
 
         Returns:
-            The features (``B C H W [D]``) and the attention map (``B heads N N``, N cells, rows sum to 1).
+            The features (``B C H W [D]``) and the attention map (``B heads N N`` for N cells; its rows sum to 1).
         """
         tokens = x.flatten(2).transpose(1, 2)
         batch, cells, channels = tokens.shape
@@ -61,30 +64,32 @@ class GridAttention(nn.Module):
 
 
 class Student(nn.Module):
-    """U-Net for two CPU cores: all of its work but one thin stage is done at half resolution and below.
+    """U-Net for a CPU with two cores: all but one thin stage run at half resolution or below.
 
-    The stem halves the resolution at once, every stage is two regular 3^3 convolutions, and one attention block
-    sits on the deepest grid. The last stage returns to full resolution with ``full_features`` channels beside the
-    input, so that borders follow the image and not the half-resolution grid.
+    The stem halves the resolution immediately. Every stage is two regular 3^3 convolutions, and one attention block
+    works on the deepest grid. The last stage returns to full resolution: it concatenates ``full_features`` channels
+    with the input image, so that borders follow the image and not the half-resolution grid.
 
-    Tappable layers (see ``scripts.distillation.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16), ``attention``
-    (its features), ``attention.softmax`` (its map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2), ``full``
-    (stride 1); with selective fusion its carriers ``fusion.local`` and ``fusion.context`` (stride 4).
+    Layers that can be tapped (see ``scripts.distillation.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16),
+    ``attention`` (features), ``attention.softmax`` (attention map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2) and
+    ``full`` (stride 1); with ``selective_fusion`` also ``fusion.local`` and ``fusion.context`` (stride 4).
 
     Args:
-        in_channels: one per modality, in the order of the config's ``modalities``.
-        out_channels: classes, background included.
-        features: widths from the stem to the deepest stage.
-        full_features: width of the full-resolution stage.
-        heads: attention heads.
-        norm: normalisation as MONAI names it. Group normalisation by default: with batches of two patches the running
-            statistics of batch normalisation misled it (docs/results.md); with large batches ``"batch"`` is faster,
-            since it folds into the convolutions.
-        selective_fusion: weigh a local against a wider context after the decoder's stage at stride 4, see
-            ``SelectiveFusion``: the carriers of dual distillation.
-        modality_dropout: probability of losing each modality while training, see ``ModalityDropout``; it has no
-            weights and does nothing in eval().
+        in_channels: number of modalities, one channel each, in the order of the config's ``modalities``.
+        out_channels: number of classes, including the background.
+        features: channels of each stage, from the stem to the deepest.
+        full_features: channels of the full-resolution stage.
+        heads: number of attention heads.
+        norm: name of the normalisation in MONAI. The default is group normalisation: with batches of two patches, the
+            running statistics of batch normalisation gave a lower Dice than the statistics of each window
+            (docs/results.md). With large batches ``"batch"`` is faster, because it folds into the convolutions.
+        selective_fusion: insert a ``SelectiveFusion`` block after the decoder stage at stride 4, for dual distillation.
+        modality_dropout: probability of dropping each modality in training, see ``ModalityDropout``. It has no weights
+            and does nothing in eval().
         spatial_dims: 2 or 3.
+
+    Raises:
+        ValueError: the last number of ``features`` is not divisible by ``heads``.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class Student(nn.Module):
             nn.Sequential(_conv(spatial_dims, 2 * o, o, norm), _conv(spatial_dims, o, o, norm))
             for _, o in deep_to_shallow
         )
-        # Stride 4: enough cells for a dilated neighbourhood, few enough to cost little.
+        # Stride 4 has enough cells for a dilated neighbourhood, and few enough to be cheap.
         self.fused_stage = len(features) - 3 if selective_fusion else -1
         self.fusion = SelectiveFusion(features[1], spatial_dims) if selective_fusion else nn.Identity()
         self.upsample_full = upsample(features[0], full_features, 2, stride=2)
@@ -123,17 +128,23 @@ class Student(nn.Module):
         self.head = Convolution(spatial_dims, full_features, out_channels, kernel_size=1, conv_only=True)
 
     def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Image (``B C H W [D]``) to its features, from the image (in train() less the modalities it loses) to
-        the attended deepest grid.
+        """Encode an image.
+
+        Args:
+            image: ``B C H W [D]``.
+
+        Returns:
+            The features from shallow to deep: first the image itself (in train() without its dropped modalities), then
+            one map per stage. The deepest is the output of the attention block.
 
         Raises:
-            ValueError: a spatial size that is not divisible by 2 to the number of stages.
+            ValueError: a spatial size is not divisible by 2 ** (number of stages).
         """
         for size in image.shape[2:]:
             if size % self.divisor != 0:
                 raise ValueError(
                     f"Student needs spatial sizes divisible by {self.divisor}, got {list(image.shape[2:])}: pad the "
-                    "image or choose another window."
+                    "image or choose another patch size."
                 )
         features = [self.modality_dropout(image)]
         for stage in self.encoder:
@@ -142,7 +153,7 @@ class Student(nn.Module):
         return features
 
     def decode(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """What ``encode`` returned, to logits ``B classes H W [D]``."""
+        """Decode the result of ``encode``; returns logits ``B classes H W [D]``."""
         x = features[-1]
         for i, (upsample, stage) in enumerate(zip(self.upsample, self.decoder)):  # noqa: B905 (TorchScript has no strict)
             x = stage(torch.cat([upsample(x), features[len(features) - 2 - i]], dim=1))
@@ -151,9 +162,12 @@ class Student(nn.Module):
         return self.head(self.full(torch.cat([self.upsample_full(x), features[0]], dim=1)))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Image ``B C H W [D]`` to logits ``B classes H W [D]``."""
+        """Segment an image ``B C H W [D]``; returns logits ``B classes H W [D]``."""
         return self.decode(self.encode(image))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's, but always strict: MONAI Label asks for less, and would answer with an untrained network."""
+        """Load weights strictly, even if ``strict`` is False.
+
+        MONAI Label passes False, and would otherwise silently run an untrained network if no name matched.
+        """
         return super().load_state_dict(state_dict, strict=True, assign=assign)

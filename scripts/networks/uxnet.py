@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3D UX-Net: a hierarchical encoder of large depthwise convolutions with a UNETR-style decoder.
+"""3D UX-Net: a hierarchical encoder with large depthwise convolutions, and a UNETR-style decoder.
 
 Source: H. H. Lee et al., "3D UX-Net: A Large Kernel Volumetric ConvNet Modernizing Hierarchical Transformer for
 Medical Image Segmentation", ICLR 2023, arXiv 2209.15076. Written from a description of the network, with MONAI's
@@ -19,7 +19,7 @@ EXPANSION = 4
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each voxel: (B, C, h, w, d) -> (B, C, h, w, d)."""
+    """Layer normalisation over the channels of each voxel: ``B C h w d`` -> ``B C h w d``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -31,12 +31,12 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class UXBlock(nn.Module):
-    """One residual block: depthwise 7^3, LayerNorm, depthwise 1^3 x4, GELU, depthwise 1^3, layer scale.
+    """Residual block: depthwise 7^3, LayerNorm, depthwise 1^3 x4, GELU, depthwise 1^3, layer scale.
 
-    "Depthwise 1^3" is the paper's volumetric depthwise scaling: each channel is expanded on its own, so channels mix
-    only in the normalisation and between the stages.
+    "Depthwise 1^3" is the paper's volumetric depthwise scaling: each channel is expanded separately, so channels are
+    mixed only by the normalisation and between the stages.
 
-    Shape: (B, C, h, w, d) -> (B, C, h, w, d).
+    Shape: ``B C h w d`` -> ``B C h w d``.
     """
 
     def __init__(self, channels: int) -> None:
@@ -46,7 +46,7 @@ class UXBlock(nn.Module):
         self.expand = nn.Conv3d(channels, EXPANSION * channels, kernel_size=1, groups=channels)
         self.activation = nn.GELU()
         self.reduce = nn.Conv3d(EXPANSION * channels, channels, kernel_size=1, groups=channels)
-        # Starts near the identity, hence trains from a plain pyramid of strided convolutions.
+        # The small initial scale makes each block nearly the identity at the start of training.
         self.scale = nn.Parameter(torch.full((channels,), LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class UXBlock(nn.Module):
 
 
 class UXStage(nn.Module):
-    """Halve the grid, then ``depth`` blocks: (B, in, 2h, 2w, 2d) -> (B, out, h, w, d)."""
+    """Halve the grid, then apply ``depth`` blocks: ``B in 2h 2w 2d`` -> ``B out h w d``."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, stem: bool = False) -> None:
         super().__init__()
@@ -82,22 +82,38 @@ def _up(channels: int) -> UnetrUpBlock:
 class UXNet(nn.Module):
     """3D UX-Net (Lee et al., arXiv 2209.15076): large-kernel ConvNet encoder, residual convolutional decoder.
 
-    f = 48 is the published width (53.0 M parameters); f = 24 (13.4 M) and f = 16 (6.0 M) are light students.
+    ``features`` = 48 is the published width (53.0 M parameters); 24 (13.4 M) and 16 (6.0 M) are light students.
 
-    Layers that a forward hook can tap (each one Tensor), as name, stride, channels with f = ``features``:
-    ``encoder1`` 1 f, ``encoder2`` 2 2f, ``encoder3`` 4 4f, ``encoder4`` 8 8f, ``encoder5`` 16 16f (deepest),
-    ``decoder5`` 8 8f, ``decoder4`` 4 4f, ``decoder3`` 2 2f, ``decoder2`` 1 f, ``decoder1`` 1 f (last before the
-    head ``out``); before the skip convolutions ``stages.0`` to ``stages.3``, 2 f to 16 8f.
+    Layers that can be tapped, with f = ``features``:
+
+    ============== ====== ======== ============================
+    layer          stride channels
+    ============== ====== ======== ============================
+    ``stages.0``   2      f        before the skip convolutions
+    ``stages.1``   4      2f
+    ``stages.2``   8      4f
+    ``stages.3``   16     8f
+    ``encoder1``   1      f
+    ``encoder2``   2      2f
+    ``encoder3``   4      4f
+    ``encoder4``   8      8f
+    ``encoder5``   16     16f      deepest
+    ``decoder5``   8      8f
+    ``decoder4``   4      4f
+    ``decoder3``   2      2f
+    ``decoder2``   1      f
+    ``decoder1``   1      f        last before the head ``out``
+    ============== ====== ======== ============================
 
     Args:
-        in_channels: image channels.
+        in_channels: number of image channels.
         out_channels: number of classes.
-        features: f, the width of the first stage.
-        depths: blocks in each of the four stages.
+        features: f, the channels of the first stage.
+        depths: number of blocks in each of the four stages.
 
     Raises:
-        ValueError: ``depths`` that are not four positive numbers; in ``forward`` and ``encode`` an input that is not
-            (B, C, H, W, D), has a size not divisible by 16, or is 16^3.
+        ValueError: ``depths`` is not four positive numbers. ``forward`` and ``encode`` raise it for an input that is
+            not ``B C H W D``, has a size that is not divisible by 16, or is 16^3.
 
     Example::
 
@@ -127,7 +143,7 @@ class UXNet(nn.Module):
         self.out = UnetOutBlock(3, f, out_channels)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(B, C, H, W, D) -> the outputs of encoder1 to encoder5, at 1/1, 1/2, 1/4, 1/8 and 1/16."""
+        """Encode an image ``B C H W D``; returns the outputs of encoder1 to encoder5, at 1/1 to 1/16."""
         self._check_size(x)
         stage1 = self.stages[0](x)
         stage2 = self.stages[1](stage1)
@@ -137,7 +153,7 @@ class UXNet(nn.Module):
         return self.encoder1(x), skip2, skip3, skip4, self.encoder5(stage4)
 
     def decode(self, features: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """What ``encode`` returned -> logits (B, K, H, W, D)."""
+        """Decode the result of ``encode``; returns logits ``B classes H W D``."""
         x = self.decoder5(features[4], features[3])
         x = self.decoder4(x, features[2])
         x = self.decoder3(x, features[1])
@@ -145,7 +161,7 @@ class UXNet(nn.Module):
         return self.out(self.decoder1(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W, D) -> logits (B, K, H, W, D)."""
+        """Segment an image ``B C H W D``; returns logits ``B classes H W D``."""
         return self.decode(self.encode(x))
 
     def _check_size(self, x: Tensor) -> None:
@@ -154,11 +170,11 @@ class UXNet(nn.Module):
         height, width, depth = x.shape[2], x.shape[3], x.shape[4]
         if height % self.stride or width % self.stride or depth % self.stride:
             raise ValueError(
-                f"UXNet got the spatial size {[height, width, depth]}, needs every axis divisible by {self.stride} "
-                "(the stem and three halvings): crop or pad."
+                f"UXNet needs spatial sizes divisible by {self.stride}, got {[height, width, depth]}: crop or pad "
+                "the image."
             )
         if height * width * depth == self.stride**3:
             raise ValueError(
-                f"UXNet got the spatial size {[height, width, depth]}, needs an axis of at least {2 * self.stride}: "
-                "instance normalisation of a single voxel is undefined."
+                f"UXNet needs an axis of at least {2 * self.stride} voxels, got {[height, width, depth]}: instance "
+                "normalisation of a single voxel is undefined."
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network's weights: strict loading with checksums."""
+"""Load the weights of a network strictly, and verify their checksum."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(network: nn.Module, path: str | Path, checksum: str | None = None, key: str = "model") -> str:
-    """Load weights strictly, without ever unpickling code.
+    """Load weights into a network. All names and shapes must match, and no code in the file is ever executed.
 
     Args:
         network: receives the weights.
-        path: file of a state dict, or of a checkpoint that holds one under ``key``.
-        checksum: sha256 that the file must have; by default the one beside it (``<path>.sha256``), where there is one.
-        key: see ``path``.
+        path: file with a state dict, or with a checkpoint that contains one under ``key``.
+        checksum: sha256 that the file must have. Default: the checksum in ``<path>.sha256``, if it exists.
+        key: key of the state dict in a checkpoint.
 
     Returns:
-        The file's sha256.
+        The sha256 of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another checksum, a file that is no weights file, weights that are not finite or that do not fit the
-            network.
+        FileNotFoundError: the file does not exist.
+        ValueError: the checksum differs, the file contains anything but tensors and plain values, or the weights are
+            not finite or do not fit the network.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No weights at {path}: train the network first or give the right path.")
-    found, expected = sha256(path), checksum or checksum_beside(path)
-    if expected is not None and found != expected.lower():
-        raise ValueError(f"{path} has the sha256 {found[:12]}..., not {expected[:12]}...: it is not the expected file.")
+        raise FileNotFoundError(f"No weights at {path}: train the network first or check the path.")
+    digest, expected = sha256(path), checksum or checksum_beside(path)
+    if expected is not None and digest != expected.lower():
+        raise ValueError(
+            f"{path} has the sha256 {digest[:12]}..., not {expected[:12]}...: it is not the expected file."
+        )
     state = load_plain(path)
     try:
         weights = state.get(key, state) if isinstance(state, dict) else state
@@ -48,22 +50,24 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ValueError(f"The weights in {path} do not fit {type(network).__name__}: {detail}") from error
-    return found
+    return digest
 
 
 def _require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
-    """A network whose weights are NaN answers with an empty mask and no word."""
+    """Reject NaN or infinite weights: such a network silently returns an empty mask."""
     tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
-    bad = sum(not bool(value.isfinite().all()) for value in tensors)
-    if bad:
+    nonfinite = sum(not bool(value.isfinite().all()) for value in tensors)
+    if nonfinite:
         raise ValueError(
-            f"{path} holds NaN or infinite values in {bad} of its {len(tensors)} tensors: take weights from before "
-            "that, or train again."
+            f"{path} holds NaN or infinite values in {nonfinite} of its {len(tensors)} tensors: take weights from an "
+            "earlier checkpoint, or train again."
         )
 
 
 class WeightsLoader:
-    """Handler: load weights strictly when an inference starts, so that only a run that needs them asks for them.
+    """Handler that loads weights strictly when the engine starts.
+
+    The file is not needed before that, so a config with this handler can be parsed without it.
 
     Args:
         network: receives the weights.
@@ -79,5 +83,5 @@ class WeightsLoader:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Load."""
+        """Load the weights and log their checksum."""
         logger.info("weights %s, sha256 %s", self.path, load_weights(self.network, self.path, self.checksum))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the tests of the losses: random tensors, and in float64 NumPy what their reference values are made of."""
+"""Fixtures of the loss tests: random tensors, and the float64 NumPy functions behind the reference values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 @pytest.fixture(scope="session")
 def normal() -> Callable[..., Tensor]:
-    """``normal(shape, seed)`` draws standard normal values."""
+    """``normal(shape, seed)`` returns standard normal values."""
 
     def draw(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -27,7 +27,7 @@ def normal() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def random_label() -> Callable[..., Tensor]:
-    """``random_label(shape, classes)`` draws a label of one channel for features of this shape."""
+    """``random_label(shape, classes)`` returns a random one-channel label for features of this shape."""
 
     def draw(shape: Sequence[int], classes: int, seed: int = 9) -> Tensor:
         return torch.randint(classes, (shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(seed))
@@ -37,7 +37,7 @@ def random_label() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def pooled() -> Callable[[Array, Sequence[int]], Array]:
-    """Adaptive average pooling of the last axes: cell i is the mean of floor(i n / m) up to ceil((i + 1) n / m)."""
+    """``pooled(x, grid)``: adaptive average pooling of the last axes. Cell i covers floor(i n/m) to ceil((i+1) n/m)."""
 
     def pool(x: Array, grid: Sequence[int]) -> Array:
         for axis, cells in enumerate(grid, start=x.ndim - len(grid)):
@@ -50,11 +50,11 @@ def pooled() -> Callable[[Array, Sequence[int]], Array]:
 
 
 @pytest.fixture(scope="session")
-def on_one_grid(pooled: Callable[[Array, Sequence[int]], Array]) -> Callable[..., list[Array]]:
-    """Both maps, in float64, on the element-wise smaller grid of at most so many cells per axis."""
+def on_common_grid(pooled: Callable[[Array, Sequence[int]], Array]) -> Callable[..., list[Array]]:
+    """``on_common_grid(student, teacher, max_cells)``: both maps in float64, pooled to their common grid."""
 
-    def pool(student: Tensor, teacher: Tensor, most: float = float("inf")) -> list[Array]:
-        grid = [min(most, a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    def pool(student: Tensor, teacher: Tensor, max_cells: float = float("inf")) -> list[Array]:
+        grid = [min(max_cells, a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         return [pooled(x.detach().double().numpy(), grid) for x in (student, teacher)]
 
     return pool
@@ -62,13 +62,13 @@ def on_one_grid(pooled: Callable[[Array, Sequence[int]], Array]) -> Callable[...
 
 @pytest.fixture(scope="session")
 def by_class(
-    pooled: Callable[[Array, Sequence[int]], Array], on_one_grid: Callable[..., list[Array]]
+    pooled: Callable[[Array, Sequence[int]], Array], on_common_grid: Callable[..., list[Array]]
 ) -> Callable[[Tensor, Tensor, Tensor], list[tuple[Array, Array, list[Array]]]]:
-    """Per sample: the cells (N x C) of both maps on one grid, and each of its classes' shares of the N cells."""
+    """For each sample: the N x C cells of both maps on the common grid, and the share of each class in the cells."""
 
     def split(student: Tensor, teacher: Tensor, label: Tensor) -> list[tuple[Array, Array, list[Array]]]:
         samples = []
-        for s, t, y in zip(*on_one_grid(student, teacher), label.numpy(), strict=True):
+        for s, t, y in zip(*on_common_grid(student, teacher), label.numpy(), strict=True):
             shares = [pooled((y == k).astype(float), s.shape[1:]).reshape(-1) for k in np.unique(y)]
             samples.append((s.reshape(len(s), -1).T, t.reshape(len(t), -1).T, shares))
         return samples
@@ -78,7 +78,7 @@ def by_class(
 
 @pytest.fixture(scope="session")
 def cosine() -> Callable[[Array, Array], float]:
-    """Cosine between two vectors, zero where one of them is."""
+    """Cosine between two vectors; 0 if one of them is zero."""
 
     def compute(a: Array, b: Array) -> float:
         lengths = np.linalg.norm(a) * np.linalg.norm(b)
@@ -88,10 +88,10 @@ def cosine() -> Callable[[Array, Array], float]:
 
 
 @pytest.fixture(scope="session")
-def central_differences() -> Callable[..., Array]:
-    """Slope of ``value`` along every element of a tensor, in float64."""
+def numerical_gradient() -> Callable[..., Array]:
+    """Derivative of ``value`` with respect to every element of a tensor, by central differences in float64."""
 
-    def slopes(value: Callable[[Tensor], float], x: Tensor, step: float = 1e-5) -> Array:
+    def gradient(value: Callable[[Tensor], float], x: Tensor, step: float = 1e-5) -> Array:
         result = np.zeros(x.shape)
         for index in np.ndindex(*x.shape):
             moved = [x.detach().double().clone() for _ in range(2)]
@@ -100,4 +100,4 @@ def central_differences() -> Callable[..., Array]:
             result[index] = (value(moved[0]) - value(moved[1])) / (2 * step)
         return result
 
-    return slopes
+    return gradient

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares and means of a label's classes against arithmetic and a float64 NumPy computation."""
+"""Class shares and class means of a label against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from scripts.losses._class_regions import class_means, class_shares
-from scripts.losses._common import unit
 
 
 def features_of(*grid: int, batch: int = 1) -> Tensor:
@@ -17,13 +16,13 @@ def features_of(*grid: int, batch: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
-def test_on_the_labels_own_grid_the_shares_are_its_one_hot_masks(dtype):
+def test_on_the_grid_of_the_label_the_shares_are_the_one_hot_masks(dtype):
     label = torch.tensor([[0, 2], [2, 5]]).view(1, 1, 2, 2).to(dtype)
     expected = [[[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]]  # classes 0, 2 and 5
     assert class_shares(label, features_of(2, 2)).tolist() == expected
 
 
-def test_a_coarse_cell_belongs_to_each_class_by_its_share_of_the_voxels():
+def test_a_coarse_cell_contains_each_class_by_its_share_of_the_voxels():
     label = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 2, 2], [1, 2, 2, 2]]).view(1, 1, 4, 4)
     shares = class_shares(label, features_of(2, 2))[0]
     assert shares.tolist() == [[1, 0.75, 0, 0], [0, 0.25, 0.75, 0], [0, 0, 0.25, 1]]
@@ -37,7 +36,7 @@ def test_the_shares_of_a_cell_sum_to_one_on_any_grid(random_label, grid):
 
 
 @pytest.mark.parametrize("voxel", [(0, 0, 0), (7, 3, 5), (15, 15, 15)])
-def test_a_lesion_of_one_voxel_keeps_a_region_on_a_coarse_grid(voxel):
+def test_a_lesion_of_one_voxel_has_a_region_on_a_coarse_grid(voxel):
     label = torch.zeros(1, 1, 16, 16, 16)
     label[(0, 0, *voxel)] = 1
     shares = class_shares(label, features_of(2, 2, 2))[0, 1].view(2, 2, 2)
@@ -54,7 +53,7 @@ def test_the_mean_of_a_tiny_region_is_the_feature_of_its_cell():
     np.testing.assert_allclose(mean.numpy(), features[0, :, 0, 1, 0].numpy(), rtol=1e-6)
 
 
-def test_a_class_that_only_another_sample_holds_has_no_share_and_a_zero_mean():
+def test_a_class_of_another_sample_only_has_share_0_and_mean_0():
     label = torch.zeros(2, 1, 4, 4)
     label[1, 0, 0, 0] = 3
     features = 1 + features_of(2, 2, batch=2)
@@ -73,19 +72,8 @@ def test_class_means_are_the_masked_means_of_numpy(random_label):
             np.testing.assert_allclose(means[b, k], inside.mean(axis=1), atol=1e-6)
 
 
-def test_unit_vectors_keep_their_direction_at_length_one():
-    assert unit(torch.tensor([[3.0, -4.0], [0.0, 2e-9]]), dim=1).tolist() == [pytest.approx([0.6, -0.8]), [0.0, 1.0]]
-
-
-def test_a_zero_vector_stays_zero_and_gets_no_gradient():
-    x = torch.zeros(2, 3, requires_grad=True)
-    unit(x, dim=1).sum().backward()
-    assert unit(x, dim=1).abs().sum() == 0
-    assert x.grad.abs().sum() == 0
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4, 4), (2, 2, 4, 4, 4), (2, 1, 4, 4), (2, 1, 4, 4, 3)])
-def test_a_label_that_does_not_fit_is_refused_by_naming_both_shapes(shape):
+def test_a_label_of_another_shape_is_refused_with_both_shapes(shape):
     with pytest.raises(ValueError, match="no coarser than features") as error:
         class_shares(torch.zeros(shape), torch.zeros(2, 3, 4, 4, 4))
     assert str(shape) in str(error.value)

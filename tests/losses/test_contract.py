@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loss of scripts.losses has to fulfil, whatever it computes; what is particular stands in its own test."""
+"""The contract of every loss in ``scripts.losses``. The test file of each loss holds only what is specific to it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,69 +14,103 @@ from torch import Tensor, nn
 
 from scripts import losses
 
-Make = Callable[..., Tensor]
-
 
 def maps(dims: int, seed: int, channels: int = 4) -> Tensor:
-    """Features or logits ``B C H W [D]`` from a seed."""
+    """Random features or logits ``B C H W [D]``."""
     shape = (2, channels, 8, 6, 8)[: dims + 2]
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def landmarks(dims: int, seed: int) -> Tensor:
-    """Features with a region that stands out, so that the tokens' importance is not flat."""
+def single_channel_maps(dims: int, seed: int) -> Tensor:
+    """Logits of a sigmoid head."""
+    return maps(dims, seed, channels=1)
+
+
+def salient_maps(dims: int, seed: int) -> Tensor:
+    """Features with one salient region, so that the importance of the tokens is not flat."""
     x = maps(dims, seed, channels=8)
     x[:, 0, :3] += 9
     return x
 
 
-def codes(dims: int, seed: int, channels: int = 4) -> Tensor:
-    """Codes ``B K+1 M``, of an image and two views."""
-    return torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(seed))
+def codes(dims: int, seed: int) -> Tensor:
+    """Codes ``B K+1 M`` of an image and two views."""
+    return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def label(dims: int) -> Tensor:
-    """Two classes, both present, ``B 1 H W [D]``."""
+def two_class_label(dims: int) -> Tensor:
+    """Label ``B 1 H W [D]`` that contains both classes."""
     mask = torch.zeros((2, 1, 8, 6, 8)[: dims + 2])
     mask[:, :, 2:6, 1:4] = 1
     return mask
 
 
-# Every public class of the package, and what it compares; a class that is missing here fails a test below.
-LOSSES: dict[str, tuple[Make, bool]] = {
-    "AttentionMapLoss": (maps, True),
-    "ChannelRelationLoss": (maps, True),
-    "ChannelWiseDivergence": (maps, True),
-    "ContourletTextureLoss": (maps, True),
-    "ContrastiveGraphLoss": (codes, True),
-    "CrossImageRelationLoss": (maps, True),
-    "DISTLoss": (maps, True),
-    "FeatureHintLoss": (maps, True),
-    "HierarchicalContextLoss": (maps, True),
-    "IntraClassVariationLoss": (maps, True),
-    "MultiScalePriorLoss": (maps, True),
-    "PixelRelationLoss": (maps, True),
-    "RegionAffinityLoss": (maps, True),
-    "SoftPredictionLoss": (maps, True),
-    "TokenRankingLoss": (landmarks, False),  # its minimum is not 0
-}
-NAMES = sorted(LOSSES)
+@dataclass(frozen=True)
+class Case:
+    """A loss with its options, and the function that creates its inputs from the dimension and a seed."""
+
+    name: str
+    inputs: Callable[[int, int], Tensor] = maps
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def loss(self) -> nn.Module:
+        return getattr(losses, self.name)(**self.options)
+
+    def pair(self, dims: int = 3) -> tuple[Tensor, Tensor]:
+        return self.inputs(dims, 0), self.inputs(dims, 1)
+
+    def value(self, student: Tensor, teacher: Tensor, dims: int = 3) -> Tensor:
+        return self.loss()(student, teacher, *self.label(dims))
+
+    def label(self, dims: int) -> list[Tensor]:
+        """The label, if the loss takes one."""
+        return [two_class_label(dims)] if "label" in inspect.signature(self.loss().forward).parameters else []
 
 
-def call(name: str, student: Tensor, teacher: Tensor, dims: int = 3, **options: Any) -> Tensor:
-    loss = getattr(losses, name)(**options)
-    further = [label(dims)] if len(inspect.signature(loss.forward).parameters) == 3 else []
-    return loss(student, teacher, *further)
+# Every public class of the package; the first test fails if one is missing.
+CASES = [
+    Case("AttentionMapLoss"),
+    Case("ChannelRelationLoss"),
+    Case("ChannelWiseDivergence"),
+    Case("ContourletTextureLoss"),
+    Case("ContrastiveGraphLoss", inputs=codes),
+    Case("CrossImageRelationLoss"),
+    Case("DISTLoss"),
+    Case("FeatureHintLoss"),
+    Case("HierarchicalContextLoss"),
+    Case("IntraClassVariationLoss"),
+    Case("MultiScalePriorLoss"),
+    Case("PixelRelationLoss"),
+    Case("RegionAffinityLoss"),
+    Case("SoftPredictionLoss"),
+    Case("TokenRankingLoss", inputs=salient_maps),
+]
+# Options and inputs that take another path through the code.
+VARIANTS = [
+    Case("AttentionMapLoss", options={"norm": "l1"}),
+    Case("ContourletTextureLoss", options={"statistic": "subband_mse"}),
+    Case("DISTLoss", inputs=single_channel_maps),
+    Case("SoftPredictionLoss", inputs=single_channel_maps),
+]
+NAMES = [case.name for case in CASES]
+NEED_EQUAL_CHANNELS = {
+    "ChannelRelationLoss", "ChannelWiseDivergence", "FeatureHintLoss", "HierarchicalContextLoss", "MultiScalePriorLoss",
+}  # fmt: skip
+NEED_EQUAL_SHAPES = {"SoftPredictionLoss", "DISTLoss"}
 
 
-def pair(name: str, dims: int = 3) -> tuple[Tensor, Tensor]:
-    make, _ = LOSSES[name]
-    return make(dims, 0), make(dims, 1)
+def case_id(case: Case) -> str:
+    variant = [*case.options.values(), *(["sigmoid"] if case.inputs is single_channel_maps else [])]
+    return "-".join([case.name, *variant])
 
 
-def test_every_loss_of_the_package_is_listed_here() -> None:
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=case_id)
+
+
+def test_every_loss_of_the_package_has_a_case() -> None:
     public = {name for name, value in vars(losses).items() if isinstance(value, type) and issubclass(value, nn.Module)}
-    assert public == set(LOSSES)
+    assert public == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,82 +119,109 @@ def test_it_has_no_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_it_gives_a_positive_scalar_in_2d_and_3d(name: str, dims: int) -> None:
-    value = call(name, *pair(name, dims), dims=dims)
+@each(CASES + VARIANTS)
+def test_it_returns_a_positive_float32_scalar_in_2d_and_3d(case: Case, dims: int) -> None:
+    value = case.value(*case.pair(dims), dims=dims)
     assert value.shape == ()
     assert value.dtype == torch.float32
     assert value > 0
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", [name for name in NAMES if LOSSES[name][1]])
-def test_it_is_zero_where_student_and_teacher_agree(name: str, dims: int) -> None:
-    student, _ = pair(name, dims)
-    assert call(name, student, student.clone(), dims=dims).item() == pytest.approx(0.0, abs=1e-6)
+@each([case for case in CASES + VARIANTS if case.name != "TokenRankingLoss"])  # its minimum is not 0
+def test_value_and_gradient_are_zero_if_student_and_teacher_agree(case: Case, dims: int) -> None:
+    student, _ = case.pair(dims)
+    value = case.value(student.requires_grad_(), student.detach().clone(), dims=dims)
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_only_the_student_receives_a_gradient(name: str) -> None:
-    student, teacher = (x.requires_grad_() for x in pair(name))
-    call(name, student, teacher).backward()
+@each(CASES)
+def test_only_the_student_receives_a_gradient(case: Case) -> None:
+    student, teacher = (x.requires_grad_() for x in case.pair())
+    case.value(student, teacher).backward()
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_following_the_gradient_lowers_it(name: str) -> None:
-    student, teacher = pair(name)
+@each(CASES)
+def test_a_step_against_the_gradient_lowers_the_value(case: Case) -> None:
+    student, teacher = case.pair()
     student.requires_grad_()
-    before = call(name, student, teacher)
-    (slope,) = torch.autograd.grad(before, student)
-    step = 1e-2 * slope.norm().reciprocal()
-    assert call(name, (student - step * slope).detach(), teacher) < before
+    before = case.value(student, teacher)
+    (gradient,) = torch.autograd.grad(before, student)
+    step = 1e-2 * gradient.norm().reciprocal()
+    assert case.value((student - step * gradient).detach(), teacher) < before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
-    # Rounded first, so that the same numbers enter both sides; 1000 squared is beyond the range of float16.
-    student, teacher = ((300 * x).to(dtype) for x in pair(name))
-    value = call(name, student.requires_grad_(), teacher)
+@each(CASES + VARIANTS)
+def test_half_precision_inputs_are_computed_in_float32(case: Case, dtype: torch.dtype) -> None:
+    # The inputs are rounded first, so that both calls get the same numbers. 1000 squared exceeds the float16 range.
+    student, teacher = ((300 * x).to(dtype) for x in case.pair())
+    value = case.value(student.requires_grad_(), teacher)
     value.backward()
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(call(name, student.float(), teacher.float()).item(), rel=1e-5)
+    assert value.item() == pytest.approx(case.value(student.float(), teacher.float()).item(), rel=1e-5)
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_does_not_change_the_value(name: str) -> None:
-    student, teacher = pair(name)
-    expected = call(name, student, teacher).item()
+@each(CASES)
+def test_autocast_does_not_change_the_value(case: Case) -> None:
+    student, teacher = case.pair()
+    expected = case.value(student, teacher).item()
     with torch.autocast("cpu", torch.bfloat16):
-        assert call(name, student, teacher).item() == pytest.approx(expected, rel=1e-6)
+        value = case.value(student, teacher)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+@each([case for case in CASES if case.name != "CrossImageRelationLoss"])  # it relates the images to each other
+def test_the_value_of_a_batch_is_the_mean_over_its_samples(case: Case) -> None:
+    inputs, loss = [*case.pair(), *case.label(3)], case.loss()
+    single = [loss(*(x[i : i + 1] for x in inputs)) for i in (0, 1)]
+    assert loss(*inputs).item() == pytest.approx(torch.stack(single).mean().item(), rel=1e-5)
+
+
+@each(CASES)
+def test_different_batch_sizes_are_refused_with_both_shapes(case: Case) -> None:
+    student, teacher = case.pair()
+    with pytest.raises(ValueError, match=r"Student \(2, .* and teacher \(3, "):
+        case.value(student, torch.cat([teacher, teacher[:1]]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_the_mean_of_its_samples(name: str) -> None:
-    if name == "CrossImageRelationLoss":
-        pytest.skip("it relates the images of a batch to each other")
-    student, teacher = pair(name)
-    loss = getattr(losses, name)()
-    further = [label(3)] if len(inspect.signature(loss.forward).parameters) == 3 else []
-    each = [loss(*(x[i : i + 1] for x in (student, teacher, *further))) for i in (0, 1)]
-    assert loss(student, teacher, *further).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+def test_different_numbers_of_dimensions_are_refused_with_both_shapes(name: str) -> None:
+    for shape, text in [((2, 4, 8, 6), r"\(2, 4, 8, 6\)"), ((2, 4, 8), r"\(2, 4, 8\)")]:
+        with pytest.raises(ValueError, match=rf"Student \(2, 4, 8, 6, 8\) and teacher {text}"):
+            Case(name).value(maps(3, 0), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"ContrastiveGraphLoss"}))
+def test_different_numbers_of_channels_work_or_are_refused_with_both_shapes(name: str) -> None:
+    student, teacher = maps(3, 0), maps(3, 1, channels=5)
+    if name not in NEED_EQUAL_CHANNELS | NEED_EQUAL_SHAPES:
+        assert torch.isfinite(Case(name).value(student, teacher))
+        return
+    shapes = r"Student \(2, 4, 8, 6, 8\) and teacher \(2, 5, 8, 6, 8\)"
+    remedy = "number of channels: add a ChannelAdapter for this tap" if name in NEED_EQUAL_CHANNELS else "shape"
+    with pytest.raises(ValueError, match=f"{shapes} must have the same {remedy}"):
+        Case(name).value(student, teacher)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if hasattr(case.loss(), "temperature")])
+def test_a_temperature_that_is_not_positive_is_refused(name: str) -> None:
+    for temperature in (0, -1.0):
+        with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
+            getattr(losses, name)(temperature=temperature)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_of_different_size_are_refused_by_naming_both_shapes(name: str) -> None:
-    student, teacher = pair(name)
-    teacher = torch.cat([teacher, teacher[:1]])
-    with pytest.raises(ValueError, match=r"\(2, .*\(3, |\[2, .*\[3, "):
-        call(name, student, teacher)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_its_docstring_tells_the_source_and_a_config(name: str) -> None:
+def test_its_docstring_contains_the_source_and_a_config(name: str) -> None:
     text = getattr(losses, name).__doc__
     assert "Source:" in text
     assert "[ours]" in text or "[paper]" in text

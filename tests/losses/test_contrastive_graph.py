@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ContrastiveGraphLoss against arithmetic and a float64 NumPy computation."""
+"""ContrastiveGraphLoss against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scripts.losses.contrastive_graph import ContrastiveGraphLoss
 
 
 def kl_of_edges(student: list[float], teacher: list[float], temperature: float) -> float:
-    """KL(softmax(teacher / t) || softmax(student / t)) of a node's edges, one at a time."""
+    """KL(softmax(teacher / t) || softmax(student / t)) over the edges of a node."""
     weights = [[math.exp(e / temperature) for e in edges] for edges in (student, teacher)]
     p_student, p_teacher = ([w / sum(row) for w in row] for row in weights)
     return sum(p * math.log(p / q) for p, q in zip(p_teacher, p_student, strict=True))
 
 
 def reference(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> tuple[float, float]:
-    """Intra and inter in float64, looping over samples, nodes and edges."""
+    """The intra and inter part in float64, by loops over samples, nodes and edges."""
     codes = [x.detach().double().numpy() for x in (student, teacher)]
     nodes = range(1, student.shape[1])
 
@@ -38,13 +38,13 @@ def reference(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> tup
 
 
 def directions(*degrees: float) -> Tensor:
-    """Codes of one sample in the plane, at these angles."""
+    """Codes of one sample: 2D unit vectors at these angles."""
     angles = [math.radians(d) for d in degrees]
     return torch.tensor([[[math.cos(a), math.sin(a)] for a in angles]])
 
 
 def test_a_star_of_two_edges_gives_the_closed_form():
-    # Cosines to the image: teacher 1 and 0, student 0 and 1; both logits swap, so KL = (p - q) log(p / q) at t = 1.
+    # The cosines to the image are (1, 0) in the teacher and (0, 1) in the student: KL = (p - q) log(p / q) at t = 1.
     p = math.e / (math.e + 1)
     loss = ContrastiveGraphLoss(temperature=1.0)
     value = loss(directions(0, 90, 0), directions(0, 0, 90))
@@ -53,8 +53,8 @@ def test_a_star_of_two_edges_gives_the_closed_form():
 
 
 def test_a_complete_graph_of_three_views_gives_the_closed_form():
-    # Views at 0, 0, 90 degrees against 0, 90, 0. Rows of the teacher (1, 0), (1, 0), (0, 0), of the student
-    # (0, 1), (0, 0), (1, 0). The image stands at 45 degrees, whose cosines are all equal: intra is 0.
+    # The teacher's views are at 0, 0, 90 degrees, with the rows (1, 0), (1, 0), (0, 0). The student's are at 0, 90, 0
+    # degrees, with the rows (0, 1), (0, 0), (1, 0). The image is at 45 degrees, with equal cosines to all: intra is 0.
     p = math.e / (math.e + 1)
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
     rows = [2 * p - 1, math.log(2) - entropy, -(math.log(4) + math.log(p) + math.log(1 - p)) / 2]
@@ -74,19 +74,12 @@ def test_random_codes_agree_with_numpy(normal, views, temperature):
     assert loss.logged == {"intra": pytest.approx(intra, abs=2e-6), "inter": pytest.approx(inter, abs=2e-6)}
 
 
-def test_the_default_temperature_is_a_tenth(normal):
+def test_the_default_temperature_is_0_1(normal):
     student, teacher = normal((2, 4, 32), 0), normal((2, 4, 32), 1)
     assert ContrastiveGraphLoss()(student, teacher).item() == pytest.approx(sum(reference(student, teacher)), abs=2e-6)
 
 
-def test_it_is_zero_where_student_and_teacher_agree(normal):
-    codes = normal((2, 4, 8), 0)
-    loss = ContrastiveGraphLoss()
-    assert loss(codes, codes.clone()).item() == 0.0
-    assert loss.logged == {"intra": 0.0, "inter": 0.0}
-
-
-def test_one_view_has_no_relation_to_compare(normal):
+def test_a_single_view_gives_0(normal):
     student = normal((2, 2, 8), 0).requires_grad_()
     loss = ContrastiveGraphLoss()
     value = loss(student, normal((2, 2, 8), 1))
@@ -96,14 +89,14 @@ def test_one_view_has_no_relation_to_compare(normal):
     assert student.grad.abs().sum() == 0
 
 
-def test_two_views_have_an_intra_graph_only(normal):
+def test_two_views_use_the_intra_graph_only(normal):
     loss = ContrastiveGraphLoss()
     loss(normal((2, 3, 8), 0), normal((2, 3, 8), 1))
     assert loss.logged["intra"] > 0.01
     assert loss.logged["inter"] == 0.0
 
 
-def test_rotating_and_scaling_the_codes_of_one_network_changes_nothing(normal):
+def test_rotating_and_scaling_the_codes_of_a_network_does_not_change_the_value(normal):
     student, teacher = normal((2, 4, 6), 0), normal((2, 4, 6), 1)
     rotation = torch.linalg.qr(normal((6, 6), 2)).Q
     scale = normal((2, 4, 1), 3).abs() + 0.1
@@ -111,7 +104,7 @@ def test_rotating_and_scaling_the_codes_of_one_network_changes_nothing(normal):
     assert value.item() == pytest.approx(sum(reference(student, teacher)), abs=1e-5)
 
 
-def test_the_order_of_the_views_changes_nothing_but_that_of_the_image_does(normal):
+def test_the_order_of_the_views_does_not_matter_but_the_position_of_the_image_does(normal):
     student, teacher = normal((2, 4, 6), 0), normal((2, 4, 6), 1)
     loss = ContrastiveGraphLoss()
     value = loss(student, teacher).item()
@@ -126,15 +119,15 @@ def test_the_lengths_of_the_codes_may_differ(normal):
     assert ContrastiveGraphLoss()(student, longer).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_only_the_student_receives_a_gradient_and_it_is_that_of_finite_differences(normal, central_differences):
+def test_the_gradient_agrees_with_finite_differences(normal, numerical_gradient):
     student, teacher = normal((1, 4, 3), 0).requires_grad_(), normal((1, 4, 3), 1).requires_grad_()
     ContrastiveGraphLoss(0.5)(student, teacher).backward()
     assert teacher.grad is None
-    slopes = central_differences(lambda x: sum(reference(x, teacher, 0.5)), student)
-    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
+    expected = numerical_gradient(lambda x: sum(reference(x, teacher, 0.5)), student)
+    assert student.grad.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_codes_of_zeros_keep_value_and_gradient_finite(normal):
+def test_zero_codes_give_a_finite_value_and_gradient(normal):
     student = normal((2, 4, 6), 0)
     student[0, 0], student[1, 2] = 0.0, 0.0
     student.requires_grad_()
@@ -145,36 +138,12 @@ def test_codes_of_zeros_keep_value_and_gradient_finite(normal):
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_and_autocast_are_computed_in_float32(normal, dtype):
-    # 300 squared is beyond the range of float16.
-    student, teacher = ((300 * normal((2, 4, 16), seed)).to(dtype).requires_grad_() for seed in (0, 1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = ContrastiveGraphLoss()(student, teacher)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(sum(reference(student, teacher)), abs=3e-6)
-    assert torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher"), [((2, 4, 6), (3, 4, 6)), ((2, 4, 6), (2, 3, 6)), ((2, 1, 6), (2, 1, 6))]
-)
-def test_bad_shapes_name_both(student, teacher):
+@pytest.mark.parametrize(("student", "teacher"), [((2, 4, 6), (2, 3, 6)), ((2, 1, 6), (2, 1, 6))])
+def test_invalid_shapes_are_refused_with_both_shapes(student, teacher):
     with pytest.raises(ValueError, match=r"\({}, {}, {}\) and teacher \({}, {}, {}\)".format(*student, *teacher)):
         ContrastiveGraphLoss()(torch.zeros(student), torch.zeros(teacher))
 
 
-def test_maps_are_refused():
+def test_feature_maps_are_refused():
     with pytest.raises(ValueError, match=r"Student \(2, 4, 6, 6\) and teacher \(2, 4, 6\) must both be codes"):
         ContrastiveGraphLoss()(torch.zeros(2, 4, 6, 6), torch.zeros(2, 4, 6))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_the_temperature_must_be_positive(temperature):
-    with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
-        ContrastiveGraphLoss(temperature)
-
-
-def test_it_has_no_parameters():
-    assert not list(ContrastiveGraphLoss().parameters())

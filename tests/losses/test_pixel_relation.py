@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixelRelationLoss against arithmetic and a float64 loop over pairs of cells."""
+"""PixelRelationLoss against closed-form values and a float64 loop over pairs of cells."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def cosines(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
+def reference(on_common_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
     """The docstring's formula in float64."""
 
     def compute(student: Tensor, teacher: Tensor, grid: int = 12) -> float:
-        maps = on_one_grid(student, teacher, grid)
+        maps = on_common_grid(student, teacher, grid)
         return float(np.mean([(cosines(a) - cosines(b)) ** 2 for a, b in zip(*maps, strict=True)]))
 
     return compute
@@ -35,7 +35,7 @@ def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., flo
 
 @pytest.mark.parametrize("degrees", [0, 60, 90, 180])
 def test_two_voxels_give_the_closed_form(degrees):
-    # The student's two features enclose an angle, the teacher's are orthogonal: two of four entries of G differ.
+    # The student's two features are at the given angle, the teacher's are orthogonal: two of four entries of G differ.
     angle = math.radians(degrees)
     student = torch.tensor([[2.0, 3 * math.cos(angle)], [0.0, 3 * math.sin(angle)]]).view(1, 2, 1, 2)
     teacher = torch.tensor([[5.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
@@ -63,9 +63,7 @@ def test_the_default_has_twelve_cells_per_axis(normal, reference, dimensions):
     [((4, 6), (2, 3)), ((7, 3), (5, 4)), ((2, 4, 3), (4, 2, 3)), ((5, 5, 2), (3, 7, 1))],
 )
 @pytest.mark.parametrize("grid", [3, 12])
-def test_differing_grids_meet_on_cells_that_no_map_is_up_sampled_to(
-    normal, reference, student_grid, teacher_grid, grid
-):
+def test_different_grids_are_pooled_and_never_up_sampled(normal, reference, student_grid, teacher_grid, grid):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 4, *teacher_grid), 1)
     assert PixelRelationLoss(grid)(student, teacher).item() == pytest.approx(
         reference(student, teacher, grid), abs=1e-6
@@ -73,24 +71,17 @@ def test_differing_grids_meet_on_cells_that_no_map_is_up_sampled_to(
 
 
 @pytest.mark.parametrize("grid", [2, 12])
-def test_no_matrix_is_larger_than_the_grid_allows(normal, grid, monkeypatch):
-    sizes = []
-    relations = PixelRelationLoss._relations
-    monkeypatch.setattr(PixelRelationLoss, "_relations", lambda *a: sizes.append(relations(*a)) or sizes[-1])
+def test_the_grid_limits_the_size_of_the_matrices(normal, grid, monkeypatch):
+    matrices = []
+    relations = PixelRelationLoss.relations
+    monkeypatch.setattr(PixelRelationLoss, "relations", lambda *a: matrices.append(relations(*a)) or matrices[-1])
     PixelRelationLoss(grid)(normal((1, 2, 20, 3, 4), 0), normal((1, 5, 9, 3, 6), 1))
     cells = min(grid, 9) * min(grid, 3) * min(grid, 4)
-    assert [tuple(g.shape) for g in sizes] == [(1, cells, cells)] * 2
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("grid", [2, 12])
-def test_zero_where_both_agree(normal, shape, grid):
-    features = normal(shape, 0)
-    assert PixelRelationLoss(grid)(features, features.clone()).item() == 0.0
+    assert [tuple(g.shape) for g in matrices] == [(1, cells, cells)] * 2
 
 
 @pytest.mark.parametrize("changed", ["student", "teacher"])
-def test_a_rotation_of_the_channels_changes_nothing(normal, reference, changed):
+def test_rotating_the_channels_does_not_change_the_value(normal, reference, changed):
     maps = {"student": normal((2, 4, 3, 3, 2), 0), "teacher": normal((2, 4, 3, 3, 2), 1)}
     expected = {grid: reference(**maps, grid=grid) for grid in (2, 12)}
     rotation, _ = np.linalg.qr(normal((4, 4), 2).double().numpy())
@@ -99,48 +90,48 @@ def test_a_rotation_of_the_channels_changes_nothing(normal, reference, changed):
         assert PixelRelationLoss(grid)(**maps).item() == pytest.approx(value, abs=1e-6)
 
 
-def test_the_length_of_a_feature_changes_nothing(normal, reference):
+def test_the_length_of_a_feature_does_not_change_the_value(normal, reference):
     student, teacher = normal((2, 3, 2, 3, 2), 0), normal((2, 3, 2, 3, 2), 1)
     lengths = 10 ** normal((2, 1, 2, 3, 2), 2)
     loss = PixelRelationLoss()(student * lengths, teacher / lengths)
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_repeated_channels_are_the_same_relations(normal):
+def test_repeated_channels_have_the_same_relations(normal):
     student = normal((2, 3, 3, 3, 2), 0)
     assert PixelRelationLoss()(student, student.repeat(1, 2, 1, 1, 1)).item() == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(normal, reference, shape):
+def test_repeating_the_patch_does_not_change_the_value(normal, reference, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = PixelRelationLoss()(student.repeat(tiles), teacher.repeat(tiles))
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_cells_of_repeated_voxels_change_nothing(normal, reference):
+def test_repeating_every_voxel_of_a_cell_does_not_change_the_value(normal, reference):
     student, teacher = normal((2, 3, 2, 2, 2), 0), normal((2, 3, 2, 2, 2), 1)
     fine = [x.repeat_interleave(3, 2).repeat_interleave(3, 3).repeat_interleave(3, 4) for x in (student, teacher)]
     assert PixelRelationLoss(2)(*fine).item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_the_gradient_is_that_of_finite_differences(normal, reference, central_differences):
+def test_the_gradient_agrees_with_finite_differences(normal, reference, numerical_gradient):
     student, teacher = normal((1, 2, 3, 4), 0).requires_grad_(), normal((1, 3, 3, 4), 1)
     PixelRelationLoss(2)(student, teacher).backward()
-    slopes = central_differences(lambda x: reference(x, teacher, 2), student)
-    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
+    expected = numerical_gradient(lambda x: reference(x, teacher, 2), student)
+    assert student.grad.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_gradient_turns_features_and_does_not_stretch_them(normal):
+def test_the_gradient_is_orthogonal_to_the_features(normal):
     student = normal((2, 3, 2, 3, 2), 0).requires_grad_()
     PixelRelationLoss()(student, normal((2, 3, 2, 3, 2), 1)).backward()
     assert student.grad.abs().max() > 1e-3
     assert (student.grad * student.detach()).sum(1).abs().max() < 1e-6
 
 
-def test_a_silent_voxel_relates_to_nothing_and_gets_no_gradient():
-    # The student's G is diag(1, 0), the teacher's two voxels are alike: three of four entries differ by 1.
+def test_a_zero_voxel_has_no_relations_and_gets_no_gradient():
+    # The student's G is diag(1, 0), the teacher's is all ones: three of four entries differ by 1.
     student = torch.tensor([[1.0, 0.0], [2.0, 0.0]]).view(1, 2, 1, 2).requires_grad_()
     loss = PixelRelationLoss()(student, torch.ones(1, 2, 1, 2))
     loss.backward()
@@ -149,7 +140,7 @@ def test_a_silent_voxel_relates_to_nothing_and_gets_no_gradient():
     assert torch.isfinite(student.grad).all()
 
 
-def test_silent_maps_keep_value_and_gradient_finite():
+def test_zero_maps_give_a_value_and_gradient_of_0():
     student = torch.zeros(2, 3, 2, 2, 2).requires_grad_()
     loss = PixelRelationLoss()(student, torch.zeros(2, 3, 2, 2, 2))
     loss.backward()
@@ -158,6 +149,6 @@ def test_silent_maps_keep_value_and_gradient_finite():
 
 
 @pytest.mark.parametrize("grid", [1, 0, -3])
-def test_a_grid_below_two_is_refused(grid):
+def test_a_grid_less_than_2_is_refused(grid):
     with pytest.raises(ValueError, match=f"grid must be at least 2, got {grid}"):
         PixelRelationLoss(grid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DISTLoss against arithmetic and a float64 NumPy computation."""
+"""DISTLoss against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = [(1.0, 0.0), (0.0, 1.0), (2.0, 0.5)]
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
-    """Logits, one sample of 1 x N voxels, of rows of probabilities by class."""
+    """Logits of one sample of 1 x N voxels; ``probabilities`` has one row per class."""
     p = torch.tensor(probabilities)
     return p.log().view(1, len(p), 1, -1)
 
@@ -28,7 +28,7 @@ def probabilities(logits: Tensor, temperature: float) -> np.ndarray:
 
 
 def reference(s: Tensor, t: Tensor, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0) -> float:
-    """The docstring's formula in float64 for predictions that vary everywhere, by numpy.corrcoef row by row."""
+    """The docstring's formula in float64 by numpy.corrcoef, row by row, for predictions without constant rows."""
     values = []
     for p, q in zip(probabilities(s, temperature), probabilities(t, temperature), strict=True):
         over_classes = [1 - np.corrcoef(p[:, i], q[:, i])[0, 1] for i in range(p.shape[1])]
@@ -38,7 +38,7 @@ def reference(s: Tensor, t: Tensor, inter: float = 1.0, intra: float = 1.0, temp
 
 
 def test_the_intra_class_part_is_the_correlation_over_voxels():
-    # Deviations (-1, 0, 1) and (-1, 1, 0) of either class: Pearson 1/2.
+    # The deviations of both classes are (-1, 0, 1) and (-1, 1, 0): Pearson 1/2.
     student, teacher = ([[a, b, c], [1 - a, 1 - b, 1 - c]] for a, b, c in [(0.2, 0.3, 0.4), (0.5, 0.7, 0.6)])
     loss = DISTLoss(inter=0.0)(logits_of(student), logits_of(teacher))
     assert loss.item() == pytest.approx(0.5, abs=1e-6)
@@ -60,25 +60,19 @@ def test_random_logits_agree_with_numpy(normal, shape, inter, intra, temperature
     assert DISTLoss(inter, intra, temperature)(student, teacher).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_defaults_are_both_parts_once_without_softening(normal):
+def test_the_defaults_are_both_parts_with_factor_1_and_temperature_1(normal):
     student, teacher = normal(SHAPES[1], 0), normal(SHAPES[1], 1)
     assert DISTLoss()(student, teacher).item() == pytest.approx(reference(student, teacher, 1, 1, 1), abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 2, 3, 3, 3)])
-def test_it_is_zero_where_student_and_teacher_agree(normal, shape):
-    logits = normal(shape, 0)
-    assert DISTLoss()(logits, logits.clone()).item() == 0.0
-
-
-def test_a_scaled_and_shifted_prediction_of_the_student_costs_nothing(normal):
-    # p_student = 1/3 + (p_teacher - 1/3) / 2: another confidence, the same relations.
+def test_scaled_and_shifted_probabilities_give_0(normal):
+    # p_student = 1/3 + (p_teacher - 1/3) / 2: the confidence differs, the correlations do not.
     teacher = normal((2, 3, 4, 4, 4), 0)
     student = (1 / 6 + teacher.softmax(1) / 2).log()
     assert DISTLoss()(student, teacher).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_with_two_classes_the_inter_class_part_counts_voxels_whose_larger_class_differs(normal):
+def test_with_two_classes_the_inter_class_part_counts_the_voxels_whose_most_likely_class_differs(normal):
     student, teacher = normal((2, 2, 4, 4, 4), 0), normal((2, 2, 4, 4, 4), 1)
     differ = (student.argmax(1) != teacher.argmax(1)).double().mean().item()
     assert 0 < differ < 1
@@ -87,7 +81,7 @@ def test_with_two_classes_the_inter_class_part_counts_voxels_whose_larger_class_
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0])
 def test_with_two_classes_only_the_intra_class_part_has_a_gradient(normal, scale):
-    # Near the probability 1/2 (scale 1e-5) even rounding would be a large gradient.
+    # Near the probability 1/2 (scale 1e-5) even rounding errors would give a large gradient.
     teacher = normal((2, 2, 4, 4, 4), 1)
     gradients = {}
     for parts in [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]:
@@ -105,39 +99,33 @@ def test_with_three_classes_the_inter_class_part_has_a_gradient(normal):
     assert student.grad.abs().max() > 1e-3
 
 
-def test_a_single_channel_is_read_as_two_class_logits(normal):
+def test_a_single_channel_equals_the_two_class_logits(normal):
     student, teacher = normal((2, 1, 3, 4, 5), 0), normal((2, 1, 3, 4, 5), 1)
     as_two = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (student, teacher)]
     assert DISTLoss()(student, teacher).item() == pytest.approx(reference(*as_two), abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(normal, shape):
+def test_repeating_the_patch_does_not_change_the_value(normal, shape):
     student, teacher = normal(shape, 0), normal(shape, 1)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = DISTLoss()(student.repeat(tiles), teacher.repeat(tiles))
     assert loss.item() == pytest.approx(reference(student, teacher), abs=1e-6)
 
 
-def test_samples_are_not_correlated_with_each_other(normal):
-    student, teacher = normal((3, 3, 3, 3, 3), 0), normal((3, 3, 3, 3, 3), 1)
-    alone = [DISTLoss()(student[i : i + 1], teacher[i : i + 1]).item() for i in range(3)]
-    assert DISTLoss()(student, teacher).item() == pytest.approx(np.mean(alone), abs=1e-6)
-
-
 @pytest.mark.parametrize(("inter", "intra"), PARTS)
-def test_the_gradient_is_that_of_finite_differences(normal, central_differences, inter, intra):
+def test_the_gradient_agrees_with_finite_differences(normal, numerical_gradient, inter, intra):
     student, teacher = normal((1, 3, 2, 3), 0).requires_grad_(), normal((1, 3, 2, 3), 1)
     DISTLoss(inter, intra, 2.0)(student, teacher).backward()
-    slopes = central_differences(lambda x: reference(x, teacher, inter, intra, 2.0), student)
-    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
+    expected = numerical_gradient(lambda x: reference(x, teacher, inter, intra, 2.0), student)
+    assert student.grad.numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("size", [4, 13])
 @pytest.mark.parametrize("level", [0.0, 0.37, 40.0])
-def test_a_constant_student_has_no_correlation_and_no_gradient_over_voxels(normal, classes, size, level):
-    # The mean of a constant float32 map need not be that constant: its rounding must not become a direction.
+def test_a_constant_student_has_correlation_0_and_no_gradient_over_voxels(normal, classes, size, level):
+    # The float32 mean of a constant map may differ from that constant: the rounding error must not count as variation.
     student = torch.zeros(2, classes, size, size, size)
     student[:, 0] = level
     student.requires_grad_()
@@ -149,7 +137,7 @@ def test_a_constant_student_has_no_correlation_and_no_gradient_over_voxels(norma
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("level", [0.0, 0.37, 40.0, 1000.0])
-def test_a_constant_teacher_asks_nothing_of_the_voxels(normal, classes, level):
+def test_a_constant_teacher_gives_0_and_no_gradient_over_voxels(normal, classes, level):
     teacher = torch.zeros(2, classes, 3, 4, 5)
     teacher[:, 0] = level
     student = normal(tuple(teacher.shape), 0).requires_grad_()
@@ -160,7 +148,7 @@ def test_a_constant_teacher_asks_nothing_of_the_voxels(normal, classes, level):
 
 
 def test_a_class_that_is_constant_in_the_teacher_is_left_out_of_the_mean(normal):
-    # The third class never has a probability; the mean over classes is that of the other two.
+    # The third class has probability 0 everywhere, so the mean is over the other two classes.
     student, teacher = normal((2, 3, 3, 3, 3), 0), normal((2, 3, 3, 3, 3), 1)
     student[:, 2] = teacher[:, 2] = -200.0
     expected = reference(student[:, :2], teacher[:, :2], inter=0.0)
@@ -168,7 +156,7 @@ def test_a_class_that_is_constant_in_the_teacher_is_left_out_of_the_mean(normal)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 30.0, 1e4])
-def test_faint_and_saturated_predictions_keep_value_and_gradient_finite(normal, scale):
+def test_faint_and_saturated_predictions_give_a_finite_value_and_gradient(normal, scale):
     student = (scale * normal((2, 3, 4, 4, 4), 0)).requires_grad_()
     loss = DISTLoss()(student, scale * normal((2, 3, 4, 4, 4), 1))
     loss.backward()

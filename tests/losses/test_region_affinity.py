@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RegionAffinityLoss against arithmetic and a float64 NumPy computation."""
+"""RegionAffinityLoss against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(2, 3, 4, 5), (2, 3, 3, 4, 5)]
 
 @pytest.fixture(scope="session")
 def reference(by_class: Callable[..., list[Any]], cosine: Callable[..., float]) -> Callable[..., float]:
-    """The docstring's formula in float64, pair by pair, on the element-wise smaller grid."""
+    """The docstring's formula in float64, pair by pair, on the common grid."""
 
     def compute(student: Tensor, teacher: Tensor, label: Tensor) -> float:
         values = []
@@ -35,8 +35,8 @@ def reference(by_class: Callable[..., list[Any]], cosine: Callable[..., float]) 
 
 
 @pytest.mark.parametrize("degrees", [30, 90, 180])
-def test_two_regions_give_the_squared_difference_of_their_cosines(degrees):
-    # The student's regions enclose the angle, the teacher's have one direction at different lengths.
+def test_two_regions_give_the_squared_difference_of_the_cosines(degrees):
+    # The student's regions are at the given angle; the teacher's have equal directions and different lengths.
     angle = math.radians(degrees)
     student = torch.tensor([[1.0, 2 * math.cos(angle)], [0.0, 2 * math.sin(angle)]]).view(1, 2, 1, 2)
     teacher = torch.tensor([[1.0, 3.0]]).view(1, 1, 1, 2)
@@ -44,8 +44,8 @@ def test_two_regions_give_the_squared_difference_of_their_cosines(degrees):
     assert loss.item() == pytest.approx((math.cos(angle) - 1) ** 2, abs=1e-6)
 
 
-def test_three_regions_average_over_their_three_pairs():
-    # Cosines of the student: 1 of the first two, 0 with the third; the teacher's are all 1: (0 + 1 + 1) / 3.
+def test_three_regions_give_the_mean_over_their_three_pairs():
+    # The student's first two regions have cosine 1, and cosine 0 with the third. All cosines of the teacher are 1.
     student = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 2, 1, 3)
     loss = RegionAffinityLoss()(student, torch.ones(1, 2, 1, 3), torch.arange(3).view(1, 1, 1, 3))
     assert loss.item() == pytest.approx(2 / 3, abs=1e-6)
@@ -64,7 +64,7 @@ def test_random_features_agree_with_numpy(normal, random_label, reference, shape
     ("student_grid", "teacher_grid", "image"),
     [((4, 6), (2, 3), (8, 12)), ((2, 4, 3), (4, 2, 3), (8, 8, 6)), ((3, 2, 2), (3, 4, 5), (7, 6, 5))],
 )
-def test_differing_grids_channels_and_a_finer_label_agree_with_numpy(
+def test_different_grids_and_channels_and_a_finer_label_agree_with_numpy(
     normal, random_label, reference, student_grid, teacher_grid, image
 ):
     student, teacher = normal((2, 3, *student_grid), 0), normal((2, 5, *teacher_grid), 1)
@@ -73,14 +73,8 @@ def test_differing_grids_channels_and_a_finer_label_agree_with_numpy(
     assert RegionAffinityLoss()(student, teacher, label).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_zero_where_student_and_teacher_agree(normal, random_label, shape):
-    features = normal(shape, 0)
-    assert RegionAffinityLoss()(features, features.clone(), random_label(shape, 4)).item() == 0.0
-
-
-def test_only_the_angles_between_the_regions_count(normal):
-    # Other lengths, another basis and other voxels around the same region means.
+def test_only_the_angles_between_the_region_means_count(normal):
+    # The teacher has other lengths, another basis and other voxels, but the same angles between the region means.
     student, label = normal((1, 3, 2, 4), 0), torch.tensor([0, 0, 1, 1]).repeat(2, 1).view(1, 1, 2, 4)
     rotation = torch.linalg.qr(normal((3, 3), 2))[0]
     means = student.view(1, 3, 2, 2, 2).mean(dim=(2, 4), keepdim=True).expand(1, 3, 2, 2, 2).reshape(1, 3, 2, 4)
@@ -89,13 +83,13 @@ def test_only_the_angles_between_the_regions_count(normal):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiling_the_same_voxels_changes_nothing(normal, random_label, reference, shape):
+def test_repeating_the_patch_does_not_change_the_value(normal, random_label, reference, shape):
     student, teacher, label = normal(shape, 0), normal(shape, 1), random_label(shape, 4)
     tiled = [x.repeat(1, 1, *[2] * (len(shape) - 2)) for x in (student, teacher, label)]
     assert RegionAffinityLoss()(*tiled).item() == pytest.approx(reference(student, teacher, label), abs=1e-6)
 
 
-def test_fewer_than_two_classes_give_zero_that_can_still_be_differentiated(normal):
+def test_fewer_than_two_classes_give_0_and_a_zero_gradient(normal):
     student, teacher = normal((2, 3, 3, 3, 3), 0).requires_grad_(), normal((2, 3, 3, 3, 3), 1)
     loss = RegionAffinityLoss()(student, teacher, torch.full((2, 1, 3, 3, 3), 1.0))
     loss.backward()
@@ -103,7 +97,7 @@ def test_fewer_than_two_classes_give_zero_that_can_still_be_differentiated(norma
     assert student.grad.abs().sum() == 0
 
 
-def test_a_sample_of_one_class_counts_as_zero_in_the_mean_and_gets_no_gradient(normal, random_label):
+def test_a_sample_with_one_class_counts_as_0_in_the_mean_and_gets_no_gradient(normal, random_label):
     student, teacher = normal((2, 3, 3, 3, 3), 0).requires_grad_(), normal((2, 3, 3, 3, 3), 1)
     label = torch.cat([torch.zeros(1, 1, 3, 3, 3, dtype=torch.long), random_label((1, 1, 3, 3, 3), 4)])
     loss = RegionAffinityLoss()(student, teacher, label)
@@ -121,7 +115,7 @@ def test_samples_may_hold_different_classes(normal, random_label, reference):
     assert RegionAffinityLoss()(student, teacher, label).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_lesion_smaller_than_a_cell_still_has_an_affinity(normal, reference):
+def test_a_lesion_smaller_than_a_cell_has_an_affinity(normal, reference):
     student, teacher, label = normal((1, 3, 2, 2, 2), 0), normal((1, 3, 2, 2, 2), 1), torch.zeros(1, 1, 8, 8, 8)
     label[0, 0, 6, 1, 6] = 1
     student.requires_grad_()
@@ -132,19 +126,19 @@ def test_a_lesion_smaller_than_a_cell_still_has_an_affinity(normal, reference):
     assert student.grad[0, :, 1, 0, 1].abs().sum() > 1e-3
 
 
-def test_the_gradient_is_that_of_finite_differences(normal, random_label, reference, central_differences):
+def test_the_gradient_agrees_with_finite_differences(normal, random_label, reference, numerical_gradient):
     student, teacher = normal((1, 2, 2, 3), 0).requires_grad_(), normal((1, 2, 2, 3), 1)
     label = random_label((1, 1, 4, 6), 3)
     RegionAffinityLoss()(student, teacher, label).backward()
-    slopes = central_differences(lambda x: reference(x, teacher, label), student)
-    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
+    expected = numerical_gradient(lambda x: reference(x, teacher, label), student)
+    assert student.grad.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("silent", [[0, 1], [1]])
-def test_a_silent_region_has_cosine_zero_and_a_small_gradient(normal, silent):
+@pytest.mark.parametrize("zeroed", [[0, 1], [1]])
+def test_a_zero_region_has_cosine_0_and_a_small_gradient(normal, zeroed):
     student, teacher, label = normal((1, 3, 2, 2, 2), 0), torch.ones(1, 3, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2)
     label[..., 1] = 1
-    student[..., silent] = 0
+    student[..., zeroed] = 0
     student.requires_grad_()
     loss = RegionAffinityLoss()(student, teacher, label)
     loss.backward()

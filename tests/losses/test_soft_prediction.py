@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SoftPredictionLoss against arithmetic and a float64 NumPy computation."""
+"""SoftPredictionLoss against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def reference(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    """T^2 * KL(teacher || student), in float64; a single channel as a Bernoulli variable."""
+    """T^2 * KL(teacher || student), in float64; a single channel is a Bernoulli variable."""
     s, t = (x.detach().double().numpy() / temperature for x in (student, teacher))
     if s.shape[1] == 1:
         p, q = 1 / (1 + np.exp(-t)), 1 / (1 + np.exp(-s))
@@ -72,17 +72,6 @@ def test_random_logits_agree_with_numpy(shape, temperature):
     assert SoftPredictionLoss(temperature)(student, teacher).item() == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3, 4, 2)])
-def test_it_is_zero_where_student_and_teacher_agree(shape):
-    student, _ = pair(shape)
-    assert SoftPredictionLoss()(student, student.clone()).item() == 0.0
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3, 4, 2)])
-def test_it_is_positive_where_they_differ(shape):
-    assert SoftPredictionLoss()(*pair(shape)).item() > 0.0
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_is_temperature_times_the_difference_of_probabilities(shape):
     temperature = 4.0
@@ -93,36 +82,8 @@ def test_the_gradient_is_temperature_times_the_difference_of_probabilities(shape
     np.testing.assert_allclose(student.grad.numpy(), temperature * (s - t) / voxels, atol=1e-7)
 
 
-def test_only_the_student_receives_a_gradient():
-    student, teacher = (x.requires_grad_() for x in pair(SHAPES[1]))
-    SoftPredictionLoss()(student, teacher).backward()
-    assert student.grad is not None
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3, 4, 2)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(shape, dtype):
-    student, teacher = pair(shape, dtype=dtype)
-    loss = SoftPredictionLoss()(student.requires_grad_(), teacher)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference(student, teacher, 4.0), rel=1e-5)
-    assert torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_does_not_lower_the_precision(dtype):
-    student, teacher = pair(SHAPES[1], dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = SoftPredictionLoss()(student, teacher)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference(student, teacher, 4.0), rel=1e-5)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_largest_half_precision_logits_stay_finite(channels):
+def test_the_largest_half_precision_logits_give_a_finite_value_and_gradient(channels):
     student = torch.full((1, channels, 2, 2, 2), -65504.0, dtype=torch.float16)
     student[:, 0] = 65504.0
     teacher = -student
@@ -134,7 +95,7 @@ def test_the_largest_half_precision_logits_stay_finite(channels):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_constant_added_to_all_logits_of_a_voxel_changes_nothing(shape):
+def test_adding_a_constant_to_all_logits_of_a_voxel_does_not_change_the_value(shape):
     student, teacher = pair(shape)
     generator = torch.Generator().manual_seed(1)
     shifts = [5 * torch.randn(shape[0], 1, *shape[2:], generator=generator) for _ in range(2)]
@@ -143,32 +104,16 @@ def test_a_constant_added_to_all_logits_of_a_voxel_changes_nothing(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_value_does_not_depend_on_the_patch_size(shape):
+def test_repeating_the_patch_does_not_change_the_value(shape):
     student, teacher = pair(shape)
     tiles = (1, 1, *[2] * (len(shape) - 2))
     loss = SoftPredictionLoss()(student.repeat(tiles), teacher.repeat(tiles))
     assert loss.item() == pytest.approx(reference(student, teacher, 4.0), rel=1e-5)
 
 
-def test_it_is_the_mean_over_the_batch():
-    student, teacher = pair((3, 2, 4, 4))
-    each = [reference(student[i : i + 1], teacher[i : i + 1], 4.0) for i in range(3)]
-    assert SoftPredictionLoss()(student, teacher).item() == pytest.approx(sum(each) / 3, rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 2, 4, 4, 4), (1, 2, 4, 5, 6), (2, 2, 4, 5)])
-def test_differing_shapes_are_refused_by_naming_both(shape):
-    with pytest.raises(ValueError, match="must have one shape") as error:
+def test_different_grids_are_refused_with_both_shapes():
+    shape = (2, 2, 4, 4, 4)
+    with pytest.raises(ValueError, match="must have the same shape") as error:
         SoftPredictionLoss()(torch.zeros(2, 2, 4, 5, 6), torch.zeros(shape))
     assert "(2, 2, 4, 5, 6)" in str(error.value)
     assert str(shape) in str(error.value)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
-        SoftPredictionLoss(temperature)
-
-
-def test_it_holds_no_parameters():
-    assert not list(SoftPredictionLoss().parameters())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TokenRankingLoss against arithmetic and a float64 NumPy computation."""
+"""TokenRankingLoss against closed-form values and a float64 NumPy computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from scripts.losses.token_ranking import TokenRankingLoss
 
 W2 = 1 / math.log2(3)
-FALLING = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+DESCENDING = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 
 
 def importance(x: np.ndarray) -> np.ndarray:
@@ -33,37 +33,38 @@ def importance(x: np.ndarray) -> np.ndarray:
 def rank(student: np.ndarray, teacher: np.ndarray, top_k: float = 0.25, flat: float = 0.995) -> float:
     """Minus the discounted log-probability of drawing the teacher's top k without replacement."""
     values = []
-    for worth, guide in zip(student, teacher, strict=True):
-        p = guide / guide.sum()
+    for student_importance, teacher_importance in zip(student, teacher, strict=True):
+        p = teacher_importance / teacher_importance.sum()
         if -(p * np.log(p)).sum() / math.log(len(p)) > flat:
             continue
-        left, total, weights = sorted(range(len(p)), key=lambda i: -p[i]), 0.0, 0.0
+        remaining, total, weights = sorted(range(len(p)), key=lambda i: -p[i]), 0.0, 0.0
         for i in range(max(1, round(top_k * len(p)))):
-            total += math.log(worth[left].sum() / worth[left[0]]) / math.log2(2 + i)
+            total += math.log(student_importance[remaining].sum() / student_importance[remaining[0]]) / math.log2(2 + i)
             weights += 1 / math.log2(2 + i)
-            left.pop(0)
+            remaining.pop(0)
         values.append(total / weights)
     return float(np.mean(values)) if values else 0.0
 
 
 @pytest.fixture(scope="session")
-def reference(on_one_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
+def reference(on_common_grid: Callable[..., list[np.ndarray]]) -> Callable[..., float]:
     """The docstring's formula in float64."""
 
     def compute(student: Tensor, teacher: Tensor, grid: int = 6, **options: Any) -> float:
-        return rank(*(importance(m) for m in on_one_grid(student, teacher, grid)), **options)
+        return rank(*(importance(m) for m in on_common_grid(student, teacher, grid)), **options)
 
     return compute
 
 
 def test_four_tokens_give_the_closed_form():
-    # The teacher's first two are drawn with probability 0.1 of 1, then 0.2 of the 0.9 that are left.
-    loss = TokenRankingLoss(top_k=0.5).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), FALLING)
+    # The teacher's first token is drawn with probability 0.1, its second with probability 0.2 / 0.9.
+    loss = TokenRankingLoss(top_k=0.5).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), DESCENDING)
     assert loss.item() == pytest.approx((math.log(10) + W2 * math.log(4.5)) / (1 + W2), abs=1e-6)
 
 
 def test_three_tokens_of_two_directions_give_the_closed_form():
-    # Layer norm makes the tokens +-(1, -1); scores are +-sqrt(2), e against f, and the teacher's first token is 0.
+    # Layer norm makes the tokens +-(1, -1). The scores are +-sqrt(2), with exponentials e and f. Token 0 is the
+    # teacher's first.
     e, f = math.exp(math.sqrt(2)), math.exp(-math.sqrt(2))
     base = 100 * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
     teacher = base * torch.tensor([1.0, 1.0, -1.0])
@@ -83,8 +84,8 @@ def test_random_features_agree_with_numpy(normal, reference, student_grid, teach
     assert TokenRankingLoss(top_k, grid, 1.0)(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_defaults_are_a_quarter_of_six_cells_per_axis_and_995(normal, reference):
-    # Silent cells spread their attention and receive little, so that the first teacher is not flat; the second is.
+def test_the_defaults_are_top_k_0_25_grid_6_and_flat_0_995(normal, reference):
+    # Zero cells spread their attention evenly and receive little. So the first teacher is not flat; the second is.
     student, teacher = normal((2, 3, 8, 7), 0), normal((2, 4, 12, 12), 1)
     teacher[0, :, 6:] = 0.0
     loss, expected = TokenRankingLoss(), reference(student, teacher)
@@ -101,56 +102,56 @@ def test_importance_sums_to_one(normal, pooled):
     np.testing.assert_allclose(received.sum(1).numpy(), 1.0, atol=1e-6)
 
 
-def test_no_exchange_of_worths_beats_the_teachers_order():
+def test_the_teachers_order_gives_the_lowest_value_of_all_orders():
     loss = TokenRankingLoss(top_k=0.5)
-    best = loss.ranking(FALLING, FALLING).item()
+    best = loss.ranking(DESCENDING, DESCENDING).item()
     for order in permutations(range(4)):
-        value = loss.ranking(FALLING[:, list(order)], FALLING).item()
-        # The order of those beyond the top k is free.
+        value = loss.ranking(DESCENDING[:, list(order)], DESCENDING).item()
+        # The order of the tokens after the top k does not matter.
         assert value == pytest.approx(best, abs=1e-6) if order[:2] == (0, 1) else value > best + 0.01
 
 
-def test_agreement_is_neither_zero_nor_stationary():
-    worth = FALLING.log().requires_grad_()
-    loss = TokenRankingLoss(top_k=0.5).ranking(worth.exp(), FALLING)
+def test_at_agreement_the_value_is_not_0_and_the_gradient_does_not_vanish():
+    log_importance = DESCENDING.log().requires_grad_()
+    loss = TokenRankingLoss(top_k=0.5).ranking(log_importance.exp(), DESCENDING)
     loss.backward()
     assert loss.item() == pytest.approx((math.log(1 / 0.4) + W2 * math.log(2)) / (1 + W2), abs=1e-6)
-    assert worth.grad[0, 0].item() == pytest.approx(-0.6 / (1 + W2), abs=1e-6)
+    assert log_importance.grad[0, 0].item() == pytest.approx(-0.6 / (1 + W2), abs=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [10.0, 100.0, 1000.0])
-def test_value_and_gradient_vanish_as_the_worths_separate_in_the_teachers_order(ratio):
-    # All that is left of a draw beyond its first token is at most 1 / ratio + 1 / ratio^2 + .. of it.
-    worth = (-math.log(ratio) * torch.arange(4.0)).view(1, 4).requires_grad_()
-    loss = TokenRankingLoss(top_k=0.75).ranking(worth.exp(), FALLING)
+def test_value_and_gradient_vanish_as_the_importances_separate_in_the_teachers_order(ratio):
+    # Relative to the first remaining token, the sum of all others is at most 1 / ratio + 1 / ratio^2 + ...
+    log_importance = (-math.log(ratio) * torch.arange(4.0)).view(1, 4).requires_grad_()
+    loss = TokenRankingLoss(top_k=0.75).ranking(log_importance.exp(), DESCENDING)
     loss.backward()
     assert 0 < loss.item() <= math.log(ratio / (ratio - 1)) + 1e-6
-    assert 0 < worth.grad.abs().sum().item() <= 2 / (ratio - 1)
+    assert 0 < log_importance.grad.abs().sum().item() <= 2 / (ratio - 1)
 
 
 @pytest.mark.parametrize("top_k", [0.25, 0.5, 1.0])
-def test_the_gradient_is_that_of_successive_draws(normal, top_k):
-    # d/ds_m of the i-th draw: its probability of m, minus one for the token that the teacher puts there.
-    worth, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
-    TokenRankingLoss(top_k).ranking(worth.exp(), teacher).backward()
+def test_the_gradient_is_the_sum_over_successive_draws(normal, top_k):
+    # d/ds_m of the i-th draw: the probability of token m, minus 1 if m is the teacher's i-th token.
+    log_importance, teacher = normal((1, 8), 0).requires_grad_(), normal((1, 8), 1).exp()
+    TokenRankingLoss(top_k).ranking(log_importance.exp(), teacher).backward()
     order = np.argsort(-teacher[0].double().numpy())
-    worths, slope, weights = np.exp(worth[0].detach().double().numpy()), np.zeros(8), 0.0
+    student, gradient, weights = np.exp(log_importance[0].detach().double().numpy()), np.zeros(8), 0.0
     for i in range(round(top_k * 8)):
-        left, w = order[i:], 1 / math.log2(2 + i)
-        slope[left] += w * worths[left] / worths[left].sum()
-        slope[order[i]] -= w
+        remaining, w = order[i:], 1 / math.log2(2 + i)
+        gradient[remaining] += w * student[remaining] / student[remaining].sum()
+        gradient[order[i]] -= w
         weights += w
-    np.testing.assert_allclose(worth.grad[0].numpy(), slope / weights, atol=1e-6)
+    np.testing.assert_allclose(log_importance.grad[0].numpy(), gradient / weights, atol=1e-6)
 
 
-def test_the_gradient_through_the_features_is_that_of_finite_differences(normal, reference, central_differences):
+def test_the_gradient_through_the_features_agrees_with_finite_differences(normal, reference, numerical_gradient):
     student, teacher = normal((1, 3, 2, 3), 0).requires_grad_(), normal((1, 3, 2, 3), 1)
     TokenRankingLoss(0.5, flat=1.0)(student, teacher).backward()
-    slopes = central_differences(lambda x: reference(x, teacher, top_k=0.5, flat=1.0), student)
-    assert student.grad.numpy() == pytest.approx(slopes, abs=1e-5)
+    expected = numerical_gradient(lambda x: reference(x, teacher, top_k=0.5, flat=1.0), student)
+    assert student.grad.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_flat_teacher_is_skipped_at_its_own_threshold():
+def test_a_teacher_above_the_flatness_threshold_is_skipped():
     # Entropy of (p, 1 - p) in bits: 0.9954 at p = 0.54, 0.9941 at p = 0.545.
     student = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).requires_grad_()
     loss = TokenRankingLoss(top_k=0.5)
@@ -162,7 +163,7 @@ def test_a_flat_teacher_is_skipped_at_its_own_threshold():
     assert student.grad[1].abs().sum() > 0
 
 
-def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated(normal):
+def test_only_flat_teachers_give_0_and_a_zero_gradient(normal):
     student, loss = normal((2, 3, 3, 3, 3), 0).requires_grad_(), TokenRankingLoss()
     value = loss(student, torch.ones(2, 5, 3, 3, 3))
     value.backward()
@@ -171,7 +172,7 @@ def test_with_flat_teachers_only_it_is_zero_and_can_be_differentiated(normal):
     assert loss.logged == {"top_k_overlap": 0.0, "flat_teachers": 1.0}
 
 
-def test_a_constant_student_draws_each_of_the_tokens_left_with_equal_chance(normal):
+def test_a_constant_student_draws_all_remaining_tokens_with_equal_probability(normal):
     student = torch.full((1, 3, 4, 4), 2.0, requires_grad=True)
     teacher, weights = 3 * normal((1, 2, 4, 4), 1), [1 / math.log2(2 + i) for i in range(4)]
     value = TokenRankingLoss(flat=1.0)(student, teacher)
@@ -181,16 +182,16 @@ def test_a_constant_student_draws_each_of_the_tokens_left_with_equal_chance(norm
     assert torch.isfinite(student.grad).all()
 
 
-def test_worths_of_zero_keep_value_and_gradient_finite():
+def test_an_importance_of_0_gives_a_finite_value_and_gradient():
     student = torch.tensor([[0.0, 0.0, 1.0, 0.0]], requires_grad=True)
-    value = TokenRankingLoss(top_k=0.5).ranking(student, FALLING)
+    value = TokenRankingLoss(top_k=0.5).ranking(student, DESCENDING)
     value.backward()
     assert value.item() == pytest.approx(math.log(1e12), rel=1e-6)
     assert torch.isfinite(student.grad).all()
 
 
-def test_the_logged_overlap_counts_the_samples_that_are_ranked():
-    teacher = torch.cat([FALLING, FALLING, torch.full((1, 4), 0.25)])
+def test_the_logged_overlap_is_the_mean_over_the_samples_that_are_not_skipped():
+    teacher = torch.cat([DESCENDING, DESCENDING, torch.full((1, 4), 0.25)])
     student = torch.tensor([[0.2, 0.4, 0.3, 0.1], [0.3, 0.4, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
     loss = TokenRankingLoss(top_k=0.5)
     loss.ranking(student.requires_grad_(), teacher)
@@ -199,18 +200,18 @@ def test_the_logged_overlap_counts_the_samples_that_are_ranked():
 
 
 def test_at_least_one_token_is_ranked():
-    value = TokenRankingLoss(top_k=0.01).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), FALLING)
+    value = TokenRankingLoss(top_k=0.01).ranking(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), DESCENDING)
     assert value.item() == pytest.approx(math.log(10), abs=1e-6)
 
 
-def test_only_ratios_of_worths_and_the_teachers_order_count(normal):
+def test_only_importance_ratios_and_the_teachers_order_count(normal):
     student = normal((1, 8), 0).exp()
     teacher, loss = normal((1, 8), 1).exp(), TokenRankingLoss()
     expected = loss.ranking(student, teacher).item()
     assert loss.ranking(100 * student, teacher.square() / 7).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_order_of_channels_and_of_cells_changes_nothing(normal):
+def test_the_order_of_channels_and_cells_does_not_change_the_value(normal):
     student, teacher = normal((2, 4, 3, 4), 0), normal((2, 4, 3, 4), 1)
     loss = TokenRankingLoss(flat=1.0)
     moved = loss(student[:, [2, 0, 3, 1]].flip(2), teacher[:, [1, 3, 2, 0]].flip(2))
@@ -218,20 +219,20 @@ def test_the_order_of_channels_and_of_cells_changes_nothing(normal):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 3, 3, 3, 3)])
-def test_a_finer_patch_of_the_same_cells_changes_nothing(normal, shape):
+def test_repeating_every_voxel_does_not_change_the_value(normal, shape):
     student, teacher, loss = normal(shape, 0), normal(shape, 1), TokenRankingLoss(grid=3, flat=1.0)
     fine = [torch.kron(x, torch.ones([1, 1, *[2] * (len(shape) - 2)])) for x in (student, teacher)]
     assert loss(*fine).item() == pytest.approx(loss(student, teacher).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("shapes", [((2, 5), (2, 6)), ((2, 3, 4), (2, 3, 4))])
-def test_importance_of_another_shape_is_refused_by_naming_both(shapes):
+def test_importances_of_other_shapes_are_refused_with_both_shapes(shapes):
     with pytest.raises(ValueError, match="must") as error:
         TokenRankingLoss().ranking(*(torch.ones(s) for s in shapes))
     assert all(str(s) in str(error.value) for s in shapes)
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("top_k", 1.5), ("grid", 0), ("flat", 0), ("flat", 1.1)])
-def test_a_bad_option_is_refused_by_its_name(name, value):
+def test_the_error_names_the_invalid_option(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be .* got {value}"):
         TokenRankingLoss(**{name: value})

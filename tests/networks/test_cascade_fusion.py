@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters against their definitions, computed anew in float64 NumPy from the weights."""
+"""The cascade adapters against a float64 NumPy computation from their weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scrambled(module: nn.Module) -> nn.Module:
-    """Every parameter off its initial value; gamma stays positive."""
+def randomised(module: nn.Module) -> nn.Module:
+    """Replace every parameter by random numbers; the scales gamma stay positive."""
     with torch.no_grad():
         for i, (name, p) in enumerate(module.named_parameters()):
             noise = normal(tuple(p.shape), 100 + i)
@@ -81,8 +81,8 @@ def upsample(x: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("channels", [2, 3, 5, 8, 12])
-def test_the_units_follow_their_definitions(dims, channels):
-    cascade, x = scrambled(SpaceChannelCascade(channels, 6, dims)), normal((2, channels, *SIZES[dims]))
+def test_the_units_agree_with_numpy(dims, channels):
+    cascade, x = randomised(SpaceChannelCascade(channels, 6, dims)), normal((2, channels, *SIZES[dims]))
     refined = spatial(cascade.space, array(x))
     np.testing.assert_allclose(array(cascade.space(x)), refined, atol=1e-6)
     fused = channel(cascade.channel, refined)
@@ -92,14 +92,15 @@ def test_the_units_follow_their_definitions(dims, channels):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("channels", [2, 7, 24])
-def test_the_shape_is_kept_unless_channels_are_asked_for(dims, channels):
+def test_the_shape_is_kept_unless_out_channels_is_set(dims, channels):
     x = normal((2, channels, *SIZES[dims]))
     assert SpaceChannelCascade(channels, spatial_dims=dims)(x).shape == x.shape
     assert SpaceChannelCascade(channels, 9, dims)(x).shape == (2, 9, *SIZES[dims])
 
 
-def test_halves_exchange_what_is_not_kept():
-    # GN of +-1 is +-1, w = 1/4: the gate is sigmoid(+-1/4), so that -1 is not kept but counts 1/(1 + e^(1/4)).
+def test_the_halves_exchange_the_voxels_that_are_not_kept():
+    # The normalised values are +-1 and w = 1/4, so the gate is sigmoid(+-1/4): -1 is not kept, and its gate is
+    # 1 / (1 + e^(1/4)).
     unit, x = SpatialUnit(4), torch.tensor([1.0, -1.0, -1.0, 1.0]).view(1, 4, 1, 1)
     gate = 1 / (1 + math.exp(0.25))
     expected = [1 - gate, -gate, -gate, 1 - gate]
@@ -107,13 +108,13 @@ def test_halves_exchange_what_is_not_kept():
 
 
 @pytest.mark.parametrize("channels", [4, 6, 9])
-def test_nothing_is_lost_where_every_voxel_is_kept(channels):
+def test_the_spatial_unit_is_the_identity_if_every_voxel_is_kept(channels):
     unit, x = SpatialUnit(channels), normal((2, channels, 3, 3))
     nn.init.constant_(unit.norm.bias, 100.0)
     assert torch.equal(unit(x), x)
 
 
-def test_gammas_that_cancel_stay_finite():
+def test_scales_that_sum_to_0_give_a_finite_output_and_gradient():
     unit = SpatialUnit(4)
     with torch.no_grad():
         unit.norm.weight.copy_(torch.tensor([1.0, -1.0, 2.0, -2.0]))
@@ -124,7 +125,7 @@ def test_gammas_that_cancel_stay_finite():
 
 
 @pytest.mark.parametrize("channels", [2, 3, 7, 8, 24, 48, 320])
-def test_groups_hold_two_channels_or_more(channels):
+def test_each_normalisation_group_has_at_least_two_channels(channels):
     groups = SpatialUnit(channels).norm.num_groups
     assert channels % groups == 0
     assert channels // groups >= 2
@@ -135,14 +136,14 @@ def test_groups_hold_two_channels_or_more(channels):
 @pytest.mark.parametrize(
     ("channels", "upper", "lower"), [(2, (1, 1), (1, 1)), (8, (4, 2), (4, 2)), (11, (5, 2), (6, 3))]
 )
-def test_halves_are_squeezed_by_two(channels, upper, lower):
+def test_the_channels_of_each_half_are_halved(channels, upper, lower):
     unit = ChannelUnit(channels)
     assert (unit.squeeze_upper.in_channels, unit.squeeze_upper.out_channels) == upper
     assert (unit.squeeze_lower.in_channels, unit.squeeze_lower.out_channels) == lower
     assert unit.grouped.groups == (2 if channels == 8 else 1)
 
 
-def test_one_channel_has_no_halves():
+def test_a_single_channel_is_refused():
     with pytest.raises(ValueError, match="at least 2 channels, got 1"):
         SpaceChannelCascade(1)
 
@@ -161,7 +162,7 @@ def test_gradients_reach_every_parameter_and_every_stage(dims, channels):
 @pytest.mark.parametrize("grids", [[(6, 4), (3, 2), (2, 1)], [(5, 4, 3), (3, 2, 2), (1, 1, 1)]])
 def test_stages_are_fused_from_deep_to_shallow(grids):
     channels = [4, 5, 8]
-    fusion = scrambled(CascadeFusion(channels, 6, len(grids[0])))
+    fusion = randomised(CascadeFusion(channels, 6, len(grids[0])))
     stages = [normal((2, c, *grid), i) for i, (c, grid) in enumerate(zip(channels, grids, strict=True))]
     maps = [array(cascade(x)) for cascade, x in zip(fusion.cascades, stages, strict=True)]
     expected = maps[0] + upsample(maps[1] + upsample(maps[2], grids[1]), grids[0])
@@ -171,5 +172,5 @@ def test_stages_are_fused_from_deep_to_shallow(grids):
 
 
 def test_another_number_of_stages_is_refused():
-    with pytest.raises(ValueError, match="built for 2 stages, got 1"):
+    with pytest.raises(ValueError, match="built for 2 stages, got 1 feature maps"):
         CascadeFusion([4, 8], 6)([torch.zeros(1, 4, 2, 2, 2)])

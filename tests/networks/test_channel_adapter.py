@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""ChannelAdapter against a float64 NumPy computation."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,7 +11,7 @@ from scripts.networks import ChannelAdapter
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
-def test_every_voxel_gets_the_same_affine_map_of_its_channels(shape):
+def test_it_is_the_same_affine_map_of_the_channels_for_every_voxel(shape):
     torch.manual_seed(0)
     adapter = ChannelAdapter(3, 7, spatial_dims=len(shape) - 2)
     x = torch.randn(shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNUNet against MONAI's own forward, and the form that nnU-Net gives it."""
+"""NNUNet against MONAI's DynUNet, and the structure of nnU-Net."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def network() -> NNUNet:
     return NNUNet(3, 2, filters=(4, 8, 16, 16)).eval()
 
 
-def test_its_two_halves_make_the_whole(network: NNUNet) -> None:
+def test_decode_of_encode_equals_forward(network: NNUNet) -> None:
     image = torch.rand(1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         features = network.encode(image)
@@ -24,10 +24,10 @@ def test_its_two_halves_make_the_whole(network: NNUNet) -> None:
     assert [tuple(x.shape[1:3]) for x in features] == [(4, 16), (8, 8), (16, 4), (16, 2)]
 
 
-def test_it_has_nnunets_form(network: NNUNet) -> None:
+def test_it_has_the_structure_of_nnunet(network: NNUNet) -> None:
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
     strided = [m for m in convolutions if m.stride == (2, 2, 2)]
-    assert len(strided) == 3  # one halving for each stage but the first
+    assert len(strided) == 3  # every stage except the first halves the grid
     assert {m.kernel_size for m in convolutions} == {(3, 3, 3), (1, 1, 1)}
     assert any(isinstance(m, torch.nn.InstanceNorm3d) for m in network.modules())
     assert {m.negative_slope for m in network.modules() if isinstance(m, torch.nn.LeakyReLU)} == {0.01}
@@ -35,7 +35,7 @@ def test_it_has_nnunets_form(network: NNUNet) -> None:
     assert sum(p.numel() for p in NNUNet(1, 2).parameters()) == pytest.approx(31e6, rel=0.02)
 
 
-def test_its_weights_are_those_of_monais_network(network: NNUNet) -> None:
+def test_its_weights_load_into_monais_network(network: NNUNet) -> None:
     plain = DynUNet(3, 3, 2, [3] * 4, [1, 2, 2, 2], [2, 2, 2], filters=[4, 8, 16, 16])
     plain.load_state_dict(network.state_dict(), strict=True)
 
@@ -44,12 +44,12 @@ def test_its_weights_are_those_of_monais_network(network: NNUNet) -> None:
     ("layer", "stride", "channels"),
     [("skip_layers", 1, 4), ("skip_layers.next_layer.next_layer", 4, 16), ("bottleneck", 8, 16)],
 )
-def test_its_tapped_layers_have_the_stride_that_the_tables_say(
+def test_the_tapped_layers_have_the_documented_stride_and_channels(
     network: NNUNet, layer: str, stride: int, channels: int
 ) -> None:
-    heard = []
-    handle = network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: heard.append(output))
+    outputs = []
+    handle = network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         network(torch.zeros(1, 3, 16, 16, 16))
     handle.remove()
-    assert heard[0].shape == (1, channels, *[16 // stride] * 3)
+    assert outputs[0].shape == (1, channels, *[16 // stride] * 3)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""HDenseFormer: parameter count, shapes, gradients, and the errors for invalid options and inputs."""
+
 from __future__ import annotations
 
 import re
@@ -24,11 +26,11 @@ def image() -> Tensor:
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
-def test_two_modalities_at_the_default_widths_have_the_published_3_65_million_parameters(deep_supervision):
+def test_the_default_for_two_modalities_has_the_published_3_65_million_parameters(deep_supervision):
     network = HDenseFormer(2, 2, img_size=96, deep_supervision=deep_supervision)
     count = sum(p.numel() for p in network.parameters())
     assert count == pytest.approx(3.65e6, rel=0.02)
-    # 64 channels per patch and modality: the only part that depends on the image size.
+    # The positions, 64 channels per patch and modality, are the only part that depends on the image size.
     positions = sum(p.numel() for name, p in network.named_parameters() if "position_embeddings" in name)
     assert positions == 2 * 6**3 * 64
 
@@ -43,20 +45,22 @@ def test_default_forward_gives_full_resolution_logits_in_train_and_eval(image):
 
 def test_features_and_tapped_layers_have_the_documented_shapes(image):
     network = build().eval()
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in ("encoder1", "encoder2", "encoder3", "encoder4", "decoder3", "decoder2", "decoder1", "paths.1"):
-        network.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: shapes.update({name: out.shape})
+        )
     with torch.no_grad():
         features = network.encode(image)
         network.decode(features)
     at = {stride: tuple(s // stride for s in SIZE) for stride in (1, 2, 4, 8, 16)}
     assert [f.shape for f in features] == [(2, 4, *at[1]), (2, 8, *at[2]), (2, 16, *at[4]), (2, 32, *at[8])]
-    assert [seen[f"encoder{i}"] for i in (1, 2, 3, 4)] == [f.shape for f in features]
-    assert [seen[f"decoder{i}"] for i in (1, 2, 3)] == [f.shape for f in features[:3]]
-    assert seen["paths.1"] == (2, 16, *at[16])
+    assert [shapes[f"encoder{i}"] for i in (1, 2, 3, 4)] == [f.shape for f in features]
+    assert [shapes[f"decoder{i}"] for i in (1, 2, 3)] == [f.shape for f in features[:3]]
+    assert shapes["paths.1"] == (2, 16, *at[16])
 
 
-def test_forward_is_decode_of_encode_and_repeats_in_eval(image):
+def test_decode_of_encode_equals_forward_and_eval_is_deterministic(image):
     network = build().eval()
     with torch.no_grad():
         first = network(image)
@@ -64,7 +68,7 @@ def test_forward_is_decode_of_encode_and_repeats_in_eval(image):
         assert torch.equal(first, network.decode(network.encode(image)))
 
 
-def test_dropout_acts_in_train_only(image):
+def test_dropout_is_active_in_training(image):
     network = build().train()
     with torch.no_grad():
         assert not torch.equal(network(image), network(image))
@@ -74,7 +78,7 @@ def test_the_deepest_tap_contains_the_transformer_embedding(image):
     network = build().eval()
     with torch.no_grad():
         before = network.encode(image)[3]
-        network.embed4[0].adn.N.bias += 1.0  # shifts the embedding only
+        network.embed4[0].adn.N.bias += 1.0  # changes the embedding only
         assert not torch.allclose(before, network.encode(image)[3])
 
 
@@ -90,7 +94,7 @@ def test_every_parameter_receives_a_finite_gradient(image, deep_supervision):
         assert parameter.grad.any(), name
 
 
-def test_deep_supervision_lists_four_scales_finest_first_in_train_only(image):
+def test_deep_supervision_returns_four_scales_finest_first_in_training_only(image):
     network = build(deep_supervision=True)
     scales = network.train()(image)
     assert [tuple(s.shape) for s in scales] == [(2, 3, *(n // 2**i for n in SIZE)) for i in range(4)]
@@ -98,7 +102,7 @@ def test_deep_supervision_lists_four_scales_finest_first_in_train_only(image):
     assert not any("auxiliary" in name for name, _ in build().named_parameters())
 
 
-def test_each_path_sees_its_own_modality_only(image):
+def test_each_path_reads_its_own_modality_only(image):
     network = build().eval()
     embeddings: dict[int, list[Tensor]] = {0: [], 1: []}
     for i, path in enumerate(network.paths):
@@ -113,7 +117,7 @@ def test_each_path_sees_its_own_modality_only(image):
 
 @pytest.mark.parametrize("shape", [(1, 2, 31, 32, 48), (1, 2, 32, 48, 32), (1, 3, 32, 32, 48), (2, 32, 32, 48)])
 def test_another_input_shape_is_refused_with_both_shapes(shape):
-    with pytest.raises(ValueError, match=re.escape(str(list(shape))) + r".*" + re.escape("[2, 32, 32, 48]")):
+    with pytest.raises(ValueError, match=re.escape(f"[2, 32, 32, 48], got {list(shape)}")):
         build()(torch.zeros(shape))
 
 
@@ -128,7 +132,7 @@ def test_another_input_shape_is_refused_with_both_shapes(shape):
         ({"growth": 12}, r"growth must be divisible by num_heads, got 12 and 8"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
@@ -144,6 +148,6 @@ def test_bfloat16_autocast_is_finite_and_close_to_float32(image):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_gives_the_same_logits(image):
-    network = build(depth=4, deep_supervision=True).eval()  # scripts both return types
+    network = build(depth=4, deep_supervision=True).eval()  # forward then has two return types
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(network)(image), network(image))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SelectiveFusion against its definition, computed anew in float64 NumPy from the weights."""
+"""SelectiveFusion against a float64 NumPy computation from its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def build(channels: int, dims: int) -> SelectiveFusion:
-    """Every parameter off its initial value."""
+    """Replace every parameter by random numbers."""
     block = SelectiveFusion(channels, dims)
     with torch.no_grad():
         for i, p in enumerate(block.parameters()):
@@ -33,7 +33,7 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def depthwise(x: np.ndarray, conv: nn.Conv2d | nn.Conv3d, dilation: int) -> np.ndarray:
-    """One 3^n kernel per channel on a map padded by zeros."""
+    """Depthwise 3^n convolution with zero padding."""
     weight, out = array(conv.weight), np.zeros_like(x)
     padded = np.pad(x, [(0, 0), (0, 0), *[(dilation, dilation)] * (x.ndim - 2)])
     for c, *offset in product(range(x.shape[1]), *[range(3)] * (x.ndim - 2)):
@@ -42,7 +42,7 @@ def depthwise(x: np.ndarray, conv: nn.Conv2d | nn.Conv3d, dilation: int) -> np.n
     return out + array(conv.bias).reshape(1, -1, *[1] * (x.ndim - 2))
 
 
-def shares(block: SelectiveFusion, both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def selection_weights(block: SelectiveFusion, both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     linear, norm = block.squeeze[0], block.squeeze[1]
     z = both.reshape(*both.shape[:2], -1).mean(2) @ array(linear.weight).T
     z = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 1e-5)
@@ -53,41 +53,41 @@ def shares(block: SelectiveFusion, both: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("channels", [3, 8])
-def test_it_follows_its_definition(dims, channels):
+def test_it_agrees_with_numpy(dims, channels):
     block, x = build(channels, dims), normal((2, channels, *SIZES[dims]))
     local, context = depthwise(array(x), block.local, 1), depthwise(array(x), block.context, 3)
-    a, b = (w.reshape(2, channels, *[1] * dims) for w in shares(block, local + context))
+    a, b = (w.reshape(2, channels, *[1] * dims) for w in selection_weights(block, local + context))
     mixed = np.moveaxis(a * local + b * context, 1, -1) @ array(block.project.weight).reshape(channels, channels).T
     expected = array(x) + np.moveaxis(mixed + array(block.project.bias), -1, 1)
     np.testing.assert_allclose(array(block(x)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_the_carriers_can_be_tapped_by_name(dims):
-    block, x, heard = build(4, dims), normal((2, 4, *SIZES[dims])), {}
+def test_local_and_context_can_be_tapped_by_name(dims):
+    block, x, outputs = build(4, dims), normal((2, 4, *SIZES[dims])), {}
     for name in ("local", "context"):
-        block.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: heard.update({name: out}))
+        block.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
     out = block(x)
     assert out.shape == x.shape
     for name, dilation in (("local", 1), ("context", 3)):
-        np.testing.assert_allclose(array(heard[name]), depthwise(array(x), getattr(block, name), dilation), atol=1e-5)
+        np.testing.assert_allclose(array(outputs[name]), depthwise(array(x), getattr(block, name), dilation), atol=1e-5)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_the_carriers_shares_sum_to_one_in_every_channel(dims):
+def test_the_weights_of_local_and_context_sum_to_1_in_every_channel(dims):
     block, local, context = build(5, dims), normal((3, 5, *SIZES[dims]), 1), normal((3, 5, *SIZES[dims]), 2)
     a, b = block.select(local, context)
     assert a.shape == b.shape == (3, 5)
     np.testing.assert_allclose(array(a + b), 1.0, atol=1e-6)
-    # They differ between channels and samples: a selection, not a constant.
+    # The weights differ between channels and samples: this is a selection, not a constant.
     assert a.std(0).min() > 0.001
     assert a.std(1).min() > 0.001
-    for mine, expected in zip((a, b), shares(block, array(local + context)), strict=True):
-        np.testing.assert_allclose(array(mine), expected, atol=1e-6)
+    for actual, expected in zip((a, b), selection_weights(block, array(local + context)), strict=True):
+        np.testing.assert_allclose(array(actual), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("preferred", "other"), [("local", "context"), ("context", "local")])
-def test_a_strong_preference_leaves_one_carrier(preferred, other):
+def test_a_strong_preference_selects_one_of_them(preferred, other):
     block, x = build(4, 3), normal((2, 4, *SIZES[3]))
     nn.init.constant_(block.get_submodule(f"prefer_{preferred}").bias, 100.0)
     nn.init.constant_(block.get_submodule(f"prefer_{other}").bias, -100.0)
@@ -96,17 +96,17 @@ def test_a_strong_preference_leaves_one_carrier(preferred, other):
 
 
 @pytest.mark.parametrize(("layer", "step"), [("local", 1), ("context", 3)])
-def test_a_carrier_sees_its_own_channel_at_its_own_reach(layer, step):
-    carrier, x = build(2, 2).get_submodule(layer), torch.zeros(1, 2, 9, 9)
+def test_local_and_context_read_their_own_channel_at_their_own_distance(layer, step):
+    convolution, x = build(2, 2).get_submodule(layer), torch.zeros(1, 2, 9, 9)
     x[0, 0, 4, 4] = 1.0
-    reached = (carrier(x) - carrier(torch.zeros_like(x))).abs() > 0
+    reached = (convolution(x) - convolution(torch.zeros_like(x))).abs() > 0
     around = {4 - step, 4, 4 + step}
     assert {tuple(i) for i in reached[0, 0].nonzero().tolist()} == set(product(around, around))
     assert not reached[0, 1].any()
 
 
 @pytest.mark.parametrize(("channels", "width"), [(4, 32), (512, 32), (528, 33), (640, 40)])
-def test_the_bottleneck_is_a_sixteenth_of_the_channels_but_at_least_32(channels, width):
+def test_the_bottleneck_has_a_sixteenth_of_the_channels_but_at_least_32(channels, width):
     assert SelectiveFusion(channels, 2).squeeze[0].out_features == width
 
 

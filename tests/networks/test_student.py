@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Student: shapes, layers that can be tapped, gradients, normalisation, attention and TorchScript."""
+
 from __future__ import annotations
 
 import math
@@ -25,12 +27,12 @@ def images(dims: int = 3, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_logits_lie_on_the_images_own_grid(dims):
+def test_the_logits_have_the_size_of_the_image(dims):
     assert build(dims)(images(dims)).shape == (2, 2, *SIZES[dims])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_forward_is_encode_then_decode(dims):
+def test_decode_of_encode_equals_forward(dims):
     network, image = build(dims).eval(), images(dims)
     with torch.no_grad():
         features = network.encode(image)
@@ -41,14 +43,14 @@ def test_forward_is_encode_then_decode(dims):
 
 
 def test_the_documented_layers_can_be_tapped():
-    network, seen = build().eval(), {}
+    network, shapes = build().eval(), {}
     strides = {"encoder.0": 2, "encoder.3": 16, "decoder.0": 8, "decoder.2": 2, "full": 1}
     for name in strides:
         layer = network.get_submodule(name)
-        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+        layer.register_forward_hook(lambda _m, _i, out, name=name: shapes.update({name: out.shape}))
     with torch.no_grad():
         network(images())
-    assert {name: tuple(shape[2:]) for name, shape in seen.items()} == {
+    assert {name: tuple(shape[2:]) for name, shape in shapes.items()} == {
         name: tuple(s // stride for s in SIZES[3]) for name, stride in strides.items()
     }
 
@@ -58,18 +60,18 @@ def test_gradients_reach_every_parameter(dims):
     network = build(dims)
     logits = network(images(dims))
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+    without_gradient = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without_gradient == []
 
 
 @pytest.mark.parametrize("size", [(32, 32, 31), (24, 32, 32), (8, 8, 8)])
-def test_a_size_that_does_not_divide_is_refused(size):
+def test_a_size_that_is_not_divisible_is_refused(size):
     with pytest.raises(ValueError, match="divisible by 16") as error:
         build()(torch.zeros(1, 3, *size))
     assert str(list(size)) in str(error.value)
 
 
-def test_three_stages_need_a_divisor_of_eight_only():
+def test_with_three_stages_sizes_divisible_by_8_are_accepted():
     network = build(features=(8, 8, 8)).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 8, 24, 8)).shape == (1, 2, 8, 24, 8)
@@ -83,9 +85,9 @@ def test_torchscript_equals_eager(dims, options):
         assert torch.equal(scripted(images(dims)), network(images(dims)))
 
 
-def test_batch_normalisation_in_eval_is_deterministic_and_sample_by_sample():
+def test_batch_normalisation_in_eval_is_deterministic_and_treats_samples_separately():
     network = build(norm="batch")
-    network(images())  # running statistics that are not the initial ones
+    network(images())  # changes the running statistics
     network.eval()
     with torch.no_grad():
         together, again, alone = network(images()), network(images()), network(images()[:1])
@@ -94,7 +96,7 @@ def test_batch_normalisation_in_eval_is_deterministic_and_sample_by_sample():
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": ["group", {"num_groups": 2}]}, {"norm": "instance"}])
-def test_other_normalisations_treat_each_sample_alone_and_training_like_inference(options):
+def test_other_normalisations_treat_samples_separately_and_give_the_same_logits_in_training(options):
     network = build(**options).train()
     with torch.no_grad():
         trained = network(images())
@@ -109,7 +111,7 @@ def test_the_default_has_fewer_than_four_million_parameters():
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (2, 3, 2)])
-def test_the_attention_map_has_a_row_of_sum_one_per_cell_and_head(grid):
+def test_each_row_of_the_attention_map_sums_to_1(grid):
     torch.manual_seed(0)
     x = torch.randn(2, 8, *grid)
     features, weights = GridAttention(8, heads=4)(x)
@@ -127,7 +129,7 @@ def layer_norm(x: np.ndarray) -> np.ndarray:
 def test_attention_agrees_with_numpy():
     torch.manual_seed(0)
     block, x = GridAttention(4, heads=2), torch.randn(1, 4, 2, 3)
-    w = {name: p.detach().double().numpy() for name, p in block.named_parameters()}  # norms start as the identity
+    w = {name: p.detach().double().numpy() for name, p in block.named_parameters()}  # the norms start as the identity
     tokens = x.double().numpy().reshape(4, 6).T
     q, k, v = np.split(layer_norm(tokens) @ w["qkv.weight"].T + w["qkv.bias"], 3, axis=1)
     maps, mixed = [], []
@@ -144,27 +146,27 @@ def test_attention_agrees_with_numpy():
     np.testing.assert_allclose(features.detach().numpy(), tokens.T.reshape(1, 4, 2, 3), atol=1e-6)
 
 
-def test_channels_that_the_heads_do_not_divide_are_refused():
+def test_channels_that_are_not_divisible_by_the_heads_are_refused():
     with pytest.raises(ValueError, match=r"channels \(6\) must be divisible by heads \(4\)"):
         build(features=(8, 8, 8, 6), norm="batch")
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_selective_fusion_sits_at_stride_4_and_both_carriers_can_be_tapped(dims):
-    network, seen = build(dims, selective_fusion=True).eval(), {}
+def test_selective_fusion_is_at_stride_4_and_its_layers_can_be_tapped(dims):
+    network, shapes = build(dims, selective_fusion=True).eval(), {}
     for name in ("fusion.local", "fusion.context"):
         layer = network.get_submodule(name)
-        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+        layer.register_forward_hook(lambda _m, _i, out, name=name: shapes.update({name: out.shape}))
     with torch.no_grad():
         assert network(images(dims)).shape == (2, 2, *SIZES[dims])
     expected = (2, 8, *(s // 4 for s in SIZES[dims]))
-    assert {name: tuple(shape) for name, shape in seen.items()} == {
+    assert {name: tuple(shape) for name, shape in shapes.items()} == {
         "fusion.local": expected,
         "fusion.context": expected,
     }
 
 
-def test_selective_fusion_changes_nothing_else_of_the_student():
+def test_selective_fusion_only_adds_weights_of_its_own():
     plain, fused = build(), build(selective_fusion=True)
     extra = {name for name in fused.state_dict() if name not in plain.state_dict()}
     assert extra

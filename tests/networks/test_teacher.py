@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers at tiny sizes, and the refusal of every file that is not their weights."""
+"""Teachers of small sizes, and the errors for files that are not their weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 MODALITIES = ["ct", "pet", "mr"]
 PATCH = (32, 32, 32)
-LONG = (64, 32, 32)  # SwinUNETR normalises its deepest grid over space, which one cell does not allow
+LONG = (64, 32, 32)  # SwinUNETR cannot normalise a deepest grid of a single cell
 
 
-def build(architecture: str = "uxnet", seen: tuple[str, ...] = ("pet",), seed: int = 0, **options: Any) -> Teacher:
+def build(
+    architecture: str = "uxnet", modalities: tuple[str, ...] = ("pet",), seed: int = 0, **options: Any
+) -> Teacher:
     torch.manual_seed(seed)
-    return Teacher(architecture, seen, MODALITIES, 2, PATCH, OPTIONS, **options)
+    return Teacher(architecture, modalities, MODALITIES, 2, PATCH, OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_architecture_segments_the_patch_from_its_own_modalities(architecture):
-    teacher = build(architecture, seen=("mr", "ct")).eval().to(memory_format=torch.channels_last_3d)  # as configs do
+    teacher = (
+        build(architecture, modalities=("mr", "ct")).eval().to(memory_format=torch.channels_last_3d)
+    )  # as in the configs
     patch = LONG if architecture == "swinunetr" else PATCH
     image = torch.randn(1, 3, *patch)
     other = image.clone()
-    other[:, 1] = 7.0  # PET, which this teacher does not see
+    other[:, 1] = 7.0  # PET, which this teacher does not read
     with torch.no_grad():
         logits = teacher(image)
         assert torch.equal(teacher(other), logits)
@@ -59,14 +63,14 @@ def test_each_architecture_segments_the_patch_from_its_own_modalities(architectu
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_trainable_parameter_gets_a_gradient(architecture):
-    # DistributedDataParallel waits for each of them.
-    teacher = build(architecture, seen=("ct",))
+    # DistributedDataParallel waits for the gradient of each of them.
+    teacher = build(architecture, modalities=("ct",))
     teacher(torch.randn(2, 3, *(LONG if architecture == "swinunetr" else PATCH))).square().mean().backward()
     assert [name for name, p in teacher.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_survive_the_way_through_a_file(architecture, tmp_path):
+def test_saved_weights_load_unchanged(architecture, tmp_path):
     first, path = build(architecture, seed=1), tmp_path / "teacher.pt"
     torch.save({"model": first.state_dict()}, path)
     second = build(architecture, seed=2, weights=str(path))
@@ -74,45 +78,45 @@ def test_weights_survive_the_way_through_a_file(architecture, tmp_path):
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-def test_an_unknown_architecture_lists_the_valid_ones():
+def test_an_unknown_architecture_is_refused_with_the_valid_ones():
     with pytest.raises(
         ValueError, match="'vnet': choose one of unetr, swinunetr, hdenseformer, uxnet, dynunet, segresnet"
     ):
         build("vnet")
 
 
-@pytest.mark.parametrize("seen", [("us",), ("ct", "us"), ()])
-def test_an_unknown_or_missing_modality_is_refused(seen):
-    with pytest.raises(ValueError, match=r"cannot read images of \['ct', 'pet', 'mr'\]"):
-        build(seen=seen)
+@pytest.mark.parametrize("modalities", [("us",), ("ct", "us"), ()])
+def test_an_unknown_or_missing_modality_is_refused(modalities):
+    with pytest.raises(ValueError, match=r"must be one or more of \['ct', 'pet', 'mr'\], got"):
+        build(modalities=modalities)
 
 
-def test_a_plain_state_dict_loads_as_well(tmp_path):
+def test_a_state_dict_without_a_key_is_loaded(tmp_path):
     first = build(seed=1)
     torch.save(first.state_dict(), tmp_path / "plain.pt")
     second = build(seed=2, weights=str(tmp_path / "plain.pt"))
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-def test_the_right_checksum_is_accepted_and_a_wrong_one_refused(weights):
-    beside = weights.with_name(f"{weights.name}.sha256")
-    beside.write_text("0" * 64)
+def test_a_wrong_checksum_is_refused(weights):
+    checksum_file = weights.with_name(f"{weights.name}.sha256")
+    checksum_file.write_text("0" * 64)
     with pytest.raises(ValueError, match=r"has the sha256 .* not 000000000000"):
         build(weights=str(weights))
-    beside.unlink()
+    checksum_file.unlink()
     assert build(weights=str(weights), sha256=sha256(weights)).sha256 == sha256(weights)
     with pytest.raises(ValueError, match="not the expected file") as error:
         build(weights=str(weights), sha256="0" * 64)
     assert str(weights) in str(error.value)
 
 
-def test_missing_weights_are_named(tmp_path):
+def test_missing_weights_are_refused_with_their_path(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No weights at .*absent\.pt"):
         build(weights=str(tmp_path / "absent.pt"))
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -122,8 +126,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle", "inside"])
-def test_a_pickle_with_code_is_refused_and_not_run(writer, tmp_path):
-    path, folder = tmp_path / "weights.pt", tmp_path / "made_by_the_payload"
+def test_a_file_with_code_is_refused_and_the_code_does_not_run(writer, tmp_path):
+    path, folder = tmp_path / "weights.pt", tmp_path / "created_by_the_payload"
     content = {"model": build().state_dict(), "more": Payload(folder)} if writer == "inside" else Payload(folder)
     if writer == "pickle":
         path.write_bytes(pickle.dumps(content))
@@ -133,7 +137,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(writer, tmp_path):
         build(weights=str(path))
     assert str(path) in str(error.value)
     assert not folder.exists()
-    # The payload is a live one: what an unpickler would call does make the folder.
+    # The payload works: the call that an unpickler would make creates the folder.
     function, arguments = Payload(folder).__reduce__()
     function(*arguments)
     assert folder.is_dir()
@@ -151,7 +155,7 @@ def test_a_truncated_file_is_refused(share, weights, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"hello", b"{}", b"\x00" * 400, b"\x1f\x8b\x08\x00", b"\x80\x02", b"PK\x03\x04", b"."]
 )
-def test_a_file_of_something_else_is_refused(content, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     path = tmp_path / "other.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"other\.pt is not a file of plain weights"):
@@ -159,12 +163,12 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["another network", "more modalities", "a list", "one name less"])
-def test_weights_of_another_network_are_refused_in_one_sentence(kind, tmp_path):
+def test_weights_of_another_network_are_refused_in_a_single_line(kind, tmp_path):
     path, state = tmp_path / "foreign.pt", build().state_dict()
     if kind == "another network":
         state = Student(3, 2, features=(8, 8)).state_dict()
     elif kind == "more modalities":
-        state = build(seen=("ct", "pet")).state_dict()
+        state = build(modalities=("ct", "pet")).state_dict()
     elif kind == "one name less":
         state.popitem()
     torch.save([1, 2] if kind == "a list" else {"model": state}, path)
@@ -174,7 +178,7 @@ def test_weights_of_another_network_are_refused_in_one_sentence(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_load_teachers_gives_each_its_own_specification(weights, caplog):
+def test_load_teachers_builds_each_teacher_from_its_own_specification(weights, caplog):
     specs = {
         "pet": {"architecture": "uxnet", "modalities": ["pet"], "weights": str(weights)},
         "both": {"architecture": "hdenseformer", "modalities": ["ct", "mr"]},

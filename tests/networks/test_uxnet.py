@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""UXNet: parameter counts, shapes, gradients, its blocks, and the errors for invalid options and inputs."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,7 +25,7 @@ def image() -> Tensor:
 
 
 @pytest.mark.parametrize(("features", "millions"), [(48, 53.0), (24, 13.4), (16, 6.0)])
-def test_parameter_counts_are_those_of_the_paper_and_its_light_widths(features, millions):
+def test_the_parameter_counts_are_the_documented_ones(features, millions):
     with torch.device("meta"):
         network = UXNet(1, 2, features=features)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
@@ -31,24 +33,26 @@ def test_parameter_counts_are_those_of_the_paper_and_its_light_widths(features, 
 
 def test_features_and_tapped_layers_have_the_documented_shapes(image):
     network = build().eval()
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     names = [f"{part}{i}" for part in ("encoder", "decoder") for i in range(1, 6)] + ["stages.0", "stages.3"]
     for name in names:
-        network.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.shape}))
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: shapes.update({name: out.shape})
+        )
     with torch.no_grad():
         features = network.encode(image)
         logits = network.decode(features)
     at = {stride: tuple(s // stride for s in SIZE) for stride in (1, 2, 4, 8, 16)}
     assert logits.shape == (2, 3, *SIZE)
     assert [f.shape for f in features] == [(2, 4 * stride, *at[stride]) for stride in (1, 2, 4, 8, 16)]
-    assert [seen[f"encoder{i}"] for i in range(1, 6)] == [f.shape for f in features]
-    assert [seen[f"decoder{i}"] for i in range(2, 6)] == [f.shape for f in features[:4]]
-    assert seen["decoder1"] == (2, 4, *SIZE)
-    assert seen["stages.0"] == (2, 4, *at[2])
-    assert seen["stages.3"] == (2, 32, *at[16])
+    assert [shapes[f"encoder{i}"] for i in range(1, 6)] == [f.shape for f in features]
+    assert [shapes[f"decoder{i}"] for i in range(2, 6)] == [f.shape for f in features[:4]]
+    assert shapes["decoder1"] == (2, 4, *SIZE)
+    assert shapes["stages.0"] == (2, 4, *at[2])
+    assert shapes["stages.3"] == (2, 32, *at[16])
 
 
-def test_forward_is_decode_of_encode_and_repeats_in_eval(image):
+def test_decode_of_encode_equals_forward_and_eval_is_deterministic(image):
     network = build().eval()
     with torch.no_grad():
         first = network(image)
@@ -65,14 +69,14 @@ def test_every_parameter_receives_a_finite_gradient(image):
         assert parameter.grad.any(), name
 
 
-def test_a_new_block_is_the_identity_up_to_the_layer_scale():
+def test_a_new_block_is_nearly_the_identity():
     torch.manual_seed(0)
     block = UXBlock(8)
     x = torch.randn(1, 8, 6, 6, 6)
     assert 0 < (block(x) - x).abs().max() < 1e-5
 
 
-def test_block_convolutions_keep_channels_apart_and_only_the_norm_mixes_them():
+def test_only_the_normalisation_of_a_block_mixes_channels():
     torch.manual_seed(0)
     block = UXBlock(4)
     block.norm = torch.nn.Identity()  # type: ignore[assignment]
@@ -84,7 +88,7 @@ def test_block_convolutions_keep_channels_apart_and_only_the_norm_mixes_them():
         torch.testing.assert_close(block(x)[:, 1:], block(changed)[:, 1:])
 
 
-def test_channel_norm_standardises_each_voxel_over_its_channels():
+def test_the_channel_norm_standardises_each_voxel_over_its_channels():
     x = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 3, 4)
     expected = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1, 1).expand_as(x)
     torch.testing.assert_close(ChannelLayerNorm(2)(x), expected)
@@ -93,24 +97,24 @@ def test_channel_norm_standardises_each_voxel_over_its_channels():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 2, 33, 32, 32), r"\[33, 32, 32\], needs every axis divisible by 16"),
-        ((1, 2, 32, 32, 24), r"\[32, 32, 24\], needs every axis divisible by 16"),
-        ((1, 2, 16, 16, 16), r"\[16, 16, 16\], needs an axis of at least 32"),
+        ((1, 2, 33, 32, 32), r"divisible by 16, got \[33, 32, 32\]"),
+        ((1, 2, 32, 32, 24), r"divisible by 16, got \[32, 32, 24\]"),
+        ((1, 2, 16, 16, 16), r"an axis of at least 32 voxels, got \[16, 16, 16\]"),
         ((2, 32, 32, 32), r"needs \(B, C, H, W, D\), got shape \[2, 32, 32, 32\]"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_by_name(shape, message):
+def test_unsuitable_sizes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.zeros(shape))
 
 
-def test_sixteen_is_enough_it_need_not_be_thirty_two():
+def test_sizes_divisible_by_16_but_not_by_32_are_accepted():
     with torch.no_grad():
         assert build().eval()(torch.zeros(1, 2, 16, 32, 48)).shape == (1, 3, 16, 32, 48)
 
 
 @pytest.mark.parametrize("depths", [(2, 2, 2), (2, 0, 2, 2)])
-def test_bad_depths_are_refused(depths):
+def test_invalid_depths_are_refused(depths):
     with pytest.raises(ValueError, match="depths must be four positive numbers"):
         UXNet(1, 2, features=4, depths=depths)
 

@@ -66,7 +66,7 @@ WORDS = {
     "pickle": "is not a file of plain weights, and nothing else is loaded",
     "another network": "do not fit",
     "cut off": "is not a file of plain weights, and nothing else is loaded",
-    "not finite": "holds NaN or infinite values in 1 of its 2 tensors: take weights from before that, or train again",
+    "not finite": "holds NaN or infinite values in 1 of its 2 tensors: take weights from an earlier checkpoint",
 }
 
 

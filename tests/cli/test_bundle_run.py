@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
 import shlex
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from fire.parser import DefaultParseValue
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
@@ -25,12 +26,18 @@ from scripts.cli.bundle_run import Expression, interpreted, literal, protected, 
 from scripts.cli.main import main
 from scripts.networks import Student
 
+ROOT = Path(__file__).parents[2]
 FEATURES, NORM = [4, 8, 8, 8], ["group", {"num_groups": 4}]
 CODE = "$open('RAN','w').write('x')"
 NAMES = [
     "with space", "a#b", "a::b", "@home", "x@home", "x@::y", "$money", "100%", "%pre", "café ü", "it's", 'q"q', "a,b",
     "[x]", "{x}", "2024", "None", "back\\slash", "a&b;c", "-dash", CODE,
 ]  # fmt: skip
+# What Linux takes as a name: anything but / and NUL. Names that could be options are written as ./-name by users.
+ALPHABET = st.characters(exclude_characters="/\0", exclude_categories=["Cs"])
+FILE_NAMES = st.text(ALPHABET | st.sampled_from("$@%#:'\"\\[]{}()&|;<>*?!~`= \t,."), min_size=1, max_size=30).filter(
+    lambda name: name.strip(".") and not name.startswith("-") and len(name.encode()) < 200
+)
 IMAGES = {"ct": "CT_image.nii.gz", "pet": "PET_image.nii.gz", "mr": "MR_T1_image.nii.gz"}
 
 
@@ -105,6 +112,25 @@ def test_any_folder_may_hold_the_images_the_weights_and_the_mask(
     assert sorted(path.name for path in here.iterdir()) == [name]  # no other folder, no file RAN
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=FILE_NAMES, other=FILE_NAMES)
+def test_any_name_that_the_file_system_takes_works(
+    name: str, other: str, arguments: list[str], expected: Any, cohort: Path, here: Path
+) -> None:
+    """Images in a folder of one name, the mask in a folder of another, both relative."""
+    source, target = here / "in" / name, here / "out" / other
+    shutil.rmtree(here / "in", ignore_errors=True)
+    shutil.rmtree(here / "out", ignore_errors=True)
+    shutil.copytree(cohort / "PHANTOM_001", source)
+    output = Path("out") / other / f"{name[:100]}.nii.gz"
+    command = [*arguments, *images(Path("in") / name), "--output", str(output)]
+    assert main(command) == 0
+    np.testing.assert_array_equal(nib.load(output).dataobj, expected)
+    assert {path.name for path in (here / "out").iterdir()} == {other}
+    assert {path.name for path in here.iterdir()} == {"in", "out"}
+    assert target.is_dir()
+
+
 def test_a_mask_may_have_any_name(arguments: list[str], expected: Any, cohort: Path, here: Path) -> None:
     assert main([*arguments, *images(cohort / "PHANTOM_001"), "--output", f"{CODE.replace('/', '')} #1.nii.gz"]) == 0
     (mask,) = here.glob("*.nii.gz")
@@ -174,3 +200,18 @@ def test_every_override_is_protected_unless_it_is_marked(
         assert "open(" in line
         assert CODE not in line
     assert not (here / "RAN").exists()
+
+
+def test_no_override_is_built_from_text_of_data() -> None:
+    """Overrides reach MONAI only through ``run_bundle``, and only constants are marked as expressions."""
+    calls = []
+    for path in (ROOT / "scripts").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rsplit(".", 1)[-1] == "Expression":
+                calls.append((path.name, ast.unparse(node.args[0])))
+            if isinstance(node, ast.ImportFrom) and node.module == "monai.bundle":
+                names = {alias.name for alias in node.names}
+                assert "run" not in names or path.name == "bundle_run.py"
+    marked = [argument for _, argument in calls if not argument.startswith(("'", '"'))]
+    # The value of --set, which is the user's own, and the device, as a quoted literal.
+    assert sorted(marked) == ["f'$torch.device({args.device!r})'", "value"]

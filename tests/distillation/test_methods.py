@@ -143,7 +143,7 @@ def test_gkd_trains_its_stages_first_and_keeps_them(
     stages = sorted(path.parent.name for path in (tmp_path / "stages").glob("*/model.pt"))
     assert stages == ["autoencoder", "header_dynunet", "header_student", "student"]
     assert len(read_curves(tmp_path / "curves.csv")) == 1  # the other epoch was the student's alone
-    assert "stage autoencoder" in capsys.readouterr().out
+    assert "stage: autoencoder" in capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").glob("*/model.pt")}
     (tmp_path / "stages" / "header_student" / "manifest.json").unlink()  # as if it had been interrupted
     for state in tmp_path.glob("checkpoint*.pt"):  # before the last training began
@@ -151,7 +151,7 @@ def test_gkd_trains_its_stages_first_and_keeps_them(
     assert main(arguments) == 0
     again = {path.parent.name for path, before in times.items() if path.stat().st_mtime_ns != before}
     assert again == {"header_student"}
-    assert "stage autoencoder" not in capsys.readouterr().out
+    assert "stage: autoencoder" not in capsys.readouterr().out
 
 
 def test_balanced_weights_give_every_term_the_same_part_of_the_gradient(cohort: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def _draw_panel(
     axes: Any,
     image: NDArray[Any],
     masks: Mapping[str, NDArray[Any]],
-    step: Sequence[float],
+    step: NDArray[Any],
     window: tuple[float, float],
     letters: str,
 ) -> None:

@@ -64,12 +64,15 @@ def summary_table(runs: Sequence[Run]) -> Table:
         costs = (_number_cell(_format(run.get(key), digits)) for key, _, digits in _COSTS)
         rows.append([_head(run["name"], run["aggregate"]), *_metric_cells(run["aggregate"]), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
-    note = "Mean over cases [interval] (number of cases), where the metric is defined and with failures at their worst."
+    note = (
+        "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
+        "value."
+    )
     return Table("Summary", columns, rows, note)
 
 
 def modality_table(runs: Sequence[Run]) -> Table | None:
-    """One row per evaluation that names its modalities; None where all were given the same ones."""
+    """One row per evaluation that names its modalities; None where all have the same ones."""
     runs = sorted((run for run in runs if run.get("present")), key=lambda run: -len(run["present"]))
     if len({tuple(run["present"]) for run in runs}) < 2:
         return None
@@ -83,8 +86,8 @@ def modality_table(runs: Sequence[Run]) -> Table | None:
         )
     columns = [Column("Network"), *(Column(name.upper()) for name in modalities)]
     note = (
-        "The same network with fewer modalities. The difference is the mean over the cases in common of Dice minus "
-        "that with the most modalities, failures at their worst [interval]."
+        "The same network with fewer modalities. The difference is the mean over the common cases of Dice minus the "
+        "Dice with the most modalities, with failures at their worst value [interval]."
     )
     return Table("By modalities", [*columns, Column("Difference in Dice", number=True), *_metric_columns()], rows, note)
 
@@ -114,7 +117,7 @@ def centre_table(runs: Sequence[Run]) -> Table | None:
                 rows.append([_head(centre or "not given", summary), Cell(run["name"]), *_metric_cells(summary)])
     if not rows:
         return None
-    note = "As in the summary, per centre that the data list names. Small groups make wide intervals."
+    note = "As in the summary, for each centre that the data list names. Small groups have wide intervals."
     return Table("By centre", [Column("Centre"), Column("Network"), *_metric_columns()], rows, note)
 
 
@@ -138,7 +141,7 @@ def case_table(runs: Sequence[Run]) -> Table:
             values.append(Cell(_format(row.get(key), digits), css_class="number", sort_value=exact))
         rows.append([*(Cell(str(text)) for text in texts), status, *values])
     columns = [*(Column(name) for name in names), *(Column(title, number=True) for _, title, _ in numbers)]
-    return Table("Every case", columns, rows, "Press a column's name to sort by it.", sortable=True)
+    return Table("Every case", columns, rows, "Press a column title to sort by it.", sortable=True)
 
 
 def volume_table(volumes_ml: Mapping[str, float]) -> Table:

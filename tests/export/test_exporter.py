@@ -56,8 +56,8 @@ def _names(folder: Path) -> set[str]:
 
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
     """The error sentence; a progress bar may precede it in its line."""
-    _, found, sentence = capsys.readouterr().err.partition("error: ")
-    assert found
+    _, prefix, sentence = capsys.readouterr().err.partition("error: ")
+    assert prefix
     assert sentence.count("\n") == 1
     return sentence
 

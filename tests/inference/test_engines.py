@@ -109,8 +109,8 @@ def test_bf16_and_int8_stay_close_to_pytorch(student: Student, files: Path, prec
     name = "int8.xml" if precision == "int8" else "fp32.xml"
     image = _image(2, 3, *WINDOW, seed=5)
     expected = _answer(student, image)
-    found = OpenVINOEngine(files / "model_export" / name, precision, 1)(image)
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    logits = OpenVINOEngine(files / "model_export" / name, precision, 1)(image)
+    difference = float((logits - expected).abs().max() / expected.abs().max())
     assert difference < share
     assert difference > 1e-5 or not engines.cpu_has_bf16()  # otherwise the precision hint had no effect
 
@@ -173,8 +173,8 @@ def test_a_sliding_window_over_every_engine_gives_pytorchs_mask(student: Student
     image = _image(1, 3, 40, 36, 20)
     expected = inferer(image, lambda window: _answer(student, window))
     for name in ("torch", "openvino", "onnxruntime"):
-        found = inferer(image, Engine(student, str(files / "model.pt"), name, "fp32", 1))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        logits = inferer(image, Engine(student, str(files / "model.pt"), name, "fp32", 1))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_torch_engine_runs_in_float32_or_bf16(student: Student) -> None:

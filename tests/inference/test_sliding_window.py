@@ -39,10 +39,10 @@ def image(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_volume_runs_in_one_pass_padded_to_a_multiple_of_the_divisor() -> None:
     network, volume = Local(), image(33, 20, 16)
-    found = WholeVolumeInferer((16, 16, 16))(volume, network)
+    logits = WholeVolumeInferer((16, 16, 16))(volume, network)
     assert network.sizes == [(48, 32, 16)]
     padded = nn.functional.pad(volume, (0, 0, 6, 6, 7, 8))  # half on each side
-    assert torch.equal(found, Local()(padded)[:, :, 7:40, 6:26])
+    assert torch.equal(logits, Local()(padded)[:, :, 7:40, 6:26])
 
 
 def test_the_result_is_a_plain_tensor() -> None:
@@ -55,12 +55,12 @@ def test_a_volume_beyond_the_memory_limit_is_cut_into_parts_that_agree_with_one_
     whole = WholeVolumeInferer((16, 16, 16))(volume, Local())
     network = Local()
     limit = 48 * 48 * 32 / GIB
-    found = WholeVolumeInferer((16, 16, 16), overlap=0.25, memory_gib=limit)(volume, network)
+    logits = WholeVolumeInferer((16, 16, 16), overlap=0.25, memory_gib=limit)(volume, network)
     assert len(network.sizes) > 1
     assert max(math.prod(size) for size in network.sizes) <= 48 * 48 * 32
     # A part has zeros beyond its faces; their weight in the blend is small but not zero.
-    assert (found - whole).abs().max() < 0.2
-    assert (found - whole).abs().median() < 1e-6
+    assert (logits - whole).abs().max() < 0.2
+    assert (logits - whole).abs().median() < 1e-6
 
 
 @pytest.mark.parametrize("size", [[256, 256, 192], [512, 512, 304], [48, 48, 48], [64, 16, 16]])
@@ -85,12 +85,12 @@ def test_the_networks_bytes_per_voxel_decide_whether_a_volume_is_cut() -> None:
 
 def test_sliding_windows_give_monais_logits() -> None:
     volume = image(40, 24, 20)
-    wanted = SlidingWindowInferer((16, 16, 16), overlap=0.5, mode="gaussian")(volume, Local())
+    expected = SlidingWindowInferer((16, 16, 16), overlap=0.5, mode="gaussian")(volume, Local())
     network = Local()
-    found = WholeVolumeInferer((16, 16, 16), overlap=0.5, whole=False, sw_batch_size=3)(volume, network)
+    logits = WholeVolumeInferer((16, 16, 16), overlap=0.5, whole=False, sw_batch_size=3)(volume, network)
     assert set(network.sizes) == {(16, 16, 16)}
     assert max(network.batches) == 3
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
 
 def test_a_network_of_one_window_size_gets_this_size_or_is_refused() -> None:
@@ -108,14 +108,14 @@ def test_only_one_window_of_air_is_run_and_the_logits_are_the_same(batch: int, o
     volume[:, :, :40] = 0
     settings: dict[str, Any] = {"overlap": overlap, "whole": False, "sw_batch_size": batch}
     all_windows, without_air = Local(), Local()
-    wanted = WholeVolumeInferer((16, 16, 16), skip_air=False, **settings)(volume, all_windows)
-    found = WholeVolumeInferer((16, 16, 16), **settings)(volume, without_air)
-    assert torch.equal(found, wanted)
+    expected = WholeVolumeInferer((16, 16, 16), skip_air=False, **settings)(volume, all_windows)
+    logits = WholeVolumeInferer((16, 16, 16), **settings)(volume, without_air)
+    assert torch.equal(logits, expected)
     assert sum(without_air.batches) < 0.8 * sum(all_windows.batches)
 
 
 def test_a_volume_of_air_only_is_one_run() -> None:
     network = Local()
-    found = WholeVolumeInferer((16, 16, 16), whole=False)(torch.zeros(1, 2, 32, 16, 16), network)
-    torch.testing.assert_close(found, Local()(torch.zeros(1, 2, 32, 16, 16)))
+    logits = WholeVolumeInferer((16, 16, 16), whole=False)(torch.zeros(1, 2, 32, 16, 16), network)
+    torch.testing.assert_close(logits, Local()(torch.zeros(1, 2, 32, 16, 16)))
     assert network.batches == [1]

@@ -63,12 +63,12 @@ def test_seconds_are_assigned_to_their_stages(
     engine = evaluator(clock, before, after)
     Profile(before, after, str(tmp_path)).attach(engine)
     engine.run([torch.zeros(1)] * 3)
-    found = json.loads((tmp_path / "profile.json").read_text())
-    seconds = {row["stage"]: row["seconds"] for row in found["stages"]}
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    seconds = {row["stage"]: row["seconds"] for row in profile["stages"]}
     assert seconds == {"Lambda": 3 * 17, NETWORK: 3 * 4, INFERER: 3 * 4, REST: 3 * 16}
-    assert found["cases"] == 3
-    assert found["seconds"] == 3 * (1 + 4 + 4 + 16 + 16)
-    assert sum(row["share"] for row in found["stages"]) == pytest.approx(1)
+    assert profile["cases"] == 3
+    assert profile["seconds"] == 3 * (1 + 4 + 4 + 16 + 16)
+    assert sum(row["share"] for row in profile["stages"]) == pytest.approx(1)
     assert "| network | 4.000 | 10% |" in capsys.readouterr().out
 
 

@@ -35,8 +35,8 @@ def test_values_per_case_and_channel_equal_surface_metrics() -> None:
     for case in range(2):
         for channel in (1, 2):
             expected = surface_metrics(y_pred[case, channel], y[case, channel], SPACING)
-            found = dict(zip(("dice", "hd95_mm", "assd_mm"), values[case, channel - 1].tolist(), strict=True))
-            assert found == pytest.approx({name: expected[name] for name in found})
+            case_values = dict(zip(("dice", "hd95_mm", "assd_mm"), values[case, channel - 1].tolist(), strict=True))
+            assert case_values == pytest.approx({name: expected[name] for name in case_values})
 
 
 def test_every_reduction_equals_monais() -> None:

@@ -41,15 +41,15 @@ def cube(shape: tuple[int, ...], start: tuple[int, ...], size: int) -> np.ndarra
 
 def boundary_by_neighbour_loop(mask: np.ndarray) -> list[tuple[int, ...]]:
     """Mask voxels with a face neighbour that is background or outside of the volume, one voxel at a time."""
-    found = []
+    voxels = []
     for voxel in zip(*np.nonzero(mask), strict=True):
         for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
             other = [int(v) for v in voxel]
             other[axis] += step
             if not 0 <= other[axis] < mask.shape[axis] or not mask[tuple(other)]:
-                found.append(tuple(int(v) for v in voxel))
+                voxels.append(tuple(int(v) for v in voxel))
                 break
-    return found
+    return voxels
 
 
 def linear_percentile(values: np.ndarray, percent: float) -> float:
@@ -276,8 +276,8 @@ def test_boundary_and_box_are_those_of_a_loop_over_voxels(seed: int) -> None:
     assert all(part.stop == hits.max() + 1 for part, hits in zip(box, np.nonzero(mask), strict=True))
     indices, size = boundary.boundary_voxels(mask, box)
     corner = np.array([part.start for part in box]) - [0, 1, 1]  # all axes but the first have a margin
-    found = np.stack(np.unravel_index(indices, boundary.padded_shape(box)), 1) + corner
-    assert sorted(map(tuple, found.tolist())) == sorted(boundary_by_neighbour_loop(mask))
+    voxels = np.stack(np.unravel_index(indices, boundary.padded_shape(box)), 1) + corner
+    assert sorted(map(tuple, voxels.tolist())) == sorted(boundary_by_neighbour_loop(mask))
     assert size == mask.sum()
 
 

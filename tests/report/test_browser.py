@@ -240,9 +240,9 @@ def test_arrow_keys_on_a_slider_change_the_slice_and_announce_its_number(opened:
     opened.key("Home", 36)
     seen = []
     for slice_number in slice_numbers[:3]:
-        said = opened.run(f"[{slider}.ariaValueText, document.querySelector('{plane} output').textContent]")
-        assert said[0] == said[1]
-        assert said[0].startswith(f"slice {slice_number} of ")
+        announced, shown = opened.run(f"[{slider}.ariaValueText, document.querySelector('{plane} output').textContent]")
+        assert announced == shown
+        assert announced.startswith(f"slice {slice_number} of ")
         seen.append(opened.picture(f"{plane} .frame"))
         opened.key("ArrowRight", 39)
     assert len(set(seen)) == 3
@@ -285,20 +285,20 @@ def test_text_has_a_contrast_of_at_least_4_5(opened: Browser, scheme: str) -> No
     opened.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def luminance(colour: str) -> float:
-        found = np.array([float(n) for n in colour[colour.index("(") + 1 : -1].split(",")][:3]) / 255
-        linear = np.where(found <= 0.04045, found / 12.92, ((found + 0.055) / 1.055) ** 2.4)
+        srgb = np.array([float(n) for n in colour[colour.index("(") + 1 : -1].split(",")][:3]) / 255
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
         return float(linear @ (0.2126, 0.7152, 0.0722))
 
-    found = opened.run(COLOURS)
+    texts = opened.run(COLOURS)
     opened.call("Emulation.setEmulatedMedia", features=[])
-    assert len(found) > 150
+    assert len(texts) > 150
     low = {}
-    for text, *colours in found:
+    for text, *colours in texts:
         bright, dark = sorted(map(luminance, colours), reverse=True)
         if (ratio := (bright + 0.05) / (dark + 0.05)) < 4.5:
             low[text] = (ratio, colours)
     assert low == {}
-    ink = luminance(found[0][1])
+    ink = luminance(texts[0][1])
     assert ink < 0.1 if scheme == "light" else ink > 0.5
 
 

@@ -48,10 +48,10 @@ def _locale_stays() -> Iterator[None]:
 def test_a_file_is_read_with_the_voxels_and_the_grid_that_itk_reads(name: str, tmp_path: Path) -> None:
     image = oblique()
     sitk.WriteImage(image, str(tmp_path / name))
-    found = read_itk(str(tmp_path / name), Rules())
+    image_read = read_itk(str(tmp_path / name), Rules())
     for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-        np.testing.assert_allclose(getattr(found, get)(), getattr(image, get)(), atol=1e-5)
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(image))
+        np.testing.assert_allclose(getattr(image_read, get)(), getattr(image, get)(), atol=1e-5)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image_read), sitk.GetArrayFromImage(image))
 
 
 @pytest.mark.usefixtures("_locale_stays")
@@ -68,17 +68,17 @@ def test_a_folder_of_dicom_files_is_read_like_a_file(tmp_path: Path) -> None:
             image.SetMetaData(key, value)
         writer.SetFileName(str(tmp_path / f"{z}.dcm"))
         writer.Execute(image)
-    found = read_itk(str(tmp_path), Rules())
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), voxels)
-    np.testing.assert_allclose(found.GetSpacing(), (2, 2, 3))
+    image_read = read_itk(str(tmp_path), Rules())
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image_read), voxels)
+    np.testing.assert_allclose(image_read.GetSpacing(), (2, 2, 3))
 
 
 def test_one_channel_of_a_4d_file_is_read(tmp_path: Path, write_nifti: Any) -> None:
     voxels = np.random.default_rng(1).normal(size=(4, 5, 6, 3)).astype(np.float32)
     path = str(write_nifti(tmp_path / "all.nii.gz", voxels, np.diag([1, 2, 3, 1])))
     for channel in range(3):
-        found = sitk.GetArrayFromImage(read_itk(path, Rules(), channel)).T
-        np.testing.assert_array_equal(found, voxels[..., channel])
+        image_read = sitk.GetArrayFromImage(read_itk(path, Rules(), channel)).T
+        np.testing.assert_array_equal(image_read, voxels[..., channel])
 
 
 def test_an_image_on_another_grid_is_resampled_onto_the_grid_of_the_mask(tmp_path: Path, write_nifti: Any) -> None:

@@ -153,7 +153,7 @@ def test_the_intended_use_is_stated_first_and_the_viewport_fits_a_phone(page) ->
     assert page.texts("h2")[0] == "Intended use and limits"
     assert len(page.texts("li")) == 4
     before = [tag for tag, _, _ in page.elements][: [tag for tag, _, _ in page.elements].index("p")]
-    assert not {"table", "figure", "img"} & set(before)  # at the head
+    assert not {"table", "figure", "img"} & set(before)  # the statement comes first
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.attributes("meta")
     assert page.attributes("html") == [{"lang": "en"}]
 

@@ -13,12 +13,12 @@ import psutil
 
 from scripts.data.resampling import network_grid
 from scripts.image_io.headers import Header
-from scripts.inference import BYTES_PER_VOXEL
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 OVERHEAD = 2**27  # what the first case adds whatever its size (measured: 80 to 110 MiB): kernels, buffers of readers
+BYTES_PER_VOXEL = 200  # of the student's pass, see scripts.inference.sliding_window
 LEAST_GRID = 2**19  # voxels: smaller volumes are padded to a window
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -43,7 +43,7 @@ def estimate_bytes(
     files = sum(header.voxels * (2 * header.kind.itemsize + 4) for header in headers.values())
     own = headers[reference]
     grid = math.prod(network_grid(own.affine, own.shape[:3], spacing)[1])
-    network = min(pass_gib * GIB, BYTES_PER_VOXEL["torch fp32"] * max(grid, LEAST_GRID))
+    network = min(pass_gib * GIB, BYTES_PER_VOXEL * max(grid, LEAST_GRID))
     return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + network + OVERHEAD)
 
 

@@ -34,8 +34,8 @@ def foreground_mask(image: sitk.Image, labels: Sequence[Sequence[float]], source
     if unlisted:
         shown = ", ".join(f"{value:.7g}" for value in unlisted[:5])
         raise ValueError(
-            f"{source} holds the values {shown}, which `labels` does not list ({list(labels)}). Correct the file, or "
-            "`labels` in the config."
+            f"{source} contains the values {shown}, which are not in the data set's mapping {list(labels)}. Correct "
+            "the file or the config's `labels`."
         )
     return np.isin(values, [value for class_values in labels[1:] for value in class_values])
 

@@ -188,7 +188,7 @@ class Engine(nn.Module):
 
     @property
     def bytes_per_voxel(self) -> int:
-        """Memory of one pass per voxel of the image, see ``scripts.inference.BYTES_PER_VOXEL``."""
+        """Memory of one pass per voxel of the image, see ``scripts.inference.ENGINE_BYTES_PER_VOXEL``."""
         return int(self.choose().bytes_per_voxel)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scripts.inference import BYTES_PER_VOXEL
+from scripts.inference import BYTES_PER_VOXEL, ENGINE_BYTES_PER_VOXEL
 
 # Voxels of an image from which OpenVINO's model is compiled for exactly its size.
 LARGE_IMAGE_VOXELS = 4_000_000
@@ -66,7 +66,7 @@ class TorchEngine(nn.Module):
             raise UnavailableError(f"PyTorch runs fp32 or bf16, not {precision}: {precision} needs OpenVINO.")
         self.network, self.bf16 = network, precision == "bf16"
         self.description = f"torch {precision}"
-        self.bytes_per_voxel = BYTES_PER_VOXEL[self.description]
+        self.bytes_per_voxel = ENGINE_BYTES_PER_VOXEL[self.description]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D`` to float32 logits ``B classes H W D``."""
@@ -146,7 +146,7 @@ class OpenVINOEngine(nn.Module):
         self.request = self._compile([-1, self.channels, -1, -1, -1])
         self.large_shape: tuple[int, ...] = ()
         self.large_request: Any = None
-        self.bytes_per_voxel = BYTES_PER_VOXEL["openvino bf16" if bf16 else "openvino fp32"]
+        self.bytes_per_voxel = ENGINE_BYTES_PER_VOXEL["openvino bf16" if bf16 else "openvino fp32"]
         self.description = f"openvino {precision}"
 
     def _compile(self, shape: Sequence[int]) -> Any:
@@ -206,7 +206,7 @@ class ONNXRuntimeEngine(nn.Module):
         self.input = self.session.get_inputs()[0].name
         self.path, self.window = Path(path), tuple(self.session.get_inputs()[0].shape[2:])
         self.description = "onnxruntime fp32"
-        self.bytes_per_voxel = BYTES_PER_VOXEL["torch fp32"]  # not used, since the window is fixed
+        self.bytes_per_voxel = BYTES_PER_VOXEL  # not used, since the window is fixed
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D``, of size ``window``, to logits ``B classes H W D``.

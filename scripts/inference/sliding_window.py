@@ -78,7 +78,7 @@ class WholeVolumeInferer(SlidingWindowInferer):
                 )
             return self._slide(image, network, self.window, self.window_overlap)
         padded_size = [math.ceil(n / self.divisor) * self.divisor for n in image.shape[2:]]
-        bytes_per_voxel = getattr(network, "bytes_per_voxel", BYTES_PER_VOXEL["torch fp32"])
+        bytes_per_voxel = getattr(network, "bytes_per_voxel", BYTES_PER_VOXEL)
         max_voxels = self.memory_gib * GIB / bytes_per_voxel / image.shape[0]
         overlap = min(self.window_overlap, PART_OVERLAP)
         part = part_size(padded_size, max_voxels, overlap, self.divisor)

@@ -195,7 +195,7 @@ def test_values_outside_of_labels_are_refused_with_the_path(
 ) -> None:
     path = Path(cohort[0]["label"]) if which == "label" else tmp_path / "masks" / "A_same.nii.gz"
     write_nifti(path, cube() * 7, AFFINE)
-    with pytest.raises(ValueError, match=rf"{path.name} holds the values 7, which"):
+    with pytest.raises(ValueError, match=rf"{path.name} contains the values 7, which"):
         run(cohort[:1], tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
@@ -183,3 +184,38 @@ def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
     answer("0" * 40, True)
     monkeypatch.setenv("PATH", f"{binary.parent}{os.pathsep}{os.environ['PATH']}")
     return answer
+
+
+@pytest.fixture(scope="session")
+def exported(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a small student, exported in every format and precision: path of ``model.pt``; read only.
+
+    Conversion takes 15 s, so the processes of pytest-xdist share one export.
+    """
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("nncf")
+    from scripts.cli.main import main
+    from scripts.export import parity
+    from scripts.networks import Student
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    weights = folder / "model.pt"
+    with FileLock(f"{folder}.lock"):
+        if not weights.with_name("model_export").exists():
+            folder.mkdir(exist_ok=True)
+            torch.manual_seed(0)
+            torch.save({"model": Student(3, 2, (8, 16, 16, 16)).state_dict()}, weights)
+            arguments = [
+                "export", "--data", "phantom", "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,16]",
+                "--set", "spacing=[8,8,8]", "--set", "student_features=[8,16,16,16]", "--weights", str(weights),
+                "--dataset-dir", str(cohort), "--precisions", "fp32", "bf16", "int8",
+            ]  # fmt: skip
+            with pytest.MonkeyPatch.context() as patch:
+                # Random weights give no clear masks.
+                patch.setitem(parity.GATES, "bf16", parity.Gate(0.9))
+                patch.setitem(parity.GATES, "int8", parity.Gate(0.5, validation=0.5))
+                assert main(arguments) == 0
+    return weights

@@ -7,6 +7,8 @@ import argparse
 
 from scripts.cli.bundle_run import run_bundle
 from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
+from scripts.export import FORMATS
+from scripts.inference import EXPORT_PRECISIONS
 
 EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 
@@ -15,11 +17,11 @@ def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_weights_option(parser)
     parser.add_argument("--fold", type=int, metavar="N", help="fold whose validation cases verify (default: 0)")
-    parser.add_argument("--formats", nargs="+", choices=["onnx", "openvino", "torchscript"], help="default: all")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="default: all")
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=["fp32", "bf16", "int8"],
+        choices=EXPORT_PRECISIONS,
         help="of OpenVINO (default: fp32 bf16); int8 needs --dataset-dir",
     )
     add_common_options(parser)

@@ -42,10 +42,10 @@ def segment_case(args: argparse.Namespace) -> None:
         return
     print(f"mask: {mask}")
     if args.report:
-        from scripts.report.case_view import report_mask
+        from scripts.report.mask_report import write_mask_report
 
         rules = image_rules(config)
-        print(f"report: {report_mask(mask, images, bool(args.stacked), rules, config['intensity'])}")
+        print(f"report: {write_mask_report(mask, images, bool(args.stacked), rules, config['intensity'])}")
 
 
 def mask_and_images(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of masks, and tables of them."""
+"""Score predicted masks against reference masks, and compare several evaluations."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation leaves in its folder, read again."""
+"""Read the folder of an evaluation: its summary, its case table and the cases in its manifest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluation.summary_table import table
+from scripts.evaluation.summary_table import markdown_summary
 from scripts.metrics import Row
 from scripts.report.tables import summary_table
 
@@ -16,43 +16,54 @@ Case = Mapping[str, Any]
 
 
 def evaluated_cases(folder: str) -> list[Case]:
-    """The cases of an evaluation, from its manifest."""
+    """The cases of an evaluation, from its manifest; empty where there is no manifest.
+
+    Raises:
+        ValueError: the manifest is damaged or not that of an evaluation.
+    """
     path = Path(folder) / "manifest.json"
-    cases = cases_in_manifest(path) if path.is_file() else []
+    if not path.is_file():
+        return []
+    cases = cases_in_manifest(path)
     if cases is None:
-        raise not_an_evaluation(path)
+        raise _not_an_evaluation(path)
     return cases
 
 
 def cases_in_manifest(manifest: Path) -> list[Case] | None:
-    """The cases that an evaluation's manifest notes; None where it is cut off, or of something else."""
+    """The cases that a manifest lists; None where the file is damaged or not the manifest of an evaluation."""
     try:
         cases = json.loads(manifest.read_text(encoding="utf-8"))["data"]
     except (ValueError, TypeError, KeyError):
         return None
-    known = isinstance(cases, list) and all(isinstance(case, dict) and "case_id" in case for case in cases)
-    return cases if known else None
-
-
-def not_an_evaluation(path: Path) -> ValueError:
-    return ValueError(f"{path} is not what `evaluate` writes: run it again.")
+    valid = isinstance(cases, list) and all(isinstance(case, dict) and "case_id" in case for case in cases)
+    return cases if valid else None
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """An evaluation's summary, if the report can be made of it."""
+    """Read the ``summary.json`` of an evaluation.
+
+    Raises:
+        ValueError: the file is damaged, or a value is missing that a table or the report needs.
+    """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        table([found])
-        summary_table([found])
-        known = {"predictions", "aggregate"} <= set(found) and {"bootstrap", "definitions"} <= set(found["aggregate"])
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        markdown_summary([summary])
+        summary_table([summary])
+        valid = {"predictions", "aggregate"} <= set(summary)
+        valid = valid and {"bootstrap", "definitions"} <= set(summary["aggregate"])
     except (ValueError, TypeError, KeyError, AttributeError):
-        known = False
-    if not known:
-        raise not_an_evaluation(path)
-    return found
+        valid = False
+    if not valid:
+        raise _not_an_evaluation(path)
+    return summary
+
+
+def _not_an_evaluation(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged or was not written by `evaluate`. Run `evaluate` again.")
 
 
 def add_centres(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
-    """The rows with the centre that the data list names, where it does."""
+    """The rows with the key ``centre`` from the data list; empty text where a case names none."""
     centres = {str(case["case_id"]): case["centre"] for case in cases if case.get("centre")}
     return [{**row, "centre": centres.get(str(row["case_id"]), "")} for row in rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score masks on disk against the reference masks; one table, one JSON and one report per evaluation."""
+"""Score masks on disk against reference masks: one case table, one summary and one report per evaluation."""
 
 from __future__ import annotations
 
@@ -12,75 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
+from scripts.evaluation.masks import foreground_mask, read_prediction
+from scripts.evaluation.network_cost import network_cost
+from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
-from scripts.evaluation.summary_table import table
+from scripts.evaluation.summary_table import markdown_summary
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
 from scripts.report import write_report
-from scripts.report.case_view import case_overlays, foreground, onto
 from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import write_json
 from scripts.utils.run_manifest import write_manifest
 
 logger = logging.getLogger(__name__)
-
-
-def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
-    """Compare one mask with its reference on the reference's own grid.
-
-    Args:
-        case: an item of the data list, with ``label``.
-        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
-        labels: per class the reference's values, as in the config.
-        rules: what files are accepted.
-
-    Returns:
-        A row of the case table; ``status`` is ``error`` where the mask is missing or cannot be read, which counts as
-        the worst value. ``problem`` says why it cannot be read.
-
-    Raises:
-        ValueError: the reference cannot be read, or one of the two holds unknown values.
-    """
-    label = read_itk(case["label"], rules)
-    reference = foreground(label, labels, str(case["label"]))
-    spacing = label.GetSpacing()[::-1]
-    millilitres = float(np.prod(spacing)) / 1000
-    row: Row = {
-        "case_id": case["case_id"],
-        "patient_id": case.get("patient_id", case["case_id"]),
-        "reference_volume_ml": float(reference.sum()) * millilitres,
-        "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
-    }
-    path = Path(predictions) / f"{case['case_id']}.nii.gz"
-    worst: Row = {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
-    if not path.is_file():
-        return worst
-    try:
-        mask = onto(read_itk(path, rules), label, sitk.sitkNearestNeighbor)
-    except (ValueError, OSError) as error:
-        return {**worst, "problem": str(error)}
-    prediction = foreground(mask, [[i] for i in range(len(labels))], str(path))
-    row["volume_ml"] = float(prediction.sum()) * millilitres
-    return {**row, **surface_metrics(prediction, reference, spacing)}
-
-
-def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
-    """Parameters and GFLOPs (2 per multiply-add) of one window; empty without a network."""
-    if network is None:
-        return {"parameters": None, "gflops": None}
-    network = network.cpu().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, channels, *patch))
-    parameters = sum(p.numel() for p in network.parameters())
-    return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}
 
 
 def score(
@@ -98,59 +47,59 @@ def score(
     present: Sequence[str] | None = None,
     checks: Rules | None = None,
 ) -> dict[str, Any]:
-    """Score a folder of masks: ``cases.csv``, ``summary.json`` and ``report.html`` in ``output_dir``.
+    """Score a folder of masks and write ``cases.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
 
     Foreground is every class but the first; several foreground classes are scored as their union.
 
     Args:
-        name: how the report calls the network.
-        cases: data list; cases without ``label`` are left out, and named.
-        labels: per class the reference's values.
-        predictions: folder of ``<case_id>.nii.gz``.
+        name: display name of the network in tables and reports.
+        cases: data list. Cases without ``label`` are not scored; a warning names them.
+        labels: per class the values of the reference masks.
+        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
         output_dir: folder of the results.
-        intensity: the modalities to draw, with the ranges that the network is given.
-        network: whose parameters and operations are noted.
-        curves: files of learning curves to draw.
-        patch: window for which operations are counted, in voxels.
-        seed: of the bootstrap.
-        workers: processes.
-        present: modalities that the network was given, by default all; others stand behind its name in the report.
-        checks: what files are accepted.
+        intensity: the network's modalities, each with its intensity range; the report draws them so.
+        network: its parameters and operations are counted.
+        curves: paths of learning curves to draw.
+        patch: size in voxels of the window for which operations are counted.
+        seed: seed of the bootstrap.
+        workers: number of processes.
+        present: modalities that the network was given, by default all. A subset is appended to ``name``.
+        checks: which files are accepted; by default all.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: an unknown modality, no case has a reference mask, a mask holds unknown values, or a reference mask
-            cannot be read.
+        ValueError: an unknown modality, no case with a reference mask, a mask with values that ``labels`` does not
+            list, or a reference mask that cannot be read.
         FileNotFoundError: the folder of masks does not exist.
     """
-    scored = [case for case in cases if "label" in case]
-    if not scored:
-        raise ValueError(f"None of the {len(cases)} cases has a reference mask, so that there is nothing to score.")
+    scored_cases = [case for case in cases if "label" in case]
+    if not scored_cases:
+        raise ValueError(f"None of the {len(cases)} cases has a reference mask. Scoring needs a `label` per case.")
     if not Path(predictions).is_dir():
-        raise FileNotFoundError(f"There is no folder of masks at {predictions}.")
+        raise FileNotFoundError(f"Folder of masks not found: {predictions}. Check --predictions.")
     used = modalities_used(list(intensity), present)
     if len(used) < len(intensity):
         name = f"{name} ({', '.join(used)} only)"
     work = partial(score_case, predictions=predictions, labels=labels, rules=checks or Rules())
-    with ProcessPoolExecutor(min(workers, len(scored))) as pool:
-        rows = list(tqdm(pool.map(work, scored), total=len(scored), desc="scoring", unit="case"))
+    with ProcessPoolExecutor(min(workers, len(scored_cases))) as pool:
+        rows = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
     problems = {row["case_id"]: row.pop("problem") for row in rows if "problem" in row}
-    expected = {f"{case['case_id']}.nii.gz" for case in cases}
+    expected_names = {f"{case['case_id']}.nii.gz" for case in cases}
     manifest = _manifest(output_dir, cases)
     summary = {
         "name": name,
         "present": used,
         "aggregate": aggregate(rows, seed=seed),
-        **_cost(network, patch, len(intensity)),
-        "seconds_per_case": _seconds_per_case(manifest, scored),
+        **network_cost(network, patch, len(intensity)),
+        "seconds_per_case": _seconds_per_case(manifest, scored_cases),
         "missing": sorted(
             row["case_id"] for row in rows if row["status"] == "error" and row["case_id"] not in problems
         ),
         "unreadable": [problems[case_id] for case_id in sorted(problems)],
         "without_reference": sorted(str(case["case_id"]) for case in cases if "label" not in case),
-        "extra_files": sorted(p.name for p in Path(predictions).glob("*.nii*") if p.name not in expected),
+        "extra_files": sorted(p.name for p in Path(predictions).glob("*.nii*") if p.name not in expected_names),
         "predictions": str(predictions),
     }
     for kind in ("missing", "unreadable", "without_reference", "extra_files"):
@@ -162,24 +111,63 @@ def score(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
         [{**summary, "rows": add_centres(rows, cases)}],
-        case_overlays(scored, rows, predictions, intensity, labels, checks),
+        case_overlays(scored_cases, rows, predictions, intensity, labels, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
     )
-    print(f"{table([summary])}\nreport: {Path(output_dir) / 'report.html'}")
+    print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
     return summary
 
 
+def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
+    """Compare one mask with its reference, on the grid of the reference.
+
+    Args:
+        case: an item of the data list, with ``label``.
+        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
+        labels: per class the values of the reference mask.
+        rules: which files are accepted.
+
+    Returns:
+        A row of the case table. ``status`` is ``error`` where the mask is missing or cannot be read, which counts as
+        the worst value; ``problem`` then says why it cannot be read.
+
+    Raises:
+        ValueError: the reference cannot be read, or one of the masks holds unknown values.
+    """
+    label = read_itk(case["label"], rules)
+    reference = foreground_mask(label, labels, str(case["label"]))
+    spacing = label.GetSpacing()[::-1]
+    voxel_ml = float(np.prod(spacing)) / 1000
+    row: Row = {
+        "case_id": case["case_id"],
+        "patient_id": case.get("patient_id", case["case_id"]),
+        "reference_volume_ml": float(reference.sum()) * voxel_ml,
+        "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
+    }
+    path = Path(predictions) / f"{case['case_id']}.nii.gz"
+    error_row: Row = {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
+    if not path.is_file():
+        return error_row
+    try:
+        mask = read_prediction(path, label, rules)
+    except (ValueError, OSError) as error:
+        return {**error_row, "problem": str(error)}
+    prediction = foreground_mask(mask, [[i] for i in range(len(labels))], str(path))
+    row["volume_ml"] = float(prediction.sum()) * voxel_ml
+    return {**row, **surface_metrics(prediction, reference, spacing)}
+
+
 def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
-    """The manifest of the inference that made the masks, or a new one where they were made elsewhere."""
+    """The manifest of the inference that wrote the masks; a new one where there is none for these cases."""
     path = Path(output_dir) / "manifest.json"
-    # Not one of an earlier run on other cases.
+    # The folder may hold the manifest of an earlier run on other cases.
     if path.is_file() and cases_in_manifest(path) == json.loads(json.dumps(list(cases), default=str)):
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return manifest
     return write_manifest(output_dir, list(cases))
 
 
-def _seconds_per_case(manifest: Mapping[str, Any], scored: Sequence[Case]) -> float | None:
+def _seconds_per_case(manifest: Mapping[str, Any], cases: Sequence[Case]) -> float | None:
     seconds = manifest.get("wall_seconds")
-    return None if seconds is None else round(float(seconds) / max(1, len(manifest["data"]) or len(scored)), 2)
+    return None if seconds is None else round(float(seconds) / max(1, len(manifest["data"]) or len(cases)), 2)

@@ -3,38 +3,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.metrics.aggregate import FAILURES
+from scripts.utils.markdown import markdown_table
+
+_HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")
+_DIGITS = {"dice": 3, "hd95_mm": 1, "assd_mm": 1}
 
 
-def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries as a Markdown table: mean [95% interval] and n of every metric, and the mean with failures."""
-    head = ["network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for each in summaries:
-        measured = each["aggregate"]["metrics"]
-        counts = each["aggregate"]["counts"]
+def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Summaries as a Markdown table, one row per network.
+
+    A metric is shown as mean [95% interval] (number of cases) over the cases where it is defined. Where there are
+    failures the mean with failures at their worst value follows, since a network that misses cases can look better
+    without them.
+
+    Args:
+        summaries: contents of ``summary.json`` files.
+    """
+    rows = []
+    for summary in summaries:
+        counts, metrics = summary["aggregate"]["counts"], summary["aggregate"]["metrics"]
         failures = sum(counts[status] for status in FAILURES)
-        metrics = [_cell(measured[m], d, failures) for m, d in (("dice", 3), ("hd95_mm", 1), ("assd_mm", 1))]
-        parameters = "" if each["parameters"] is None else f"{each['parameters'] / 1e6:.2f} M"
-        cost = ["" if each[k] is None else f"{each[k]:.1f}" for k in ("gflops", "seconds_per_case")]
-        lines.append("| " + " | ".join([_escaped(each["name"]), *metrics, str(failures), parameters, *cost]) + " |")
-    return "\n".join(lines)
+        cells = [_metric(metrics[name], digits, failures) for name, digits in _DIGITS.items()]
+        parameters = None if summary["parameters"] is None else f"{summary['parameters'] / 1e6:.2f} M"
+        costs = [None if summary[key] is None else f"{summary[key]:.1f}" for key in ("gflops", "seconds_per_case")]
+        rows.append([summary["name"], *cells, failures, parameters, *costs])
+    return markdown_table(_HEAD, rows)
 
 
-def _escaped(name: str) -> str:
-    """A name as one cell of a Markdown table, without markup of its own."""
-    return re.sub(r"([\\|<])", r"\\\1", " ".join(name.split()))
-
-
-def _cell(metric: Mapping[str, Any], digits: int, failures: int) -> str:
-    """Where it is defined; a network that misses cases can look better there, so with failures at their worst, too."""
+def _metric(metric: Mapping[str, Any], digits: int, failures: int) -> str:
     summary, worst = metric["defined"], metric["worst_filled"]["mean"]
-    filled = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
+    with_failures = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
     if summary["mean"] is None:
-        return f"undefined (0){filled}"
+        return f"undefined (0){with_failures}"
     interval = "" if summary["ci95"] is None else " [" + ", ".join(f"{x:.{digits}f}" for x in summary["ci95"]) + "]"
-    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']}){filled}"
+    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']}){with_failures}"

@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a network for other engines."""
+"""Export a network for other engines; the constants here are imported without PyTorch."""
+
+FORMATS = ("onnx", "openvino", "torchscript")

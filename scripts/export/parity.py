@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well other engines reproduce a network, on whole cases, and what is good enough to be written.
+"""Compare engines with PyTorch on whole cases, and decide which exported models are accepted.
 
-Dice of two masks A and B is 2 |A and B| / (|A| + |B|); foreground is every class but the first, as one mask. The mask
-Dice compares an engine's mask with PyTorch's, the validation Dice with the reference mask, both on the network's grid.
-Both are means over the cases in which at least one of the two masks holds a voxel; None where there is no such case.
+The mask Dice compares an engine's mask with PyTorch's, the validation Dice compares it with the reference mask, both on
+the network's grid. Foreground is every class but the first, as one mask. Both are means over the cases in which at
+least one of the two masks is not empty; None where there is no such case.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from scripts.metrics import dice
+
+REFERENCE_ENGINE = "torch fp32"
+
 Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
+Figures = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What an exported model must reach.
+    """Limits that an exported model must keep.
 
     Args:
-        mask: least mask Dice.
-        logits: largest difference of the logits, or None.
-        validation: largest difference of the validation Dice from PyTorch's, or None.
+        mask: smallest mask Dice.
+        logits: largest difference of the logits; None for no limit.
+        validation: largest difference of the validation Dice from PyTorch's; None for no limit.
     """
 
     mask: float
@@ -39,94 +44,92 @@ class Gate:
 GATES = {"fp32": Gate(0.9999, logits=1e-3), "bf16": Gate(0.999), "int8": Gate(0.99, validation=0.005)}
 
 
-def dice(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Dice of two masks (bool, any shape); None where both are empty."""
-    total = int(a.sum()) + int(b.sum())
-    return 2 * int((a & b).sum()) / total if total else None
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are there."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+def mean_of_defined(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None; None where there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 @dataclass
-class Figures:
-    """What was measured of one engine over the cases."""
+class Comparison:
+    """Measurements of one engine, one value per case."""
 
-    differences: list[float] = field(default_factory=list)
-    masks: list[float | None] = field(default_factory=list)
-    references: list[float | None] = field(default_factory=list)
+    logits_differences: list[float] = field(default_factory=list)
+    mask_dice: list[float | None] = field(default_factory=list)
+    validation_dice: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float | None]:
-        """``logits_max_abs``, ``mask_dice``, ``validation_dice`` and ``seconds_per_case`` (median)."""
-        worst = max((math.inf if math.isnan(x) else x for x in self.differences), default=math.inf)
+    def figures(self) -> dict[str, float | None]:
+        """``logits_max_abs``, ``mask_dice``, ``validation_dice`` and ``seconds_per_case`` (median).
+
+        ``logits_max_abs`` is None where a logit is NaN or infinite.
+        """
+        largest = max((math.inf if math.isnan(x) else x for x in self.logits_differences), default=math.inf)
         return {
-            "logits_max_abs": worst if math.isfinite(worst) else None,
-            "mask_dice": mean(self.masks),
-            "validation_dice": mean(self.references),
+            "logits_max_abs": largest if math.isfinite(largest) else None,
+            "mask_dice": mean_of_defined(self.mask_dice),
+            "validation_dice": mean_of_defined(self.validation_dice),
             "seconds_per_case": round(float(torch.tensor(self.seconds).median()), 3) if self.seconds else None,
         }
 
 
-def compare(
+def compare_engines(
     network: nn.Module,
     engines: Mapping[str, nn.Module],
     cases: Iterable[Mapping[str, Any]],
     inferer: Inferer,
-    count: int,
-) -> dict[str, Figures]:
-    """Run every engine and the network over the same cases.
+    case_count: int,
+) -> dict[str, Comparison]:
+    """Run the network and every engine on the same cases.
 
     Args:
-        network: what is to be reproduced, on the CPU, in eval().
+        network: on the CPU, in eval().
         engines: name -> module, image ``B M H W D`` to logits.
-        cases: ``image`` (M H W D) and ``label`` (1 H W D, class indices) of each.
-        inferer: sliding window of (image, network).
-        count: of cases, for the bar.
+        cases: ``image`` (M H W D) and ``label`` (1 H W D, class indices) per case.
+        inferer: sliding window, called with (image, network).
+        case_count: number of cases, for the progress bar.
 
     Returns:
-        name -> figures, the network's own under ``torch fp32``.
+        Name -> measurements; those of the network itself are ``torch fp32``.
     """
-    found = {name: Figures() for name in ("torch fp32", *engines)}
-    for case in tqdm(cases, total=count, desc="comparing", unit="case"):
+    comparisons = {name: Comparison() for name in (REFERENCE_ENGINE, *engines)}
+    for case in tqdm(cases, total=case_count, desc="comparing", unit="case"):
         image, label = (torch.as_tensor(case[key]).as_subclass(torch.Tensor) for key in ("image", "label"))
         expected: torch.Tensor | None = None
-        for name, engine in {"torch fp32": network, **engines}.items():
+        for name, engine in {REFERENCE_ENGINE: network, **engines}.items():
             began = time.perf_counter()
             with torch.no_grad():
                 logits = inferer(image[None].float(), engine)
-            found[name].seconds.append(time.perf_counter() - began)
+            comparison = comparisons[name]
+            comparison.seconds.append(time.perf_counter() - began)
             expected = logits if expected is None else expected
-            mask, other = (each[0].argmax(dim=0) > 0 for each in (logits, expected))
-            found[name].differences.append(float((logits - expected).abs().max()))
-            found[name].masks.append(dice(mask, other))
-            found[name].references.append(dice(mask, label[0] > 0))
-    return found
+            mask, expected_mask = (each[0].argmax(dim=0) > 0 for each in (logits, expected))
+            comparison.logits_differences.append(float((logits - expected).abs().max()))
+            comparison.mask_dice.append(dice(mask, expected_mask))
+            comparison.validation_dice.append(dice(mask, label[0] > 0))
+    return comparisons
 
 
-def failures(precision: str, figures: Mapping[str, float | None], reference: Mapping[str, float | None]) -> list[str]:
-    """Why a model must not be written, as sentences; none where it may.
+def gate_failures(precision: str, figures: Figures, torch_figures: Figures) -> list[str]:
+    """The reasons why a model is refused; empty where it is accepted.
 
     Args:
-        precision: whose gate it has to pass.
-        figures: ``Figures.summary`` of the model.
-        reference: the same of PyTorch.
+        precision: key of the gate.
+        figures: `Comparison.figures` of the model.
+        torch_figures: those of PyTorch.
     """
-    gate, found = GATES[precision], []
-    difference, masks, score = (figures[key] for key in ("logits_max_abs", "mask_dice", "validation_dice"))
+    gate, reasons = GATES[precision], []
+    difference, mask_dice, score = (figures[key] for key in ("logits_max_abs", "mask_dice", "validation_dice"))
     if difference is None:
-        found.append("its logits are not finite")
+        reasons.append("its logits are not finite")
     elif gate.logits is not None and difference > gate.logits:
-        found.append(f"its logits differ by {difference:.2g} (at most {gate.logits:g})")
-    if masks is None and gate.logits is None:
-        found.append("all masks are empty, so that there is nothing to compare")
-    elif masks is not None and masks < gate.mask:
-        found.append(f"its mask Dice is {masks:.5f} (at least {gate.mask:g})")
+        reasons.append(f"its logits differ by {difference:.2g} (at most {gate.logits:g})")
+    if mask_dice is None and gate.logits is None:
+        reasons.append("all masks are empty, so there is nothing to compare")
+    elif mask_dice is not None and mask_dice < gate.mask:
+        reasons.append(f"its mask Dice is {mask_dice:.5f} (at least {gate.mask:g})")
     if gate.validation is not None:
-        expected = reference["validation_dice"]
+        expected = torch_figures["validation_dice"]
         if score is None or expected is None or abs(score - expected) > gate.validation:
-            found.append(f"its validation Dice is {score}, PyTorch's {expected} (at most {gate.validation:g} apart)")
-    return found
+            reasons.append(f"its validation Dice is {score}, PyTorch's {expected} (at most {gate.validation:g} apart)")
+    return reasons

@@ -1,32 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice, HD95 and ASSD per case, and their aggregates over a cohort (``cumulative``: as MONAI's metric and handler)."""
+"""Dice, HD95 and ASSD per case, and their aggregates over a cohort.
 
-from .aggregate import (
-    COLUMNS,
-    METRICS,
-    STATUSES,
-    Row,
-    aggregate,
-    paired_difference,
-    read_rows,
-    write_rows,
-)
-from .frechet import FrechetSemanticDistance
-from .surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION, image_diagonal_mm, surface_metrics
+``monai_metric`` offers the same as a MONAI metric and as an ignite handler.
+"""
 
-__all__ = [
-    "ASSD_DEFINITION",
-    "COLUMNS",
-    "DICE_DEFINITION",
-    "HD95_DEFINITION",
-    "METRICS",
-    "STATUSES",
-    "FrechetSemanticDistance",
-    "Row",
-    "aggregate",
-    "image_diagonal_mm",
-    "paired_difference",
-    "read_rows",
-    "surface_metrics",
-    "write_rows",
-]
+from scripts.metrics.aggregate import COLUMNS as COLUMNS
+from scripts.metrics.aggregate import METRICS as METRICS
+from scripts.metrics.aggregate import STATUSES as STATUSES
+from scripts.metrics.aggregate import Row as Row
+from scripts.metrics.aggregate import aggregate as aggregate
+from scripts.metrics.aggregate import paired_difference as paired_difference
+from scripts.metrics.aggregate import read_rows as read_rows
+from scripts.metrics.aggregate import write_rows as write_rows
+from scripts.metrics.frechet import FrechetSemanticDistance as FrechetSemanticDistance
+from scripts.metrics.surface import dice as dice
+from scripts.metrics.surface import image_diagonal_mm as image_diagonal_mm
+from scripts.metrics.surface import surface_metrics as surface_metrics

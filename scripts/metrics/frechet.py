@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far apart two data sets are in the space of semantic codes."""
+"""Distance between two data sets in the space of semantic codes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ SAMPLES_PER_DIMENSION = 10
 
 
 class FrechetSemanticDistance:
-    """Frechet distance of Gaussian fits of the codes of two data sets, beside its value inside one of them.
+    """Frechet distance between Gaussian fits of the codes of two data sets, and its value within one of them.
 
     Source: [paper] Qi et al., JBHI 2024, arXiv 2207.12995, names a Frechet semantic distance of data sets;
-    [ours] the estimate, with sample means m and covariances S (n - 1)::
+    [ours] the estimate, with sample means m and covariances S (divisor n - 1)::
 
         distance = |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
         zero     = the same between two random halves of the first set
 
-    The estimate is biased upwards for few samples, also between samples of one distribution: a distance means
-    something only in comparison with ``zero``. The halves are smaller than the sets, so ``zero`` errs upwards.
-    Below ten samples per dimension (of the smaller set) it warns, and both sets are projected on the principal
-    components of the pooled set, one per ten samples: distances of different dimensions are not comparable.
+    The estimate is biased upwards for few samples, also between samples of one distribution, so compare a distance with
+    ``zero``. The halves are smaller than the sets, so ``zero`` is biased upwards too. If the smaller set has fewer than
+    ten samples per dimension, a warning is given and both sets are projected onto the principal components of the
+    pooled set, one per ten samples. Distances of different dimensions are not comparable.
 
     Args:
-        seed: of the random halves.
-        components: number of principal components, whatever the number of samples; None: all where there are ten
-            samples per dimension, else one per ten samples.
+        seed: seed of the random halves.
+        components: fixed number of principal components. None keeps all dimensions if there are ten samples per
+            dimension, and otherwise one component per ten samples.
 
     Raises:
         ValueError: ``components`` below 1.
@@ -50,8 +50,8 @@ class FrechetSemanticDistance:
             ``dimension``, after the projection. Distances are in squared units of the codes.
 
         Raises:
-            ValueError: not two matrices of one M, fewer than 2 samples in one, values that are not finite, or more
-                ``components`` than M.
+            ValueError: the sets are not two matrices with the same M, one has fewer than 2 samples, a value is not
+                finite, or ``components`` exceeds M.
         """
         a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
         _check(a, b)
@@ -68,7 +68,7 @@ class FrechetSemanticDistance:
         }
 
     def _dimension(self, n: int, available: int) -> int:
-        """Number of components to keep of the ``available`` ones for ``n`` samples; warns where they are few."""
+        """Number of components to keep of ``available`` for ``n`` samples; warns where there are too few samples."""
         if self.components is not None and self.components > available:
             raise ValueError(f"components ({self.components}) must not exceed the codes' length ({available}).")
         wanted = self.components or available
@@ -77,7 +77,7 @@ class FrechetSemanticDistance:
         kept = self.components or min(available, max(1, n // SAMPLES_PER_DIMENSION))
         warnings.warn(
             f"FrechetSemanticDistance has {n} samples for {wanted} dimension(s), fewer than "
-            f"{SAMPLES_PER_DIMENSION} each: it compares {kept} of them; read the distance beside its zero line.",
+            f"{SAMPLES_PER_DIMENSION} each: it compares {kept} of them. Compare the distance with its zero line.",
             stacklevel=3,
         )
         return kept
@@ -86,15 +86,15 @@ class FrechetSemanticDistance:
 def _check(a: Array, b: Array) -> None:
     shapes = f"{a.shape} and {b.shape}"
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.shape[1]:
-        raise ValueError(f"FrechetSemanticDistance needs two matrices (samples, M) with one M, got {shapes}.")
+        raise ValueError(f"FrechetSemanticDistance needs two matrices (samples, M) with the same M, got {shapes}.")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"FrechetSemanticDistance needs at least 2 samples in each set, got {shapes}.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"FrechetSemanticDistance got codes {shapes} with values that are not finite.")
+        raise ValueError(f"FrechetSemanticDistance got codes of shapes {shapes} with values that are not finite.")
 
 
 def _project(a: Array, b: Array, components: int) -> tuple[Array, Array]:
-    """Both sets on the leading principal components of the pooled set."""
+    """Project both sets onto the leading principal components of the pooled set."""
     pooled = np.concatenate([a, b])
     axes = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)[2][:components]
     return a @ axes.T, b @ axes.T
@@ -108,6 +108,6 @@ def _root(covariance: Array) -> Array:
 def _distance(a: Array, b: Array) -> float:
     shift = a.mean(axis=0) - b.mean(axis=0)
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which squares no rounding errors.
+    # tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2). This way squares no rounding errors.
     cross = np.linalg.svd(_root(first) @ _root(second), compute_uv=False).sum()
     return max(0.0, float(shift @ shift + np.trace(first) + np.trace(second) - 2 * cross))

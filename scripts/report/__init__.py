@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page about one or several runs."""
+"""One self-contained HTML page about one or several evaluations, and the pictures in it."""
 
-from .overlay import Overlay as Overlay
-from .overlay import slice_figure as slice_figure
-from .page import write_report as write_report
-from .tables import pick_cases as pick_cases
+from scripts.report.overlay import Overlay as Overlay
+from scripts.report.page import write_report as write_report
+from scripts.report.slice_figure import slice_figure as slice_figure

@@ -1,39 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page about one or several runs: numbers, subgroups, slices, every case, curves, manifest.
+"""One self-contained HTML page about one or several evaluations.
 
-The page loads nothing (its content security policy forbids it) and everything that comes from files is escaped.
+The page loads nothing: its content security policy allows only data URIs, inline styles and the one script, by its
+hash. The templates in ``templates/`` are rendered by jinja2 with autoescape, so that text from files is never markup.
 matplotlib and Pillow are optional: without them the page says so and holds the tables only.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from scripts.report.curves import curve_figures
+from scripts.report.overlay import Overlay
+from scripts.report.slice_viewer import MAX_FRAMES, case_view
+from scripts.report.tables import case_table, centre_table, modality_table, summary_table, volume_table
 from scripts.utils.atomic_files import write_text
 
-from .curves import curve_figures
-from .overlay import Overlay
-from .style import SCRIPT, SCRIPT_HASH, STYLE
-from .tables import case_table, centre_table, modality_table, summary_table, volume_table
-from .viewer import viewers
+TEMPLATES = Path(__file__).parent / "templates"
 
-_LIMITS = (
-    "Numbers hold for the cases on this page. Other scanners, tracers, body regions and patients can do worse.",
-    "Every mask needs the eyes of a qualified reader on the original images: the pictures here are a selection of "
-    "slices, reduced, compressed and windowed.",
-    "A volume is the number of a mask's voxels times their size; it is no better than the mask.",
-    "This page holds image slices and case ids: share it only where you may share the data.",
-)
-USE = (
-    '<section class="warning"><h2>Intended use and limits</h2>\n<p class="lead">For research only: not a medical '
-    "device, not for diagnosis, treatment planning or any decision about a patient.</p>\n<ul>"
-    + "".join(f"<li>{limit}</li>" for limit in _LIMITS)
-    + "</ul></section>"
-)
+
+class Figures(NamedTuple):
+    """Figures of a section, or the package without which they cannot be drawn."""
+
+    figures: Sequence[Any] = ()
+    missing_package: str = ""
 
 
 def write_report(
@@ -45,55 +42,66 @@ def write_report(
     manifest: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page beside ``path``, then rename.
+    """Write the page; an earlier file is replaced only when the new one is complete.
 
     Args:
-        path: the HTML file; ``title``: its heading; ``notes``: sentences below it, for example on missing predictions.
+        path: the HTML file.
+        title: heading of the page.
         runs: per network ``{"name", "aggregate": of metrics.aggregate, "rows"}`` and, where known, ``"parameters"``,
             ``"gflops"``, ``"seconds_per_case"``, ``"present"`` (modalities); rows may name their ``"centre"``.
-        overlays: cases to draw, for example those of `pick_cases`; without runs their volumes are listed.
+        overlays: cases to draw. Without runs their volumes are listed too.
         curves: run name -> rows ``{"epoch", "loss", "loss/<term>", "val_dice"}``; missing or ``None`` values are gaps.
-        manifest: what the run wrote about itself; shown as JSON.
+        manifest: the manifest of the run; shown as JSON.
+        notes: sentences below the heading, for example on missing predictions.
     """
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{escape(title)}</title>',
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n{USE}",
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        *_sections(runs, overlays, curves, manifest),
-        f"</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n",
-    ]
-    write_text("\n".join(parts), path)
+    write_text(render_report(title, runs, overlays, curves, manifest, notes), path)
 
 
-def _sections(
+def render_report(
+    title: str,
     runs: Sequence[Mapping[str, Any]],
     overlays: Sequence[Overlay],
-    curves: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
     manifest: Mapping[str, Any],
-) -> Iterable[str]:
-    texts = dict.fromkeys(pair for run in runs for pair in run["aggregate"]["definitions"].items())
-    definitions = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in texts)
-    drawn = {f"{each.title}: {name}": ml for each in overlays for name, ml in each.millilitres().items()}
-    sections = {
-        "Summary": summary_table(runs) if runs else "",
+    notes: Sequence[str] = (),
+) -> str:
+    """The page as text; see `write_report`."""
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    volumes_ml = {f"{each.title}: {mask}": ml for each in overlays for mask, ml in each.volumes_ml().items()}
+    before_slices = {
+        "Summary": summary_table(runs) if runs else None,
         "By modalities": modality_table(runs),
         "By centre": centre_table(runs),
-        "Volumes": volume_table(drawn) if drawn and not runs else "",
-        "Slices": _drawn(viewers, overlays),
-        "Every case": case_table(runs) if runs else "",
-        "Learning curves": _drawn(curve_figures, curves),
-        "Definitions": f"<dl>{definitions}</dl>" if runs else "",
-        "Manifest": "<details><summary>Configuration, versions, data and seeds</summary>"
-        f"<pre>{escape(json.dumps(manifest, indent=2, default=str, ensure_ascii=False))}</pre></details>",
+        "Volumes": volume_table(volumes_ml) if volumes_ml and not runs else None,
     }
-    return (f"<h2>{heading}</h2>\n{body}" for heading, body in sections.items() if body)
+    after_slices = {"Every case": case_table(runs) if runs else None}
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html").render(
+        title=title,
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'",
+        style=style,
+        script=script,
+        notes=notes,
+        tables_before_slices=[(heading, table) for heading, table in before_slices.items() if table],
+        cases=_figures(lambda: [case_view(overlay, f"case{i}") for i, overlay in enumerate(overlays)]),
+        max_frames=MAX_FRAMES,
+        tables_after_slices=[(heading, table) for heading, table in after_slices.items() if table],
+        curves=_figures(lambda: curve_figures(curves)),
+        definitions=list(dict.fromkeys(pair for run in runs for pair in run["aggregate"]["definitions"].items())),
+        manifest=json.dumps(manifest, indent=2, default=str, ensure_ascii=False),
+    )
 
 
-def _drawn(draw: Callable[[Any], Iterable[str]], data: Any) -> str:
+def _figures(draw: Callable[[], Sequence[Any]]) -> Figures:
     try:
-        return "\n".join(draw(data)) if data else ""
+        return Figures(draw())
     except ImportError as error:
-        return f"<p>No figures: {escape(str(error.name).partition('.')[0])} is not installed.</p>"
+        return Figures(missing_package=str(error.name).partition(".")[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring masks on disk: right numbers, nothing forgiven, nothing hidden."""
+"""Scores of masks on disk: exact numbers, every failure counted and every problem reported."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def cube(shift: int = 0) -> Any:
 
 @pytest.fixture(autouse=True)
 def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds: only tests that speak of outlines in their names draw them."""
+    """Drawing takes seconds: only tests with "outlines" in their names draw."""
     if "outlines" not in request.node.name:
         monkeypatch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
 
 
 @pytest.fixture
 def cohort(tmp_path: Path, write_nifti: Any) -> list[dict[str, Any]]:
-    """Six cases and, in ``masks``, what a network may have left behind."""
+    """Six cases and, in the folder ``masks``, predictions of every kind."""
     empty, masks = np.zeros(SHAPE, np.uint8), tmp_path / "masks"
-    half = np.diag([0.75, 1.0, 1.25, 1.0])  # voxels of half the size, two axes the other way round, the same place
+    half = np.diag([0.75, 1.0, 1.25, 1.0])  # voxels of half the size, two axes flipped, same position
     half[:3, 3] = AFFINE[:3, :3] @ [24 - 0.75, 20 - 0.75, -0.25]
     fine = cube()[::-1, ::-1].repeat(2, 0).repeat(2, 1).repeat(2, 2)
-    made = {
+    masks_by_case = {
         "A_same": (cube(), (cube(), AFFINE)),
         "B_shifted": (cube(), (cube(2), AFFINE)),
         "C_other_grid": (cube(), (fine, half)),
@@ -55,7 +55,7 @@ def cohort(tmp_path: Path, write_nifti: Any) -> list[dict[str, Any]]:
         "F_unlabelled": (None, (cube(), AFFINE)),
     }
     cases = []
-    for name, (label, prediction) in made.items():
+    for name, (label, prediction) in masks_by_case.items():
         image = write_nifti(tmp_path / name / "ct.nii.gz", (100 * cube()).astype(np.int16), AFFINE)
         case = {"case_id": name, "patient_id": f"patient {name[0]}", "image": str(image), "ct": str(image)}
         if label is not None:
@@ -78,8 +78,8 @@ def read(path: Path) -> dict[str, dict[str, str]]:
         return {row["case_id"]: row for row in csv.DictReader(file)}
 
 
-def strict(path: Path) -> dict[str, Any]:
-    """JSON without NaN or infinity."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read JSON; NaN and infinity are errors."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in {path}")
@@ -87,7 +87,7 @@ def strict(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(), parse_constant=refuse)  # type: ignore[no-any-return]
 
 
-def test_every_case_has_its_row_with_the_values_of_arithmetic(cohort: Any, tmp_path: Path) -> None:
+def test_every_case_has_a_row_with_exact_values(cohort: Any, tmp_path: Path) -> None:
     run(cohort, tmp_path)
     rows = read(tmp_path / "out" / "cases.csv")
     assert list(rows) == ["A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"]
@@ -107,9 +107,9 @@ def test_every_case_has_its_row_with_the_values_of_arithmetic(cohort: Any, tmp_p
     assert rows["D_missing"]["volume_ml"] == ""
 
 
-def test_the_summary_counts_a_missing_mask_as_the_worst_value(cohort: Any, tmp_path: Path) -> None:
+def test_a_missing_mask_counts_as_the_worst_value_in_the_summary(cohort: Any, tmp_path: Path) -> None:
     returned = run(cohort, tmp_path)
-    summary = strict(tmp_path / "out" / "summary.json")
+    summary = read_json(tmp_path / "out" / "summary.json")
     assert summary == json.loads(json.dumps(returned))
     whole = summary["aggregate"]
     assert (whole["n"], whole["n_patients"]) == (5, 5)
@@ -119,7 +119,7 @@ def test_the_summary_counts_a_missing_mask_as_the_worst_value(cohort: Any, tmp_p
     assert whole["metrics"]["hd95_mm"]["worst_filled"]["mean"] == pytest.approx((0 + 3 + 0 + DIAGONAL) / 4)
 
 
-def test_what_is_missing_extra_or_without_reference_is_listed_and_logged(
+def test_missing_masks_extra_files_and_cases_without_reference_are_listed_and_logged(
     cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -132,7 +132,7 @@ def test_what_is_missing_extra_or_without_reference_is_listed_and_logged(
         assert name in caplog.text
 
 
-def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_report_contains_numbers_cases_and_outlines(cohort: Any, tmp_path: Path, capsys: Any) -> None:
     run(cohort, tmp_path)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "network &lt;X&gt;" in page
@@ -145,16 +145,16 @@ def test_the_report_holds_numbers_cases_and_outlines(cohort: Any, tmp_path: Path
     assert "| network \\<X> | 0.917" in capsys.readouterr().out
 
 
-def test_the_masks_manifest_is_kept_unless_it_is_of_other_cases(cohort: Any, tmp_path: Path) -> None:
+def test_the_manifest_of_the_inference_is_kept_unless_it_lists_other_cases(cohort: Any, tmp_path: Path) -> None:
     run(cohort, tmp_path)
     path = tmp_path / "out" / "manifest.json"
-    made = strict(path)
-    assert made["data"] == cohort
-    path.write_text(json.dumps({**made, "wall_seconds": 12.0, "seed": 41}))  # as the inference leaves it
+    manifest = read_json(path)
+    assert manifest["data"] == cohort
+    path.write_text(json.dumps({**manifest, "wall_seconds": 12.0, "seed": 41}))  # as the inference writes it
     assert run(cohort, tmp_path)["seconds_per_case"] == pytest.approx(12 / 6)
-    assert strict(path)["seed"] == 41
+    assert read_json(path)["seed"] == 41
     assert run(cohort[:3], tmp_path)["seconds_per_case"] is None
-    assert strict(path)["data"] == cohort[:3]
+    assert read_json(path)["data"] == cohort[:3]
 
 
 def test_parameters_and_operations_of_a_network_are_counted(cohort: Any, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_several_classes_are_scored_as_their_union(cohort: Any, tmp_path: Path, 
     label = cube() * 3
     label[8:12] *= 2  # the values 3 and 6 mean the classes 1 and 2
     prediction = cube()
-    prediction[10:16] *= 2  # another border between the classes
+    prediction[10:16] *= 2  # the classes meet at another border
     case = {**cohort[0], "label": str(write_nifti(tmp_path / "classes.nii.gz", label, AFFINE))}
     write_nifti(tmp_path / "masks" / "A_same.nii.gz", prediction, AFFINE)
     run([case], tmp_path, labels=[[0], [3], [6]])
@@ -185,22 +185,22 @@ def test_a_cohort_without_any_reference_is_refused(cohort: Any, tmp_path: Path) 
 
 
 def test_a_folder_of_masks_that_does_not_exist_is_named(cohort: Any, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder of masks at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"Folder of masks not found: .*nowhere"):
         run(cohort, tmp_path, predictions=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("which", ["label", "mask"])
-def test_values_that_the_mapping_does_not_know_are_refused_with_the_file(
+def test_values_outside_of_labels_are_refused_with_the_path(
     cohort: Any, tmp_path: Path, write_nifti: Any, which: str
 ) -> None:
     path = Path(cohort[0]["label"]) if which == "label" else tmp_path / "masks" / "A_same.nii.gz"
     write_nifti(path, cube() * 7, AFFINE)
-    with pytest.raises(ValueError, match=rf"{path.name} holds the values 7, which"):
+    with pytest.raises(ValueError, match=rf"{path.name} contains the values 7, which"):
         run(cohort[:1], tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
+def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_last(
     cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -224,7 +224,7 @@ def test_a_comparison_has_a_line_per_evaluation_and_outlines_of_the_last(
     assert cells[1][2].startswith("0.875 [")
     assert [row[5] for row in cells] == ["1", "0"]  # failures
     assert (tmp_path / "both" / "table.md").read_text() == text + "\n"
-    assert strict(tmp_path / "both" / "manifest.json")["data"] == cohort
+    assert read_json(tmp_path / "both" / "manifest.json")["data"] == cohort
     page = (tmp_path / "both" / "report.html").read_text()
     assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "worst: B_shifted", "student"))
 
@@ -236,14 +236,16 @@ def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort:
         assert "data:image/webp" not in (tmp_path / "both" / "report.html").read_text()
 
 
-def test_a_folder_without_an_evaluation_is_named(cohort: Any, tmp_path: Path) -> None:
+def test_a_folder_without_an_evaluation_is_refused(cohort: Any, tmp_path: Path) -> None:
     run(cohort, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"masks holds no summary\.json"):
+    with pytest.raises(FileNotFoundError, match=r"masks contains no summary\.json"):
         compare([str(tmp_path / "out"), str(tmp_path / "masks")], str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
 
 
-def test_a_network_that_misses_everything_is_shown_with_its_failures(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_table_shows_the_failures_of_a_network_that_misses_everything(
+    cohort: Any, tmp_path: Path, capsys: Any
+) -> None:
     run(cohort[3:4], tmp_path, name="a|b \\ c\nd")
     name, *cells = re.split(r" (?<!\\)\| ", capsys.readouterr().out.splitlines()[2].removeprefix("| "))
     assert name == r"a\|b \\ c d"
@@ -252,29 +254,30 @@ def test_a_network_that_misses_everything_is_shown_with_its_failures(cohort: Any
 
 
 @pytest.mark.parametrize("file", ["summary.json", "manifest.json"])
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "[1]", "{}", '"text"', '{"data": [[], []]}', '{"aggregate": {}}', "\xff"]
-)
-def test_a_cut_or_foreign_file_in_an_evaluations_folder_is_named(
-    content: str, file: str, cohort: Any, tmp_path: Path
+def test_a_damaged_or_foreign_file_is_refused_and_replaced_by_the_next_evaluation(
+    file: str, cohort: Any, tmp_path: Path
 ) -> None:
-    run(cohort, tmp_path)
+    case = cohort[:1]
+    run(case, tmp_path)
     path = tmp_path / "out" / file
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"^{path} is not what `evaluate` writes: run it again.$"):
-        compare([str(tmp_path / "out")], str(tmp_path / "both"))
-    assert not (tmp_path / "both").exists()
-    run(cohort, tmp_path)  # writes it anew
+    keys = read_json(path).keys()
+    for content in ("", "{", "[]", "[1]", "{}", '"text"', '{"data": [[], []]}', '{"aggregate": {}}', "\xff"):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=f"^{path} is damaged or was not written by `evaluate`. Run"):
+            compare([str(tmp_path / "out")], str(tmp_path / "both"))
+        assert not (tmp_path / "both").exists()
+        run(case, tmp_path)
+        assert read_json(path).keys() == keys
     compare([str(tmp_path / "out")], str(tmp_path / "both"))
 
 
-@pytest.mark.parametrize("key", ["name", "aggregate", "predictions", "parameters", "gflops", "seconds_per_case"])
-def test_a_summary_that_lacks_what_the_report_needs_is_named(key: str, cohort: Any, tmp_path: Path) -> None:
+def test_a_summary_without_a_needed_value_is_refused(cohort: Any, tmp_path: Path) -> None:
     summary = run(cohort[:1], tmp_path)
-    del summary[key]
-    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(ValueError, match=r"summary\.json is not what `evaluate` writes"):
-        compare([str(tmp_path / "out")], str(tmp_path / "both"))
+    for key in ("name", "aggregate", "predictions", "parameters", "gflops", "seconds_per_case"):
+        rest = {name: value for name, value in summary.items() if name != key}
+        (tmp_path / "out" / "summary.json").write_text(json.dumps(rest))
+        with pytest.raises(ValueError, match=r"summary\.json is damaged or was not written by `evaluate`"):
+            compare([str(tmp_path / "out")], str(tmp_path / "both"))
 
 
 def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: Path) -> None:
@@ -282,13 +285,13 @@ def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: 
     assert run(cohort, tmp_path, intensity=intensity)["present"] == ["ct", "pet"]
     part = run(cohort, tmp_path, intensity=intensity, present=["pet"])
     assert (part["name"], part["present"]) == ("network <X> (pet only)", ["pet"])
-    assert strict(tmp_path / "out" / "summary.json")["present"] == ["pet"]
+    assert read_json(tmp_path / "out" / "summary.json")["present"] == ["pet"]
     with pytest.raises(ValueError, match="present is \\['mr'\\]: name one or more of ct, pet"):
         run(cohort, tmp_path, intensity=intensity, present=["mr"])
 
 
-def test_the_outlines_of_a_reference_follow_the_mapping_of_its_values(cohort: Any, tmp_path: Path) -> None:
-    """A value that the mapping calls background is neither scored nor drawn."""
+def test_the_outlines_of_a_reference_follow_labels(cohort: Any, tmp_path: Path) -> None:
+    """A value that `labels` maps to background is neither scored nor drawn."""
     image = sitk.ReadImage(cohort[0]["label"])
     values = sitk.GetArrayFromImage(image)
     values[0, 0, :] = 9
@@ -301,7 +304,7 @@ def test_the_outlines_of_a_reference_follow_the_mapping_of_its_values(cohort: An
     assert page.count(f"Volume: reference {CUBE_ML:.2f} ml, prediction {CUBE_ML:.2f} ml") == 3
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_outlines_are_still_drawn(
+def test_an_unreadable_image_is_logged_and_the_outlines_are_still_drawn(
     cohort: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tmp_path / "A_same" / "pet.nii.gz"
@@ -317,7 +320,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_outlines_are_still_drawn(
 def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: Any, tmp_path: Path) -> None:
     cases = [{**case, "centre": "North" if case["case_id"] < "C" else "S<ou>th"} for case in cohort]
     run(cases, tmp_path)
-    compare([str(tmp_path / "out")], str(tmp_path / "both"))  # its manifest remembers the data list
+    compare([str(tmp_path / "out")], str(tmp_path / "both"))  # its manifest contains the data list
     for folder in ("out", "both"):
         page = (tmp_path / folder / "report.html").read_text()
         rows = re.findall(r'<th scope="row">(North|S&lt;ou&gt;th)<small>(\d) cases', page)
@@ -326,7 +329,7 @@ def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: An
     assert "centre" not in (tmp_path / "out" / "cases.csv").read_text()
 
 
-def test_evaluations_of_several_subsets_of_modalities_are_compared(cohort: Any, tmp_path: Path) -> None:
+def test_evaluations_with_different_modalities_are_compared(cohort: Any, tmp_path: Path) -> None:
     for present, name in ((None, "all"), (["pet"], "pet")):
         run(cohort, tmp_path, intensity={"ct": [0, 1], "pet": [0, 1]}, present=present, output_dir=str(tmp_path / name))
     compare([str(tmp_path / "pet"), str(tmp_path / "all")], str(tmp_path / "both"))

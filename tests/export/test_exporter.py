@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The export end to end on phantoms: what passes is written, what fails is not, and the verbs use what was written."""
+"""The export: models that pass are written, others are refused, and the verbs use the exported files."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from scripts.cli.main import main
-from scripts.export import converters as conversion
-from scripts.export import exporter as export
-from scripts.export import parity
-from scripts.export.parity import Figures, Gate, dice, failures, mean
+from scripts.export import converters, exporter
+from scripts.export.parity import Comparison, gate_failures, mean_of_defined
 from scripts.networks import Student
 from scripts.utils.checksums import sha256
 
@@ -33,12 +31,11 @@ TINY = [
     "--data", "phantom", "--threads", "1", "--device", "cpu", "--set", "patch=[32,32,16]", "--set", "spacing=[8,8,8]",
     "--set", "student_features=[8,16,16,16]",
 ]  # fmt: skip
-LENIENT = {"bf16": Gate(0.9), "int8": Gate(0.5, validation=0.5)}  # random weights decide nothing clearly
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Random weights of the tiny student, alone in their folder."""
+    """Random weights of the tiny student, the only file of their folder."""
     return _write_weights(tmp_path / "run")
 
 
@@ -58,22 +55,14 @@ def _names(folder: Path) -> set[str]:
 
 
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return line
+    """The error sentence; a progress bar may precede it in its line."""
+    _, prefix, sentence = capsys.readouterr().err.partition("error: ")
+    assert prefix
+    assert sentence.count("\n") == 1
+    return sentence
 
 
-@pytest.fixture(scope="module")
-def exported(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Weights with every format and precision beside them; read only."""
-    weights = _write_weights(tmp_path_factory.mktemp("exported"))
-    with pytest.MonkeyPatch.context() as patch:
-        for precision, gate in LENIENT.items():
-            patch.setitem(parity.GATES, precision, gate)
-        assert _export(weights, "--dataset-dir", cohort, "--precisions", "fp32", "bf16", "int8") == 0
-    return weights
-
-
-def test_the_record_says_what_was_measured_on_what(exported: Path) -> None:
+def test_the_record_lists_files_measurements_cases_and_versions(exported: Path) -> None:
     folder = exported.with_name("model_export")
     record = json.loads((folder / "export.json").read_text())
     assert record["weights_sha256"] == sha256(exported)
@@ -92,9 +81,10 @@ def test_the_record_says_what_was_measured_on_what(exported: Path) -> None:
 
 
 def test_no_file_holds_a_path_of_this_machine(exported: Path, cohort: Path) -> None:
+    assert cohort.is_relative_to(exported.parents[1])
     for path in exported.with_name("model_export").iterdir():
         content = path.read_bytes()
-        for secret in (ROOT, cohort, exported.parent, Path(sys.prefix)):
+        for secret in (ROOT, exported.parents[1], Path(sys.prefix)):
             assert str(secret).encode() not in content, path
 
 
@@ -107,7 +97,7 @@ def test_torchscript_gives_pytorchs_logits(exported: Path) -> None:
         torch.testing.assert_close(scripted(image), student(image), atol=1e-5, rtol=1e-5)
 
 
-def test_segment_gives_the_same_mask_by_every_engine(
+def test_segment_writes_the_same_mask_with_every_engine(
     exported: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case, masks = cohort / "PHANTOM_001", {}
@@ -119,99 +109,130 @@ def test_segment_gives_the_same_mask_by_every_engine(
     for engine in ("torch", "openvino", "onnxruntime"):
         output = tmp_path / f"{engine}.nii.gz"
         options = ["--engine", engine, "--precision", "fp32", "--weights", exported, "--output", output]
-        assert main([str(x) for x in ("segment", *TINY, *files, *options)]) == 0
-        said = capsys.readouterr()
-        assert f"--engine {engine} --engine_precision fp32" in said.out
+        assert main([str(x) for x in ("segment", "--verbose", *TINY, *files, *options)]) == 0
+        assert f"--engine {engine} --engine_precision fp32" in capsys.readouterr().out
         masks[engine] = np.asarray(nib.load(output).dataobj) > 0
     assert masks["torch"].any()
     for engine in ("openvino", "onnxruntime"):
         assert 2 * (masks[engine] & masks["torch"]).sum() >= 0.999 * (masks[engine].sum() + masks["torch"].sum())
 
 
-def test_evaluate_takes_an_engine_and_refuses_a_stale_one_in_one_sentence(
+def test_evaluate_runs_an_engine_and_refuses_files_of_other_weights(
     exported: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = _write_weights(tmp_path, seed=1)
     (tmp_path / "model_export").symlink_to(exported.with_name("model_export"))
     common = ["evaluate", *TINY, "--dataset-dir", str(cohort), "--fold", "0", "--output-dir", str(tmp_path / "out")]
     assert main([*common, "--weights", str(weights), "--engine", "openvino"]) == 1
-    assert "are of weights with the sha256" in _error(capsys)
+    assert "were exported from weights with the sha256" in _error(capsys)
     assert main([*common, "--weights", str(exported), "--engine", "openvino", "--precision", "fp32"]) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["parameters"] > 0
 
 
-def test_the_onnx_window_has_to_be_the_inferers(
+def test_the_patch_must_be_the_window_of_the_onnx_model(
     exported: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--dataset-dir", str(cohort), "--fold", "0", "--output-dir", str(tmp_path), "--weights", str(exported)]
     assert main(["evaluate", *TINY, "--set", "patch=[32,32,32]", *options, "--engine", "onnxruntime"]) == 1
-    assert "takes windows of (32, 32, 16) voxels only, and patch is (32, 32, 32)" in _error(capsys)
+    assert "runs on windows of (32, 32, 16) voxels only, but patch is (32, 32, 32)" in _error(capsys)
 
 
-def test_a_float32_model_that_differs_leaves_nothing_behind(
-    weights: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def _network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1)).eval()
+
+
+def _volume(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(int(case["case_id"]))
+    label = torch.zeros(1, 20, 20, 20)
+    label[:, 5:15, 5:15, 5:15] = 1
+    return {"image": torch.randn(2, 20, 20, 20, generator=generator), "label": label}
+
+
+def _export_network(folder: Path, **options: Any) -> dict[str, Any]:
+    """Export a network of two convolutions for OpenVINO, without a config: 4 training and 2 validation cases."""
+    torch.save({"model": _network().state_dict()}, folder / "model.pt")
+    cases = [{"case_id": str(i), "label": "label.nii.gz"} for i in range(6)]
+    settings: dict[str, Any] = {
+        "split": [cases[:4], cases[4:]],
+        "preprocessing": _volume,
+        "formats": ["openvino"],
+        "precisions": ["fp32"],
+        **options,
+    }
+    return exporter.export(
+        network=_network(1),
+        weights=str(folder / "model.pt"),
+        inferer=lambda image, network: network(image),
+        modalities=["ct", "pet"],
+        window=(16, 16, 16),
+        threads=1,
+        **settings,
+    )
+
+
+def test_a_float32_model_that_differs_is_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert = conversion.to_openvino
+    convert = converters.to_openvino
 
     def corrupted(network: nn.Module, *others: Any) -> None:
+        changed = copy.deepcopy(network)
         with torch.no_grad():
-            network.head.conv.bias += 0.01
-        convert(network, *others)
-        with torch.no_grad():
-            network.head.conv.bias -= 0.01
+            changed[2].bias += 0.01
+        convert(changed, *others)
 
-    monkeypatch.setattr(conversion, "to_openvino", corrupted)
-    assert _export(weights, "--dataset-dir", cohort, "--formats", "openvino", "--precisions", "fp32") == 1
-    error = _error(capsys)
-    assert error.startswith("error: Nothing was written: openvino fp32 was refused, since its logits differ by 0.01")
-    assert _names(weights.parent) == {"model.pt"}
+    monkeypatch.setattr(converters, "to_openvino", corrupted)
+    with pytest.raises(
+        ValueError, match=r"^Nothing was written: openvino fp32 was refused, since its logits differ by"
+    ):
+        _export_network(tmp_path)
+    assert _names(tmp_path) == {"model.pt"}
 
 
-def test_a_bad_int8_model_is_refused_and_the_others_are_written(
-    weights: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_inaccurate_int8_model_is_refused_and_the_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def noisy(source: Path, patches: list[torch.Tensor], path: Path) -> None:
+    def other_weights(source: Path, patches: list[torch.Tensor], path: Path) -> None:
         assert len(patches) == 4 * 4  # four training cases
-        conversion.to_openvino(_load(_write_weights(path.parent.parent / "other", seed=3)), 3, (32, 32, 16), path)
+        converters.to_openvino(_network(3), 2, (16, 16, 16), path)
 
-    monkeypatch.setattr(conversion, "to_int8", noisy)
-    options = ["--formats", "openvino", "--precisions", "fp32", "int8"]
-    assert _export(weights, "--dataset-dir", cohort, *options) == 1
-    assert "The others were written, but openvino int8 was refused, since its mask Dice" in _error(capsys)
-    folder = weights.with_name("model_export")
+    monkeypatch.setattr(converters, "to_int8", other_weights)
+    words = r"^openvino int8 was refused, since its mask Dice .*The other models were written\.$"
+    with pytest.raises(ValueError, match=words):
+        _export_network(tmp_path, precisions=["fp32", "int8"])
+    folder = tmp_path / "model_export"
     assert _names(folder) == {"export.json", "fp32.xml", "fp32.bin"}
     record = json.loads((folder / "export.json").read_text())
     assert list(record["models"]) == ["openvino fp32"]
     assert record["refused"]["openvino int8"]["mask_dice"] < 0.99
 
 
-def _load(path: Path) -> Student:
-    student = Student(3, 2, (8, 16, 16, 16)).eval()
-    student.load_state_dict(torch.load(path, weights_only=True)["model"])
-    return student
-
-
-def test_without_data_phantoms_are_compared_on_and_an_earlier_export_is_replaced(
+def test_without_a_data_set_the_command_compares_on_phantoms(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "PHANTOMS", 1)
-    folder = tmp_path / "elsewhere" / "model_export"
-    folder.mkdir(parents=True)
-    (folder / "int8.xml").write_text("of an earlier export")
-    options = ["--formats", "openvino", "--precisions", "fp32", "--output-dir", folder.parent]
+    monkeypatch.setattr(exporter, "PHANTOMS", 1)
+    options = ["--formats", "openvino", "--precisions", "fp32", "--output-dir", tmp_path / "elsewhere"]
     assert _export(weights, *options) == 0
     assert "| openvino fp32 |" in capsys.readouterr().out
-    assert (
-        "phantoms of seed 7, no patients" in json.loads((folder / "export.json").read_text())["compared_on"]["source"]
-    )
-    assert _names(folder) == {"export.json", "fp32.xml", "fp32.bin"}
-    assert _names(folder.parent) == {"model_export"}
+    record = json.loads((tmp_path / "elsewhere" / "model_export" / "export.json").read_text())
+    assert "phantoms of seed 7, no patients" in record["compared_on"]["source"]
     assert _names(weights.parent) == {"model.pt"}
 
 
-def test_phantoms_stand_in_for_other_modalities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "PHANTOMS", 1)
-    cases, source = export._cases([[], []], ["t2w", "pet", "adc", "hbv"], tmp_path)
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere" / "model_export"
+    folder.mkdir(parents=True)
+    (folder / "int8.xml").write_text("of an earlier export")
+    _export_network(tmp_path, output_dir=str(folder.parent))
+    assert _names(folder) == {"export.json", "fp32.xml", "fp32.bin"}
+    assert _names(folder.parent) == {"model_export"}
+    assert _names(tmp_path) == {"model.pt", "elsewhere"}
+
+
+def test_phantom_images_are_used_for_any_modalities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "PHANTOMS", 1)
+    cases, source = exporter.comparison_cases([[], []], ["t2w", "pet", "adc", "hbv"], tmp_path)
     names = {key: Path(cases[0][key]).name.split("_")[0] for key in ("image", "t2w", "pet", "adc", "hbv")}
     assert names == {"image": "CT", "t2w": "CT", "pet": "PET", "adc": "MR", "hbv": "CT"}
     assert "no patients" in source
@@ -226,7 +247,7 @@ def test_phantoms_stand_in_for_other_modalities(tmp_path: Path, monkeypatch: pyt
         (["--precisions", "int8"], "nncf", 'nncf is not installed: pip install ".[fast]"'),
     ],
 )
-def test_what_cannot_be_exported_ends_in_one_sentence(
+def test_an_impossible_export_is_refused_before_anything_is_written(
     weights: Path,
     arguments: list[str],
     absent: str,
@@ -241,9 +262,9 @@ def test_what_cannot_be_exported_ends_in_one_sentence(
     assert _names(weights.parent) == {"model.pt"}
 
 
-def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="Unknown 'tensorrt'"):
-        export._check(["tensorrt"], ["fp32"], [[], []])
+def test_unknown_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Unknown 'tensorrt'\. Choose from: onnx, openvino, torchscript"):
+        _export_network(tmp_path, formats=["tensorrt"])
 
 
 def test_the_printed_line_names_the_four_configs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,13 +275,9 @@ def test_the_printed_line_names_the_four_configs(capsys: pytest.CaptureFixture[s
     assert "--fold 2 --formats '[\"onnx\"]'" in line
 
 
-def test_dice_and_its_mean_leave_out_what_is_undefined() -> None:
-    a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, True])
-    assert dice(a, b) == 0.5
-    assert dice(a, ~a) == 0.0
-    assert dice(a & ~a, b & ~b) is None
-    assert mean([0.5, None, 1.0]) == 0.75
-    assert mean([None]) is None
+def test_the_mean_leaves_out_undefined_values() -> None:
+    assert mean_of_defined([0.5, None, 1.0]) == 0.75
+    assert mean_of_defined([None]) is None
 
 
 @pytest.mark.parametrize(
@@ -280,31 +297,33 @@ def test_dice_and_its_mean_leave_out_what_is_undefined() -> None:
         ("int8", (5.0, 1.0, None), "its validation Dice is None"),
     ],
 )
-def test_the_gates(precision: str, figures: tuple[Any, ...], words: str) -> None:
+def test_a_model_beyond_a_limit_is_refused_with_the_reason(
+    precision: str, figures: tuple[Any, ...], words: str
+) -> None:
     keys = ("logits_max_abs", "mask_dice", "validation_dice")
-    found = failures(precision, dict(zip(keys, figures, strict=True)), {"validation_dice": 0.5})
-    assert bool(found) == bool(words)
-    assert words in " ".join(found)
+    reasons = gate_failures(precision, dict(zip(keys, figures, strict=True)), {"validation_dice": 0.5})
+    assert bool(reasons) == bool(words)
+    assert words in " ".join(reasons)
 
 
-def test_logits_that_are_not_numbers_are_not_finite() -> None:
-    assert Figures([1e-6, float("nan"), 0.0], [1.0], [1.0], [1.0]).summary()["logits_max_abs"] is None
+def test_nan_logits_have_no_largest_difference() -> None:
+    assert Comparison([1e-6, float("nan"), 0.0], [1.0], [1.0], [1.0]).figures()["logits_max_abs"] is None
 
 
-def test_patches_are_drawn_alike_half_of_them_on_the_foreground() -> None:
+def test_patches_are_reproducible_and_every_second_one_holds_foreground() -> None:
     label = torch.zeros(1, 40, 40, 10)
     label[0, 2:4, 30:33, 5] = 1
     cases = [{"image": torch.arange(16000.0).view(1, 40, 40, 10), "label": label}]
-    patches = conversion.draw_patches(cases, (16, 16, 16), each=6)
-    again = conversion.draw_patches(cases, (16, 16, 16), each=6)
+    patches = converters.draw_patches(cases, (16, 16, 16), each=6)
+    again = converters.draw_patches(cases, (16, 16, 16), each=6)
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
     assert all(patch.shape == (1, 1, 16, 16, 16) for patch in patches)
-    inside = set(cases[0]["image"][label > 0].tolist())
-    assert all(inside & set(patch.flatten().tolist()) for patch in patches[::2])
+    foreground = set(cases[0]["image"][label > 0].tolist())
+    assert all(foreground & set(patch.flatten().tolist()) for patch in patches[::2])
     assert all((patch[..., 10:] == 0).all() for patch in patches)
 
 
 @pytest.mark.real
-def test_the_shipped_weights_pass_every_gate_but_int8s_on_patients(require_data: Any, tmp_path: Path) -> None:
+def test_the_shipped_weights_pass_the_float32_and_bf16_gates_on_patients(require_data: Any, tmp_path: Path) -> None:
     arguments = ["export", "--data", "sts", "--dataset-dir", str(require_data("sts")), "--output-dir", str(tmp_path)]
     assert main([*arguments, "--threads", "1", "--device", "cpu", "--precisions", "fp32", "bf16"]) == 0

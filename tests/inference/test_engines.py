@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every engine answers as PyTorch does, at any batch and size that it takes; the right one is chosen, and says why."""
+"""Every engine gives PyTorch's logits for each batch and size that it runs on; the choice of the engine is logged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from scripts.cli.options import build_parser
-from scripts.export import converters as conversion
-from scripts.inference import engine_choice, engines
-from scripts.inference.engine_choice import ENGINES, PRECISIONS, Engine, choose_engine
+from scripts.cli.main import main
+from scripts.inference import ENGINES, PRECISIONS, engine_choice, engines
+from scripts.inference.engine_choice import Engine, choose_engine
 from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, TorchEngine, UnavailableError
 from scripts.networks import Student
 from scripts.utils.checksums import sha256
@@ -53,32 +52,20 @@ def student() -> Student:
 
 
 @pytest.fixture(scope="module")
-def files(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``model.pt`` and ``model_export`` with a float32 and an int8 model; read only."""
+def files(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model.pt`` and ``model_export`` with float32, bf16 and int8 models, on any CPU; read only."""
     root = tmp_path_factory.mktemp("weights")
-    folder = root / "model_export"
-    folder.mkdir()
-    torch.save({"model": student.state_dict()}, root / "model.pt")
-    conversion.to_onnx(student, 3, WINDOW, folder / "model.onnx")
-    conversion.to_openvino(student, 3, WINDOW, folder / "fp32.xml")
-    patches = [_image(1, 3, *WINDOW, seed=i) for i in range(8)]
-    conversion.to_int8(folder / "fp32.xml", patches, folder / "int8.xml")
-    models = {
-        "onnxruntime fp32": ["model.onnx"],
-        "openvino fp32": ["fp32.xml", "fp32.bin"],
-        "openvino bf16": ["fp32.xml", "fp32.bin"],
-        "openvino int8": ["int8.xml", "int8.bin"],
-    }
-    record: dict[str, Any] = {"weights_sha256": sha256(root / "model.pt"), "models": {}}
-    for name, parts in models.items():
-        record["models"][name] = {"file": parts[0], "files": {part: sha256(folder / part) for part in parts}}
-    (folder / "export.json").write_text(json.dumps(record))
+    shutil.copytree(exported.parent, root, dirs_exist_ok=True)
+    path = root / "model_export" / "export.json"
+    record = json.loads(path.read_text())
+    record["models"]["openvino bf16"] = record["models"]["openvino fp32"]  # a CPU without bf16 has not exported it
+    path.write_text(json.dumps(record))
     return root
 
 
 @pytest.fixture
 def own_files(files: Path, tmp_path: Path) -> Path:
-    """The same, for changing."""
+    """A copy of ``files`` that a test may change."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -88,27 +75,27 @@ def own_files(files: Path, tmp_path: Path) -> Path:
 def test_openvino_gives_pytorchs_logits_at_any_batch_and_size(
     student: Student, files: Path, batch: int, size: tuple[int, ...]
 ) -> None:
-    # 32 x 32 x 16 has as many cells on the deepest grid as the attention has heads, where OpenVINO's own
-    # fused attention is wrong.
+    # With 32 x 32 x 16 the deepest grid has as many cells as the attention has heads: there OpenVINO's fused attention
+    # is wrong.
     image = _image(batch, 3, *size)
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     assert engine.window is None
     torch.testing.assert_close(engine(image), _answer(student, image), atol=1e-5, rtol=1e-5)
 
 
-def test_large_images_get_a_model_of_their_own_size_and_the_same_logits(
+def test_a_large_image_gets_a_model_of_its_own_size_with_the_same_logits(
     student: Student, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "STATIC", 48 * 32 * 32)
+    monkeypatch.setattr(engines, "LARGE_IMAGE_VOXELS", 48 * 32 * 32)
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     for size in ((48, 32, 32), (32, 32, 32), (64, 32, 32), (48, 32, 32)):
         image = _image(1, 3, *size)
         torch.testing.assert_close(engine(image), _answer(student, image), atol=1e-5, rtol=1e-5)
-    assert engine.large[0] == (1, 3, 48, 32, 32)
+    assert engine.large_shape == (1, 3, 48, 32, 32)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_onnx_runtime_gives_pytorchs_logits_at_any_batch_in_its_window(
+def test_onnx_runtime_gives_pytorchs_logits_at_any_batch_for_its_window(
     student: Student, files: Path, batch: int
 ) -> None:
     engine = ONNXRuntimeEngine(files / "model_export" / "model.onnx", 1)
@@ -118,18 +105,18 @@ def test_onnx_runtime_gives_pytorchs_logits_at_any_batch_in_its_window(
 
 
 @pytest.mark.parametrize(("precision", "share"), [("bf16", 0.03), ("int8", 0.3)])
-def test_fewer_bits_stay_near(student: Student, files: Path, precision: str, share: float) -> None:
+def test_bf16_and_int8_stay_close_to_pytorch(student: Student, files: Path, precision: str, share: float) -> None:
     name = "int8.xml" if precision == "int8" else "fp32.xml"
     image = _image(2, 3, *WINDOW, seed=5)
     expected = _answer(student, image)
-    found = OpenVINOEngine(files / "model_export" / name, precision, 1)(image)
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    logits = OpenVINOEngine(files / "model_export" / name, precision, 1)(image)
+    difference = float((logits - expected).abs().max() / expected.abs().max())
     assert difference < share
-    assert difference > 1e-5 or not engines.cpu_has_bf16()  # or the hint did nothing
+    assert difference > 1e-5 or not engines.cpu_has_bf16()  # otherwise the precision hint had no effect
 
 
 @pytest.mark.skipif(not engines.cpu_has_bf16(), reason="the CPU has no bf16")
-def test_in_bf16_what_reads_the_image_and_what_gives_the_logits_stays_in_float32(files: Path) -> None:
+def test_in_bf16_the_first_and_the_last_convolution_stay_in_float32(files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "bf16", 1)
     engine(_image(1, 3, *WINDOW))
     precisions = {}
@@ -145,8 +132,8 @@ def test_in_bf16_what_reads_the_image_and_what_gives_the_logits_stays_in_float32
     assert precisions["encoder.0.1.conv"] == "bf16"
 
 
-def test_a_signal_after_engines_have_gone_does_no_harm(files: Path) -> None:
-    """OpenVINO's Cores leave a freed stack for signals when they end in the order in which they began."""
+def test_a_signal_after_the_engines_are_freed_does_not_crash(files: Path) -> None:
+    """OpenVINO's Cores restore a freed signal stack when they end in the order in which they began."""
     code = f"""
 import gc, os, signal
 from scripts.inference.engines import OpenVINOEngine, cpu_has_bf16
@@ -163,7 +150,7 @@ os.kill(os.getpid(), signal.SIGCHLD)
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_what_one_call_gave_is_not_overwritten_by_the_next(files: Path, name: str) -> None:
+def test_the_result_of_a_call_is_not_overwritten_by_the_next_call(files: Path, name: str) -> None:
     engine = choose_engine(name, "fp32", files / "model.pt", _student(), 1)
     first = engine(_image(1, 3, *WINDOW, seed=1))
     kept = first.clone()
@@ -172,7 +159,7 @@ def test_what_one_call_gave_is_not_overwritten_by_the_next(files: Path, name: st
     assert not torch.equal(first, second)
 
 
-def test_openvino_reads_any_layout_and_type(student: Student, files: Path) -> None:
+def test_openvino_accepts_any_memory_layout_and_dtype(student: Student, files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     image = _image(2, 3, *WINDOW)
     expected = _answer(student, image)
@@ -186,11 +173,11 @@ def test_a_sliding_window_over_every_engine_gives_pytorchs_mask(student: Student
     image = _image(1, 3, 40, 36, 20)
     expected = inferer(image, lambda window: _answer(student, window))
     for name in ("torch", "openvino", "onnxruntime"):
-        found = inferer(image, Engine(student, str(files / "model.pt"), name, "fp32", 1))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        logits = inferer(image, Engine(student, str(files / "model.pt"), name, "fp32", 1))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_pytorch_itself_runs_in_float32_or_bf16(student: Student) -> None:
+def test_the_torch_engine_runs_in_float32_or_bf16(student: Student) -> None:
     image = _image(1, 3, *WINDOW)
     torch.testing.assert_close(TorchEngine(student)(image), student(image), rtol=0, atol=0)
     lowered = TorchEngine(student, "bf16")(image)
@@ -200,18 +187,18 @@ def test_pytorch_itself_runs_in_float32_or_bf16(student: Student) -> None:
         TorchEngine(student, "int8")
 
 
-def test_sizes_that_an_engine_does_not_take_are_named(files: Path) -> None:
+def test_an_unsupported_size_is_refused_with_both_sizes(files: Path) -> None:
     with pytest.raises(ValueError, match=r"1 x 3 x 40 x 32 x 16.*divisible by 16"):
         OpenVINOEngine(files / "model_export" / "fp32.xml")(_image(1, 3, 40, 32, 16))
     with pytest.raises(ValueError, match="1 x 2 x 32 x 32 x 16"):
         OpenVINOEngine(files / "model_export" / "fp32.xml")(_image(1, 2, *WINDOW))
     with pytest.raises(
-        ValueError, match=r"windows of 32 x 32 x 16 voxels, not 32 x 32 x 32: set patch to \[32, 32, 16\]"
+        ValueError, match=r"windows of 32 x 32 x 16 voxels, not 32 x 32 x 32. Set patch to \[32, 32, 16\]"
     ):
         ONNXRuntimeEngine(files / "model_export" / "model.onnx")(_image(1, 3, 32, 32, 32))
 
 
-def test_auto_takes_openvino_where_it_can_and_says_why(
+def test_auto_chooses_openvino_where_it_is_available_and_logs_the_reason(
     student: Student, files: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "scripts.inference.engine_choice")
@@ -224,11 +211,11 @@ def test_auto_takes_openvino_where_it_can_and_says_why(
         choose_engine("openvino", "bf16", files / "model.pt", student)
     assert choose_engine("auto", "int8", files / "model.pt", student).description == "openvino int8"
     assert choose_engine("onnxruntime", "auto", files / "model.pt", student).description == "onnxruntime fp32"
-    with pytest.raises(UnavailableError, match="holds no onnxruntime int8"):
+    with pytest.raises(UnavailableError, match="contains no onnxruntime int8"):
         choose_engine("onnxruntime", "int8", files / "model.pt", student)
 
 
-def test_a_precision_that_did_not_pass_is_not_chosen(student: Student, own_files: Path) -> None:
+def test_a_precision_that_was_refused_at_export_is_not_chosen(student: Student, own_files: Path) -> None:
     path = own_files / "model_export" / "export.json"
     record = json.loads(path.read_text())
     del record["models"]["openvino bf16"], record["models"]["openvino int8"]
@@ -239,25 +226,26 @@ def test_a_precision_that_did_not_pass_is_not_chosen(student: Student, own_files
             choose_engine("openvino", precision, own_files / "model.pt", student)
 
 
-def _gone(root: Path) -> str:
+def _remove_files(root: Path) -> str:
     shutil.rmtree(root / "model_export")
-    return f"no exported files beside {root / 'model.pt'}: python -m scripts export --weights {root / 'model.pt'} makes"
+    weights = root / "model.pt"
+    return f"no exported files next to {weights}. Create them with: python -m scripts export --weights {weights}"
 
 
-def _stale(root: Path) -> str:
+def _change_weights(root: Path) -> str:
     before = sha256(root / "model.pt")
     torch.save({"model": _student(1).state_dict()}, root / "model.pt")
     return f"weights with the sha256 {before[:12]}..., but {root / 'model.pt'} has {sha256(root / 'model.pt')[:12]}..."
 
 
-def _damaged(root: Path) -> str:
+def _damage_file(root: Path) -> str:
     path = root / "model_export" / "fp32.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     return f"{path} is damaged or missing"
 
 
-@pytest.mark.parametrize("spoil", [_gone, _stale, _damaged])
-def test_what_is_missing_stale_or_damaged_is_refused_by_name_and_auto_falls_back_with_the_reason(
+@pytest.mark.parametrize("spoil", [_remove_files, _change_weights, _damage_file])
+def test_missing_stale_or_damaged_files_are_refused_and_auto_falls_back_to_pytorch(
     own_files: Path, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = spoil(own_files)
@@ -271,7 +259,7 @@ def test_what_is_missing_stale_or_damaged_is_refused_by_name_and_auto_falls_back
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_an_engine_that_is_not_installed_is_named(
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(
     student: Student, files: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -283,44 +271,29 @@ def test_an_engine_that_is_not_installed_is_named(
             choose_engine("auto", "int8", files / "model.pt", student)
 
 
-def test_unknown_names_are_refused_at_once(student: Student) -> None:
+def test_unknown_names_are_refused_at_construction(student: Student) -> None:
     with pytest.raises(ValueError, match="Unknown engine 'tensorrt'"):
         Engine(student, "model.pt", "tensorrt")
     with pytest.raises(ValueError, match="Unknown engine precision 'fp8'"):
         Engine(student, "model.pt", "torch", "fp8")
 
 
-def test_the_command_knows_the_engines_names() -> None:
-    def evaluate(args: Any) -> None:
-        """Evaluate."""
-
-    def others(name: str) -> Any:
-        return type(name, (), {"__name__": name, "__doc__": name})
-
-    verbs = (
-        "phantom",
-        "check",
-        "train",
-        "teacher",
-        "cache_teachers",
-        "distill",
-        "segment",
-        "dicom",
-        "export",
-        "report",
-        "benchmark",
-    )
-    parser = build_parser((evaluate, *(others(name) for name in verbs)))
-    for name in ENGINES:
-        assert parser.parse_args(["evaluate", "--engine", name]).engine == name
-    for name in PRECISIONS:
-        assert parser.parse_args(["evaluate", "--precision", name]).precision == name
+def test_the_command_line_accepts_every_engine_and_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, names in (("--engine", ENGINES), ("--precision", PRECISIONS)):
+        for name in names:
+            assert main(["evaluate", "--dry-run", option, name]) == 0
+            assert name in capsys.readouterr().out
 
 
-def test_the_engine_is_chosen_when_the_network_has_its_weights(files: Path) -> None:
-    network = _student(9)  # as a config makes it: the weights come when the run starts
+def test_the_names_of_engines_are_imported_without_pytorch() -> None:
+    code = "import sys, scripts.inference; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_engine_is_chosen_at_the_first_call_when_the_network_has_its_weights(files: Path) -> None:
+    network = _student(9)  # as from a config: the weights are loaded when the run starts
     engine = Engine(network, str(files / "model.pt"), "auto", "fp32", 1)
-    assert engine.chosen is None
+    assert engine.selected is None
     network.load_state_dict(torch.load(files / "model.pt", weights_only=True)["model"])
     image = _image(1, 3, *WINDOW)
     torch.testing.assert_close(engine(image), _answer(network, image), atol=1e-5, rtol=1e-5)
@@ -332,19 +305,21 @@ def test_the_engine_is_chosen_when_the_network_has_its_weights(files: Path) -> N
     assert not network.training
 
 
-def test_files_of_other_settings_are_noticed_at_the_first_window(files: Path, caplog: pytest.LogCaptureFixture) -> None:
-    other = Student(3, 2, (8, 16, 16, 16), norm=("group", {"num_groups": 2})).eval()  # the same weights fit it
+def test_files_exported_with_other_settings_are_detected_at_the_first_window(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Student(3, 2, (8, 16, 16, 16), norm=("group", {"num_groups": 2})).eval()  # accepts the same weights
     other.load_state_dict(torch.load(files / "model.pt", weights_only=True)["model"])
     image = _image(1, 3, *WINDOW)
     with pytest.raises(ValueError, match="openvino fp32 differs from PyTorch by"):
         Engine(other, str(files / "model.pt"), "openvino", "fp32", 1)(image)
     engine = Engine(other, str(files / "model.pt"), "auto", "fp32", 1)
     torch.testing.assert_close(engine(image), _answer(other, image))
-    assert "PyTorch takes over" in caplog.text
+    assert "PyTorch is used instead" in caplog.text
     assert engine.description == "torch fp32"
 
 
-def test_threads_and_hint_reach_openvino(files: Path) -> None:
+def test_threads_and_precision_are_passed_to_openvino(files: Path) -> None:
     engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
     engine(_image(1, 3, *WINDOW))
     compiled = engine.request.get_compiled_model()

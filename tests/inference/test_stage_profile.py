@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profile names every stage once, adds up, and changes no mask."""
+"""The profile lists every stage once, its seconds add up, and it does not change the mask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts.inference.stage_profile import INFERER, NETWORK, REST, START, Profi
 
 
 class Clock:
-    """Time that passes only where it is told to."""
+    """A clock that advances only by ``spend``."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -36,7 +36,7 @@ class Clock:
 
 
 def evaluator(clock: Clock, before: Compose, after: Compose) -> Engine:
-    """An engine with what the profile touches of MONAI's: network and inferer."""
+    """An engine with the attributes of MONAI's evaluator that the profile uses: network and inferer."""
 
     def step(engine: Any, batch: Any) -> Any:
         result = engine.inferer(before(batch), engine.network)
@@ -54,7 +54,7 @@ def evaluator(clock: Clock, before: Compose, after: Compose) -> Engine:
     return engine
 
 
-def test_every_stage_gets_its_seconds(
+def test_seconds_are_assigned_to_their_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
@@ -63,16 +63,16 @@ def test_every_stage_gets_its_seconds(
     engine = evaluator(clock, before, after)
     Profile(before, after, str(tmp_path)).attach(engine)
     engine.run([torch.zeros(1)] * 3)
-    found = json.loads((tmp_path / "profile.json").read_text())
-    seconds = {row["stage"]: row["seconds"] for row in found["stages"]}
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    seconds = {row["stage"]: row["seconds"] for row in profile["stages"]}
     assert seconds == {"Lambda": 3 * 17, NETWORK: 3 * 4, INFERER: 3 * 4, REST: 3 * 16}
-    assert found["cases"] == 3
-    assert found["seconds"] == 3 * (1 + 4 + 4 + 16 + 16)
-    assert sum(row["share"] for row in found["stages"]) == pytest.approx(1)
+    assert profile["cases"] == 3
+    assert profile["seconds"] == 3 * (1 + 4 + 4 + 16 + 16)
+    assert sum(row["share"] for row in profile["stages"]) == pytest.approx(1)
     assert "| network | 4.000 | 10% |" in capsys.readouterr().out
 
 
-def test_starting_the_engine_has_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_the_engine_has_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(profiling, "time", clock)
     nothing = Compose([])
@@ -102,7 +102,7 @@ def test_starting_the_engine_has_a_row_of_its_own(tmp_path: Path, monkeypatch: p
     assert asked == [((1, 2, 3), 7)]
 
 
-def test_segment_prints_the_profile_and_writes_the_same_mask(
+def test_segment_with_profile_prints_the_stages_and_writes_the_same_mask(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from scripts.cli.main import main

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aggregates: arithmetic, the rules for failures, the bootstrap over patients, files."""
+"""Aggregates: arithmetic, failures, the bootstrap over patients, files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_failures_count_at_their_own_image_diagonal_in_worst_filled_distances_on
 
 
 def test_missing_a_tumour_never_improves_the_worst_filled_distance() -> None:
-    """MONAI's trap: [2, 2, missed] averages to 2, better than [2, 2, 5] of the network that found the third tumour."""
+    """Averaging defined values only: [2, 2, missed] gives 2, better than [2, 2, 5] with the third tumour found."""
     found = aggregate([row("a", hd95=2.0), row("b", hd95=2.0), row("c", hd95=5.0)])["metrics"]["hd95_mm"]
     missed = aggregate([row("a", hd95=2.0), row("b", hd95=2.0), row("c", status="missed")])["metrics"]["hd95_mm"]
     assert missed["defined"]["mean"] < found["defined"]["mean"]
@@ -206,12 +206,12 @@ def test_paired_difference_of_equal_rows_is_zero_with_zero_width(mixed) -> None:
     assert (result["n"], result["n_undefined"], result["mean"], result["ci95"]) == (5, 1, 0.0, [0.0, 0.0])
 
 
-def test_paired_difference_charges_a_missed_tumour_unless_asked_not_to() -> None:
+def test_paired_difference_counts_a_missed_tumour_unless_worst_filled_is_off() -> None:
     a = [row("1", hd95=2.0), row("2", hd95=2.0), row("3", status="missed")]
     b = [row("1", hd95=3.0), row("2", hd95=3.0), row("3", hd95=5.0)]
     assert paired_difference(a, b, "hd95_mm")["mean"] == pytest.approx((-1 - 1 + 95) / 3)
-    forgiving = paired_difference(a, b, "hd95_mm", worst_filled=False)
-    assert (forgiving["mean"], forgiving["n"], forgiving["n_undefined"]) == (-1.0, 2, 1)
+    without_failures = paired_difference(a, b, "hd95_mm", worst_filled=False)
+    assert (without_failures["mean"], without_failures["n"], without_failures["n_undefined"]) == (-1.0, 2, 1)
 
 
 def test_pairing_removes_the_spread_between_patients() -> None:
@@ -242,7 +242,7 @@ def test_csv_round_trip_keeps_every_number_and_every_undefined_cell(tmp_path, mi
     assert lines[5] == "e,e,,,,0.3333333333333333,,true_negative,100.0"
 
 
-def test_csv_survives_aggregation_unchanged(tmp_path, mixed) -> None:
+def test_a_table_from_csv_gives_the_same_aggregate(tmp_path, mixed) -> None:
     write_rows(mixed, tmp_path / "cases.csv")
     assert aggregate(read_rows(tmp_path / "cases.csv")) == aggregate(mixed)
 

@@ -94,7 +94,7 @@ def test_flat_directions_stay_finite_and_exact() -> None:
     assert FrechetSemanticDistance()(np.ones((30, 3)), np.ones((30, 3)))["distance"] == 0.0
 
 
-def test_the_zero_line_is_the_distance_of_two_halves_of_the_first_set() -> None:
+def test_the_zero_line_is_the_distance_between_two_halves_of_the_first_set() -> None:
     """Half of the samples at -1, half at +1 in one dimension: a half with k of 4 at +1 has the mean k / 2 - 1."""
     first = np.array([[-1.0], [1.0]] * 4)
     seen = {round(FrechetSemanticDistance(seed)(first, first)["zero"], 9) for seed in range(20)}
@@ -175,8 +175,8 @@ def test_the_result_is_plain_numbers_and_tensors_are_read() -> None:
     [
         ((1, 3), (9, 3), r"at least 2 samples in each set, got \(1, 3\) and \(9, 3\)"),
         ((9, 3), (0, 3), r"at least 2 samples in each set, got \(9, 3\) and \(0, 3\)"),
-        ((9, 3), (9, 4), r"with one M, got \(9, 3\) and \(9, 4\)"),
-        ((9, 3, 2), (9, 3), r"with one M, got \(9, 3, 2\) and \(9, 3\)"),
+        ((9, 3), (9, 4), r"with the same M, got \(9, 3\) and \(9, 4\)"),
+        ((9, 3, 2), (9, 3), r"with the same M, got \(9, 3, 2\) and \(9, 3\)"),
     ],
 )
 def test_bad_shapes_name_both(first: tuple[int, ...], second: tuple[int, ...], message: str) -> None:

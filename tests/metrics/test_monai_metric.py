@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric and the handler against values per case, MONAI's metrics and arithmetic."""
+"""The metric and the handler against `surface_metrics`, MONAI's metrics and arithmetic."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def one_hot(seed: int, shape: tuple[int, ...] = (2, 12, 11, 10)) -> torch.Tensor
     return torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
 
 
-def test_values_per_case_and_channel_are_those_of_the_function() -> None:
+def test_values_per_case_and_channel_equal_surface_metrics() -> None:
     y_pred, y = one_hot(0), one_hot(1)
     values = SurfaceMetrics(spacing=SPACING)(y_pred, y)
     assert values.shape == (2, 2, 3)
     for case in range(2):
         for channel in (1, 2):
             expected = surface_metrics(y_pred[case, channel], y[case, channel], SPACING)
-            found = dict(zip(("dice", "hd95_mm", "assd_mm"), values[case, channel - 1].tolist(), strict=True))
-            assert found == pytest.approx({name: expected[name] for name in found})
+            case_values = dict(zip(("dice", "hd95_mm", "assd_mm"), values[case, channel - 1].tolist(), strict=True))
+            assert case_values == pytest.approx({name: expected[name] for name in case_values})
 
 
-def test_every_reduction_is_that_of_monai() -> None:
+def test_every_reduction_equals_monais() -> None:
     y_pred, y = one_hot(0), one_hot(1)
     y_pred[1, 2] = 0  # missed: no distance there
     for reduction in ("none", "mean", "sum", "mean_batch", "sum_batch", "mean_channel", "sum_channel"):
@@ -61,7 +61,7 @@ def test_every_reduction_is_that_of_monai() -> None:
                 torch.testing.assert_close(result[..., i], expected, atol=1e-4, rtol=0)
 
 
-def test_what_is_not_defined_is_nan_and_left_out_of_the_mean() -> None:
+def test_undefined_values_are_nan_and_left_out_of_the_mean() -> None:
     """Two voxels 4 apart along the first axis; then only a reference; then nothing at all."""
     y_pred, y = torch.zeros(2, 3, 1, 6, 6, 6)
     y_pred[0, 0, 1, 1, 1] = y[0, 0, 5, 1, 1] = y[1, 0, 2, 2, 2] = 1
@@ -83,7 +83,7 @@ def test_the_spacing_comes_from_the_call_then_the_metric_then_the_affine() -> No
     assert hd95(SurfaceMetrics(True), MetaTensor(y_pred, affine=located.affine), y) == 12
     assert hd95(SurfaceMetrics(True, spacing=(2, 1, 1)), y_pred, located) == 8
     assert hd95(SurfaceMetrics(True, spacing=(2, 1, 1)), y_pred, located, spacing=(5, 1, 1)) == 20
-    with pytest.raises(ValueError, match="no size in mm"):
+    with pytest.raises(ValueError, match="voxel size in mm is unknown"):
         SurfaceMetrics(True)(y_pred, y)
 
 
@@ -105,15 +105,15 @@ def test_two_dimensional_masks_are_scored() -> None:
     assert SurfaceMetrics(True, spacing=(1.0, 2.0))(y_pred, y).tolist() == [[[0, 6, 6]]]
 
 
-def test_bad_input_is_told() -> None:
+def test_invalid_input_is_refused() -> None:
     y = torch.zeros(1, 1, 4, 4, 4)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         SurfaceMetrics(spacing=SPACING)(y, y[..., :3])
-    with pytest.raises(ValueError, match="set include_background"):
+    with pytest.raises(ValueError, match="Set include_background"):
         SurfaceMetrics(spacing=SPACING)(y, y)
     with pytest.raises(ValueError, match="holds values other than 0 and 1"):
         SurfaceMetrics(True, spacing=SPACING)(y + 0.5, y)
-    with pytest.raises(ValueError, match="nothing to aggregate"):
+    with pytest.raises(ValueError, match="no values to aggregate"):
         SurfaceMetrics().aggregate()
     with pytest.raises(ValueError, match="unknown value 'iou'"):
         SurfaceMetricsHandler(value="iou")

@@ -41,15 +41,15 @@ def cube(shape: tuple[int, ...], start: tuple[int, ...], size: int) -> np.ndarra
 
 def boundary_by_neighbour_loop(mask: np.ndarray) -> list[tuple[int, ...]]:
     """Mask voxels with a face neighbour that is background or outside of the volume, one voxel at a time."""
-    found = []
+    voxels = []
     for voxel in zip(*np.nonzero(mask), strict=True):
         for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
             other = [int(v) for v in voxel]
             other[axis] += step
             if not 0 <= other[axis] < mask.shape[axis] or not mask[tuple(other)]:
-                found.append(tuple(int(v) for v in voxel))
+                voxels.append(tuple(int(v) for v in voxel))
                 break
-    return found
+    return voxels
 
 
 def linear_percentile(values: np.ndarray, percent: float) -> float:
@@ -200,11 +200,11 @@ def test_real_tumour_outlines_of_ct_and_pet_agree_with_every_second_implementati
 
 
 @pytest.fixture(params=["tree", "map"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to the distances, one after the other."""
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute the distances, one after the other."""
     if request.param == "map":
         pytest.importorskip("edt")
-    monkeypatch.setattr(boundary, "_map_is_faster", lambda *_: request.param == "map")
+    monkeypatch.setattr(boundary, "map_is_faster", lambda *_: request.param == "map")
     return request.param
 
 
@@ -250,7 +250,7 @@ FIXTURES = {
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_both_ways_agree_with_brute_force_and_monai_on_every_fixture(name: str, way: str) -> None:
+def test_tree_and_map_agree_with_brute_force_and_monai(name: str, method: str) -> None:
     a, b = FIXTURES[name]()
     spacing = SPACING[: a.ndim]
     result = surface_metrics(a, b, spacing)
@@ -260,9 +260,7 @@ def test_both_ways_agree_with_brute_force_and_monai_on_every_fixture(name: str, 
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 700])
-def test_the_outline_does_not_depend_on_how_many_slabs_are_done_at_a_time(
-    chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_do_not_depend_on_the_size_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = blobs(5)
     whole = surface_metrics(a, b, SPACING)
     monkeypatch.setattr(boundary, "CHUNK", chunk)
@@ -270,16 +268,16 @@ def test_the_outline_does_not_depend_on_how_many_slabs_are_done_at_a_time(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_outline_and_box_are_those_of_a_loop_over_voxels(seed: int) -> None:
+def test_boundary_and_box_are_those_of_a_loop_over_voxels(seed: int) -> None:
     mask = np.pad(blobs(seed)[0], ((3, 0), (0, 2), (1, 4)))
     box = boundary.bounding_box(mask)
     assert box is not None
     assert all(part.start == hits.min() for part, hits in zip(box, np.nonzero(mask), strict=True))
     assert all(part.stop == hits.max() + 1 for part, hits in zip(box, np.nonzero(mask), strict=True))
-    places, size = boundary.outline(mask, box)
-    corner = np.array([part.start for part in box]) - [0, 1, 1]  # the frame has a margin on all axes but the first
-    found = np.stack(np.unravel_index(places, boundary.frame(box)), 1) + corner
-    assert sorted(map(tuple, found.tolist())) == sorted(boundary_by_neighbour_loop(mask))
+    indices, size = boundary.boundary_voxels(mask, box)
+    corner = np.array([part.start for part in box]) - [0, 1, 1]  # all axes but the first have a margin
+    voxels = np.stack(np.unravel_index(indices, boundary.padded_shape(box)), 1) + corner
+    assert sorted(map(tuple, voxels.tolist())) == sorted(boundary_by_neighbour_loop(mask))
     assert size == mask.sum()
 
 
@@ -294,46 +292,46 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_do_not_depend_on_the_layout_in_memory(layout: str, way: str) -> None:
+def test_values_do_not_depend_on_the_layout_in_memory(layout: str, method: str) -> None:
     a, b = blobs(6)
     expected = pytest.approx(distances(surface_metrics(a, b, SPACING)), abs=1e-6)
     for one, other in ((LAYOUTS[layout](a), LAYOUTS[layout](b)), (a, LAYOUTS[layout](b)), (LAYOUTS[layout](a), b)):
         assert distances(surface_metrics(one, other, SPACING)) == expected
 
 
-def test_a_mask_of_nothing_but_negative_zeros_is_empty() -> None:
-    nothing, some = np.full((3, 3, 3), -0.0), np.ones((3, 3, 3))
-    assert surface_metrics(nothing, some, (1, 1, 1))["status"] == "missed"
-    assert surface_metrics(some, nothing, (1, 1, 1))["status"] == "false_positive"
-    empty = {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
-    assert surface_metrics(nothing, nothing, (1, 1, 1)) == empty
-    assert surface_metrics(np.zeros((0, 3, 3)), np.zeros((0, 3, 3)), (1, 1, 1)) == empty
+def test_a_mask_of_negative_zeros_is_empty() -> None:
+    empty, full = np.full((3, 3, 3), -0.0), np.ones((3, 3, 3))
+    assert surface_metrics(empty, full, (1, 1, 1))["status"] == "missed"
+    assert surface_metrics(full, empty, (1, 1, 1))["status"] == "false_positive"
+    undefined = {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
+    assert surface_metrics(empty, empty, (1, 1, 1)) == undefined
+    assert surface_metrics(np.zeros((0, 3, 3)), np.zeros((0, 3, 3)), (1, 1, 1)) == undefined
 
 
-def test_two_workers_find_what_one_finds(way: str) -> None:
+def test_two_workers_give_the_values_of_one(method: str) -> None:
     a, b = blobs(9, (30, 30, 30))
     assert surface_metrics(a, b, SPACING, workers=2) == surface_metrics(a, b, SPACING)
 
 
-def test_the_map_is_for_rugged_and_distant_boundaries_the_tree_for_compact_and_scattered_ones() -> None:
-    """Numbers of voxels, of boundary voxels on each side, and of voxels in between, as they were measured."""
+def test_rugged_and_distant_boundaries_take_the_map_compact_and_scattered_ones_the_tree() -> None:
+    """Measured numbers of voxels, of boundary voxels of both masks, and their distance in voxels."""
     rugged, distant = (4_251_528, 634_661, 653_942, 0.5), (15_175_336, 78_830, 106_674, 110)
     organ, scattered_lesions = (5_432_416, 78_830, 81_423, 3.2), (20_931_840, 13_771, 14_000, 1)
     small, from_afar_to_a_few = (1_000, 300, 300, 1), (5_056_778, 78_830, 488, 76)
-    assert [boundary._map_is_faster(*sizes) for sizes in (rugged, distant)] == [True, True]
-    assert [boundary._map_is_faster(*sizes) for sizes in (organ, scattered_lesions)] == [False, False]
-    assert [boundary._map_is_faster(*sizes) for sizes in (small, from_afar_to_a_few)] == [False, False]
+    assert [boundary.map_is_faster(*sizes) for sizes in (rugged, distant)] == [True, True]
+    assert [boundary.map_is_faster(*sizes) for sizes in (organ, scattered_lesions)] == [False, False]
+    assert [boundary.map_is_faster(*sizes) for sizes in (small, from_afar_to_a_few)] == [False, False]
 
 
-def test_without_the_package_for_maps_the_tree_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boundary, "_map_is_faster", lambda *_: True)
-    monkeypatch.setattr(boundary, "_distance_maps", lambda: None)
+def test_without_edt_the_tree_computes_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundary, "map_is_faster", lambda *_: True)
+    monkeypatch.setattr(boundary, "import_edt", lambda: None)
     a, b = blobs(1)
     assert distances(surface_metrics(a, b, SPACING)) == pytest.approx(brute_force(a, b, SPACING), abs=1e-9)
 
 
 @needs_sts
-def test_both_ways_equal_monai_on_masks_of_every_modality_against_shifted_copies(way: str) -> None:
+def test_tree_and_map_equal_monai_on_real_masks_against_shifted_copies(method: str) -> None:
     nibabel = pytest.importorskip("nibabel")
     paths = sorted(STS.glob("*/*_mask.nii.gz"))[::19]
     assert paths

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surface metrics take, refuse and call undefined."""
+"""Surface metrics: accepted and refused input, undefined values, Dice of two masks, image diagonal."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.metrics import image_diagonal_mm, surface_metrics
+from scripts.metrics import dice, image_diagonal_mm, surface_metrics
 
 SPACING = (0.7, 1.3, 3.1)
 
@@ -60,6 +61,14 @@ def test_probabilities_and_nan_are_refused_instead_of_thresholded_silently(value
 def test_a_channel_axis_is_refused() -> None:
     with pytest.raises(ValueError, match=r"without batch and channel axes, got shape \(1, 2, 2, 2\)"):
         surface_metrics(np.ones((1, 2, 2, 2)), np.ones((1, 2, 2, 2)), (1, 1, 1))
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor])
+def test_dice_of_arrays_and_tensors_is_undefined_for_two_empty_masks(convert: Any) -> None:
+    a, b = convert([True, True, False, False]), convert([True, False, False, True])
+    assert dice(a, b) == 0.5
+    assert dice(a, ~a) == 0.0
+    assert dice(a & ~a, b & ~b) is None
 
 
 def test_image_diagonal_covers_whole_voxels() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report in a real browser: nothing fails, tables sort, sliders move the slices, it fits a phone and a desk.
+"""The report in Chromium: no errors, tables sort, sliders change the slice, the layout fits a phone and a desktop.
 
-Chromium is driven by its own protocol over two pipes, so that nothing but Chromium has to be installed.
+The tests drive Chromium by its DevTools protocol over two pipes, so that only Chromium has to be installed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--remote-debugging-pipe",
 ]  # fmt: skip
-# The browser reads commands from file 3 and writes answers to file 4.
+# Chromium reads commands from file descriptor 3 and writes answers to 4.
 START = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
 EVIL = "<script>alert(1)</script>"
 WIDTHS = {"phone": 360, "desktop": 1280}
-# Of every element with text of its own: the text, its colour and the colour behind it.
+# Of every visible element with its own text: the text, its colour and its background colour.
 COLOURS = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !["SCRIPT", "OPTION"].includes(
   e.tagName) && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
   let back = e; while (back && getComputedStyle(back).backgroundColor === "rgba(0, 0, 0, 0)") back = back.parentElement;
@@ -48,14 +48,14 @@ COLOURS = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibil
 
 
 class Browser:
-    """One page of a headless Chromium; what it complains of is in ``errors``, what it loads in ``loaded``."""
+    """One page of a headless Chromium; ``errors`` lists errors and warnings, ``loaded`` the requested URLs."""
 
     def __init__(self, profile: Path) -> None:
         ours, theirs = os.pipe(), os.pipe()
-        given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ours[0], theirs[1])]  # out of the way of 3 and 4
-        command = [sys.executable, "-c", START, *map(str, given), CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
-        self.process = subprocess.Popen(command, pass_fds=given, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for end in (ours[0], theirs[1], *given):
+        passed = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ours[0], theirs[1])]  # neither 3 nor 4
+        command = [sys.executable, "-c", START, *map(str, passed), CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
+        self.process = subprocess.Popen(command, pass_fds=passed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for end in (ours[0], theirs[1], *passed):
             os.close(end)
         self.commands, self.answers = os.fdopen(ours[1], "wb", buffering=0), os.fdopen(theirs[0], "rb")
         self.number, self.session, self.rest = 0, "", b""
@@ -75,20 +75,20 @@ class Browser:
         return json.loads(text)  # type: ignore[no-any-return]
 
     def _note(self, message: dict[str, Any]) -> None:
-        method, given = message.get("method"), message.get("params", {})
+        method, params = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(given["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and given["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(given["args"]))
-        elif method == "Log.entryAdded" and given["entry"]["level"] in ("error", "warning"):
-            self.errors.append(given["entry"]["text"])
+            self.errors.append(json.dumps(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.errors.append(params["entry"]["text"])
         elif method == "Page.javascriptDialogOpening":
-            self.errors.append(f"dialog: {given['message']}")
+            self.errors.append(f"dialog: {params['message']}")
         elif method == "Network.requestWillBeSent":
-            self.loaded.append(given["request"]["url"])
+            self.loaded.append(params["request"]["url"])
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol and its answer."""
+        """Send one command of the protocol and return its result."""
         self.number += 1
         command = {"id": self.number, "method": method, "params": params}
         command |= {"sessionId": self.session} if self.session else {}
@@ -99,13 +99,13 @@ class Browser:
         return message["result"]  # type: ignore[no-any-return]
 
     def run(self, code: str) -> Any:
-        """The value of an expression; promises are waited for."""
-        found = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        """Evaluate a JavaScript expression; wait for a promise."""
+        answer = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def open(self, path: Path, width: int = 1280, height: int = 900) -> None:
-        """Load a file, at this size."""
+        """Load a file in a window of this size."""
         self.errors.clear()
         self.loaded.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -128,7 +128,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def picture(self, selector: str = "body") -> bytes:
-        """PNG of an element, however far it reaches beyond the window."""
+        """PNG of an element, including what lies outside of the window."""
         rect = f"document.querySelector('{selector}').getBoundingClientRect()"
         box = self.run(f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])({rect})")
         clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
@@ -154,7 +154,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two evaluations of phantoms: two centres, one failure, one case with a dangerous name."""
+    """A comparison of two evaluations of phantoms: two centres, one failure, one patient id that is markup."""
     import SimpleITK as sitk  # noqa: N813
 
     folder = tmp_path_factory.mktemp("report")
@@ -178,7 +178,7 @@ def page(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def opened(browser: Browser, page: Path) -> Iterator[Browser]:
-    """The report in a desktop's window; whatever is done with it, nothing fails and nothing is loaded."""
+    """The report in a desktop window; after each test there must be no error and no request to the network."""
     browser.open(page)
     yield browser
     assert browser.errors == []
@@ -190,8 +190,8 @@ def column(browser: Browser, number: int) -> list[str]:
     return browser.run(f"[...document.querySelectorAll('.sortable tbody tr')].map(r => r.cells[{number}].textContent)")
 
 
-def test_a_page_with_a_fault_is_noticed(browser: Browser, tmp_path: Path) -> None:
-    """The other tests' ``errors == []`` can fail: a foreign image, a changed script, an exception."""
+def test_a_faulty_page_is_detected(browser: Browser, tmp_path: Path) -> None:
+    """``errors == []`` of the other tests can fail: a blocked image, a script without its hash, an exception."""
     policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; script-src 'sha256-AAAA'\">"
     bad = {"image": f"{policy}<img src='https://localhost/x.png'>", "script": f"{policy}{EVIL}"}
     bad["exception"] = "<script>nothing.at.all()</script>"
@@ -204,14 +204,14 @@ def test_a_page_with_a_fault_is_noticed(browser: Browser, tmp_path: Path) -> Non
         assert browser.errors, name
 
 
-def test_what_files_call_themselves_stays_text(opened: Browser) -> None:
+def test_markup_in_names_stays_text(opened: Browser) -> None:
     assert EVIL in column(opened, 2)
     assert f"{EVIL} South" in column(opened, 3)
     assert opened.run("document.scripts.length") == 1
 
 
 @pytest.mark.parametrize("by", ["mouse", "keyboard"])
-def test_a_press_on_a_columns_name_sorts_by_its_values_up_and_down(opened: Browser, by: str) -> None:
+def test_pressing_a_column_title_sorts_by_exact_values_in_both_directions(opened: Browser, by: str) -> None:
     dice, header = 5, "document.querySelectorAll('.sortable th')[5]"
     before = column(opened, dice)
     assert opened.run(f"{header}.textContent") == "Dice"
@@ -232,17 +232,17 @@ def test_a_press_on_a_columns_name_sorts_by_its_values_up_and_down(opened: Brows
 
 
 @pytest.mark.parametrize("number", [0, 4, 8], ids=["axial", "coronal", "sagittal"])
-def test_arrow_keys_on_a_slider_change_the_slice_and_say_which(opened: Browser, number: int) -> None:
+def test_arrow_keys_on_a_slider_change_the_slice_and_announce_its_number(opened: Browser, number: int) -> None:
     plane = f".case:nth-of-type({number // 3 + 1}) .plane:nth-of-type({number % 3 + 2})"
     slider = f"document.querySelector('{plane} input')"
-    places = opened.run(f"document.querySelector('{plane}').dataset.places").split()
+    slice_numbers = opened.run(f"document.querySelector('{plane}').dataset.sliceNumbers").split()
     opened.run(f"{slider}.focus()")
     opened.key("Home", 36)
     seen = []
-    for place in places[:3]:
-        said = opened.run(f"[{slider}.ariaValueText, document.querySelector('{plane} output').textContent]")
-        assert said[0] == said[1]
-        assert said[0].startswith(f"slice {place} of ")
+    for slice_number in slice_numbers[:3]:
+        announced, shown = opened.run(f"[{slider}.ariaValueText, document.querySelector('{plane} output').textContent]")
+        assert announced == shown
+        assert announced.startswith(f"slice {slice_number} of ")
         seen.append(opened.picture(f"{plane} .frame"))
         opened.key("ArrowRight", 39)
     assert len(set(seen)) == 3
@@ -250,11 +250,11 @@ def test_arrow_keys_on_a_slider_change_the_slice_and_say_which(opened: Browser, 
     assert opened.picture(f"{plane} .frame") == seen[0]
 
 
-def test_the_frame_that_a_slider_shows_is_the_one_of_its_place_in_the_strip(opened: Browser) -> None:
-    opened.run("document.querySelector('.outlined').click()")  # hides the outlines
+def test_the_slider_shows_the_frame_of_its_position(opened: Browser) -> None:
+    opened.run("document.querySelector('.show-outlines').click()")  # hides the outlines
     source = opened.run("document.querySelector('.frame img').src")
     strip = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("L")
-    count = len(opened.run("document.querySelector('.plane').dataset.places").split())
+    count = len(opened.run("document.querySelector('.plane').dataset.sliceNumbers").split())
     opened.run("document.querySelectorAll('.frame i').forEach(letter => letter.remove())")
     differences = []
     for at in range(count):
@@ -274,9 +274,9 @@ def test_the_outlines_can_be_hidden(opened: Browser) -> None:
         return int((np.ptp(pixels, axis=2) > 60).sum())
 
     assert colourful() > 50
-    opened.click(".outlined")
+    opened.click(".show-outlines")
     assert colourful() == 0
-    opened.click(".outlined")
+    opened.click(".show-outlines")
     assert colourful() > 50
 
 
@@ -285,20 +285,20 @@ def test_text_has_a_contrast_of_at_least_4_5(opened: Browser, scheme: str) -> No
     opened.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def luminance(colour: str) -> float:
-        found = np.array([float(n) for n in colour[colour.index("(") + 1 : -1].split(",")][:3]) / 255
-        linear = np.where(found <= 0.04045, found / 12.92, ((found + 0.055) / 1.055) ** 2.4)
+        srgb = np.array([float(n) for n in colour[colour.index("(") + 1 : -1].split(",")][:3]) / 255
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
         return float(linear @ (0.2126, 0.7152, 0.0722))
 
-    found = opened.run(COLOURS)
+    texts = opened.run(COLOURS)
     opened.call("Emulation.setEmulatedMedia", features=[])
-    assert len(found) > 150
+    assert len(texts) > 150
     low = {}
-    for text, *colours in found:
+    for text, *colours in texts:
         bright, dark = sorted(map(luminance, colours), reverse=True)
         if (ratio := (bright + 0.05) / (dark + 0.05)) < 4.5:
             low[text] = (ratio, colours)
     assert low == {}
-    ink = luminance(found[0][1])
+    ink = luminance(texts[0][1])
     assert ink < 0.1 if scheme == "light" else ink > 0.5
 
 

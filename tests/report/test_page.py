@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: self-contained, escaped, accessible, complete."""
+"""The HTML report is self-contained, escaped, accessible and complete."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 
 from scripts.metrics import aggregate
-from scripts.report import Overlay, pick_cases, write_report
+from scripts.report import Overlay, write_report
+from scripts.report.page import TEMPLATES
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "img", "br", "input"}
@@ -99,7 +101,7 @@ def page(tmp_path_factory) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_nothing_is_loaded_from_anywhere(page) -> None:
+def test_the_page_loads_nothing(page) -> None:
     for tag, attributes, _ in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "base"}
         for name in ("src", "href", "srcset", "action", "data"):
@@ -111,7 +113,7 @@ def test_nothing_is_loaded_from_anywhere(page) -> None:
     assert policy.startswith("default-src 'none'; img-src data:")
 
 
-def test_names_from_files_are_text_and_never_markup(page) -> None:
+def test_text_from_files_is_never_markup(page) -> None:
     assert len(page.attributes("script")) == 1
     assert EVIL not in page.text
     assert page.texts("title") == page.texts("h1") == [f"Title {EVIL} & more"]
@@ -120,12 +122,12 @@ def test_names_from_files_are_text_and_never_markup(page) -> None:
     assert page.texts("figcaption")[0].startswith(f"worst case: {EVIL}Volume: ")
 
 
-def test_the_only_script_is_the_one_that_the_policy_allows(page) -> None:
+def test_the_content_security_policy_allows_the_one_script_by_its_hash(page) -> None:
     digest = base64.b64encode(hashlib.sha256(page.texts("script")[0].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page.attributes("meta")[2]["content"]
 
 
-def test_every_image_has_an_alt_text_and_decodes(page) -> None:
+def test_every_image_decodes_and_has_an_alternative_text(page) -> None:
     image_module = pytest.importorskip("PIL.Image")
     images = page.attributes("img")
     panels = 2 * 3 * 2  # cases, planes, modalities
@@ -137,13 +139,13 @@ def test_every_image_has_an_alt_text_and_decodes(page) -> None:
             empty = ": pet," in attributes["alt"]  # an image of zeros
             assert (np.asarray(image.convert("L")).std() > 5) != empty
     alts = [attributes["alt"] for attributes in images]
-    assert alts[1::2][:panels] == [""] * panels  # outlines: what they show is said above them
+    assert alts[1::2][:panels] == [""] * panels  # outlines: the legend describes them
     assert alts[0] == f"worst case: {EVIL}: ct, axial, outlines of reference and prediction"
     assert len(set(alts[0 : 2 * panels : 2])) == panels
     assert alts[-2] == r"Validation Dice by epoch; last values: _student $\foo$ 0.5"
 
 
-def test_the_page_says_that_it_is_for_research_only_and_fits_a_phone(page) -> None:
+def test_the_intended_use_is_stated_first_and_the_viewport_fits_a_phone(page) -> None:
     assert page.texts("p")[0] == (
         "For research only: not a medical device, "
         "not for diagnosis, treatment planning or any decision about a patient."
@@ -151,7 +153,7 @@ def test_the_page_says_that_it_is_for_research_only_and_fits_a_phone(page) -> No
     assert page.texts("h2")[0] == "Intended use and limits"
     assert len(page.texts("li")) == 4
     before = [tag for tag, _, _ in page.elements][: [tag for tag, _, _ in page.elements].index("p")]
-    assert not {"table", "figure", "img"} & set(before)  # at the head
+    assert not {"table", "figure", "img"} & set(before)  # the statement comes first
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.attributes("meta")
     assert page.attributes("html") == [{"lang": "en"}]
 
@@ -176,7 +178,7 @@ def test_every_case_of_every_run_has_a_row_with_dashes_where_undefined(page) -> 
     assert rows[4][0] == f"alone {EVIL}"
 
 
-def test_columns_sort_by_keyboard_and_by_exact_values(page) -> None:
+def test_sortable_columns_have_buttons_and_exact_values(page) -> None:
     assert page.texts("button") == [
         *("Network", "Case", "Patient", "Status", "Dice", "HD95 mm", "ASSD mm", "Volume ml", "Reference ml")
     ]
@@ -199,12 +201,12 @@ def test_every_table_header_has_a_scope_and_every_control_a_name(page) -> None:
         assert re.fullmatch(r"slice \d+ of (12|10|8)", slider["aria-valuetext"])
 
 
-def test_volumes_of_the_shown_cases_are_in_millilitres(page) -> None:
+def test_the_volumes_of_the_drawn_cases_are_given_in_millilitres(page) -> None:
     box = 6 * 4 * 4 * 1.0 * 1.0 * 3.0 / 1000  # voxels times mm3
     assert page.texts("small").count(f"Volume: reference {box:.2f} ml, prediction {box:.2f} ml") == 2
 
 
-def test_centres_have_a_table_of_their_own_and_a_column(tmp_path) -> None:
+def test_centres_have_their_own_table_and_a_column_in_the_case_table(tmp_path) -> None:
     rows = [case("a", 0.9) | {"centre": "X<1>"}, case("b", 0.5) | {"centre": "Y"}, case("c", 0.7) | {"centre": "X<1>"}]
     write_report(tmp_path / "r.html", "t", [run("r", [*rows, case("d", status="missed")])], [], {}, {})
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
@@ -219,10 +221,10 @@ def test_centres_have_a_table_of_their_own_and_a_column(tmp_path) -> None:
     assert page.texts("button")[3] == "Centre"
 
 
-def test_modalities_have_a_table_where_evaluations_differ_in_them(tmp_path) -> None:
+def test_evaluations_with_different_modalities_have_a_table_by_modalities(tmp_path) -> None:
     whole = run("net", [case("a", 0.9), case("b", 0.7)], present=["ct", "pet"])
     part = run("net (pet only)", [case("b", 0.6), case("a", 0.5)], present=["pet"])
-    other = run("old", [case("a", 0.3)])  # says nothing of its modalities
+    other = run("old", [case("a", 0.3)])  # without the key `present`
     write_report(tmp_path / "r.html", "t", [part, other, whole], [], {}, {})
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     first, second = page.rows(1)
@@ -234,9 +236,9 @@ def test_modalities_have_a_table_where_evaluations_differ_in_them(tmp_path) -> N
         assert "By modalities" not in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_a_mask_without_reference_has_its_volume_and_no_scores(tmp_path) -> None:
-    drawn = overlay("one <case>")
-    alone = Overlay(drawn.title, drawn.images, None, drawn.prediction, drawn.spacing)
+def test_a_mask_without_reference_is_listed_with_its_volume_and_without_scores(tmp_path) -> None:
+    both = overlay("one <case>")
+    alone = Overlay(both.title, both.images, None, both.prediction, both.spacing)
     write_report(tmp_path / "r.html", "t", [], [alone], {}, {})
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert page.texts("h2") == ["Intended use and limits", "Volumes", "Slices", "Manifest"]
@@ -245,7 +247,7 @@ def test_a_mask_without_reference_has_its_volume_and_no_scores(tmp_path) -> None
     assert "reference" not in page.texts("span")
 
 
-def test_definitions_and_intervals_are_explained_once(page) -> None:
+def test_definitions_of_metrics_and_intervals_are_listed_once(page) -> None:
     terms = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert "95th percentiles" in terms["hd95_mm"]
     assert "50 resamples of the patients with replacement" in terms["ci95"]
@@ -253,7 +255,7 @@ def test_definitions_and_intervals_are_explained_once(page) -> None:
     assert len(page.texts("dt")) == len(terms)
 
 
-def test_manifest_is_complete_json_in_a_collapsed_block(page) -> None:
+def test_the_manifest_is_complete_json_in_a_collapsed_block(page) -> None:
     assert "open" not in page.attributes("details")[0]
     expected = {"command": EVIL, "url": "https://example.org/x.js", "seed": 0, "path": str(Path("models") / "x.pt")}
     assert json.loads(page.texts("pre")[0]) == expected
@@ -287,19 +289,21 @@ def test_importing_the_report_imports_neither_matplotlib_nor_nibabel() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
+def test_an_installed_package_contains_every_template() -> None:
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = root / "scripts" / "report"
+    packaged = {path for pattern in patterns["scripts.report"] for path in folder.glob(pattern)}
+    assert packaged == {path for path in TEMPLATES.rglob("*") if path.is_file()}
+    assert len(packaged) == 6
+
+
 def test_a_failing_report_leaves_the_old_one(tmp_path) -> None:
     path = tmp_path / "r.html"
     path.write_text("old")
     with pytest.raises(KeyError):
         write_report(path, "t", [{"name": "no aggregate"}], [], {}, {})
     assert path.read_text() == "old"
-
-
-def test_pick_cases_takes_best_lower_median_and_worst_with_ties_by_case_id() -> None:
-    rows = [case("d", 0.9), case("b", 0.9), case("e", 0.1), case("c", 0.1), case("x", status="error"), case("m", 0.5)]
-    assert pick_cases(rows) == {"best": "b", "median": "m", "worst": "c"}
-    assert pick_cases([case("a", 0.2), case("b", 0.4)]) == {"best": "b", "median": "a", "worst": "a"}
-    assert pick_cases([case("a", status="true_negative")]) == pick_cases([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,7 @@ def test_pick_cases_takes_best_lower_median_and_worst_with_ties_by_case_id() -> 
         ({"spacing": (1, 1, 0)}, "spacing must hold 3 finite positive values"),
     ],
 )
-def test_an_overlay_that_does_not_fit_is_refused_by_title(changed, message) -> None:
+def test_an_inconsistent_overlay_is_refused_by_its_title(changed, message) -> None:
     good = overlay("case 7")
     fields = {name: getattr(good, name) for name in ("images", "reference", "prediction", "spacing")}
     with pytest.raises(ValueError, match=f"case 7.*{message}"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report shows of a case lies where the network saw it, whatever the files' grids and formats."""
+"""Images of a report are read as the network reads them and lie on the grid of the mask."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from scripts.cli.main import main
 from scripts.data import Rules
 from scripts.image_io.reader import read_itk
 from scripts.networks import Student
-from scripts.report.case_view import report_mask, show
+from scripts.report.case_images import load_overlay
+from scripts.report.mask_report import write_mask_report
 
 TINY = ["--data", "phantom", "--threads", "1", "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]"]
 TINY += ["--set", "student_features=[8,8,8,8]", "--engine", "torch"]
 
 
 def oblique() -> sitk.Image:
-    """An image whose grid is turned, anisotropic and off the origin."""
+    """An image on an oblique, anisotropic grid away from the origin."""
     rng = np.random.default_rng(4)
     image = sitk.GetImageFromArray(rng.normal(size=(5, 6, 7)).astype(np.float32))
     cosine, sine = np.cos(0.3), np.sin(0.3)
@@ -37,24 +38,24 @@ def oblique() -> sitk.Image:
 
 @pytest.fixture
 def _locale_stays() -> Iterator[None]:
-    """ITK's DICOM writer leaves the locale C behind, in which later tests read text as ASCII."""
+    """ITK's DICOM writer sets the locale to C, in which later tests would read text as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.mark.parametrize("name", ["image.nii.gz", "image.mha"])
-def test_an_image_is_read_on_the_grid_that_itk_reads(name: str, tmp_path: Path) -> None:
+def test_a_file_is_read_with_the_voxels_and_the_grid_that_itk_reads(name: str, tmp_path: Path) -> None:
     image = oblique()
     sitk.WriteImage(image, str(tmp_path / name))
-    found = read_itk(str(tmp_path / name), Rules())
+    image_read = read_itk(str(tmp_path / name), Rules())
     for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-        np.testing.assert_allclose(getattr(found, get)(), getattr(image, get)(), atol=1e-5)
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(image))
+        np.testing.assert_allclose(getattr(image_read, get)(), getattr(image, get)(), atol=1e-5)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image_read), sitk.GetArrayFromImage(image))
 
 
 @pytest.mark.usefixtures("_locale_stays")
-def test_a_folder_of_dicom_files_is_shown_like_a_file(tmp_path: Path) -> None:
+def test_a_folder_of_dicom_files_is_read_like_a_file(tmp_path: Path) -> None:
     voxels = np.random.default_rng(0).integers(-1000, 1000, (4, 6, 5)).astype(np.int16)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -67,31 +68,33 @@ def test_a_folder_of_dicom_files_is_shown_like_a_file(tmp_path: Path) -> None:
             image.SetMetaData(key, value)
         writer.SetFileName(str(tmp_path / f"{z}.dcm"))
         writer.Execute(image)
-    found = read_itk(str(tmp_path), Rules())
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), voxels)
-    np.testing.assert_allclose(found.GetSpacing(), (2, 2, 3))
+    image_read = read_itk(str(tmp_path), Rules())
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image_read), voxels)
+    np.testing.assert_allclose(image_read.GetSpacing(), (2, 2, 3))
 
 
-def test_channels_of_a_4d_file_are_told_apart(tmp_path: Path, write_nifti: Any) -> None:
+def test_one_channel_of_a_4d_file_is_read(tmp_path: Path, write_nifti: Any) -> None:
     voxels = np.random.default_rng(1).normal(size=(4, 5, 6, 3)).astype(np.float32)
     path = str(write_nifti(tmp_path / "all.nii.gz", voxels, np.diag([1, 2, 3, 1])))
     for channel in range(3):
-        found = sitk.GetArrayFromImage(read_itk(path, Rules(), channel)).T
-        np.testing.assert_array_equal(found, voxels[..., channel])
+        image_read = sitk.GetArrayFromImage(read_itk(path, Rules(), channel)).T
+        np.testing.assert_array_equal(image_read, voxels[..., channel])
 
 
-def test_an_image_on_another_grid_is_brought_onto_the_masks(tmp_path: Path, write_nifti: Any) -> None:
+def test_an_image_on_another_grid_is_resampled_onto_the_grid_of_the_mask(tmp_path: Path, write_nifti: Any) -> None:
     ramp = np.arange(8, dtype=np.float32)[:, None, None] * np.ones((8, 4, 4), np.float32)
     path = str(write_nifti(tmp_path / "ct.nii.gz", ramp, np.diag([-2.0, -2, 2, 1])))  # 2 mm along the patient's left
     grid = sitk.Image((6, 4, 4), sitk.sitkUInt8)
     grid.SetOrigin((3, 0, 0))
-    drawn = show("a", {"ct": (path, 0)}, grid, np.zeros((4, 4, 6), bool), None, {"ct": [0, 7], "mr": "zscore"})
-    np.testing.assert_allclose(drawn.images["CT"][:, 0, 0], (3 + np.arange(6)) / 2)
-    assert drawn.axcodes == "LPS"
-    assert drawn.window("CT") == (0, 7)
+    overlay = load_overlay(
+        "a", {"ct": (path, 0)}, grid, np.zeros((4, 4, 6), bool), None, {"ct": [0, 7], "mr": "zscore"}
+    )
+    np.testing.assert_allclose(overlay.images["CT"][:, 0, 0], (3 + np.arange(6)) / 2)
+    assert overlay.axcodes == "LPS"
+    assert overlay.window("CT") == (0, 7)
 
 
-def test_segment_writes_a_report_beside_its_mask_where_it_is_asked_to(
+def test_segment_writes_a_report_only_with_report(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -115,10 +118,10 @@ def test_segment_writes_a_report_beside_its_mask_where_it_is_asked_to(
     assert "CT</b><small>-200 to 300</small>" in page
 
 
-def test_the_report_of_a_mask_needs_neither_manifest_nor_readable_images(tmp_path: Path, write_nifti: Any) -> None:
+def test_a_mask_report_needs_neither_a_manifest_nor_readable_images(tmp_path: Path, write_nifti: Any) -> None:
     mask = write_nifti(tmp_path / "m.nii.gz", np.ones((4, 4, 4), np.uint8))
-    path = report_mask(mask, {"ct": str(tmp_path / "nowhere.nii.gz")})
+    path = write_mask_report(mask, {"ct": str(tmp_path / "nowhere.nii.gz")})
     assert path == tmp_path / "m.report.html"
     assert "<b>no image</b>" in path.read_text()
     (tmp_path / "m.manifest.json").write_text(json.dumps({"seed": 4711}))
-    assert "4711" in report_mask(mask, {}).read_text()
+    assert "4711" in write_mask_report(mask, {}).read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slices of the report: which are shown, what lies where in them, and how their outlines run."""
+"""The slice viewer of the report: chosen slices, orientation, scale, grey levels and outlines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scripts.report import Overlay, overlay, slice_figure, style, viewer
-from scripts.report.viewer import FRAMES, SIDE, STRIP_BYTES
+from scripts.report import Overlay, slice_figure
+from scripts.report.page import TEMPLATES, render_report
+from scripts.report.slice_figure import literal_text
+from scripts.report.slice_frames import LONGER_SIDE, STRIP_BYTES, grey_frame, grey_strip, outline_frame
+from scripts.report.slice_viewer import MAX_FRAMES, slice_indices
 
-REFERENCE, PREDICTION = 1, 2  # colours of the outlines
+REFERENCE, PREDICTION = 1, 2  # palette indices of the outlines
 
 
 def case(axcodes: str = "RAS") -> Overlay:
-    """A box and its shifted copy on noise, given on axes that point to ``axcodes``."""
+    """A box and its shifted copy on noise, stored on axes that point to ``axcodes``."""
     reference = np.zeros((12, 10, 8), dtype=np.uint8)
     reference[3:9, 2:6, 2:7] = 1
     image = np.random.default_rng(0).normal(size=reference.shape)
@@ -31,36 +34,40 @@ def case(axcodes: str = "RAS") -> Overlay:
     return Overlay("a", {"ct": volumes[0]}, volumes[1], volumes[2], step, axcodes)
 
 
-def frames(html: str, kind: str) -> list[Any]:
-    """Per plane the frame that is shown first, in grey levels (webp) or numbers of colours (png)."""
-    found = []
+def page(overlay: Overlay) -> str:
+    return render_report("", [], [overlay], {}, {})
+
+
+def first_frames(html: str, kind: str) -> list[Any]:
+    """Per plane the frame that is shown first, in grey levels (webp) or palette indices (png)."""
+    frames = []
     for block in html.split('<div class="plane"')[1:]:
-        count, at = (int(n) for n in re.search(r"--frames:(\d+);--at:(\d+)", block).groups())
+        count, current = (int(n) for n in re.search(r"--frames:(\d+);--current:(\d+)", block).groups())
         data = re.search(rf"data:image/{kind};base64,([^\"]+)", block)[1]
         strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         strip = strip[..., 0] if strip.ndim == 3 else strip
         width = strip.shape[1] // count
         assert (width, strip.shape[0]) == tuple(int(n) for n in re.search(r"aspect-ratio:(\d+)/(\d+)", block).groups())
-        found.append(strip[:, at * width : (at + 1) * width])
-    return found
+        frames.append(strip[:, current * width : (current + 1) * width])
+    return frames
 
 
 def test_the_same_anatomy_in_another_orientation_gives_the_same_page() -> None:
-    assert viewer.viewer(case(), "c") == viewer.viewer(case("SLP"), "c")
+    assert page(case()) == page(case("SLP"))
     other = case("SLP")
     wrong = Overlay(other.title, other.images, other.reference, other.prediction, other.spacing, "ILP")
-    assert viewer.viewer(case(), "c") != viewer.viewer(wrong, "c")
+    assert page(case()) != page(wrong)
 
 
 def test_frames_are_in_mm_and_show_the_largest_reference_area_in_radiological_view() -> None:
     image = np.zeros((6, 5, 4))
     image[4, 3, 2] = 1.0  # towards the patient's right, front and head
     drawn = Overlay("", {"ct": image}, image > 0, image > 0, (1.0, 2.0, 3.0), windows={"ct": (0, 1)})
-    html = viewer.viewer(drawn, "c")
+    html = page(drawn)
     # Width and height in mm; the voxel's middle from the left and from the top, in voxels and in all.
     expected = [((6, 10), (1.5, 6), (1.5, 5)), ((6, 12), (1.5, 6), (1.5, 4)), ((10, 12), (3.5, 5), (1.5, 4))]
-    for frame, (extent, across, down) in zip(frames(html, "webp"), expected, strict=True):
-        width, height = (round(SIDE * length / max(extent)) for length in extent)
+    for frame, (extent, across, down) in zip(first_frames(html, "webp"), expected, strict=True):
+        width, height = (round(LONGER_SIDE * length / max(extent)) for length in extent)
         assert frame.shape == (height, width)
         rows, columns = np.nonzero(frame > 128)
         assert rows.mean() == pytest.approx(height * down[0] / down[1], abs=2)
@@ -68,21 +75,21 @@ def test_frames_are_in_mm_and_show_the_largest_reference_area_in_radiological_vi
     assert re.findall(r"slice (\d of \d)</output>", html) == ["3 of 4", "4 of 5", "2 of 6"]
 
 
-def test_outlines_run_along_the_masks_border_one_solid_and_one_dashed() -> None:
+def test_outlines_follow_the_border_of_the_mask_solid_for_the_reference_and_dashed_for_the_prediction() -> None:
     reference, prediction = np.zeros((2, 16, 16), dtype=bool)
     reference[2:10, 4:12] = prediction[6:14, 2:6] = True  # rows from the bottom
-    drawn = viewer.outline({"reference": reference, "prediction": prediction}, (64, 64))
+    drawn = outline_frame({"reference": reference, "prediction": prediction}, (64, 64))
     border = np.zeros((64, 64), dtype=bool)
     border[64 - 40 : 64 - 8, 16:48] = True
     border[64 - 38 : 64 - 10, 18:46] = False
-    only = viewer.outline({"reference": reference, "prediction": ~reference & False}, (64, 64))
+    only = outline_frame({"reference": reference, "prediction": ~reference & False}, (64, 64))
     corners = np.logical_xor(only == REFERENCE, border)
     assert corners.sum() <= 4 * 8  # where bilinear edges are round
     assert not (only == PREDICTION).any()
     rows, columns = np.nonzero(drawn == PREDICTION)
     assert (rows.min(), columns.min()) >= (64 - 56, 8)
     assert (rows.max(), columns.max()) <= (64 - 24 - 1, 23)
-    solid = viewer.outline({"reference": prediction, "prediction": ~prediction & False}, (64, 64)) == REFERENCE
+    solid = outline_frame({"reference": prediction, "prediction": ~prediction & False}, (64, 64)) == REFERENCE
     assert 0.3 < (drawn == PREDICTION).sum() / solid.sum() < 0.7
     assert solid[drawn == PREDICTION].all()
 
@@ -90,7 +97,7 @@ def test_outlines_run_along_the_masks_border_one_solid_and_one_dashed() -> None:
 def test_a_lesion_smaller_than_a_pixel_is_outlined() -> None:
     cut = np.zeros((1024, 1024), dtype=bool)
     cut[300, 700] = True
-    drawn = viewer.outline({"reference": cut, "prediction": ~cut & False}, (256, 256))
+    drawn = outline_frame({"reference": cut, "prediction": ~cut & False}, (256, 256))
     rows, columns = np.nonzero(drawn == REFERENCE)
     assert len(rows) > 0
     assert abs(rows.mean() - (256 - 300 / 4)) < 2
@@ -101,36 +108,38 @@ def test_a_lesion_smaller_than_a_pixel_is_outlined() -> None:
     ("first", "last", "expected"),
     [(20, 29, list(range(18, 32))), (None, None, list(range(3, 100, 5))), (10, 89, list(range(0, 100, 5)))],
 )
-def test_slices_reach_a_quarter_beyond_the_masks_and_are_few(first: Any, last: Any, expected: list[int]) -> None:
+def test_at_most_24_evenly_spaced_slices_reach_a_quarter_beyond_the_masks(
+    first: Any, last: Any, expected: list[int]
+) -> None:
     mask = np.zeros((4, 4, 100), dtype=bool)
     if first is not None:
         mask[1, 1, first : last + 1] = True
-    places = viewer.shown_slices({"prediction": mask}, 2)
+    indices = slice_indices({"prediction": mask}, 2)
     if first is None:  # the middle one of all is among them
         expected = list(range(50 % 5, 100, 5))
-    assert places == expected
-    assert len(places) <= FRAMES
+    assert indices == expected
+    assert len(indices) <= MAX_FRAMES
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_fullest_slice_is_always_shown_and_shown_first(seed: int) -> None:
+def test_the_slice_with_the_largest_area_is_always_shown(seed: int) -> None:
     rng = np.random.default_rng(seed)
     mask = rng.random((200, 90, 40)) < rng.uniform(0, 0.9, 200)[:, None, None]
     mask[: 10 * seed] = False
-    fullest = int(mask.sum((1, 2)).argmax())
-    places = viewer.shown_slices({"prediction": mask}, 0)
-    assert fullest in places
-    assert len(places) <= FRAMES
-    assert len(set(np.diff(places))) == 1
+    largest = int(mask.sum((1, 2)).argmax())
+    indices = slice_indices({"prediction": mask}, 0)
+    assert largest in indices
+    assert len(indices) <= MAX_FRAMES
+    assert len(set(np.diff(indices))) == 1
 
 
-def test_an_image_between_its_window_is_shown_in_grey_levels_of_arithmetic() -> None:
+def test_grey_levels_are_linear_within_the_window_and_clipped_outside() -> None:
     cut = np.array([[-300.0, -200.0, 50.0], [300.0, np.nan, np.inf]])
-    grey = viewer.frame(cut, (-200, 300), (3, 2))
+    grey = grey_frame(cut, (-200, 300), (3, 2))
     np.testing.assert_array_equal(grey, [[255, 0, 255], [0, 0, 128]])  # the last row at the top
 
 
-def test_windows_are_the_given_ones_or_percentiles_of_finite_values() -> None:
+def test_the_window_is_the_given_one_or_percentiles_of_the_finite_values() -> None:
     image = np.arange(101.0).reshape(101, 1, 1)
     holed = np.concatenate([image, np.full((3, 1, 1), np.nan)])
     mask = np.zeros(holed.shape)
@@ -139,26 +148,26 @@ def test_windows_are_the_given_ones_or_percentiles_of_finite_values() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, np.nan])
-def test_flat_images_and_empty_masks_are_drawn_black_or_white_without_outlines(value: float) -> None:
+def test_a_constant_image_is_black_or_white_and_an_empty_mask_has_no_outline(value: float) -> None:
     empty = np.zeros((6, 5, 4), dtype=bool)
-    html = viewer.viewer(Overlay("", {"ct": np.full(empty.shape, value)}, empty, empty, (1, 1, 1)), "c")
-    assert all(len(np.unique(frame)) == 1 for frame in frames(html, "webp"))
-    assert not any(frame.any() for frame in frames(html, "png"))
+    html = page(Overlay("", {"ct": np.full(empty.shape, value)}, empty, empty, (1, 1, 1)))
+    assert all(len(np.unique(frame)) == 1 for frame in first_frames(html, "webp"))
+    assert not any(frame.any() for frame in first_frames(html, "png"))
 
 
-def test_every_strip_keeps_to_its_bytes_even_of_noise() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE)).astype(np.uint8)
-    sizes = [len(base64.b64decode(viewer.grey_strip(list(part)).partition(",")[2])) for part in (noise[:1], noise)]
-    assert sizes[0] > 30_000  # one frame is not made worse than it has to be
-    assert sizes[1] <= STRIP_BYTES < FRAMES * sizes[0]
+def test_a_strip_of_noise_stays_below_the_size_limit() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (MAX_FRAMES, LONGER_SIDE, LONGER_SIDE)).astype(np.uint8)
+    sizes = [len(base64.b64decode(grey_strip(list(part)).partition(",")[2])) for part in (noise[:1], noise)]
+    assert sizes[0] > 30_000  # one frame keeps its quality
+    assert sizes[1] <= STRIP_BYTES < MAX_FRAMES * sizes[0]
 
 
-def test_run_names_are_shown_literally_in_legends() -> None:
+def test_matplotlib_shows_run_names_literally() -> None:
     """matplotlib hides labels that start with an underscore and reads dollars as formulas."""
-    assert overlay.plain("_a$b$") == r" _a\$b\$"
+    assert literal_text("_a$b$") == r" _a\$b\$"
 
 
-def test_one_slice_as_a_figure_has_a_panel_per_modality_and_both_outlines() -> None:
+def test_the_slice_figure_has_a_panel_per_modality_and_both_outlines() -> None:
     figure = slice_figure(case())
     assert isinstance(figure, Figure)
     assert [axes.get_title() for axes in figure.axes] == ["ct"]
@@ -178,9 +187,10 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", [0, 1], ids=["bright", "dark"])
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_reaches_a_contrast_of_4_5_on_every_background(scheme: int) -> None:
-    blocks = re.findall(r":root \{(.*?)\}", style.STYLE, flags=re.DOTALL)
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, flags=re.DOTALL)
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", blocks[scheme]))
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # as published: just too low
     pairs = [(text, back) for text in ("ink", "quiet", "alarm") for back in ("paper", "head", "warn", "code")]
@@ -189,4 +199,4 @@ def test_text_reaches_a_contrast_of_4_5_on_every_background(scheme: int) -> None
         for pair in pairs
         if contrast(*(colours[name] for name in pair)) < 4.5
     } == {}
-    assert contrast(colours["accent"], colours["paper"]) >= 3  # of what is no text
+    assert contrast(colours["accent"], colours["paper"]) >= 3  # enough for lines and buttons

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Size and operations of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def network_cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
+    """Count the parameters of a network and the operations of one window.
+
+    Args:
+        network: is moved to the CPU and put into eval(); None where it is not known.
+        patch: size of the window in voxels.
+        channels: of the image.
+
+    Returns:
+        ``parameters`` and ``gflops`` (2 operations per multiply-add); both None without a network.
+    """
+    if network is None:
+        return {"parameters": None, "gflops": None}
+    network = network.cpu().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, channels, *patch))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of an evaluation that its report shows, with the outlines of both masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk  # noqa: N813
+
+from scripts.evaluation.masks import foreground_mask, read_prediction
+from scripts.image_io.checks import Rules
+from scripts.image_io.reader import read_itk
+from scripts.metrics import Row
+from scripts.report.case_images import load_overlay
+from scripts.report.overlay import Overlay
+
+
+def pick_cases(rows: Sequence[Row]) -> dict[str, str]:
+    """Choose the cases with the best, the (lower) median and the worst Dice.
+
+    Equal values are ordered by case id; cases with an undefined Dice are left out.
+
+    Returns:
+        ``best``, ``median`` and ``worst`` -> case id; empty where Dice is undefined everywhere.
+    """
+    ascending = sorted((row["dice"], str(row["case_id"])) for row in rows if row.get("dice") is not None)
+    if not ascending:
+        return {}
+    best = min(ascending, key=lambda pair: (-pair[0], pair[1]))
+    return {"best": best[1], "median": ascending[(len(ascending) - 1) // 2][1], "worst": ascending[0][1]}
+
+
+def case_overlays(
+    cases: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    predictions: str,
+    intensity: Mapping[str, Any],
+    labels: Sequence[Sequence[float]] | None = None,
+    rules: Rules | None = None,
+) -> list[Overlay]:
+    """Overlays of the cases that `pick_cases` chooses, on the grid of the reference mask.
+
+    Args:
+        cases: data list, with ``label``; cases that it does not list are left out.
+        rows: case table of the evaluation.
+        predictions: folder of ``<case_id>.nii.gz``; cases without a file are left out.
+        intensity: the modalities to draw, each with its intensity range.
+        labels: per class the values of the reference mask; by default every value but 0 is foreground.
+        rules: which files are accepted; by default all.
+    """
+    cases_by_id, rules, overlays = {case["case_id"]: case for case in cases}, rules or Rules(), []
+    for kind, case_id in pick_cases(rows).items():
+        path = Path(predictions) / f"{case_id}.nii.gz"
+        if case_id not in cases_by_id or not path.is_file():
+            continue
+        case = cases_by_id[case_id]
+        label = read_itk(case["label"], rules)
+        reference = foreground_mask(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
+        prediction = sitk.GetArrayFromImage(read_prediction(path, label, rules)) > 0
+        dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
+        images = {key: (str(case[key]), 0) for key in intensity if key in case}
+        title = f"{kind}: {case_id}, Dice {dice:.3f}"
+        overlays.append(load_overlay(title, images, label, prediction, reference, intensity, rules))
+    return overlays

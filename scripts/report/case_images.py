@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the images of a case onto the grid of its masks, for the report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+from scripts.image_io.checks import Rules
+from scripts.image_io.reader import read_itk
+from scripts.report.overlay import Overlay
+
+logger = logging.getLogger(__name__)
+
+
+def resample_to_grid(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
+    """Resample an image onto the grid of another one; an image that is on that grid already is returned as it is.
+
+    Args:
+        image: the image.
+        grid: any image on the target grid.
+        interpolator: of SimpleITK, such as ``sitk.sitkLinear``.
+    """
+    same_grid = image.GetSize() == grid.GetSize() and all(
+        np.allclose(getattr(image, get)(), getattr(grid, get)(), atol=1e-3)
+        for get in ("GetOrigin", "GetSpacing", "GetDirection")
+    )
+    return image if same_grid else sitk.Resample(image, grid, sitk.Transform(), interpolator, 0, image.GetPixelID())
+
+
+def load_overlay(
+    title: str,
+    images: Mapping[str, tuple[str, int]],
+    grid: sitk.Image,
+    prediction: np.ndarray,
+    reference: np.ndarray | None = None,
+    intensity: Mapping[str, Any] | None = None,
+    rules: Rules | None = None,
+) -> Overlay:
+    """Read the images of a case onto the grid of its masks.
+
+    An image that cannot be read is left out, with a warning in the log.
+
+    Args:
+        title: caption.
+        images: path and channel per modality.
+        grid: any image on the grid of the masks.
+        prediction: predicted mask, as z y x.
+        reference: reference mask, as z y x.
+        intensity: per modality the ends of the range that is shown; by default percentiles of the image.
+        rules: which files are accepted; by default all.
+    """
+    volumes = {}
+    for modality, (path, channel) in images.items():
+        try:
+            image = sitk.Cast(read_itk(path, rules or Rules(), channel), sitk.sitkFloat32)
+        except (ValueError, OSError, RuntimeError) as error:
+            logger.warning("%s is not shown in the report: %s", modality, error)
+            continue
+        volumes[modality.upper()] = sitk.GetArrayFromImage(resample_to_grid(image, grid, sitk.sitkLinear)).T
+    volumes = volumes or {"no image": np.zeros_like(prediction.T, dtype=np.float32)}
+    axcodes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.GetDirection())
+    # A modality that is normalised by its own statistics has a name instead of a range, such as "zscore".
+    windows = {key.upper(): value for key, value in (intensity or {}).items() if not isinstance(value, str)}
+    reference = None if reference is None else reference.T
+    return Overlay(title, volumes, reference, prediction.T, grid.GetSpacing(), axcodes, windows)

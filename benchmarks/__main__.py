@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
+
+from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 
 INSTRUMENTS = {  # name -> module, summary
     "methods": ("methods", "train and score every distillation method under one recipe"),
@@ -44,6 +45,7 @@ def build_parser(instrument: str | None = None) -> argparse.ArgumentParser:
             options.description = module.__doc__
             options.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_options(options)
+            options.add_argument("--debug", action="store_true", help="show the traceback of an error")
             options.set_defaults(run=module.run)
     return parser
 
@@ -63,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line, by default that of this process.
 
     Returns:
-        0, or 1 after an error. The error is printed to stderr in one line, or raised if the environment variable
-        ``DEBUG`` is set. Wrong options end the process with exit code 2.
+        0, or 1 after an error, which is printed to stderr in one line. Wrong options end the process with exit code 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["fuzz"]:
@@ -74,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         print(args.run(args))
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("DEBUG"):
+    except EXPECTED_ERRORS as error:
+        if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error_sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

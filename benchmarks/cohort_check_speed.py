@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import add_data_options, add_json_option, data_config
+from benchmarks.options import add_data_options, add_json_option
+from scripts.cli.config import read_config
 from scripts.data import Rules, datalist
 from scripts.data.case_list import Item
 from scripts.data.cohort_check import Criteria, judge_case
@@ -84,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """Time reading and checking and return the table."""
     torch.set_num_threads(1)
-    config = data_config(args.data)
+    config = read_config(f"data/{args.data}")
     cases = datalist(args.data, args.dataset_dir)[: args.cases]
     rows = measure(cases, config["modalities"], config["labels"], args.rounds)
     if args.json:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.interleaved_timing import Candidate
-from benchmarks.options import data_config
 from benchmarks.synthetic_body import MODALITIES, write_case
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression
+from scripts.cli.config import read_config
 from scripts.inference.engine_choice import read_export
 from scripts.inference.engines import UnavailableError, cpu_has_bf16
 
@@ -114,7 +114,7 @@ def prepare_volume(name: str, plan: InferencePlan) -> Volume:
     folder = plan.output / "volumes"
     if name == PATIENT:
         case = find_patient(Path(plan.dataset_dir))
-        warm_up_case = write_case(folder / "warm", data_config(plan.data)["patch"])
+        warm_up_case = write_case(folder / "warm", read_config(f"data/{plan.data}")["patch"])
         return Volume(name, case, warm_up_case, {}, teacher_scale(name))
     overrides = {"patch": list(WINDOW), "spacing": list(SPACING), "overlap": OVERLAP}
     case = write_case(folder / name, volume_shape(name))
@@ -129,7 +129,7 @@ def all_candidates(volume: Volume, plan: InferencePlan) -> list[Candidate]:
     random_weights: dict[str, Any] = {"handlers": []}  # no handler that loads weights
     segresnet = {
         "architecture": "segresnet",
-        "teacher_modalities": data_config(plan.data)["modalities"],
+        "teacher_modalities": read_config(f"data/{plan.data}")["modalities"],
         "architectures": {"segresnet": {"init_filters": 16}},
     }
     specs: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [

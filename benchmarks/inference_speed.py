@@ -46,8 +46,10 @@ from benchmarks.inference_candidates import (
     teacher_scale,
 )
 from benchmarks.interleaved_timing import Candidate, StepTimer, Timings, compose, time_interleaved
-from benchmarks.options import add_data_options, add_json_option, add_output_options, data_config, positive_int
+from benchmarks.options import add_data_options, add_json_option, add_output_options
+from scripts.cli.config import read_config
 from scripts.cli.main import main
+from scripts.cli.options import positive_int
 from scripts.data.resampling import network_grid
 from scripts.inference.engine_choice import read_export
 from scripts.inference.engines import UnavailableError
@@ -310,7 +312,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Time all volumes and return the table."""
-    require_student_modalities(data_config(args.data)["modalities"])
+    require_student_modalities(read_config(f"data/{args.data}")["modalities"])
     output = args.output_dir / "inference"
     dataset_dir = args.dataset_dir or ""
     plan = InferencePlan(

@@ -19,8 +19,8 @@ from typing import cast
 
 from tqdm import tqdm
 
-from benchmarks.options import positive_int
 from scripts.cli.main import main
+from scripts.cli.options import positive_int
 from scripts.distillation.staged_training import FINISHED
 
 Command = tuple[str, ...]

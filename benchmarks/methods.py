@@ -16,9 +16,8 @@ from benchmarks.options import (
     add_json_option,
     add_output_options,
     add_training_options,
-    data_config,
 )
-from scripts.cli.config import config_names
+from scripts.cli.config import config_names, read_config
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> str:
         dataset_dir=args.dataset_dir,
         scale=args.scale,
         output=args.output_dir,
-        modalities=tuple(data_config(args.data)["modalities"]),
+        modalities=tuple(read_config(f"data/{args.data}")["modalities"]),
         methods=tuple(config_names("methods")),
         seeds=tuple(args.seeds),
         epochs=args.epochs,

@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 from benchmarks.job_queue import Command, Job, add_queue_options, command_lines, run_jobs, select_jobs
 from benchmarks.methods_plan import BALANCE_SHARE, TEACHER_LEARNING_RATE, WARM_UP_ROW
 from benchmarks.methods_table import format_interval, seed_mean
-from benchmarks.options import add_data_options, add_output_options, add_training_options, data_config
+from benchmarks.options import add_data_options, add_output_options, add_training_options
+from scripts.cli.config import read_config
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.markdown import markdown_table
@@ -258,7 +259,7 @@ def run(args: argparse.Namespace) -> str:
     plan = MissingPlan(
         common=(*data, "--threads", "1", "--fold", str(args.fold)),
         output=args.output_dir,
-        modalities=tuple(data_config(args.data)["modalities"]),
+        modalities=tuple(read_config(f"data/{args.data}")["modalities"]),
         seeds=tuple(args.seeds),
         epochs=args.epochs,
         teacher_epochs=args.teacher_epochs,

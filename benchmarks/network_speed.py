@@ -10,7 +10,6 @@ Example: python -m benchmarks networks --json networks.json
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from monai.inferers import SlidingWindowInferer
 
 from benchmarks.options import add_json_option
 from benchmarks.synthetic_body import MODALITIES
-from scripts.cli.config import CONFIGS
+from scripts.cli.config import read_config
 from scripts.networks import Student
 from scripts.networks.teacher import Teacher
 from scripts.utils.atomic_files import write_json
@@ -34,7 +33,7 @@ STUDENT = "student"
 
 def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
     """The networks of docs/results.md and the student with batch normalisation, all with random weights."""
-    options = json.loads((CONFIGS / "scale" / "small.json").read_text(encoding="utf-8"))["architectures"]
+    options = read_config("scale/small")["architectures"]
     channels = len(MODALITIES)
     built: dict[str, torch.nn.Module] = {
         STUDENT: Student(channels, 2),
@@ -57,7 +56,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     Returns:
         Rows ``{"side", "what", "median_s", "ratio", "peak_mib"}``; ``ratio`` is to the student, ``peak_mib`` is None.
     """
-    settings = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
+    settings = read_config("inference")
     inferer = SlidingWindowInferer(settings["patch"], overlap=settings["overlap"], mode="gaussian")
     image = torch.rand(1, len(MODALITIES), *CASE_SHAPE, generator=torch.Generator().manual_seed(0))
     candidates = networks(settings["patch"])

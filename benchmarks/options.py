@@ -4,19 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from scripts.cli.config import CONFIGS, config_names
-
-
-def positive_int(text: str) -> int:
-    """Convert an argument to an integer of at least 1, or raise argparse's error."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small, give at least 1")
-    return number
+from scripts.cli.config import config_names
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -57,9 +47,3 @@ def add_output_options(parser: argparse.ArgumentParser, folder: str) -> None:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON to this file")
-
-
-def data_config(data: str) -> dict[str, Any]:
-    """The config of a data set as it is written: modalities, reference, labels, intensities."""
-    config: dict[str, Any] = json.loads((CONFIGS / "data" / f"{data}.json").read_text(encoding="utf-8"))
-    return config

@@ -25,10 +25,9 @@ from benchmarks.options import (
     add_json_option,
     add_output_options,
     add_training_options,
-    data_config,
 )
+from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
-from scripts.cli.config import config_names
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
 
@@ -192,7 +191,7 @@ def run(args: argparse.Namespace) -> str:
     unused = str(args.output_dir / "unused")
     common = {"dataset_dir": folder, "threads": args.threads, "output_dir": unused, "fold": args.fold}
     cache = args.output_dir / f"cache_{data}_{args.scale}"
-    modalities = data_config(data)["modalities"]
+    modalities = read_config(f"data/{data}")["modalities"]
     groups = [
         teacher_candidates(base, common, modalities, cache),
         method_candidates(base, common, modalities, config_names("methods")),

@@ -64,10 +64,9 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.Cap
     assert printed.err.count("\n") == 1
 
 
-def test_debug_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEBUG", "1")
+def test_debug_raises_the_error() -> None:
     with pytest.raises(ValueError, match="Unknown candidate nothing"):
-        main(["metrics", "--only", "nothing"])
+        main(["metrics", "--only", "nothing", "--debug"])
 
 
 def test_a_dry_run_of_the_methods_prints_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

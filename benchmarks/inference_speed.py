@@ -195,12 +195,14 @@ def lower_bound_rows(
         for name, part in parts.items()
     ]
     shares = lower_bound.rate_shares(network["seconds"], network["gflops"], network["rates"])
-    rates = ", ".join(f"{share:.0%} of {network['rates'][name]:.0f} GFLOP/s ({name})" for name, share in shares.items())
+    rates = " and ".join(
+        f"{share:.0%} of {network['rates'][name]:.0f} GFLOP/s ({name})" for name, share in shares.items()
+    )
     return rows, [
         f"{volume.name}, {candidate.name}: {seconds:.2f} s from files to mask, {seconds / parts['sum']:.2f} times the "
         f"lower bound of {parts['sum']:.2f} s.",
-        f"Its network: {network['passes']:.0f} pass(es), {network['gflops']:.0f} GFLOPs in {network['seconds']:.2f} s, "
-        f"{rates} of this machine in matrix products.",
+        f"Its network: {network['passes']:.0f} pass(es), {network['gflops']:.0f} GFLOPs in {network['seconds']:.2f} s. It "
+        f"uses {rates}, the rates of this machine in matrix products.",
     ]
 
 

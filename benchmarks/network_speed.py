@@ -27,7 +27,7 @@ from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
 
 CASE_SHAPE = (66, 66, 64)
-TEACHERS = {"ct": "unetr", "pet": "hdenseformer", "mr": "swinunetr"}
+TEACHER_ARCHITECTURES = {"ct": "unetr", "pet": "hdenseformer", "mr": "swinunetr"}
 STUDENT = "student"
 
 
@@ -39,7 +39,7 @@ def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
         STUDENT: Student(channels, 2),
         f"{STUDENT}, batch norm": Student(channels, 2, norm="batch"),
     }
-    for modality, architecture in TEACHERS.items():
+    for modality, architecture in TEACHER_ARCHITECTURES.items():
         built[f"{architecture} ({modality})"] = Teacher(architecture, [modality], MODALITIES, 2, patch, options)
     return {
         name: network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

@@ -24,7 +24,7 @@ from benchmarks.inference_candidates import (
     PLOT_SIZES,
     SEGRESNET,
     STOCK,
-    TEACHERS,
+    THREE_TEACHERS,
     InferencePlan,
     Volume,
     all_candidates,
@@ -58,7 +58,7 @@ TINY = {
         "hdenseformer": {"features": 4, "depth": 4}, "segresnet": {"init_filters": 8},
     },
 }  # fmt: skip
-NEED_NO_PACKAGE = (TORCH, STOCK, TEACHERS, SEGRESNET)
+NEED_NO_PACKAGE = (TORCH, STOCK, THREE_TEACHERS, SEGRESNET)
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +143,14 @@ def test_stock_transforms_give_the_same_mask_as_those_of_the_bundle(
     assert (voxels[0] != voxels[1]).mean() < 1e-3  # the stock transforms clip intensities before they interpolate
 
 
-@pytest.mark.parametrize("name", [TEACHERS, SEGRESNET])
+@pytest.mark.parametrize("name", [THREE_TEACHERS, SEGRESNET])
 def test_other_networks_segment_with_stock_transforms(candidates: dict[str, Candidate], name: str) -> None:
     patch = [64, 32, 32]  # instance norm needs more than one voxel on SwinUNETR's deepest grid
     assert segment(candidates[name], patch=patch).shape == (48, 40, 36)
 
 
 def test_the_ensemble_returns_the_mean_probabilities(candidates: dict[str, Candidate]) -> None:
-    parser = compose(candidates[TEACHERS])
+    parser = compose(candidates[THREE_TEACHERS])
     parser["patch"] = [64, 32, 32]
     ensemble = parser.get_parsed_content("network_def").eval()
     image = torch.rand(1, 3, 64, 32, 32)
@@ -255,7 +255,7 @@ def test_the_numbers_of_the_lower_bound_on_known_cases(monkeypatch: pytest.Monke
 def test_every_candidate_has_existing_configs(plan: InferencePlan, volume: Volume) -> None:
     candidates = all_candidates(volume, plan)
     assert [each.name for each in candidates] == [
-        *(f"student, {engine}" for engine in ENGINES), STOCK, TEACHERS, SEGRESNET, NNUNET
+        *(f"student, {engine}" for engine in ENGINES), STOCK, THREE_TEACHERS, SEGRESNET, NNUNET
     ]  # fmt: skip
     for candidate in candidates:
         compose(candidate)
@@ -270,7 +270,7 @@ def test_candidates_are_selected_by_volume_and_by_name(plan: InferencePlan, volu
 
     assert selected(MAIN) == list(NEED_NO_PACKAGE)
     assert selected(PLOT_SIZES[0], fastest_engine=TORCH) == [TORCH, STOCK]
-    assert selected(PATIENT) == [TORCH, STOCK, TEACHERS]
+    assert selected(PATIENT) == [TORCH, STOCK, THREE_TEACHERS]
     assert selected(MAIN, only=("segresnet", "TORCH FP32")) == [TORCH, SEGRESNET]
     only_torch = InferencePlan("sts", plan.output, only=("torch fp32",))
     assert [each.name for each in select_candidates(candidates, MAIN, only_torch)[0]] == [TORCH]  # without ", windows"
@@ -307,7 +307,7 @@ def test_the_patient_has_ct_and_mr_as_dicom_and_pet_as_nifti(tmp_path: Path) -> 
 
 def test_ratios_are_to_the_fastest_engine() -> None:
     assert fastest({TORCH: 2.0, "student, openvino int8": 1.0, STOCK: 0.5}) == "student, openvino int8"
-    assert fastest({NNUNET: 3.0, TEACHERS: 2.0}) == TEACHERS
+    assert fastest({NNUNET: 3.0, THREE_TEACHERS: 2.0}) == THREE_TEACHERS
 
 
 def test_the_command_times_a_volume_and_draws_the_plot(

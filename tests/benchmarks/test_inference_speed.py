@@ -331,12 +331,12 @@ def test_the_command_times_a_volume_and_draws_the_plot(
 def test_the_table_the_plot_and_the_list_of_candidates(plan: InferencePlan, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"side": "a", "what": "8x8x8", "median_s": 0.5, "ratio": 1.0, "peak_mib": 600, "n": 5},
-        {"side": "lower bound: sum", "what": "8x8x8", "median_s": 0.25, "ratio": 0.5, "peak_mib": None, "n": 3},
+        {"side": "floor: sum", "what": "8x8x8", "median_s": 0.25, "ratio": 0.5, "peak_mib": None, "n": 3},
         {"side": "a", "what": PATIENT, "median_s": 2.0, "ratio": 1.0, "peak_mib": 700, "n": 5},
     ]
     assert format_table(rows).splitlines()[2:4] == [
         "| a | 8x8x8 | 0.500 | 1.00 | 600 | 5 |",
-        "| lower bound: sum | 8x8x8 | 0.250 | 0.50 |  | 3 |",
+        "| floor: sum | 8x8x8 | 0.250 | 0.50 |  | 3 |",
     ]
     write_plot(rows, tmp_path / "plot.svg")
     assert "voxels" in (tmp_path / "plot.svg").read_text()

@@ -1,131 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tools/release.py`` on a small repository: which states it refuses, and files above the zoo's limit."""
+"""The zip of ``make release``, unpacked elsewhere and checked as the MONAI model zoo checks it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
+import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
-import torch
-from monai.apps.utils import download_url
 from monai.bundle import ConfigParser
 
-from tools.release import NAME, main, release
+from tools.release import LIMIT, NAME, release
+
+pytestmark = pytest.mark.release
+ROOT = Path(__file__).parents[2]
+COPIED = ("configs", "docs", "models", "scripts", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".gitignore")
+COPIED += tuple(path.name for path in ROOT.glob("requirements*.txt"))
 
 
-@pytest.fixture
-def small(tmp_path: Path, commit: Callable[[Path], Path]) -> Path:
-    """A repository with a few files of every part of a release."""
-    root = tmp_path / "small"
-    for name in ("configs", "docs", "models", "scripts"):
-        (root / name).mkdir(parents=True)
-    for name in ("docs/README.md", "scripts/__init__.py", "CHANGELOG.md", "requirements.txt"):
-        (root / name).touch()
-    (root / "configs/metadata.json").write_text('{"version": "1.2.3", "changelog": {"1.2.3": "b", "1.2.2": "a"}}')
-    (root / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1.2.3"\n')
-    (root / "LICENSE").write_text("x")
-    torch.save({"weight": torch.arange(1000.0)}, root / "models/model.pt")
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, commit: Callable[[Path], Path]) -> Path:
+    """A repository with the bundle as it is in the working tree, which may have changes."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*_export"))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "__init__.py").touch()
     return commit(root)
 
 
-def test_a_file_above_the_limit_is_left_out_and_can_be_downloaded_as_listed(small: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    path = release(small, out, limit=2000, url=(out / "upload").as_uri() + "/")
-    with zipfile.ZipFile(path) as archive:
-        names = {name.removeprefix(f"{NAME}/") for name in archive.namelist() if not name.endswith("/")}
-        archive.extractall(tmp_path)
-    assert {"LICENSE", "configs/metadata.json", "large_files.yml", "pyproject.toml"} <= names
-    assert "models/model.pt" not in names
-    parser = ConfigParser()
-    parser.read_config(str(tmp_path / NAME / "large_files.yml"))
-    (entry,) = parser.get()["large_files"]
-    assert sorted(entry) == ["hash_type", "hash_val", "path", "url"]
-    path = tmp_path / NAME / entry.pop("path")
-    download_url(**entry, filepath=path, progress=False)  # as the zoo does; it checks the checksum
-    assert torch.equal(torch.load(path, weights_only=True)["weight"], torch.arange(1000.0))
+@pytest.fixture(scope="module")
+def zipped(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zip."""
+    return release(checkout, tmp_path_factory.mktemp("zip"))
 
 
-def test_a_file_above_the_limit_needs_an_address(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"models/model\.pt: larger than 2000 bytes.* by --url"):
-        release(small, tmp_path / "out", limit=2000)
+@pytest.fixture(scope="module")
+def zoo(zipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the layout of the zoo's repository and the unpacked bundle in models/."""
+    folder = tmp_path_factory.mktemp("zoo")
+    with zipfile.ZipFile(zipped) as archive:
+        archive.extractall(folder / "models")
+    return folder
 
 
-def replace_text(name: str, old: str, new: str) -> Callable[[Path], None]:
-    def replace(root: Path) -> None:
-        text = (root / name).read_text()
-        assert old in text
-        (root / name).write_text(text.replace(old, new, 1))
-
-    return replace
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (replace_text("configs/metadata.json", '"1.2.3": "b", ', ""), "its changelog starts with 1.2.2"),
-        (replace_text("configs/metadata.json", '"1.2.3": "b", "1.2.2": "a"', ""), "its changelog starts with None"),
-        (replace_text("configs/metadata.json", '{"1.2.3": "b", "', '{"1.2.4": "b", "1.2.3": "", "'), "with 1.2.4"),
-        (replace_text("pyproject.toml", "1.2.3", "1.2.4"), r"has version 1.2.3, but .*pyproject.toml has 1.2.4"),
-        (replace_text("configs/metadata.json", "1.2.3", "1.2"), "The version 1.2 in .* is not three numbers"),
-    ],
-)
-def test_versions_that_disagree_are_refused(
-    small: Path, tmp_path: Path, commit: Callable[[Path], Path], change: Callable[[Path], None], words: str
-) -> None:
-    change(small)
-    commit(small)
-    with pytest.raises(ValueError, match=words):
-        release(small, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda root: (root / "LICENSE").write_text("y"), r"LICENSE differs from the last commit"),
-        (lambda root: (root / "LICENSE").unlink(), r"LICENSE differs from the last commit"),
-        (lambda root: (root / "configs/new.json").write_text("{}"), r"configs/new.json differs from the last commit"),
-        (lambda root: shutil.rmtree(root / ".git"), r"git failed in .*: .*not a git repository.* clone"),
-    ],
-)
-def test_files_that_are_not_committed_are_refused(
-    small: Path, tmp_path: Path, change: Callable[[Path], None], words: str
-) -> None:
-    change(small)
-    with pytest.raises(ValueError, match=words):
-        release(small, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.release
-def test_a_missing_part_is_refused(small: Path, tmp_path: Path, commit: Callable[[Path], Path]) -> None:
-    shutil.rmtree(small / "docs")
-    commit(small)
-    with pytest.raises(ValueError, match="pathspec 'docs' did not match"):
-        release(small, tmp_path / "out")
-
-
-@pytest.mark.release
-def test_files_outside_the_bundle_may_have_changes(small: Path, tmp_path: Path) -> None:
-    before = release(small, tmp_path / "before").read_bytes()
-    (small / "notes.txt").write_text("x")
-    assert release(small, tmp_path / "after").read_bytes() == before
-
-
-def test_the_command_prints_the_path_of_the_zip_and_an_error_in_one_line(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("tools.release.bundle_root", lambda: str(small))
-    assert main([]) == 0
-    path = small / "runs" / "release" / f"{NAME}_v1.2.3.zip"
-    assert capsys.readouterr().out == (
-        f"{path}: {path.stat().st_size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+@pytest.fixture(scope="module")
+def results(zoo: Path, phantoms: list[dict[str, Any]], clean_environment: dict[str, str]) -> dict[str, Any]:
+    """The results of ``zoo_checks.py``, in a process without the repository and the installed package."""
+    (zoo / "models" / NAME / "eval").mkdir()
+    shutil.copy(ROOT / "tests/meta_schema_20240725.json", zoo / "models" / NAME / "eval/schema.json")
+    shutil.copytree(Path(phantoms[0]["image"]).parent, zoo / "data" / "STS_001")
+    command = [sys.executable, "-P", "-W", "ignore", str(ROOT / "tests/tools/zoo_checks.py"), NAME, "data"]
+    process = subprocess.run(
+        command, cwd=zoo, env=clean_environment, capture_output=True, text=True, timeout=250, check=False
     )
-    (small / "LICENSE").write_text("y")
-    assert main([]) == 1
-    assert re.fullmatch(r"error: .*LICENSE differs .*\n", capsys.readouterr().err)
+    assert process.returncode == 0, process.stderr
+    return json.loads((zoo / "results.json").read_text())
+
+
+def read_metadata(zoo: Path) -> dict[str, Any]:
+    return json.loads((zoo / "models" / NAME / "configs/metadata.json").read_text())
+
+
+def test_the_zip_is_one_folder_with_the_name_of_the_bundle(zipped: Path, zoo: Path) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", NAME)
+    assert "_v" not in NAME  # the zoo splits <name>_v<version> at "_v"
+    assert zipped.name == f"{NAME}_v{read_metadata(zoo)['version']}.zip"
+    assert [path.name for path in (zoo / "models").iterdir()] == [NAME]
+    assert ROOT not in zoo.parents
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LICENSE", "configs/metadata.json", "configs/inference.json", "configs/train.json", "configs/logging.conf",
+        "models/model.pt", "models/model.pt.sha256", "docs/README.md", "docs/data_license.txt", "scripts/__init__.py",
+    ],
+)  # fmt: skip
+def test_the_zip_has_every_file_that_the_zoo_requires(zoo: Path, name: str) -> None:
+    assert (zoo / "models" / NAME / name).is_file()
+
+
+def test_the_zip_has_the_tracked_files_of_the_bundle_and_nothing_else(zipped: Path, checkout: Path) -> None:
+    listed = subprocess.run(["git", "-C", checkout, "ls-files"], capture_output=True, text=True, check=True)
+    excluded = {"requirements-label.txt", ".gitignore", "docs/reading_order.md", "benchmarks/__init__.py"}
+    excluded |= {name for name in listed.stdout.split() if name.startswith("configs/benchmark/")}
+    with zipfile.ZipFile(zipped) as archive:
+        names = [member.filename for member in archive.infolist() if not member.is_dir()]
+        assert sorted(names) == [f"{NAME}/{name}" for name in sorted(set(listed.stdout.split()) - excluded)]
+
+
+def test_the_zip_has_no_links_and_is_not_compressed(zipped: Path) -> None:
+    with zipfile.ZipFile(zipped) as archive:
+        members = archive.infolist()
+    assert not [each.filename for each in members if stat.S_ISLNK(each.external_attr >> 16)]
+    assert {each.compress_type for each in members} == {zipfile.ZIP_STORED}
+
+
+def test_no_file_is_above_the_zoos_limit(zipped: Path) -> None:
+    with zipfile.ZipFile(zipped) as archive:
+        assert max(member.file_size for member in archive.infolist()) <= LIMIT == 25e6
+        assert f"{NAME}/large_files.yml" not in archive.namelist()  # it lists files that were left out
+
+
+def test_the_same_commit_gives_the_same_bytes(
+    zipped: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere"
+    subprocess.run(["git", "clone", "-q", checkout, other], check=True)
+    os.utime(other / "LICENSE", (0, 0))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    assert release(other, tmp_path / "zip").read_bytes() == zipped.read_bytes()
+
+
+def test_every_link_in_the_docs_leads_to_a_file_of_the_zip(zoo: Path) -> None:
+    pages = sorted((zoo / "models" / NAME / "docs").glob("*.md"))
+    assert pages
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), (
+                f"docs/{page.name} links to {target}, which is not in the zip: see PARTS in tools/release.py"
+            )
+
+
+def test_the_weights_have_the_checksum_of_their_file(zoo: Path) -> None:
+    models = zoo / "models" / NAME / "models"
+    digest, name = (models / "model.pt.sha256").read_text().split()
+    assert (digest, name) == (hashlib.sha256((models / "model.pt").read_bytes()).hexdigest(), "model.pt")
+
+
+def test_the_metadata_the_changelog_and_the_package_have_the_same_version(zoo: Path) -> None:
+    metadata = read_metadata(zoo)
+    versions = list(metadata["changelog"])
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert metadata["version"] == versions[0]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert f'\nversion = "{versions[0]}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        ("inference", "bundle_root device network_def inferer output_dir"),
+        (
+            "train",
+            "bundle_root device dataset_dir output_dir val_interval train#trainer train#trainer#max_epochs"
+            " train#dataset train#dataset#data train#handlers train#preprocessing train#inferer validate#evaluator"
+            " validate#handlers validate#dataset validate#dataset#data validate#preprocessing"
+            " validate#postprocessing validate#inferer validate#key_metric",
+        ),
+    ],
+)
+def test_the_configs_have_the_keys_that_the_zoo_names(zoo: Path, config: str, keys: str) -> None:
+    parser = ConfigParser()
+    parser.read_config(str(zoo / "models" / NAME / f"configs/{config}.json"))
+    assert [key for key in keys.split() if key not in parser] == []
+
+
+def test_the_metadata_passes_its_schema(zoo: Path, results: dict[str, Any]) -> None:
+    assert read_metadata(zoo)["schema"].endswith("/meta_schema_20240725.json")
+    assert results["metadata"] is None
+
+
+def test_both_workflows_have_every_property(results: dict[str, Any]) -> None:
+    assert results["properties"] == {"train": [], "inference": []}
+
+
+def test_the_network_has_the_shapes_ofread_metadata(results: dict[str, Any]) -> None:
+    assert results["shapes"] is None
+
+
+def test_the_exported_torchscript_agrees_with_pytorch(results: dict[str, Any]) -> None:
+    assert isinstance(results["torchscript"], float), results["torchscript"]
+    assert results["torchscript"] <= 1e-5
+
+
+def test_monai_loads_every_tensor_of_the_weights(results: dict[str, Any]) -> None:
+    assert results["loading"] == {"train": [], "inference": []}
+
+
+def test_inference_writes_a_mask_on_the_reference_grid(zoo: Path, results: dict[str, Any]) -> None:
+    assert results["inference"] is None
+    (path,) = (zoo / "masks").glob("*.nii.gz")
+    mask, reference = nib.load(path), nib.load(zoo / "data/STS_001/CT_image.nii.gz")
+    assert mask.shape == reference.shape
+    np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-4)
+    assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+
+
+def test_all_code_came_from_the_unpacked_bundle(zoo: Path, results: dict[str, Any]) -> None:
+    assert len(results["code"]) > 10
+    assert all((zoo / path).resolve().is_relative_to(zoo / "models" / NAME) for path in results["code"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of the MONAI model zoo, as a program for ``test_zoo.py`` that runs in a folder with the zoo's layout.
+"""The checks of the MONAI model zoo, as a program for ``test_release.py`` that runs in a folder with the zoo's layout.
 
 ``python -P zoo_checks.py NAME DATA`` expects ``models/NAME`` in the working directory, as in the zoo. It writes the
 result of each check, or its traceback, to ``results.json``. The code of the bundle comes from ``models/NAME`` only.

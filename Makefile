@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test release-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -15,7 +15,8 @@ env: .venv/ready
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-# What `benchmark inference` compares with; both named, since nnunetv2 would fetch builds with CUDA in their place.
+# The packages that `python -m benchmarks inference` and `metrics` compare the bundle with. torch and torchvision are
+# named because nnunetv2 would otherwise install builds with CUDA.
 bench-env: env
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[benchmark,fast]" torch==2.13.0 torchvision==0.28.0
 
@@ -64,8 +65,8 @@ test-faults: env
 	$(PY) -m pytest -m "faults or not faults" tests/end_to_end/runs tests/end_to_end/faults tests/end_to_end/fuzz
 	PYTHONPATH=. $(PY) -W ignore benchmarks/fuzz_readers.py --mutations 12000 --json docs/results/reliability/fuzz.json
 
-# MONAI Label in an environment of its own. torch comes first, so that the build that is there stays; the constraints
-# also hold where pip builds sam2, which would fetch another torch for that.
+# The environment of MONAI Label. torch is installed first, so that no other package chooses its build. The build
+# constraint is for sam2, which pip builds from source and which would otherwise install another torch for its build.
 LABEL ?= runs/label
 LABEL_PORT ?= 8000
 LABEL_STUDIES ?= $(LABEL)/studies
@@ -79,14 +80,22 @@ label-env: .venv-label/ready
 	  $(LABEL_PY) -m pip install -q --disable-pip-version-check -r requirements-label.txt
 	touch $@
 
-# A server for 3D Slicer and OHIF on this machine only: see docs/clinic.md.
+# Start a server for 3D Slicer and OHIF on this machine only: see docs/clinic.md.
 label: label-env
-	$(LABEL_PY) monai_label/install.py $(LABEL)
+	$(LABEL_PY) -m monai_label.install $(LABEL)
 	$(LABEL_PY) -m monailabel.main start_server --app $(LABEL)/apps/monaibundle --studies $(LABEL_STUDIES) \
 	  --conf models distilled_segmentation --conf zoo_source local --conf sam2 false --host 127.0.0.1 --port $(LABEL_PORT)
 
 label-test: env label-env
 	$(PY) -m pytest -m label tests/monai_label
+
+# The tests of the research instruments, which `make test` leaves out.
+benchmark-test: env
+	$(PY) -m pytest -m "not slow" tests/benchmarks
+
+# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out.
+release-test: env
+	$(PY) -m pytest -m "release or not release" tests/tools
 
 # Needs Chromium, and says so where it is absent: apt-get install chromium
 browser-test: env
@@ -103,9 +112,10 @@ type: env
 clean:
 	rm -rf runs build *.egg-info
 
-# The zip for the MONAI model zoo, from a clean checkout only: runs/release/<bundle>_v<version>.zip
+# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip. Needs a checkout without changes.
 release: env
 	$(PY) -W ignore -m tools.release
 
+# Time the student and the teachers on one preprocessed case. `python -m benchmarks --help` lists all benchmarks.
 bench: env
-	$(PY) benchmarks/network_speed.py
+	$(PY) -m benchmarks networks

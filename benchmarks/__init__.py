@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Research instruments: they import the bundle, never the reverse."""
+"""Research instruments around the bundle: ``python -m benchmarks NAME``. The bundle never imports them."""

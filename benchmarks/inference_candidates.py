@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark of inference compares: volumes, and on each the sides, as configs and overrides of the bundle."""
+"""What the benchmark of inference compares: its volumes and, for each volume, its candidates."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,47 +10,46 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic_body import DRAWN, write_case
-from benchmarks.turn_taking import Side
+from benchmarks.interleaved_timing import Candidate
+from benchmarks.synthetic_body import MODALITIES, write_case
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression
-from scripts.cli.config import CONFIGS
+from scripts.cli.config import read_config
 from scripts.inference.engine_choice import read_export
 from scripts.inference.engines import UnavailableError, cpu_has_bf16
 
 MAIN = "256x256x192"
-SIZES = ("128x128x96", "192x192x144", "320x320x240")  # only the student, for the plot of time against volume
-PATIENT = "patient"  # at full resolution, where the data are
-WINDOW, SPACING, OVERLAP = (96, 96, 96), (1.0, 1.0, 1.0), 0.5  # so that the network sees every voxel
+PLOT_SIZES = ("128x128x96", "192x192x144", "320x320x240")  # only for the plot of time against volume size
+PATIENT = "patient"  # a real patient at full resolution
+WINDOW, SPACING, OVERLAP = (96, 96, 96), (1.0, 1.0, 1.0), 0.5  # at this spacing the network sees every voxel
 WEIGHTS = Path(bundle_root()) / "models" / "model.pt"
-REPEATS = 10_000  # entries of a data list, more than any benchmark takes
+LIST_LENGTH = 10_000  # repeats of the case in the data list, more than any benchmark uses
 STUDENT = "student, "  # before the name of its engine
-STOCK, TEACHERS, SEGRESNET, NNUNET = f"{STUDENT}stock MONAI", "three teachers", "SegResNet-16", "nnU-Net v2"
-WINDOWS = ", windows"  # after the name of an engine that slides the windows of the other sides
-# Engines and precisions, of one pass over the volume unless named otherwise; ONNX Runtime knows windows only.
+STOCK, THREE_TEACHERS, SEGRESNET, NNUNET = f"{STUDENT}stock MONAI", "three teachers", "SegResNet-16", "nnU-Net v2"
+WINDOWS = ", windows"  # after the name of an engine that uses the sliding window of the other candidates
+# Engines and precisions. Without WINDOWS they segment the volume in one pass; ONNX Runtime supports windows only.
 ENGINES = (
     "torch fp32", "torch bf16", "openvino fp32", "openvino bf16", "openvino int8", "onnxruntime fp32",
     f"torch fp32{WINDOWS}", f"openvino bf16{WINDOWS}", f"openvino int8{WINDOWS}",
 )  # fmt: skip
-SLOW = (TEACHERS, SEGRESNET, NNUNET)  # minutes per case: fewer rounds, and warmed up on a volume of one window
+SLOW = (THREE_TEACHERS, SEGRESNET, NNUNET)  # minutes per case: fewer rounds, warmed up on a volume of one window
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all volumes share.
+class InferencePlan:
+    """The settings that all volumes share.
 
     Args:
-        data: name of the data set whose modalities and intensities count.
-        scale: of the student.
+        data: data set whose modalities and intensities are used.
         output: folder of the volumes and masks.
-        dataset_dir: folder that holds the patient, or empty.
-        threads: of every side; 0 for PyTorch's choice.
-        rounds, slow_rounds: turns of the fast and of the slow sides.
-        only: parts of the names of the sides to time; empty: those that the volume is meant for.
+        dataset_dir: folder of the patient, or empty.
+        threads: CPU threads of every candidate; 0 for PyTorch's choice.
+        rounds: rounds of the fast candidates.
+        slow_rounds: rounds of the slow candidates.
+        only: names, or parts of names, of the candidates to time; empty for the default ones of each volume.
     """
 
     data: str
-    scale: str
     output: Path
     dataset_dir: str = ""
     threads: int = 0
@@ -65,32 +63,40 @@ class Volume:
     """A case to segment.
 
     Args:
-        name: of the volume.
-        case: its data list's item.
-        warm: a case of one window, for sides whose first case is not counted and would take minutes.
-        overrides: spacing and windows, or nothing for those of the configs.
-        teachers: scale of the teachers.
+        name: name of the volume in the tables.
+        case: its item in a data list.
+        warm_up_case: a case of one window, on which slow candidates warm up.
+        overrides: config ids and values: spacing and window; empty for those of the configs.
+        teacher_scale: scale of the teachers.
     """
 
     name: str
     case: Mapping[str, str]
-    warm: Mapping[str, str]
+    warm_up_case: Mapping[str, str]
     overrides: Mapping[str, Any]
-    teachers: str
+    teacher_scale: str
 
 
-def shape_of(name: str) -> tuple[int, ...]:
-    """The voxels of a synthetic volume, ``HxWxD``."""
+def volume_shape(name: str) -> tuple[int, ...]:
+    """The shape of a synthetic volume from its name ``HxWxD``."""
     if not re.fullmatch(r"\d+x\d+x\d+", name):
-        raise ValueError(f"--volume {name}: give {PATIENT}, or voxels such as {MAIN}.")
+        raise ValueError(f"Unknown --volume {name}. Use {PATIENT}, or a shape such as {MAIN}.")
     return tuple(int(size) for size in name.split("x"))
 
 
 def find_patient(root: Path) -> dict[str, str]:
-    """The first patient that is there as DICOM, with PET in SUV from the files beside it, since PET as DICOM has none.
+    """Find the first patient with CT and MR as DICOM.
+
+    PET comes from the NIfTI file of the same patient, which is in SUV: the DICOM files of this data set are not.
+
+    Args:
+        root: folder with ``sts_dicom/ID`` and ``sts/ID``.
+
+    Returns:
+        The item of the case for a data list.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such patient.
     """
     for folder in sorted(root.glob("sts_dicom/*")):
         files = {
@@ -100,144 +106,158 @@ def find_patient(root: Path) -> dict[str, str]:
         }
         if all(path.exists() for path in files.values()):
             return {"case_id": folder.name, "image": str(files["ct"]), **{k: str(path) for k, path in files.items()}}
-    raise FileNotFoundError(f"{root} holds no patient: expected sts_dicom/ID/CT/image and sts/ID/PET_image.nii.gz.")
+    raise FileNotFoundError(f"No patient found in {root}. Expected sts_dicom/ID/CT/image and sts/ID/PET_image.nii.gz.")
 
 
-def make_volume(name: str, plan: Plan) -> Volume:
-    """Find or write a volume's files."""
+def prepare_volume(name: str, plan: InferencePlan) -> Volume:
+    """Find the files of the patient, or write those of a synthetic volume."""
     folder = plan.output / "volumes"
     if name == PATIENT:
         case = find_patient(Path(plan.dataset_dir))
-        small = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text(encoding="utf-8"))["patch"]
-        return Volume(name, case, write_case(folder / "warm", small), {}, teachers_scale(name))
+        warm_up_case = write_case(folder / "warm", read_config(f"data/{plan.data}")["patch"])
+        return Volume(name, case, warm_up_case, {}, teacher_scale(name))
     overrides = {"patch": list(WINDOW), "spacing": list(SPACING), "overlap": OVERLAP}
-    case = write_case(folder / name, shape_of(name))
-    return Volume(name, case, write_case(folder / "window", WINDOW), overrides, teachers_scale(name))
+    case = write_case(folder / name, volume_shape(name))
+    return Volume(name, case, write_case(folder / "window", WINDOW), overrides, teacher_scale(name))
 
 
-def all_sides(volume: Volume, plan: Plan) -> list[Side]:
-    """Every side on a volume, the student's engines first."""
+def all_candidates(volume: Volume, plan: InferencePlan) -> list[Candidate]:
+    """Every candidate on a volume, the student's engines first."""
     data = ("inference", f"data/{plan.data}")
-    student, teachers = (*data, f"scale/{plan.scale}"), (*data, f"scale/{volume.teachers}", "benchmark/stock")
-    modalities = json.loads((CONFIGS / "data" / f"{plan.data}.json").read_text(encoding="utf-8"))["modalities"]
-    random: dict[str, Any] = {"handlers": []}
-    wide = {"architecture": "segresnet", "teacher_modalities": modalities}
-    wide["architectures"] = {"segresnet": {"init_filters": 16}}
-    named: list[tuple[str, tuple[str, ...], dict[str, Any]]]
-    named = [(STUDENT + name, student, _engine(name)) for name in ENGINES]
-    named += [
-        (STOCK, (*student, "benchmark/stock"), {}),
-        (TEACHERS, (*teachers, "benchmark/teachers"), random),
-        (SEGRESNET, (*teachers, "teacher"), {**random, **wide}),
-        (NNUNET, (*data, "benchmark/nnunet"), random),
+    student, stock = (*data, "scale/small"), "benchmark/stock"
+    teachers = (*data, f"scale/{volume.teacher_scale}", stock)
+    random_weights: dict[str, Any] = {"handlers": []}  # no handler that loads weights
+    segresnet = {
+        "architecture": "segresnet",
+        "teacher_modalities": read_config(f"data/{plan.data}")["modalities"],
+        "architectures": {"segresnet": {"init_filters": 16}},
+    }
+    specs: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+        *((STUDENT + name, student, _engine_overrides(name)) for name in ENGINES),
+        (STOCK, (*student, stock), {}),
+        (THREE_TEACHERS, (*teachers, "benchmark/teachers"), random_weights),
+        (SEGRESNET, (*teachers, "teacher"), {**random_weights, **segresnet}),
+        (NNUNET, (*data, "benchmark/nnunet"), random_weights),
     ]
     return [
-        Side(name, configs, {**_common(name, volume, plan), **own, **_own_window(name)}) for name, configs, own in named
+        Candidate(name, configs, {**_common_overrides(name, volume, plan), **own, **_exported_window(name)})
+        for name, configs, own in specs
     ]
 
 
-def _common(name: str, volume: Volume, plan: Plan) -> dict[str, Any]:
-    """Overrides of every side: the same case again and again, after one to warm up on."""
+def _common_overrides(name: str, volume: Volume, plan: InferencePlan) -> dict[str, Any]:
+    """Overrides of every candidate: a data list that repeats the case, after one case to warm up on."""
     return {
         "device": Expression("$torch.device('cpu')"),
         "threads": plan.threads,
         "naming": [],
         "case": dict(volume.case),
-        "warm": dict(volume.warm if name in SLOW else volume.case),
-        "cases": Expression(f"$[@warm] + [@case] * {REPEATS}"),
+        "warm": dict(volume.warm_up_case if name in SLOW else volume.case),
+        "cases": Expression(f"$[@warm] + [@case] * {LIST_LENGTH}"),
         "output_dir": str(mask_path(name, volume, plan).parent),
         **volume.overrides,
     }
 
 
-def mask_path(name: str, volume: Volume, plan: Plan) -> Path:
-    """The mask that a side writes."""
+def mask_path(name: str, volume: Volume, plan: InferencePlan) -> Path:
+    """Path of the mask that a candidate writes."""
     folder = re.sub(r"\W+", "_", name)
     return plan.output / "masks" / volume.name / folder / f"{volume.case['case_id']}.nii.gz"
 
 
-def _missing(name: str) -> str:
-    """Why a side cannot be timed here; empty where it can."""
+def _unavailable_reason(name: str) -> str:
+    """Why a candidate cannot be timed on this machine; empty if it can."""
     if name == NNUNET:
         return "" if find_spec("nnunetv2") else "nnunetv2 is not installed (make bench-env)"
     if not is_engine(name) or name.startswith(f"{STUDENT}torch"):
         return ""
     model = name.removeprefix(STUDENT).removesuffix(WINDOWS)
-    if not find_spec(model.split()[0]):
-        return f"{model.split()[0]} is not installed (make bench-env)"
+    package = model.split()[0]
+    if not find_spec(package):
+        return f"{package} is not installed (make bench-env)"
     try:
         record = read_export(WEIGHTS)
         if model == "openvino bf16" and not cpu_has_bf16():
-            return "this CPU has no bf16"
+            return "this CPU does not support bf16"
     except UnavailableError as error:
         return str(error).rstrip(".")
     if model in record["models"]:
         return ""
     reasons = " and ".join(record.get("refused", {}).get(model, {}).get("because", []))
-    on = f"export refused it on {record['compared_on']['source']}: {reasons}" if reasons else ""
-    return on or f"no {model} was exported from {WEIGHTS.name}"
+    if reasons:
+        return f"the export refused it on {record['compared_on']['source']}: {reasons}"
+    return f"{model} has not been exported from {WEIGHTS.name}"
 
 
-def _engine(name: str) -> dict[str, Any]:
-    """Overrides of an engine's side: one pass over the volume, unless its name says windows."""
+def _engine_overrides(name: str) -> dict[str, Any]:
+    """Overrides of an engine: one pass over the volume, unless its name ends with ``WINDOWS``."""
     engine, precision = name.removesuffix(WINDOWS).split()
     return {"engine": engine, "engine_precision": precision, "whole_volume": not name.endswith(WINDOWS)}
 
 
-def _own_window(name: str) -> dict[str, Any]:
-    """ONNX Runtime takes windows of the exported size only, whatever the volume asks for."""
-    if name != f"{STUDENT}onnxruntime fp32" or _missing(name):
+def _exported_window(name: str) -> dict[str, Any]:
+    """The window of ONNX Runtime: it accepts windows of the exported size only."""
+    if name != f"{STUDENT}onnxruntime fp32" or _unavailable_reason(name):
         return {}
     return {"patch": read_export(WEIGHTS)["window"]}
 
 
-def choose(sides: Sequence[Side], volume: str, plan: Plan, best: str = "") -> tuple[list[Side], list[str]]:
-    """The sides to time on a volume, and a sentence for each that is left out though it was meant.
+def select_candidates(
+    candidates: Sequence[Candidate], volume: str, plan: InferencePlan, fastest_engine: str = ""
+) -> tuple[list[Candidate], list[str]]:
+    """Select the candidates to time on a volume.
 
     Args:
-        sides: all of them.
-        volume: the volume's name.
-        plan: names the sides that the user wants, if any.
-        best: the student's fastest engine, where it is known: volumes of the plot time no other.
+        candidates: all of them.
+        volume: name of the volume.
+        plan: names the candidates that the user wants, if any.
+        fastest_engine: name of the student's fastest engine, if known: the volumes of the plot time no other one.
+
+    Returns:
+        The candidates, and one sentence for each candidate that is left out because it cannot run here.
+
+    Raises:
+        ValueError: ``plan.only`` matches no candidate.
     """
-    meant = [side for side in sides if _meant(side.name, volume, plan.only, best)]
-    if not meant:
-        raise ValueError(f"--only {' '.join(plan.only)} names no side of {', '.join(side.name for side in sides)}.")
-    reasons = {side.name: _missing(side.name) for side in meant}
-    found = [side for side in meant if not reasons[side.name]]
-    return found, [f"{name} is left out: {reason}." for name, reason in reasons.items() if reason]
+    wanted = [each for each in candidates if _is_wanted(each.name, volume, plan.only, fastest_engine)]
+    if not wanted:
+        names = ", ".join(each.name for each in candidates)
+        raise ValueError(f"--only {' '.join(plan.only)} matches no candidate. Choose from: {names}.")
+    reasons = {each.name: _unavailable_reason(each.name) for each in wanted}
+    available = [each for each in wanted if not reasons[each.name]]
+    return available, [f"{name} is left out: {reason}." for name, reason in reasons.items() if reason]
 
 
-def _meant(name: str, volume: str, only: Sequence[str], best: str) -> bool:
+def _is_wanted(name: str, volume: str, only: Sequence[str], fastest_engine: str) -> bool:
     if only:
-        return any(_called(name, part.lower()) for part in only)
-    if volume in SIZES:
-        return name in (STOCK, best) or (not best and is_engine(name))
-    return volume != PATIENT or is_engine(name) or name in (STOCK, TEACHERS)
+        return any(_matches(name, part.lower()) for part in only)
+    if volume in PLOT_SIZES:
+        return name in (STOCK, fastest_engine) or (not fastest_engine and is_engine(name))
+    return volume != PATIENT or is_engine(name) or name in (STOCK, THREE_TEACHERS)
 
 
-def _called(name: str, part: str) -> bool:
-    """Whether the user means this side: by its name, with or without the student's, or by a part of it."""
-    names = [STUDENT + engine for engine in ENGINES]
-    exact = {each.lower() for each in [*ENGINES, *names, STOCK, TEACHERS, SEGRESNET, NNUNET]}
+def _matches(name: str, part: str) -> bool:
+    """Whether a word of ``--only`` names a candidate: its name, with or without ``STUDENT``, or else a part of it."""
+    names = [*ENGINES, *(STUDENT + engine for engine in ENGINES), STOCK, THREE_TEACHERS, SEGRESNET, NNUNET]
     name = name.lower()
-    return part in (name, name.removeprefix(STUDENT)) if part in exact else part in name
+    if part in (each.lower() for each in names):
+        return part in (name, name.removeprefix(STUDENT))
+    return part in name
 
 
 def is_engine(name: str) -> bool:
-    """Whether a side is the student in one of the bundle's engines."""
+    """Whether a candidate is the student in one of the bundle's engines."""
     return name.removeprefix(STUDENT) in ENGINES
 
 
-def teachers_scale(volume: str) -> str:
-    """The size of the teachers that belong to a volume: the shipped ones see the patient at the shipped spacing."""
+def teacher_scale(volume: str) -> str:
+    """The scale of the teachers for a volume: small at the coarse spacing of the patient, full at 1 mm."""
     return "small" if volume == PATIENT else "full"
 
 
-def check_student(modalities: Sequence[str], scale: str) -> None:
-    """Refuse what the shipped weights are not of."""
-    if list(modalities) != list(DRAWN) or scale != "small":
+def require_student_modalities(modalities: Sequence[str]) -> None:
+    """Raise ValueError unless a data set has the modalities of the shipped weights."""
+    if list(modalities) != list(MODALITIES):
         raise ValueError(
-            f"The benchmark runs the shipped weights, which are of {', '.join(DRAWN)} and of the scale small: leave "
-            "out --data and --scale."
+            f"This benchmark runs the shipped weights, which need {', '.join(MODALITIES)}. Leave out --data."
         )

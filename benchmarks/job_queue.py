@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A resumable queue of trainings and evaluations, each a command in a process of its own."""
+"""A resumable queue of trainings and evaluations, each in its own process."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
+import shlex
 import sys
 import threading
 import traceback
@@ -17,6 +19,8 @@ from typing import cast
 
 from tqdm import tqdm
 
+from scripts.cli.main import main
+from scripts.cli.options import positive_int
 from scripts.distillation.staged_training import FINISHED
 
 Command = tuple[str, ...]
@@ -27,13 +31,13 @@ class Job:
     """One training and its evaluations, as the commands that a user would type.
 
     Args:
-        row: the row of the table to which it belongs.
-        seed: of the training.
-        folder: where it writes.
-        commands: arguments of ``python -m scripts``: the training, then the evaluations.
-        needs: weights that must be there before it can begin.
-        evaluations: what each evaluation is called, in ``folder``.
-        makes: files that the first command leaves in ``folder`` when it has come to its end.
+        row: name of the table row to which the job belongs.
+        seed: random seed of the training.
+        folder: output folder.
+        commands: arguments of ``python -m scripts``: the training first, then the evaluations.
+        needs: files that must exist before the job can start, such as the weights of a teacher.
+        evaluations: sub folder of ``folder`` for each evaluation, in the order of ``commands``.
+        outputs: files in ``folder`` that exist once the first command has finished.
     """
 
     row: str
@@ -42,65 +46,98 @@ class Job:
     commands: tuple[Command, ...]
     needs: tuple[Path, ...] = ()
     evaluations: tuple[str, ...] = ("eval",)
-    makes: tuple[str, ...] = FINISHED
+    outputs: tuple[str, ...] = FINISHED
 
     @property
-    def todo(self) -> list[Command]:
-        """The commands whose results are not there."""
-        training = [] if self._made() else [self.commands[0]]
-        named = zip(self.evaluations, self.commands[1:], strict=True)
-        return [*training, *(c for name, c in named if not (self.folder / name / "summary.json").is_file())]
+    def pending_commands(self) -> list[Command]:
+        """The commands whose results do not exist yet."""
+        training = [] if self._trained() else [self.commands[0]]
+        evaluations = zip(self.evaluations, self.commands[1:], strict=True)
+        return [*training, *(command for name, command in evaluations if not self._evaluated(name))]
 
     @property
     def done(self) -> bool:
-        """Whether every evaluation is there; a training without any is done when it has come to its end."""
-        if not self.evaluations:
-            return self._made()
-        return all((self.folder / name / "summary.json").is_file() for name in self.evaluations)
+        """Whether every evaluation exists. A training without evaluations is done when its outputs exist."""
+        return all(map(self._evaluated, self.evaluations)) if self.evaluations else self._trained()
 
-    def _made(self) -> bool:
-        return all((self.folder / name).is_file() for name in self.makes)
+    def _trained(self) -> bool:
+        return all((self.folder / name).is_file() for name in self.outputs)
+
+    def _evaluated(self, name: str) -> bool:
+        return (self.folder / name / "summary.json").is_file()
 
 
-def own_bars() -> None:
-    """Give a forked process its own lock of progress bars: if it is killed in one, its relatives do not wait for it."""
+def add_queue_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--seeds``, ``--teacher-epochs``, ``--workers``, ``--only`` and ``--table``."""
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds of the trainings (default 0 1 2)"
+    )
+    parser.add_argument("--teacher-epochs", type=int, default=100, help="epochs of every teacher (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=positive_int, default=2, help="parallel trainings, one thread each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ROW", help="run only these rows and the rows that they depend on"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing, only write the table of finished runs")
+
+
+def command_lines(jobs: Sequence[Job]) -> str:
+    """All commands of the jobs, one per line, as they are typed in a shell."""
+    return "\n".join(f"python -m scripts {shlex.join(command)}" for job in jobs for command in job.commands)
+
+
+def use_own_progress_lock() -> None:
+    """Give a forked process its own lock for progress bars.
+
+    Forked processes share tqdm's lock. If one of them is killed while it holds the lock, all others wait forever.
+    """
     tqdm.set_lock(threading.RLock())
 
 
-def _work(main: Callable[[Sequence[str]], int], job: Job) -> None:
-    """Run a job's commands in this (forked) process; its words go into a log beside its results."""
-    own_bars()
+def _run_job(job: Job, run_command: Callable[[Sequence[str]], int]) -> None:
+    """Run a job's pending commands in this forked process, with all output in ``log.txt`` in the job's folder."""
+    use_own_progress_lock()
     job.folder.mkdir(parents=True, exist_ok=True)
-    resumed = (*job.commands[0], "--resume") if (job.folder / "checkpoint.pt").is_file() else job.commands[0]
-    commands = [resumed if command is job.commands[0] else command for command in job.todo]
-    path = job.folder / "log.txt"
-    with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    training = job.commands[0]
+    resumed = (*training, "--resume") if (job.folder / "checkpoint.pt").is_file() else training
+    commands = [resumed if command is training else command for command in job.pending_commands]
+    log_path = job.folder / "log.txt"
+    with open(log_path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            code = next((code for code in map(main, commands) if code), 0)
+            exit_code = next((code for code in map(run_command, commands) if code), 0)
         except BaseException:
             traceback.print_exc()
-            code = 1
-    sys.exit(code)
+            exit_code = 1
+    sys.exit(exit_code)
 
 
-def work_off(jobs: Sequence[Job], workers: int, main: Callable[[Sequence[str]], int]) -> list[Job]:
-    """Work off the jobs that are not done, each in a process of its own; returns those that failed.
+def run_jobs(jobs: Sequence[Job], workers: int, run_command: Callable[[Sequence[str]], int] = main) -> list[Job]:
+    """Run the jobs that are not done, each in its own process.
 
-    Processes are forked, so that PyTorch and MONAI are imported once and each job's peak memory is its own.
+    Processes are forked: PyTorch and MONAI are imported once, and each job's peak memory is its own.
+
+    Args:
+        jobs: the jobs; a job starts when the files that it needs exist.
+        workers: number of parallel processes.
+        run_command: runs the arguments of one ``python -m scripts`` command and returns its exit code.
+
+    Returns:
+        The jobs that failed, and those whose needs were never fulfilled.
     """
     context = multiprocessing.get_context("fork")
-    todo = [job for job in jobs if not job.done]
+    pending = [job for job in jobs if not job.done]
     running: dict[int, tuple[ForkProcess, Job]] = {}
     failed = []
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="comparison", unit="run")
-    while todo or running:
-        while (job := _next(todo)) and len(running) < workers:
-            todo.remove(job)
-            process = context.Process(target=_work, args=(main, job))
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(pending), desc="comparison", unit="run")
+    while pending or running:
+        while (job := _next_ready(pending)) and len(running) < workers:
+            pending.remove(job)
+            process = context.Process(target=_run_job, args=(job, run_command))
             process.start()
             running[process.sentinel] = (process, job)
-        if not running:  # nothing left to wait for: what they need has failed
-            failed += todo
+        if not running:  # the remaining jobs need the results of failed ones
+            failed += pending
             break
         for sentinel in wait(list(running)):
             process, job = running.pop(cast(int, sentinel))
@@ -113,18 +150,23 @@ def work_off(jobs: Sequence[Job], workers: int, main: Callable[[Sequence[str]], 
     return failed
 
 
-def _next(todo: Sequence[Job]) -> Job | None:
-    """The first job whose needs are there."""
-    return next((job for job in todo if all(path.is_file() for path in job.needs)), None)
+def _next_ready(pending: Sequence[Job]) -> Job | None:
+    """The first job whose needs exist."""
+    return next((job for job in pending if all(path.is_file() for path in job.needs)), None)
 
 
-def with_needs(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    """The jobs of some rows and what they need, directly or not; all of them where no row is named."""
-    wanted = [job for job in jobs if not only or job.row in only]
-    while more := [job for job in jobs if job not in wanted and _serves(job, wanted)]:
-        wanted += more
-    return [job for job in jobs if job in wanted]
+def select_jobs(jobs: Sequence[Job], rows: Sequence[str]) -> list[Job]:
+    """The jobs of some table rows and the jobs that they depend on, directly or not.
+
+    Args:
+        jobs: all jobs.
+        rows: names of the rows; all jobs are selected if it is empty.
+    """
+    selected = [job for job in jobs if not rows or job.row in rows]
+    while more := [job for job in jobs if job not in selected and _is_needed(job, selected)]:
+        selected += more
+    return [job for job in jobs if job in selected]
 
 
-def _serves(job: Job, others: Sequence[Job]) -> bool:
+def _is_needed(job: Job, others: Sequence[Job]) -> bool:
     return any(path.is_relative_to(job.folder) for other in others for path in other.needs)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of Dice, HD95 and ASSD: this bundle beside MONAI, MedPy, surface-distance and SimpleITK.
+"""Time Dice, HD95 and ASSD of this bundle, MONAI, MedPy, surface-distance and SimpleITK.
 
-Each side is a process of its own that holds the same masks; the sides take turns, so that whatever else the machine
-does falls on all of them. Packages are imported by the process that needs them.
+Each package runs on the same masks, in its own process and in interleaved rounds. A package is imported only by its
+own process; one that is not installed is left out.
+
+Example: python -m benchmarks metrics --dataset-dir DATA --only MONAI MedPy
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import statistics
 import tempfile
@@ -22,8 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.turn_taking import Measured, memory_mib, take_turns
-from benchmarks.turn_taking import Side as Turning
+from benchmarks.interleaved_timing import Candidate, Timings, memory_mib, time_interleaved
+from benchmarks.lower_bound import cpu_name
+from benchmarks.options import add_json_option, add_output_options
+from scripts.utils.atomic_files import write_json
+from scripts.utils.markdown import markdown_table
 
 Mask = NDArray[np.uint8]
 Pair = tuple[Mask, Mask, tuple[float, ...]]  # prediction, reference, spacing in mm
@@ -32,11 +38,11 @@ Load = Callable[[], Sequence[Pair]]
 
 OURS = "ours"
 SHAPE, SPACING = (512, 512, 300), (0.8, 0.8, 1.0)
-SLOW_TURNS = 2  # of the sides that measure distances all over the volume, most of a minute each
+SLOW_ROUNDS = 2  # of packages that compute distances in the whole volume, which takes up to a minute
 
 
 def ours(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values:
-    """This bundle, one thread."""
+    """This bundle, on one thread."""
     from scripts.metrics import surface_metrics
 
     values = surface_metrics(prediction, reference, spacing)
@@ -56,7 +62,7 @@ def monai(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values
 
 
 def medpy(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values:
-    """MedPy; its HD95 is one percentile of both directions pooled."""
+    """MedPy. Its HD95 is the percentile of the pooled distances of both directions."""
     from medpy.metric.binary import assd, dc, hd95
 
     pair = (prediction, reference)
@@ -64,19 +70,19 @@ def medpy(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values
 
 
 def surface_distance(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values:
-    """DeepMind's package, whose surface elements lie between the voxels; its two directed means pooled by area."""
+    """DeepMind's package. Its surface elements lie between the voxels; ASSD weights both directions by their area."""
     import surface_distance as package
 
     p, r = prediction.astype(bool), reference.astype(bool)
-    found = package.compute_surface_distances(r, p, spacing)
-    hd95 = package.compute_robust_hausdorff(found, 95)
-    means = package.compute_average_surface_distance(found)
-    areas = found["surfel_areas_gt"].sum(), found["surfel_areas_pred"].sum()
+    distances = package.compute_surface_distances(r, p, spacing)
+    hd95 = package.compute_robust_hausdorff(distances, 95)
+    means = package.compute_average_surface_distance(distances)
+    areas = distances["surfel_areas_gt"].sum(), distances["surfel_areas_pred"].sum()
     return float(package.compute_dice_coefficient(r, p)), float(hd95), float(np.average(means, weights=areas))
 
 
 def simpleitk(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Values:
-    """SimpleITK: outlines and a Maurer distance map of each, read at the other's outline; our definitions."""
+    """SimpleITK with our definitions: the Maurer distance map of each boundary, read at the other boundary."""
     import SimpleITK as sitk  # noqa: N813
 
     edges, maps = [], []
@@ -90,40 +96,60 @@ def simpleitk(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> Va
         distance = sitk.SignedMaurerDistanceMap(edge, squaredDistance=False, useImageSpacing=True)
         edges.append(sitk.GetArrayViewFromImage(edge) > 0)
         maps.append(sitk.GetArrayFromImage(distance))
-    from_p, from_r = (np.maximum(m[e], 0) for m, e in ((maps[1], edges[0]), (maps[0], edges[1])))  # negative: inside
+    from_p, from_r = (np.maximum(m[e], 0) for m, e in ((maps[1], edges[0]), (maps[0], edges[1])))  # negative inside
     hd95 = max(np.percentile(from_p, 95), np.percentile(from_r, 95))
     return overlap.GetDiceCoefficient(), float(hd95), float(np.concatenate([from_p, from_r]).mean())
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to the three values, and the package without which it is left out."""
+class Implementation:
+    """One implementation of the metrics.
 
-    run: Callable[[Mask, Mask, Sequence[float]], Values]
+    Args:
+        compute: prediction, reference and spacing in mm -> Dice, HD95 and ASSD.
+        package: the package that must be installed.
+        max_rounds: upper limit of the number of rounds.
+    """
+
+    compute: Callable[[Mask, Mask, Sequence[float]], Values]
     package: str
-    turns: int = 10**6
+    max_rounds: int = 10**6
 
 
-SIDES = {
-    OURS: Side(ours, "scipy"),
-    "MONAI": Side(monai, "monai"),
-    "SimpleITK": Side(simpleitk, "SimpleITK", SLOW_TURNS),
-    "surface-distance": Side(surface_distance, "surface_distance", SLOW_TURNS),
-    "MedPy": Side(medpy, "medpy", SLOW_TURNS),
+IMPLEMENTATIONS = {
+    OURS: Implementation(ours, "scipy"),
+    "MONAI": Implementation(monai, "monai"),
+    "SimpleITK": Implementation(simpleitk, "SimpleITK", SLOW_ROUNDS),
+    "surface-distance": Implementation(surface_distance, "surface_distance", SLOW_ROUNDS),
+    "MedPy": Implementation(medpy, "medpy", SLOW_ROUNDS),
 }
 
 
-def chosen(only: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The sides to run, ours always among them, and a sentence for each package that is not installed."""
-    unknown = sorted(set(only) - set(SIDES))
+def select_implementations(only: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Select the implementations to time; ours is always among them.
+
+    Args:
+        only: names in ``IMPLEMENTATIONS``; empty for all.
+
+    Returns:
+        Their names, and one sentence for each package that is not installed.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    unknown = sorted(set(only) - set(IMPLEMENTATIONS))
     if unknown:
-        raise ValueError(f"There is no side {', '.join(unknown)}: choose from {', '.join(SIDES)}.")
-    wanted = [name for name in SIDES if not only or name == OURS or name in only]
-    there = [name for name in wanted if importlib.util.find_spec(SIDES[name].package)]
-    absent = [f"{name} is left out: {SIDES[name].package} is not installed." for name in wanted if name not in there]
+        raise ValueError(f"Unknown candidate {', '.join(unknown)}. Choose from {', '.join(IMPLEMENTATIONS)}.")
+    wanted = [name for name in IMPLEMENTATIONS if not only or name == OURS or name in only]
+    installed = [name for name in wanted if importlib.util.find_spec(IMPLEMENTATIONS[name].package)]
+    notes = [
+        f"{name} is left out: {IMPLEMENTATIONS[name].package} is not installed."
+        for name in wanted
+        if name not in installed
+    ]
     if not importlib.util.find_spec("edt"):
-        absent.append("edt is not installed: ours does everything by k-d trees.")
-    return there, absent
+        notes.append("edt is not installed: ours uses k-d trees for all distances.")
+    return installed, notes
 
 
 def _blob(shape: Sequence[int], centre: NDArray, radii: NDArray, phase: float) -> Mask:
@@ -140,7 +166,7 @@ def _blob(shape: Sequence[int], centre: NDArray, radii: NDArray, phase: float) -
     return mask
 
 
-def _pair(shape: Sequence[int], count: int, radii: tuple[float, float], seed: int) -> list[Pair]:
+def _synthetic_pair(shape: Sequence[int], count: int, radii: tuple[float, float], seed: int) -> list[Pair]:
     """A prediction and a reference of ``count`` blobs, which differ by some mm in place, size and surface."""
     rng = np.random.default_rng(seed)
     extent = np.multiply(shape, SPACING)
@@ -154,10 +180,15 @@ def _pair(shape: Sequence[int], count: int, radii: tuple[float, float], seed: in
 
 
 def synthetic_pairs(shape: Sequence[int] = SHAPE, scale: float = 1.0) -> dict[str, Load]:
-    """Seeded masks of 0.8 x 0.8 x 1 mm; ``scale`` shrinks radii along with a smaller ``shape``."""
+    """Seeded pairs of masks with voxels of 0.8 x 0.8 x 1 mm.
+
+    Args:
+        shape: of the masks.
+        scale: factor of all radii, to shrink them with the shape.
+    """
 
     def load(count: int, low: float, high: float, seed: int) -> Load:
-        return partial(_pair, shape, count, (low * scale, high * scale), seed)
+        return partial(_synthetic_pair, shape, count, (low * scale, high * scale), seed)
 
     return {
         "one lesion of 3 cm": load(1, 14, 16, 0),
@@ -166,7 +197,8 @@ def synthetic_pairs(shape: Sequence[int] = SHAPE, scale: float = 1.0) -> dict[st
     }
 
 
-def _cohort(paths: Iterable[tuple[Path, Path]]) -> list[Pair]:
+def _read_pairs(paths: Iterable[tuple[Path, Path]]) -> list[Pair]:
+    """Read pairs of masks drawn on CT and on PET, both on the grid of the CT."""
     import SimpleITK as sitk  # noqa: N813
 
     pairs = []
@@ -179,51 +211,58 @@ def _cohort(paths: Iterable[tuple[Path, Path]]) -> list[Pair]:
 
 
 def cohort_pairs(folder: Path) -> dict[str, Load]:
-    """The tumours drawn on CT against those drawn on PET, on the grid of the CT, of every patient of the sts cohort."""
-    paths = [(path, path.with_name("PET_mask.nii.gz")) for path in sorted(folder.glob("*/CT_mask.nii.gz"))]
-    paths = [both for both in paths if both[1].is_file()]
-    if not paths:
-        raise ValueError(f"{folder} holds no <patient>/CT_mask.nii.gz with a PET_mask.nii.gz beside it.")
-    return {f"masks of {len(paths)} patients": partial(_cohort, paths)}
-
-
-def measure(pairs: Mapping[str, Load], sides: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Time the sides in turns, one set of masks after the other.
+    """The tumours drawn on PET against those drawn on CT, on the grid of the CT, of all patients of the sts data set.
 
     Args:
-        pairs: name -> the masks of one turn; times are of all of them, values are means over them.
-        sides: names in ``SIDES``, ours first.
-        rounds: turns of each side; slow sides have at most ``SLOW_TURNS``.
+        folder: of the data set.
+
+    Raises:
+        ValueError: it has no such masks.
+    """
+    paths = [(path, path.with_name("PET_mask.nii.gz")) for path in sorted(folder.glob("*/CT_mask.nii.gz"))]
+    paths = [pair for pair in paths if pair[1].is_file()]
+    if not paths:
+        raise ValueError(f"No <patient>/CT_mask.nii.gz with a PET_mask.nii.gz found in {folder}. Check --dataset-dir.")
+    return {f"masks of {len(paths)} patients": partial(_read_pairs, paths)}
+
+
+def measure(pairs: Mapping[str, Load], names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Time implementations in interleaved rounds, one set of masks after the other.
+
+    Args:
+        pairs: name -> the masks of one round; a time is that of all of them, a metric is the mean over them.
+        names: names in ``IMPLEMENTATIONS``, ours first.
+        rounds: rounds of each implementation; slow ones have at most ``SLOW_ROUNDS``.
 
     Returns:
         Rows ``{"side", "what", "median_s", "ratio", "peak_mib", "n", "hd95_mm", "assd_mm", "dice"}``; ``ratio`` is to
-        ours, ``peak_mib`` what a side needed at most beyond its packages and the masks.
+        ours, ``peak_mib`` is the peak memory beyond the imported packages and the masks.
 
     Raises:
-        RuntimeError: a side's process has ended; its own message is above.
+        RuntimeError: the process of an implementation has ended; it printed the reason.
     """
     rows = []
+    counts = {name: min(rounds, IMPLEMENTATIONS[name].max_rounds) for name in names}
     for what, load in pairs.items():
         print(what, flush=True)
         with _masks_on_disk(load) as folder:
-            named = [Turning(name, (), {"folder": str(folder)}) for name in sides]
-            counts = {name: min(rounds, SIDES[name].turns) for name in sides}
-            measured = take_turns(named, _work, counts, turn=1, warm_up=1, start="spawn")
-        base = statistics.median(seconds for seconds, _ in measured[sides[0]].steps)
-        rows += [_row(side, what, measured[side], base) for side in sides]
+            candidates = [Candidate(name, (), {"folder": str(folder)}) for name in names]
+            timings = time_interleaved(candidates, _compute_metrics, counts, 1, 1, start_method="spawn")
+        base = statistics.median(seconds for seconds, _ in timings[names[0]].steps)
+        rows += [_row(name, what, timings[name], base) for name in names]
     return rows
 
 
-def _row(side: str, what: str, measured: Measured, base: float) -> dict[str, Any]:
-    median = statistics.median(seconds for seconds, _ in measured.steps)
-    dice, hd95, assd = measured.steps[0][1]
+def _row(name: str, what: str, timings: Timings, base: float) -> dict[str, Any]:
+    median = statistics.median(seconds for seconds, _ in timings.steps)
+    dice, hd95, assd = timings.steps[0][1]
     return {
-        "side": side,
+        "side": name,
         "what": what,
         "median_s": round(median, 5),
         "ratio": round(median / base, 2),
-        "peak_mib": round(measured.peak_mib),
-        "n": len(measured.steps),
+        "peak_mib": round(timings.peak_mib),
+        "n": len(timings.steps),
         "hd95_mm": round(hd95, 6),
         "assd_mm": round(assd, 6),
         "dice": round(dice, 6),
@@ -232,7 +271,10 @@ def _row(side: str, what: str, measured: Measured, base: float) -> dict[str, Any
 
 @contextmanager
 def _masks_on_disk(load: Load) -> Iterator[Path]:
-    """The masks as files, so that every process holds its own and nothing of how they were made."""
+    """Write the masks to a temporary folder, from which every process reads its own copy.
+
+    The processes then share no memory with this one, in which the masks were made.
+    """
     with tempfile.TemporaryDirectory() as name:
         for i, (prediction, reference, spacing) in enumerate(load()):
             for kind, array in (("p", prediction), ("r", reference), ("spacing", np.array(spacing))):
@@ -240,32 +282,56 @@ def _masks_on_disk(load: Load) -> Iterator[Path]:
         yield Path(name)
 
 
-def _work(side: Turning, pipe: Connection) -> None:
-    """A side's process: a small pair to import everything, then all pairs, each time it is asked."""
-    run, folder = SIDES[side.name].run, Path(side.overrides["folder"])
+def _compute_metrics(candidate: Candidate, pipe: Connection) -> None:
+    """Worker process: import everything on a small pair, then compute all pairs once per round."""
+    compute, folder = IMPLEMENTATIONS[candidate.name].compute, Path(candidate.overrides["folder"])
     small = np.pad(np.ones((3, 4, 5), dtype=np.uint8), 3)
-    run(small, np.roll(small, 1, axis=0), (1.0, 1.0, 1.0))
-    kinds = [sorted(folder.glob(f"*_{kind}.npy")) for kind in ("p", "r", "spacing")]
-    pairs = [(np.load(p), np.load(r), tuple(np.load(step).tolist())) for p, r, step in zip(*kinds, strict=True)]
-    pipe.recv()
+    compute(small, np.roll(small, 1, axis=0), (1.0, 1.0, 1.0))
+    files = [sorted(folder.glob(f"*_{kind}.npy")) for kind in ("p", "r", "spacing")]
+    pairs = [(np.load(p), np.load(r), tuple(np.load(spacing).tolist())) for p, r, spacing in zip(*files, strict=True)]
+    pipe.recv()  # the warm-up, which is done
     pipe.send(([], 0.0))
-    held = memory_mib("VmRSS")
+    before_mib = memory_mib("VmRSS")
     while pipe.recv():
-        began = time.perf_counter()
-        values = [run(*pair) for pair in pairs]
-        seconds = time.perf_counter() - began
+        start = time.perf_counter()
+        values = [compute(*pair) for pair in pairs]
+        seconds = time.perf_counter() - start
         mean = tuple(np.mean(values, axis=0).tolist())
-        pipe.send(([(seconds, mean)], max(0.0, memory_mib() - held)))
+        pipe.send(([(seconds, mean)], max(0.0, memory_mib() - before_mib)))
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| masks | side | median s | ratio to ours | peak MiB | n | Dice | HD95 mm | ASSD mm |",
-        "|---|---|---|---|---|---|---|---|---|",
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = ("masks", "candidate", "median s", "ratio to ours", "peak MiB", "n", "Dice", "HD95 mm", "ASSD mm")
+    cells = [
+        (
+            *(row["what"], row["side"], f"{row['median_s']:.3f}", f"{row['ratio']:.1f}", row["peak_mib"], row["n"]),
+            *(f"{row['dice']:.4f}", f"{row['hd95_mm']:.3f}", f"{row['assd_mm']:.3f}"),
+        )
+        for row in rows
     ]
-    for row in rows:
-        cells = [row["what"], row["side"], f"{row['median_s']:.3f}", f"{row['ratio']:.1f}", str(row["peak_mib"])]
-        values = [str(row["n"]), f"{row['dice']:.4f}", f"{row['hd95_mm']:.3f}", f"{row['assd_mm']:.3f}"]
-        lines.append("| " + " | ".join([*cells, *values]) + " |")
-    return "\n".join(lines)
+    return markdown_table(head, cells)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--dataset-dir", type=Path, help="also time the masks of the sts data set in this folder")
+    add_output_options(parser, "runs/benchmark")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median counts (default %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help=f"time ours and these: {', '.join(IMPLEMENTATIONS)}"
+    )
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Time all implementations and return the table."""
+    names, notes = select_implementations(args.only)
+    if args.dry_run:
+        return "\n".join(names)
+    pairs = synthetic_pairs()
+    if args.dataset_dir:
+        pairs |= cohort_pairs(args.dataset_dir)
+    rows = measure(pairs, names, args.rounds)
+    write_json(rows, args.json or args.output_dir / "metrics.json")
+    return "\n".join([*notes, f"On {cpu_name()}.", "", format_table(rows)])

@@ -1,77 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds to segment one preprocessed case, for each network of configs/scale/small.json.
+"""Time the segmentation of one preprocessed case by each network of configs/scale/small.json.
 
-All networks run in one process and in turn, so that whatever else the machine does falls on all of them::
+All networks run in one process, in interleaved rounds. The case is random, because the time does not depend on the
+values. It has the size of a typical sarcoma at 3 mm, and the sliding window is that of configs/inference.json.
 
-    python benchmarks/network_speed.py [--json FILE]
-
-The case is random (the time does not depend on the values), of a typical sarcoma's size at 3 mm, with the sliding
-window of configs/inference.json. Prints medians and the ratio to the student.
+Example: python -m benchmarks networks --json networks.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.inferers import SlidingWindowInferer
 
+from benchmarks.options import add_json_option
+from benchmarks.synthetic_body import MODALITIES
+from scripts.cli.config import read_config
 from scripts.networks import Student
 from scripts.networks.teacher import Teacher
+from scripts.utils.atomic_files import write_json
+from scripts.utils.markdown import markdown_table
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-MODALITIES = ["ct", "pet", "mr"]
-CASE = (66, 66, 64)
-
-
-def networks(patch: list[int]) -> dict[str, torch.nn.Module]:
-    """The five networks of docs/results.md and the student with batch normalisation, with random weights."""
-    options = json.loads((CONFIGS / "scale/small.json").read_text(encoding="utf-8"))["architectures"]
-    teachers = {"ct": "unetr", "pet": "hdenseformer", "mr": "swinunetr"}
-    found: dict[str, torch.nn.Module] = {"student": Student(3, 2), "student, batch norm": Student(3, 2, norm="batch")}
-    for modality, architecture in teachers.items():
-        found[f"{architecture} ({modality})"] = Teacher(architecture, [modality], MODALITIES, 2, patch, options)
-    return {name: net.eval().to(memory_format=torch.channels_last_3d) for name, net in found.items()}
+CASE_SHAPE = (66, 66, 64)
+TEACHER_ARCHITECTURES = {"ct": "unetr", "pet": "hdenseformer", "mr": "swinunetr"}
+STUDENT = "student"
 
 
-def measure(repeats: int) -> list[dict[str, object]]:
-    """One row per network: median seconds over ``repeats`` rounds after one for warming up."""
-    settings = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
+def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
+    """The networks of docs/results.md and the student with batch normalisation, all with random weights."""
+    options = read_config("scale/small")["architectures"]
+    channels = len(MODALITIES)
+    built: dict[str, torch.nn.Module] = {
+        STUDENT: Student(channels, 2),
+        f"{STUDENT}, batch norm": Student(channels, 2, norm="batch"),
+    }
+    for modality, architecture in TEACHER_ARCHITECTURES.items():
+        built[f"{architecture} ({modality})"] = Teacher(architecture, [modality], MODALITIES, 2, patch, options)
+    return {
+        name: network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        for name, network in built.items()
+    }
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """Time all networks.
+
+    Args:
+        repeats: rounds, after one to warm up.
+
+    Returns:
+        Rows ``{"side", "what", "median_s", "ratio", "peak_mib"}``; ``ratio`` is to the student, ``peak_mib`` is None.
+    """
+    settings = read_config("inference")
     inferer = SlidingWindowInferer(settings["patch"], overlap=settings["overlap"], mode="gaussian")
-    image = torch.rand(1, 3, *CASE, generator=torch.Generator().manual_seed(0))
-    nets = networks(settings["patch"])
-    seconds: dict[str, list[float]] = {name: [] for name in nets}
+    image = torch.rand(1, len(MODALITIES), *CASE_SHAPE, generator=torch.Generator().manual_seed(0))
+    candidates = networks(settings["patch"])
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         for _ in range(repeats + 1):
-            for name, net in nets.items():
-                began = time.perf_counter()
-                inferer(image, net)
-                seconds[name].append(time.perf_counter() - began)
+            for name, network in candidates.items():
+                start = time.perf_counter()
+                inferer(image, network)
+                seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    what = f"sliding window over {CASE}, {torch.get_num_threads()} threads"
+    what = f"sliding window over {CASE_SHAPE}, {torch.get_num_threads()} threads"
     return [
         {
             "side": name,
             "what": what,
-            "median_s": round(m, 3),
-            "ratio": round(m / medians["student"], 2),
+            "median_s": round(median, 3),
+            "ratio": round(median / medians[STUDENT], 2),
             "peak_mib": None,
         }
-        for name, m in medians.items()
+        for name, median in medians.items()
     ]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    rows = measure(arguments.repeats)
-    for row in rows:
-        print(f"{row['side']:24} {row['median_s']:8} s  {row['ratio']:6} x the student's  ({row['what']})")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts (default %(default)s)")
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Time all networks and return the table."""
+    rows = measure(args.repeats)
+    if args.json:
+        write_json(rows, args.json)
+    cells = [(row["side"], row["median_s"], row["ratio"], row["what"]) for row in rows]
+    return markdown_table(("network", "median s", "ratio to the student", "case"), cells)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nnU-Net v2's own inference as a side of the benchmark: files in, mask out, by its own reader, windows and writer.
+"""nnU-Net v2's inference as a candidate of the benchmark: files to mask with its own reader, windows and writer.
 
-Its standard 3D network as its planner would lay it out for the window, untrained: what it says does not change what it
-costs. It reads one grid per case, so that modalities on other grids are brought onto the reference's beforehand.
+The network is the standard 3D one that its planner lays out for the window. It is untrained, because the weights do not
+change the time. nnU-Net needs all modalities of a case on one grid: other grids are resampled beforehand.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import torch
 from ignite.engine import Engine
 
 logger = logging.getLogger(__name__)
-# Body-like statistics of a CT's foreground in HU; only CT is normalised by those of its data set.
+# Plausible statistics of the foreground of a CT in HU. nnU-Net normalises only CT by the statistics of a data set.
 FOREGROUND = {"mean": 40.0, "std": 150.0, "median": 50.0, "min": -1024.0, "max": 3071.0}
 FOREGROUND |= {"percentile_00_5": -900.0, "percentile_99_5": 1000.0}
-WIDEST, FIRST = 320, 32  # features of its 3D networks
+MAX_FEATURES, FIRST_FEATURES = 320, 32  # of nnU-Net's 3D networks
 CONFIGURATION = "3d_fullres"
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """nnU-Net prints what it does and which of its folders are not set; none of them is needed here."""
+    """Suppress nnU-Net's output, such as its warning about folders that are not set, which are not needed here."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def _architecture(spacing: Sequence[float], patch: Sequence[int]) -> dict[str, Any]:
-    """The network that nnU-Net's default planner lays out for a window."""
+    """The network that nnU-Net's default planner lays out for a window, with spacing in mm, both as z, y, x."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     _, strides, kernels, size, _ = get_pool_and_conv_props(list(spacing), list(patch), 4, 999999)
     if list(size) != list(patch):
-        raise ValueError(f"nnU-Net would make the window {list(patch)} into {list(size)}: choose that.")
+        raise ValueError(f"nnU-Net changes the window {list(patch)} to {list(size)}. Use that one.")
     stages = len(strides)
     arguments = {
         "n_stages": stages,
-        "features_per_stage": [min(WIDEST, FIRST * 2**stage) for stage in range(stages)],
+        "features_per_stage": [min(MAX_FEATURES, FIRST_FEATURES * 2**stage) for stage in range(stages)],
         "conv_op": "torch.nn.modules.conv.Conv3d",
         "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
         "strides": [list(map(int, stride)) for stride in strides],
@@ -66,7 +66,7 @@ def _architecture(spacing: Sequence[float], patch: Sequence[int]) -> dict[str, A
 
 
 def make_plans(modalities: Sequence[str], spacing: Sequence[float], patch: Sequence[int]) -> dict[str, Any]:
-    """nnU-Net's plans for a window and a spacing; its arrays are z, y, x, and so are both in the plans."""
+    """nnU-Net's plans for a spacing in mm and a window, both as x, y, z. In the plans they are z, y, x."""
     spacing, patch = [float(mm) for mm in reversed(spacing)], [int(size) for size in reversed(patch)]
     resample = {"order_z": 0, "force_separate_z": None}
     names = ("data", "seg", "probabilities")
@@ -106,17 +106,17 @@ def make_plans(modalities: Sequence[str], spacing: Sequence[float], patch: Seque
 def make_predictor(
     modalities: Sequence[str], classes: int, spacing: Sequence[float], patch: Sequence[int], overlap: float
 ) -> Any:
-    """nnU-Net's predictor on the CPU, without mirroring, with random weights."""
+    """nnU-Net's predictor with random weights, on the CPU and without mirroring."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     plans = PlansManager(make_plans(modalities, spacing, patch))
-    chosen = plans.get_configuration(CONFIGURATION)
+    configuration = plans.get_configuration(CONFIGURATION)
     network = get_network_from_plans(
-        chosen.network_arch_class_name,
-        chosen.network_arch_init_kwargs,
-        chosen.network_arch_init_kwargs_req_import,
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
         len(modalities),
         classes,
         deep_supervision=False,
@@ -130,17 +130,18 @@ def make_predictor(
         tile_step_size=1 - overlap, use_gaussian=True, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False
     )
     weights = [network.state_dict()]
-    predictor.manual_initialization(network, plans, chosen, weights, dataset, "nnUNetTrainer", None)
+    predictor.manual_initialization(network, plans, configuration, weights, dataset, "nnUNetTrainer", None)
     return predictor
 
 
-def _read(path: Path) -> sitk.Image:
+def _read_image(path: Path) -> sitk.Image:
     if path.is_dir():
         return sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path)))
     return sitk.ReadImage(str(path))
 
 
 def _grid(path: Path) -> tuple[Any, ...]:
+    """Size, spacing, origin and direction of an image, from its header."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -148,22 +149,27 @@ def _grid(path: Path) -> tuple[Any, ...]:
     return (*reader.GetSize(), *(round(number, 3) for number in geometry))
 
 
-def on_one_grid(files: Mapping[str, Path], reference: str, folder: Path) -> list[Path]:
-    """A case's files as nnU-Net can read them; where they are not on one grid, they are resampled into ``folder``.
+def resample_to_one_grid(files: Mapping[str, Path], reference: str, folder: Path) -> list[Path]:
+    """Resample the images of a case to one grid, as nnU-Net needs them.
 
     Args:
-        files: per modality, in the network's order, a file or a DICOM folder.
-        reference: the modality whose grid they are brought to.
-        folder: where resampled files go.
+        files: modality -> file or DICOM folder, in the order of the network's channels.
+        reference: the modality that has the target grid.
+        folder: folder for resampled files.
+
+    Returns:
+        The original files if they are NIfTI files on one grid, otherwise the resampled files.
     """
-    readable = all(path.name.endswith(".nii.gz") for path in files.values())
-    if readable and len({_grid(path) for path in files.values()}) == 1:
+    all_nifti = all(path.name.endswith(".nii.gz") for path in files.values())
+    if all_nifti and len({_grid(path) for path in files.values()}) == 1:
         return list(files.values())
-    logger.info("nnU-Net reads one grid: modalities are resampled onto that of %s beforehand, untimed.", reference)
+    logger.info(
+        "nnU-Net needs one grid: all modalities are resampled to that of %s before the timing starts.", reference
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    fixed, written = _read(files[reference]), []
+    fixed, written = _read_image(files[reference]), []
     for index, (key, path) in enumerate(files.items()):
-        image = fixed if key == reference else _read(path)
+        image = fixed if key == reference else _read_image(path)
         lowest = float(sitk.GetArrayViewFromImage(image).min())
         written.append(folder / f"case_{index:04d}.nii.gz")
         sitk.WriteImage(sitk.Resample(image, fixed, sitk.Transform(), sitk.sitkLinear, lowest), str(written[-1]))
@@ -171,15 +177,17 @@ def on_one_grid(files: Mapping[str, Path], reference: str, folder: Path) -> list
 
 
 class NNUNetEvaluator(Engine):
-    """An engine whose step is one case from its files to its written mask.
+    """Engine that segments one case per iteration, from its files to its written mask.
 
     Args:
-        cases: data list; items name their files by modality.
+        cases: data list; each item has a file for every modality.
         modalities: channels of the network.
-        reference: the modality on whose grid the mask is.
+        reference: the modality that has the grid of the mask.
         labels: one entry per class.
-        spacing, patch, overlap: of the network and its windows.
-        output_dir: where masks go, as ``<case_id>.nii.gz``.
+        spacing: of the network's grid, in mm.
+        patch: size of the window in voxels.
+        overlap: of neighbouring windows, from 0 to 1.
+        output_dir: folder of the masks ``<case_id>.nii.gz``.
     """
 
     def __init__(
@@ -194,27 +202,29 @@ class NNUNetEvaluator(Engine):
         output_dir: str,
     ) -> None:
         super().__init__(self._segment)
-        os.environ.setdefault("nnUNet_def_n_proc", str(torch.get_num_threads()))  # its threads, read when imported
+        os.environ.setdefault(
+            "nnUNet_def_n_proc", str(torch.get_num_threads())
+        )  # its number of threads, which it reads on import
         self.folder = Path(output_dir)
         prepared: dict[str, list[str]] = {}
         for case in cases:
             name = str(case["case_id"])
             if name not in prepared:
                 files = {key: Path(case[key]) for key in modalities}
-                found = on_one_grid(files, reference, self.folder / "one_grid" / name)
-                prepared[name] = [str(path) for path in found]
-        self.work = [(str(case["case_id"]), prepared[str(case["case_id"])]) for case in cases]
+                resampled = resample_to_one_grid(files, reference, self.folder / "one_grid" / name)
+                prepared[name] = [str(path) for path in resampled]
+        self.cases = [(str(case["case_id"]), prepared[str(case["case_id"])]) for case in cases]
         with _silent():
             self.predictor = make_predictor(modalities, len(labels), spacing, patch, overlap)
 
     def run(self) -> Any:  # type: ignore[override]
-        """All cases, once."""
+        """Segment all cases once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return super().run(self.work, max_epochs=1)
+        return super().run(self.cases, max_epochs=1)
 
     def _segment(self, engine: Engine, batch: tuple[str, list[str]]) -> None:
         name, files = batch
-        # Its other way, with processes for reading and writing, starts these for every call: for one case it is slower.
+        # Its parallel variant starts processes for reading and writing in every call, which is slower for one case.
         predict: Callable[..., Any] = self.predictor.predict_from_files_sequential
         with _silent():
             predict([files], [str(self.folder / name)])

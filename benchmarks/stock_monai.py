@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user of MONAI would write without this bundle, to compare with: MONAI's own transforms around a network."""
+"""Inference with MONAI's own transforms, as users write it without this bundle: a baseline for the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from scripts.data.modalities import GatherModalitiesd, StackModalitiesd
 from scripts.networks.teacher import load_teachers
 
 
-def _scaled(key: str, rule: Sequence[float] | str) -> mt.Transform:
-    """A modality's normalisation; see ``intensity`` in the data sets' configs."""
+def _normalisation(key: str, rule: Sequence[float] | str) -> mt.Transform:
+    """The normalisation of a modality; ``rule`` as in ``intensity`` of the data sets' configs."""
     if isinstance(rule, str):
         return mt.NormalizeIntensityd(key, nonzero=True)
     low, high = rule
@@ -29,27 +29,27 @@ def stock_preprocessing(
     naming: Sequence[Mapping[str, str]] = (),
     reference: str | None = None,
 ) -> mt.Compose:
-    """Files -> the network's input, every modality present; the arguments are those of ``preprocessing``."""
-    keys, first = list(modalities), reference or modalities[0]
-    moving = [key for key in keys if key != first]
+    """Files to network input. Every modality must be present. Arguments as in ``scripts.data.preprocessing``."""
+    keys, reference = list(modalities), reference or modalities[0]
+    others = [key for key in keys if key != reference]
     return mt.Compose(
         [
-            GatherModalitiesd(keys, naming, False, first),
+            GatherModalitiesd(keys, naming, False, reference),
             mt.LoadImaged(keys),
             mt.EnsureChannelFirstd(keys),
-            mt.Orientationd(first, axcodes="RAS", labels=None),
-            mt.Spacingd(first, pixdim=spacing, mode="bilinear"),
-            *(_scaled(key, intensity[key]) for key in keys),
-            *([mt.ResampleToMatchd(moving, first, mode="bilinear", padding_mode="zeros")] if moving else []),
-            StackModalitiesd(keys, False, first),
+            mt.Orientationd(reference, axcodes="RAS", labels=None),
+            mt.Spacingd(reference, pixdim=spacing, mode="bilinear"),
+            *(_normalisation(key, intensity[key]) for key in keys),
+            *([mt.ResampleToMatchd(others, reference, mode="bilinear", padding_mode="zeros")] if others else []),
+            StackModalitiesd(keys, False, reference),
             mt.ConcatItemsd(keys, "image"),
-            mt.SelectItemsd(["image", "case_id", first]),
+            mt.SelectItemsd(["image", "case_id", reference]),
         ]
     )
 
 
 def stock_postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str) -> mt.Compose:
-    """Logits -> labels on the reference's own grid, written as ``<case_id>.nii.gz``."""
+    """Logits to labels on the grid of the reference image, written as ``<case_id>.nii.gz``."""
     saver: dict[str, Any] = {"output_ext": ".nii.gz", "output_postfix": "", "separate_folder": False}
     return mt.Compose(
         [
@@ -65,11 +65,11 @@ def stock_postprocessing(preprocessing: mt.Compose, reference: str, output_dir: 
 
 
 class Ensemble(nn.Module):
-    """Networks one after another on the same input; the logarithm of their mean probabilities.
+    """Several networks on the same input, run one after the other.
 
     Args:
-        specs: name -> what ``scripts.networks.teacher.Teacher`` takes for it alone.
-        common: what it takes for all.
+        specs: name -> arguments of ``scripts.networks.teacher.Teacher`` for this network.
+        common: arguments of ``Teacher`` for all networks.
     """
 
     def __init__(self, specs: Mapping[str, Mapping[str, Any]], **common: Any) -> None:
@@ -77,6 +77,6 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleDict(load_teachers(specs, **common))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Image to log-probabilities, whose softmax are the mean probabilities."""
+        """Image (B C H W D) to log-probabilities, whose softmax is the mean of the members' probabilities."""
         total = sum(member(image).softmax(dim=1) for member in self.members.values())
         return (total / len(self.members)).clamp_min(1e-12).log()  # type: ignore[operator, no-any-return, union-attr]

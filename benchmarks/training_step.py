@@ -1,122 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of a training step: plain, with cached teachers, with online teachers, with every method.
+"""Time a training step: plain, with cached teachers, with online teachers, with every method.
 
-Each side is a process of its own that runs the bundle's real trainer on real samples; the sides take turns, so that
-whatever else the machine does falls on all of them.
+Each candidate runs the bundle's real trainer on real samples, in its own process and in interleaved rounds. Without
+``--dataset-dir`` the samples are phantoms.
+
+Example: python -m benchmarks training --threads 1
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.job_queue import own_bars
-from benchmarks.turn_taking import Side, Turns, compose, take_turns
+from benchmarks.interleaved_timing import Candidate, StepTimer, compose, time_interleaved
+from benchmarks.job_queue import use_own_progress_lock
+from benchmarks.methods_plan import DEFAULT_TEACHERS, DUAL_TEACHERS
+from benchmarks.options import (
+    add_data_options,
+    add_json_option,
+    add_output_options,
+    add_training_options,
+)
+from scripts.cli.config import config_names, read_config
+from scripts.cli.main import main
+from scripts.utils.atomic_files import write_json
+from scripts.utils.markdown import markdown_table
 
-WARM_UP, TURN = 3, 5  # steps before the first turn; steps per turn
-LEAST_ROUNDS = 4  # 20 steps
-TEACHERS = ("unetr", "hdenseformer", "swinunetr", "uxnet", "dynunet")  # the first one, three or five of them
-COUNTS = (1, 3, 5)
+WARM_UP_STEPS, STEPS_PER_ROUND = 3, 5
+MIN_ROUNDS = 4  # 20 steps
+TEACHERS = ("unetr", "hdenseformer", "swinunetr", "uxnet", "dynunet")
+TEACHER_COUNTS = (1, 3, 5)  # the first one, three or five of TEACHERS
 PLAIN = "plain"
 
 
-def _train(side: Side, pipe: Connection) -> None:
-    """A side's process: the bundle's own trainer, without its handlers (validation, files)."""
-    own_bars()
-    parser = compose(side)
+def _train(candidate: Candidate, pipe: Connection) -> None:
+    """Worker process: run the bundle's trainer without its handlers, so that it neither validates nor writes."""
+    use_own_progress_lock()
+    parser = compose(candidate)
     parser["train#handlers"] = []
     parser["max_epochs"] = 10**6
-    parser["locked"] = ""  # nothing is written
+    parser["locked"] = ""  # no output folder is locked, because nothing is written
     parser.get_parsed_content("initialize")
     trainer = parser.get_parsed_content("train#trainer")
-    Turns(pipe).attach(trainer)
+    StepTimer(pipe).attach(trainer)
     trainer.run()
 
 
-def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Any]]:
-    """Time the sides in turns; one row per side, with its ratio to the first.
+def time_candidates(candidates: Sequence[Candidate], rounds: int) -> list[dict[str, Any]]:
+    """Time the candidates in interleaved rounds of ``STEPS_PER_ROUND`` steps.
 
     Args:
-        sides: the first is what the others are compared with.
-        rounds: turns of each side, of ``TURN`` steps.
+        candidates: the others are compared with the first.
+        rounds: rounds of each candidate.
 
     Returns:
-        Rows ``{"side", "what", "median_s", "ratio", "peak_mib", "data_share", "steps"}``.
+        One row per candidate: ``{"side", "what", "median_s", "ratio", "peak_mib", "data_share", "steps"}``.
 
     Raises:
-        RuntimeError: a side's process has ended; its own message is above.
+        RuntimeError: the process of a candidate has ended; it printed the reason.
     """
-    measured = take_turns(sides, _train, {side.name: rounds for side in sides}, TURN, WARM_UP)
-    base = statistics.median(step for step, _ in measured[sides[0].name].steps)
-    return [_row(name, found.steps, base, found.peak_mib) for name, found in measured.items()]
+    counts = {candidate.name: rounds for candidate in candidates}
+    timings = time_interleaved(candidates, _train, counts, STEPS_PER_ROUND, WARM_UP_STEPS)
+    base = statistics.median(step for step, _ in timings[candidates[0].name].steps)
+    return [_row(name, each.steps, base, each.peak_mib) for name, each in timings.items()]
 
 
-def _row(name: str, steps: Sequence[tuple[float, float]], base: float, peak: float) -> dict[str, Any]:
+def _row(name: str, steps: Sequence[tuple[float, float]], base: float, peak_mib: float) -> dict[str, Any]:
     median = statistics.median(step for step, _ in steps)
     return {
         "side": name,
         "what": "training step",
         "median_s": round(median, 4),
         "ratio": round(median / base, 3),
-        "peak_mib": round(peak),
-        "data_share": round(sum(data for _, data in steps) / sum(step for step, _ in steps), 3),
+        "peak_mib": round(peak_mib),
+        "data_share": round(sum(loading for _, loading in steps) / sum(step for step, _ in steps), 3),
         "steps": len(steps),
     }
 
 
-def specs(names: Sequence[str], modalities: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Teachers with random weights: what they say does not change what they cost."""
-    return {name: {"architecture": name, "modalities": list(modalities), "weights": None} for name in names}
+def random_teachers(architectures: Sequence[str], modalities: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Specs of teachers with random weights, which cost as much as trained ones."""
+    return {name: {"architecture": name, "modalities": list(modalities), "weights": None} for name in architectures}
 
 
-def cost_sides(base: Sequence[str], common: Mapping[str, Any], modalities: Sequence[str], cache: Path) -> list[Side]:
-    """Plain, then one, three and five teachers from the cache and online, all with soft predictions."""
-    sides, soft = [Side(PLAIN, tuple(base), common)], (*base, "distill", "methods/hinton")
-    for count in COUNTS:
-        chosen = {**common, "teacher_specs": specs(TEACHERS[:count], modalities)}
-        word = "teacher" if count == 1 else "teachers"
-        sides.append(Side(f"{count} cached {word}", (*soft, "cached"), {**chosen, "cache_dir": str(cache)}))
-        sides.append(Side(f"{count} online {word}", soft, chosen))
-    return sides
+def teacher_candidates(
+    base: Sequence[str], common: Mapping[str, Any], modalities: Sequence[str], cache: Path
+) -> list[Candidate]:
+    """The plain training, then one, three and five teachers, cached and online, all with soft predictions.
+
+    Args:
+        base: configs of every candidate.
+        common: overrides of every candidate.
+        modalities: of the data set.
+        cache: folder of the cached teachers.
+    """
+    candidates = [Candidate(PLAIN, tuple(base), common)]
+    soft_predictions = (*base, "distill", "methods/hinton")
+    for count in TEACHER_COUNTS:
+        overrides = {**common, "teacher_specs": random_teachers(TEACHERS[:count], modalities)}
+        noun = "teacher" if count == 1 else "teachers"
+        cached = {**overrides, "cache_dir": str(cache)}
+        candidates.append(Candidate(f"{count} cached {noun}", (*soft_predictions, "cached"), cached))
+        candidates.append(Candidate(f"{count} online {noun}", soft_predictions, overrides))
+    return candidates
 
 
-def method_sides(
+def method_candidates(
     base: Sequence[str], common: Mapping[str, Any], modalities: Sequence[str], methods: Sequence[str]
-) -> list[Side]:
-    """Plain, then every method online, with the teachers that the comparison of all methods gives it."""
-    sides = [Side(PLAIN, tuple(base), common)]
+) -> list[Candidate]:
+    """The plain training, then every method online, with the same teachers as in the comparison of all methods.
+
+    Args:
+        base: configs of every candidate.
+        common: overrides of every candidate.
+        modalities: of the data set.
+        methods: names of the methods.
+    """
+    candidates = [Candidate(PLAIN, tuple(base), common)]
     for method in methods:
-        own = {"teacher_specs": specs(("dynunet", "hdenseformer") if method == "dual" else ("dynunet",), modalities)}
-        extra: dict[str, Any] = {"selective_fusion": True} if method == "dual" else {}
+        architectures = DUAL_TEACHERS if method == "dual" else DEFAULT_TEACHERS
+        overrides = {**common, "teacher_specs": random_teachers(architectures, modalities)}
+        if method == "dual":
+            overrides["selective_fusion"] = True
         if method == "gkd":
-            extra = {"headers_dir": None}  # untrained headers cost what trained ones do
-        sides.append(Side(method, (*base, "distill", f"methods/{method}"), {**common, **own, **extra}))
-    return sides
+            overrides["headers_dir"] = None  # untrained headers cost as much as trained ones
+        candidates.append(Candidate(method, (*base, "distill", f"methods/{method}"), overrides))
+    return candidates
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| side | median s per step | ratio to plain | data share | peak MiB | steps |",
-        "|---|---|---|---|---|---|",
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = ("candidate", "median s per step", "ratio to plain", "data share", "peak MiB", "steps")
+    cells = [
+        (
+            *(row["side"], f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", f"{row['data_share']:.0%}"),
+            *(row["peak_mib"], row["steps"]),
+        )
+        for row in rows
     ]
-    for row in rows:
-        cells = [row["side"], f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", f"{row['data_share']:.0%}"]
-        lines.append("| " + " | ".join([*cells, str(row["peak_mib"]), str(row["steps"])]) + " |")
-    return "\n".join(lines)
+    return markdown_table(head, cells)
 
 
-def prepare(folder: Path, args: Sequence[str], main: Callable[[Sequence[str]], int]) -> None:
-    """Cache the five teachers, in a process of its own; what is there is not made again."""
-    weights = [x for name in TEACHERS for x in ("--teacher", f"{name}=random")]
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: exit(main(["cache-teachers", *args, *weights, "--output-dir", str(folder)]))
-    )
+def cache_teachers(folder: Path, options: Sequence[str]) -> None:
+    """Cache the predictions of all ``TEACHERS``, in a separate process. An existing cache is kept.
+
+    Args:
+        folder: of the cache.
+        options: options of ``python -m scripts cache-teachers``.
+    """
+    weights = [word for name in TEACHERS for word in ("--teacher", f"{name}=random")]
+    command = ["cache-teachers", *options, *weights, "--output-dir", str(folder)]
+    process = multiprocessing.get_context("fork").Process(target=lambda: exit(main(command)))
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError("The teachers could not be cached: see the message above.")
+        raise RuntimeError("The teachers could not be cached. See the error message above.")
+
+
+def training_data(args: argparse.Namespace) -> tuple[str, str]:
+    """Name and folder of the data set to train on; phantoms are written if none was given."""
+    if args.dataset_dir:
+        return args.data, args.dataset_dir
+    folder = args.output_dir / "phantoms"
+    if not folder.is_dir() and not args.dry_run:
+        main(["phantom", "--cases", "10", "--output-dir", str(folder)])
+    return "phantom", str(folder)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_data_options(parser)
+    add_training_options(parser, scale="small")
+    add_output_options(parser, "runs/benchmark")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a candidate (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"rounds of {STEPS_PER_ROUND} steps, at least {MIN_ROUNDS} (default 5)"
+    )
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Time all candidates and return the table."""
+    data, folder = training_data(args)
+    base = ("train", f"data/{data}", f"scale/{args.scale}")
+    unused = str(args.output_dir / "unused")
+    common = {"dataset_dir": folder, "threads": args.threads, "output_dir": unused, "fold": args.fold}
+    cache = args.output_dir / f"cache_{data}_{args.scale}"
+    modalities = read_config(f"data/{data}")["modalities"]
+    groups = [
+        teacher_candidates(base, common, modalities, cache),
+        method_candidates(base, common, modalities, config_names("methods")),
+    ]
+    if args.dry_run:
+        return "\n".join(f"{each.name}: {', '.join(each.configs)}" for group in groups for each in group)
+    options = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(args.threads))
+    cache_teachers(cache, (*options, "--fold", str(args.fold), "--set", "overlap=0"))
+    rows = [row for group in groups for row in time_candidates(group, max(args.rounds, MIN_ROUNDS))]
+    write_json(rows, args.json or args.output_dir / "training.json")
+    return format_table(rows)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``main.py`` of the MONAI Label app: MONAI's own app for bundles, which says in one sentence what it cannot do.
+"""The ``main.py`` of the MONAI Label app: MONAI's own app for bundles, with readable errors.
 
-MONAI's own lies beside it as ``monaibundle.py``, see ``monai_label/install.py``.
+``monai_label/install.py`` copies this file and renames MONAI's ``main.py`` to ``monaibundle.py``, which is imported
+here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    # Beside a PyTorch for CPUs, PyPI's torchvision cannot load its operators; that their names are known is enough.
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # which forgets them when it is gone
+    # torchvision from PyPI cannot load its operators if PyTorch is a build for CPUs. It can be imported once their
+    # names are known; they are not used. The library is kept in a constant, because its definitions end with it.
+    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -24,18 +26,21 @@ from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelException
 
-REFUSALS = (ValueError, OSError)  # what the bundle raises where a file or a setting is at fault
+INPUT_ERRORS = (ValueError, OSError)  # raised by the bundle if a file or a setting is wrong
 
 
 class BundleApp(monaibundle.MyApp, MONAILabelApp):
-    """MONAI's app; what the bundle refuses reaches the viewer, which would read of an internal error otherwise."""
+    """MONAI's app for bundles that sends the messages of errors to the viewer.
+
+    Without it, the viewer reports every error as an internal error of the server.
+    """
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """A mask.
+        """Segment a study.
 
         Raises:
-            HTTPException: 404 where the store does not know the study, 422 where the request or a file of the study is
-                at fault, 500 where it is anything else, such as the weights.
+            HTTPException: 404 if the store has no such study, 422 if the request or a file of the study is wrong, 500
+                for all other errors, such as wrong weights.
         """
         image = request.get("image")
         if isinstance(image, str) and not os.path.exists(image) and not self.datastore().get_image_uri(image):
@@ -44,23 +49,32 @@ class BundleApp(monaibundle.MyApp, MONAILabelApp):
             return super().infer(request, datastore)  # type: ignore[no-any-return]
         except MONAILabelException as error:
             raise HTTPException(422, str(error.msg)) from error
-        except REFUSALS as error:
+        except INPUT_ERRORS as error:
             raise HTTPException(422, _sentence(error)) from error
         except Exception as error:
-            made = f"No mask was made with the weights {self.model_file(request['model'])} ({_sentence(error)})."
-            raise HTTPException(500, f"{made} Put the right file in its place, or read the server's log.") from error
+            weights = self.model_file(request["model"])
+            raise HTTPException(
+                500,
+                f"No mask was made with the weights {weights} ({_sentence(error)}). "
+                "Replace this file if it is the wrong one, or see the server's log.",
+            ) from error
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Train. Raises HTTPException 500 with the cause, which the errors of MONAI's configs would hide."""
+        """Train on the labels of the store.
+
+        Raises:
+            HTTPException: 500 with the cause of an error, instead of MONAI's error that names a config item only.
+        """
         try:
             return super().train(request)  # type: ignore[no-any-return]
         except Exception as error:
             cause: BaseException = error
-            while cause.__cause__ and not isinstance(cause, REFUSALS):
+            while cause.__cause__ and not isinstance(cause, INPUT_ERRORS):
                 cause = cause.__cause__
             raise HTTPException(500, f"The training failed: {_sentence(cause)}") from None
 
 
 def _sentence(error: BaseException) -> str:
+    """The message of an error in one line, with its type unless the bundle raised it about its input."""
     text = " ".join(str(error).split())
-    return text[:500] if isinstance(error, REFUSALS) else f"{type(error).__name__}: {text[:300]}"
+    return text[:500] if isinstance(error, INPUT_ERRORS) else f"{type(error).__name__}: {text[:300]}"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the repository needs and the bundle does not."""
+"""Tools for maintainers of the repository. The bundle does not use them."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle as the MONAI model zoo wants it, in one zip: ``python -m tools.release``, or ``make release``.
+"""Make the zip of the bundle for the MONAI model zoo: ``python -m tools.release``, or ``make release``.
 
-The zip holds what git tracks of ``PARTS``, in a folder of the bundle's name, and has the same bytes whenever it is made
-from the same commit. The zoo takes no file above ``LIMIT``: larger ones are laid beside the zip, to be uploaded, and
-``large_files.yml`` says where from and with which checksum the zoo gets them.
+The zip is a ``git archive`` of ``PARTS``, in a folder with the bundle's name. The same commit always gives the same
+bytes. The zoo accepts no file above ``LIMIT``: larger files are written to a folder beside the zip, to be uploaded, and
+``large_files.yml`` in the zip has their addresses and checksums.
 """
 
 from __future__ import annotations
@@ -11,156 +11,172 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from scripts import bundle_root
-from scripts.utils.atomic_files import atomic_file, write_bytes
+from scripts.utils.atomic_files import write_bytes
+from scripts.utils.checksums import sha256
 
 NAME = "sarcoma_ct_pet_mr_segmentation"
-# As git's pathspecs. The reading order is about the repository: it leads through its readme and its tests.
+# Pathspecs of git. All other folders (benchmarks, examples, monai_label, tests, tools) are only in the repository.
 PARTS = (
-    *("configs", "docs", ":!docs/reading_order.md", "models", "scripts", "CHANGELOG.md", "LICENSE"),
-    *("pyproject.toml", "requirements*.txt", ":!requirements-label.txt"),  # pip install ".[dicom]" works there
+    "configs",
+    ":(exclude)configs/benchmark",  # needs benchmarks/
+    "docs",
+    ":(exclude)docs/reading_order.md",  # describes the repository
+    "models",
+    "scripts",
+    "CHANGELOG.md",
+    "LICENSE",
+    # For ``pip install ".[dicom]"`` in the unpacked bundle.
+    "pyproject.toml",
+    "requirements*.txt",
+    ":(exclude)requirements-label.txt",  # for the environment of MONAI Label, which monai_label/ needs
 )
-LIMIT = 25_000_000  # bytes of one file, by the zoo's CONTRIBUTING.md
-Files = dict[str, bytes]
+LIMIT = 25_000_000  # bytes of one file, from the zoo's CONTRIBUTING.md
 
 
-def _git(root: Path, *arguments: str) -> list[str]:
-    """What git prints, split at its zeros."""
+def _git(root: Path, *arguments: str) -> bytes:
+    """Run git in a folder and return its output.
+
+    Raises:
+        ValueError: git failed or is not installed.
+    """
+    # git archive writes the time of the commit in the local time zone.
+    environment = {**os.environ, "TZ": "UTC"}
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, check=True, env=environment
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        cause = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        raise ValueError(f"Git cannot say which files of {root} belong to a release ({cause}): use a clone.") from error
-    return [line for line in done.stdout.split("\0") if line]
+        output = getattr(error, "stderr", None)
+        cause = " ".join((output.decode(errors="replace") if output else str(error)).split())
+        raise ValueError(f"git failed in {root}: {cause}. Make the release in a clone of the repository.") from error
+
+
+def _git_names(root: Path, *arguments: str) -> list[str]:
+    """Run a git command with ``-z`` in a folder and return the names that it prints."""
+    return [name for name in _git(root, *arguments).decode().split("\0") if name]
 
 
 def checked_version(root: Path) -> str:
-    """The version, where metadata, its changelog and the package agree on it.
+    """The version of the bundle.
 
     Args:
-        root: the bundle's folder.
+        root: folder of the bundle.
 
     Raises:
-        ValueError: they do not, or it is no version.
+        ValueError: the version is not three numbers, or the metadata, its changelog and the package disagree.
     """
     path, package = root / "configs" / "metadata.json", root / "pyproject.toml"
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    version, newest = metadata["version"], next(iter(metadata["changelog"]), None)
-    named = tomllib.loads(package.read_text(encoding="utf-8"))["project"]["version"]
+    version, newest = str(metadata["version"]), next(iter(metadata["changelog"]), None)
+    package_version = tomllib.loads(package.read_text(encoding="utf-8"))["project"]["version"]
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise ValueError(f"{path} has the version {version}: write three numbers, such as 1.0.0.")
+        raise ValueError(f"The version {version} in {path} is not three numbers, such as 1.0.0.")
     if newest != version:
-        raise ValueError(f"{path} is version {version}, but its changelog begins with {newest}: say there what is new.")
-    if named != version:
-        raise ValueError(f"{path} is version {version}, but {package} is {named}: make them equal.")
-    return str(version)
+        raise ValueError(
+            f"{path} has version {version}, but its changelog starts with {newest}. Add an entry for {version}."
+        )
+    if package_version != version:
+        raise ValueError(f"{path} has version {version}, but {package} has {package_version}. Make them equal.")
+    return version
 
 
-def tracked_files(root: Path) -> Files:
-    """Name -> content of every tracked file of ``PARTS``.
+def require_clean(root: Path) -> None:
+    """Raise ValueError if a file of ``PARTS`` differs from the last commit.
 
     Args:
-        root: the bundle's folder, a checkout of git.
-
-    Raises:
-        ValueError: no checkout, or one with changes that are not committed.
+        root: folder of the bundle, a clone of the repository.
     """
-    changed = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS)
-    if changed:
+    changes = _git_names(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS)
+    if changes:
         raise ValueError(
-            f"{root / changed[0][3:]} differs from the last commit, and a release is made of a commit: "
-            "commit or remove what `git status` lists."
+            f"{root / changes[0][3:]} differs from the last commit, but a release is made from a commit. "
+            "Commit or remove the files that `git status` lists."
         )
-    files = {name: (root / name).read_bytes() for name in sorted(_git(root, "ls-files", "-z", "--", *PARTS))}
-    if "configs/metadata.json" not in files:
-        raise ValueError(f"Git tracks no configs/metadata.json in {root}: make the release in a clone of the bundle.")
-    return files
 
 
-def leave_out_large(files: Files, limit: int, url: str | None) -> tuple[Files, Files]:
-    """Files for the zip, and those above the limit; ``large_files.yml`` in the zip says where the latter are.
+def large_files(root: Path, limit: int) -> list[str]:
+    """The names of all tracked files of ``PARTS`` that are larger than ``limit`` bytes.
 
     Args:
-        files: name -> content.
-        limit: bytes of one file.
-        url: of the folder to which the large files are uploaded, each under its name in the bundle.
-
-    Raises:
-        ValueError: a file is above the limit, and there is no ``url``.
+        root: folder of the bundle, a clone of the repository.
+        limit: in bytes.
     """
-    large = {name: data for name, data in files.items() if len(data) > limit}
-    if not large:
-        return files, {}
-    if not url:
-        raise ValueError(
-            f"{', '.join(large)}: above the {limit} bytes that the model zoo takes of one file. Give --url, the "
-            "address of the folder to which they are uploaded."
-        )
+    names = _git_names(root, "ls-files", "-z", "--", *PARTS)
+    return [name for name in names if (root / name).stat().st_size > limit]
+
+
+def large_files_list(root: Path, names: Sequence[str], url: str) -> str:
+    """The content of ``large_files.yml``, from which the zoo downloads files.
+
+    Args:
+        root: folder of the bundle.
+        names: paths of the files in the bundle.
+        url: address of the folder to which the files are uploaded, each under its path in the bundle.
+    """
     lines = ["large_files:"]
-    for name, data in large.items():
+    for name in names:
         lines += [f'  - path: "{name}"', f'    url: "{url.rstrip("/")}/{name}"']
-        lines += [f'    hash_val: "{hashlib.sha256(data).hexdigest()}"', '    hash_type: "sha256"']
-    kept = {name: data for name, data in files.items() if name not in large}
-    return {**kept, "large_files.yml": ("\n".join(lines) + "\n").encode()}, large
-
-
-def write_zip(files: Files, path: Path) -> None:
-    """Write the files into a folder of the bundle's name: names sorted, times and rights fixed.
-
-    Args:
-        files: name -> content.
-        path: of the zip.
-    """
-    with atomic_file(path, check=_is_whole) as target, zipfile.ZipFile(target, "w") as archive:
-        for name in sorted(files):
-            member = zipfile.ZipInfo(f"{NAME}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
-            member.create_system, member.external_attr = 3, 0o100644 << 16
-            # Stored: what deflate makes of a file depends on the build of zlib.
-            archive.writestr(member, files[name], zipfile.ZIP_STORED)
-
-
-def _is_whole(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is None
+        lines += [f'    hash_val: "{sha256(root / name)}"', '    hash_type: "sha256"']
+    return "\n".join(lines) + "\n"
 
 
 def release(root: Path, folder: Path, limit: int = LIMIT, url: str | None = None) -> Path:
     """Make the zip.
 
     Args:
-        root: the bundle's folder, a checkout of git.
-        folder: gets the zip, and the large files under ``upload``.
-        limit: bytes of one file.
-        url: see ``leave_out_large``.
+        root: folder of the bundle, a clone of the repository.
+        folder: output folder of the zip; files above the limit are written to its sub folder ``upload``.
+        limit: maximal size of one file in bytes.
+        url: address of the folder to which files above the limit are uploaded.
 
     Returns:
-        The zip's path.
+        The path of the zip.
 
     Raises:
-        ValueError: the checkout is none, or not ready for a release.
+        ValueError: the versions disagree, there are uncommitted changes, there is no clone, or a file is above the
+            limit and there is no ``url``.
     """
     version = checked_version(root)
-    files, large = leave_out_large(tracked_files(root), limit, url)
-    for name, data in large.items():
-        write_bytes(data, folder / "upload" / name)
+    require_clean(root)
+    large = large_files(root, limit)
+    if large and not url:
+        raise ValueError(
+            f"{', '.join(large)}: larger than {limit} bytes, the zoo's limit for one file. Give the address of the "
+            "folder to which such files are uploaded by --url."
+        )
+    excluded = [f":(exclude,literal){name}" for name in large]
+    added = [f"--add-virtual-file={NAME}/large_files.yml:{large_files_list(root, large, url)}"] if large and url else []
+    # Level 0: the result of compression depends on the version of zlib.
+    options = ("--format=zip", "-0", f"--prefix={NAME}/", *added)
+    data = _git(root, "-c", "core.autocrlf=false", "archive", *options, "HEAD", "--", *PARTS, *excluded)
+    for name in large:
+        target = folder / "upload" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, target)
     path = folder / f"{NAME}_v{version}.zip"
-    write_zip(files, path)
+    write_bytes(data, path)
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the zip and print its checksum; 1, and one sentence on stderr, where that cannot be."""
+    """Make the zip and print its checksum.
+
+    Returns:
+        0, or 1 after an error, which is printed to stderr in one line.
+    """
     parser = argparse.ArgumentParser(prog="python -m tools.release", description="Make the zip for the model zoo.")
     parser.add_argument("--output-dir", type=Path, default=Path(bundle_root()) / "runs" / "release")
-    parser.add_argument("--url", help="folder to which files above the zoo's limit are uploaded")
+    parser.add_argument("--url", help="address of the folder to which files above the zoo's limit are uploaded")
     args = parser.parse_args(arguments)
     try:
         path = release(Path(bundle_root()), args.output_dir, url=args.url)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python examples/snakemake/volumes.py TABLE MASK...``: the foreground of each mask in ml, as a table."""
+"""Write the foreground volume of masks as a table: ``python examples/snakemake/volumes.py TABLE MASK...``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 
 def volume_ml(mask: str) -> float:
-    """Foreground of a mask in ml."""
+    """Volume of the foreground of a mask in ml."""
     image = nib.load(mask)
-    voxel = abs(np.linalg.det(image.affine[:3, :3]))  # mm^3
-    return float(np.count_nonzero(image.dataobj) * voxel / 1000)
+    voxel_mm3 = abs(np.linalg.det(image.affine[:3, :3]))
+    return float(np.count_nonzero(image.dataobj) * voxel_mm3 / 1000)
 
 
 if __name__ == "__main__":
     table, *masks = sys.argv[1:]
-    with Path(table).open("w", newline="") as stream:
-        rows = [(Path(mask).name.removesuffix(".nii.gz"), f"{volume_ml(mask):.2f}") for mask in masks]
-        csv.writer(stream).writerows([("case_id", "volume_ml"), *rows])
+    rows = [(Path(mask).name.removesuffix(".nii.gz"), f"{volume_ml(mask):.2f}") for mask in masks]
+    with Path(table).open("w", newline="") as file:
+        csv.writer(file).writerows([("case_id", "volume_ml"), *rows])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of a training step: real processes that take turns, what it compares, its table; never a time."""
+"""The benchmark of a training step: its candidates, real processes and its table. Times are not tested."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monai.bundle import ConfigParser
 
+from benchmarks.interleaved_timing import Candidate, compose
 from benchmarks.training_step import (
     PLAIN,
+    STEPS_PER_ROUND,
     TEACHERS,
-    TURN,
-    WARM_UP,
-    Side,
-    alternate,
-    cost_sides,
-    method_sides,
-    specs,
-    table,
+    WARM_UP_STEPS,
+    format_table,
+    method_candidates,
+    random_teachers,
+    teacher_candidates,
+    time_candidates,
 )
 from scripts.cli.bundle_run import Expression
-from scripts.cli.config import CONFIGS, config_names
+from scripts.cli.config import config_names
 from scripts.data.cohorts.phantom import write_phantoms
 
+pytestmark = pytest.mark.benchmarks
 BASE = ("train", "data/phantom", "scale/small")
 MODALITIES = ("ct", "pet", "mr")
 
@@ -41,10 +41,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_two_sides_take_turns_and_do_the_same_steps(common: dict[str, Any]) -> None:
-    taught = {**common, "teacher_specs": specs(["dynunet"], MODALITIES)}
-    sides = [Side(PLAIN, BASE, common), Side("hinton", (*BASE, "distill", "methods/hinton"), taught)]
-    rows = alternate(sides, rounds=1)
+def test_all_candidates_run_the_same_number_of_steps_and_write_nothing(common: dict[str, Any]) -> None:
+    distilled = {**common, "teacher_specs": random_teachers(["dynunet"], MODALITIES)}
+    hinton = Candidate("hinton", (*BASE, "distill", "methods/hinton"), distilled)
+    rows = time_candidates([Candidate(PLAIN, BASE, common), hinton], rounds=1)
     assert [row["side"] for row in rows] == [PLAIN, "hinton"]
     for row in rows:
         assert list(row) == ["side", "what", "median_s", "ratio", "peak_mib", "data_share", "steps"]
@@ -53,78 +53,69 @@ def test_two_sides_take_turns_and_do_the_same_steps(common: dict[str, Any]) -> N
         assert row["ratio"] > 0
         assert row["peak_mib"] > 50  # no Python with PyTorch is smaller
         assert 0 < row["data_share"] < 1
-    # The first turn hands in its own steps only; the warm-up is in no row.
-    assert [row["steps"] for row in rows] == [TURN, TURN]
+    assert [row["steps"] for row in rows] == [STEPS_PER_ROUND, STEPS_PER_ROUND]  # the warm-up is not counted
     assert rows[0]["ratio"] == 1.0
-    assert WARM_UP > 0
+    assert WARM_UP_STEPS > 0
     assert multiprocessing.active_children() == []
     written = [path.name for path in Path(common["output_dir"]).iterdir()]
-    assert written == ["splits.json"]  # no handler of the training writes
+    assert written == ["splits.json"]  # no handler of the training has written anything
 
 
 @pytest.mark.parametrize(
     "broken",
     [{"dataset_dir": "/nowhere"}, {"patch": [32, 32, 10]}],
-    ids=["before its first turn", "in its first step"],
+    ids=["before its first step", "in its first step"],
 )
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_side_that_dies_is_named_and_leaves_no_process_behind(
+def test_a_candidate_that_fails_is_named_and_leaves_no_process_behind(
     common: dict[str, Any], broken: dict[str, Any], place: int
 ) -> None:
-    sides = [Side(PLAIN, BASE, common)]
-    sides.insert(place, Side("the broken one", BASE, {**common, **broken}))
-    with pytest.raises(RuntimeError, match="'the broken one' has ended"):
-        alternate(sides, rounds=1)
+    candidates = [Candidate(PLAIN, BASE, common)]
+    candidates.insert(place, Candidate("the broken one", BASE, {**common, **broken}))
+    with pytest.raises(RuntimeError, match="The process of 'the broken one' has ended"):
+        time_candidates(candidates, rounds=1)
     assert multiprocessing.active_children() == []
 
 
-def read(side: Side) -> ConfigParser:
-    """A side's configs, merged as its process merges them."""
-    parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{name}.json") for name in side.configs])
-    parser.update(dict(side.overrides))
-    return parser
-
-
-def test_the_sides_of_the_cost_are_made_of_configs_that_exist(tmp_path: Path) -> None:
-    sides = cost_sides(BASE, {"threads": 1}, MODALITIES, tmp_path)
-    assert [side.name for side in sides] == [
+def test_the_teacher_candidates_have_existing_configs_and_their_number_of_teachers(tmp_path: Path) -> None:
+    candidates = teacher_candidates(BASE, {"threads": 1}, MODALITIES, tmp_path)
+    assert [candidate.name for candidate in candidates] == [
         "plain", "1 cached teacher", "1 online teacher", "3 cached teachers", "3 online teachers", "5 cached teachers",
         "5 online teachers",
     ]  # fmt: skip
-    assert sides[0].configs == BASE
-    for side in sides[1:]:
-        parser, count = read(side), int(side.name[0])
+    assert candidates[0].configs == BASE
+    for candidate in candidates[1:]:
+        parser, count = compose(candidate), int(candidate.name[0])
         assert list(parser["teacher_specs"]) == list(TEACHERS[:count])
         assert all(spec["weights"] is None for spec in parser["teacher_specs"].values())
         assert list(parser["loss#terms"]) == ["hinton"]
         assert parser["threads"] == 1
-        cached = "cached" in side.name
+        cached = "cached" in candidate.name
         assert parser["teachers#_target_"].endswith("cached_teachers") == cached
         assert (parser.get("cache_dir") == str(tmp_path)) == cached
 
 
-def test_the_sides_of_the_methods_are_plain_and_every_method_with_its_own_teachers() -> None:
-    sides = method_sides(BASE, {"threads": 1}, MODALITIES, config_names("methods"))
-    assert [side.name for side in sides] == [PLAIN, *config_names("methods")]
-    for side in sides[1:]:
-        parser = read(side)
-        assert parser["loss#terms"], side.name
-        expected = ["dynunet", "hdenseformer"] if side.name == "dual" else ["dynunet"]
+def test_the_method_candidates_are_plain_and_every_method_with_its_own_teachers() -> None:
+    candidates = method_candidates(BASE, {"threads": 1}, MODALITIES, config_names("methods"))
+    assert [candidate.name for candidate in candidates] == [PLAIN, *config_names("methods")]
+    for candidate in candidates[1:]:
+        parser = compose(candidate)
+        assert parser["loss#terms"], candidate.name
+        expected = ["dynunet", "hdenseformer"] if candidate.name == "dual" else ["dynunet"]
         assert list(parser["teacher_specs"]) == expected
-        assert parser["selective_fusion"] == (side.name == "dual")
+        assert parser["selective_fusion"] == (candidate.name == "dual")
 
 
-def test_the_table_shows_the_rows_as_they_are() -> None:
+def test_the_table_has_a_row_per_candidate() -> None:
     rows = [
         {"side": "plain", "what": "training step", "median_s": 0.2, "ratio": 1.0, "peak_mib": 512, "data_share": 0.254,
          "steps": 25},
         {"side": "3 online teachers", "what": "training step", "median_s": 0.75, "ratio": 3.75, "peak_mib": 2048,
          "data_share": 0.07, "steps": 25},
     ]  # fmt: skip
-    assert table(rows).splitlines() == [
-        "| side | median s per step | ratio to plain | data share | peak MiB | steps |",
-        "|---|---|---|---|---|---|",
+    assert format_table(rows).splitlines() == [
+        "| candidate | median s per step | ratio to plain | data share | peak MiB | steps |",
+        "| --- | --- | --- | --- | --- | --- |",
         "| plain | 0.200 | 1.00 | 25% | 512 | 25 |",
         "| 3 online teachers | 0.750 | 3.75 | 7% | 2048 | 25 |",
     ]

@@ -19,7 +19,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from benchmarks.job_queue import own_bars
+from benchmarks.job_queue import use_own_progress_lock
 from scripts.cli.main import main
 from scripts.data import preprocessing
 from scripts.distillation.teacher_cache_writer import attention_map, cache_teachers
@@ -264,7 +264,7 @@ def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, t
 
 
 def _killed_while_saving(cases: Any, folder: Path, die_in_save: Callable[[int], None]) -> None:
-    own_bars()
+    use_own_progress_lock()
     die_in_save(2)
     write(cases, folder)
 

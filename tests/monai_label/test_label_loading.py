@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle as MONAI Label takes it apart: ids of inference.json alone, from any folder, nothing initialised."""
+"""The bundle as MONAI Label uses it: only some ids of inference.json, from any folder, without ``initialize``."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,12 +16,13 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from monai_label.install import install_bundle
 from scripts.cli.main import main
 from scripts.networks import Student
 
 ROOT = Path(__file__).parents[2]
 FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}
-# What MONAI Label 0.8.5 does with a bundle (tasks/infer/bundle.py, basic_infer.py, transform/pre.py), in its order.
+# The steps of MONAI Label 0.8.5 with a bundle (tasks/infer/bundle.py, basic_infer.py, transform/pre.py), in its order.
 IMITATION = """
 import json, sys
 import numpy, torch
@@ -67,7 +67,7 @@ numpy.savez(target, mask=data["pred"][0].numpy(), affine=meta["original_affine"]
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """The bundle in a folder of its own, where nobody has written yet."""
+    """The bundle in a new folder."""
     folder = tmp_path / "bundle"
     folder.mkdir()
     for name in ("configs", "scripts", "models"):
@@ -77,17 +77,17 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def study(cohort: Path, tmp_path: Path) -> Path:
-    """The CT of a phantom, with PET and MR in sub folders by the same name."""
+    """The CT of a phantom, with PET and MR in sub folders under the same name."""
     for key, name in FILES.items():
-        place = tmp_path / "studies" / ("" if key == "ct" else key) / "case.nii.gz"
-        place.parent.mkdir(exist_ok=True, parents=True)
-        place.symlink_to(cohort / "PHANTOM_001" / f"{name}.nii.gz")
+        path = tmp_path / "studies" / ("" if key == "ct" else key) / "case.nii.gz"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.symlink_to(cohort / "PHANTOM_001" / f"{name}.nii.gz")
     return tmp_path / "studies" / "case.nii.gz"
 
 
 @pytest.fixture
 def imitate(bundle: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the imitation in a process of its own that starts in "/"; the mask goes to mask.npz."""
+    """Run the imitation in a separate process in "/"; it writes mask.npz."""
 
     def run(image: Path, **changes: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "ignore", "-c", IMITATION, str(bundle), str(image), json.dumps(changes)]
@@ -101,7 +101,7 @@ def imitate(bundle: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedP
 
 
 @pytest.mark.parametrize("absent", ["", "mr"])
-def test_the_parts_that_monai_label_asks_for_give_the_mask_of_segment(
+def test_monai_label_gets_the_same_mask_as_segment(
     absent: str, imitate: Callable[..., subprocess.CompletedProcess[str]], study: Path, bundle: Path, tmp_path: Path
 ) -> None:
     if absent:
@@ -138,15 +138,10 @@ def test_a_missing_modality_is_refused_by_name(
 def test_a_training_takes_its_cases_from_the_label_store(
     absent: str, study: Path, cohort: Path, tmp_path: Path
 ) -> None:
-    """As MONAI Label gives them to the bundle that ``monai_label/install.py`` made: images and labels, by path."""
+    """MONAI Label sets the paths of images and labels in the bundle that ``monai_label/install.py`` has written."""
     if absent:
         (study.parent / absent / study.name).unlink()
-    spec = importlib.util.spec_from_file_location("install", ROOT / "monai_label" / "install.py")
-    assert spec is not None
-    assert spec.loader is not None
-    place = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(place)
-    bundle = place.place_bundle(tmp_path / "app", ROOT / "models" / "model.pt")
+    bundle = install_bundle(tmp_path / "app", ROOT / "models" / "model.pt")
     parser = ConfigParser()
     parser.read_config(str(bundle / "configs" / "train.json"))
     stored = [{"image": str(study), "label": str(cohort / "PHANTOM_001" / "CT_mask.nii.gz")}]
@@ -161,14 +156,14 @@ def test_a_training_takes_its_cases_from_the_label_store(
         assert parser["overwrite"] is True  # so that a second training is not refused
 
 
-def test_the_student_refuses_weights_of_other_names_even_where_it_is_told_to_take_what_fits() -> None:
+def test_the_student_refuses_weights_of_other_names_even_with_strict_false() -> None:
     torch.manual_seed(0)
     student = Student(3, 2, (8, 16, 24, 32))
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    other = {f"student.{name}": value + 1 for name, value in before.items()}
+    renamed = {f"student.{name}": value + 1 for name, value in before.items()}
     with pytest.raises(RuntimeError, match="Missing key"):
-        student.load_state_dict(other, strict=False)
+        student.load_state_dict(renamed, strict=False)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    wanted = {name: value + 1 for name, value in before.items()}
-    student.load_state_dict(wanted, strict=False)
-    assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
+    fitting = {name: value + 1 for name, value in before.items()}
+    student.load_state_dict(fitting, strict=False)
+    assert all(torch.equal(value, fitting[name]) for name, value in student.state_dict().items())

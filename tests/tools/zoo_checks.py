@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the MONAI model zoo does with a bundle, for ``test_release.py``: run as a program, in the zoo's own folder.
+"""The checks of the MONAI model zoo, as a program for ``test_release.py`` that runs in a folder with the zoo's layout.
 
-``python -P zoo_checks.py NAME DATA`` expects ``models/NAME`` in the working directory, as in the zoo, and writes what
-each step found, or the error that stopped it, into ``facts.json``. The bundle's code comes from its folder alone.
+``python -P zoo_checks.py NAME DATA`` expects ``models/NAME`` in the working directory, as in the zoo. It writes the
+result of each check, or its traceback, to ``results.json``. The code of the bundle comes from ``models/NAME`` only.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def _workflow(kind: str, **changes: Any) -> Any:
 
 
 def metadata() -> None:
-    """The schema lies where the zoo has put it before: nothing is downloaded."""
+    """Verify the metadata. The schema exists already, as in the zoo, so that nothing is downloaded."""
     monai.bundle.verify_metadata(meta_file=META, filepath=f"{BUNDLE}/eval/schema.json")
 
 
 def properties() -> dict[str, list[str]]:
-    """What the two workflows lack."""
+    """The properties that the two workflows do not have."""
     return {kind: _workflow(kind).check_properties() for kind in ("train", "inference")}
 
 
 def shapes() -> None:
-    """The network's input and output are those of metadata."""
+    """Verify that the input and the output of the network are those of the metadata."""
     monai.bundle.verify_net_in_out(**NETWORK)
 
 
 def torchscript() -> float:
-    """Export the weights; the largest difference from the same network run by PyTorch."""
+    """Export the weights; returns the largest difference to PyTorch's output."""
     monai.bundle.ckpt_export(filepath=EXPORTED, ckpt_file=WEIGHTS, **NETWORK)
     parser = monai.bundle.ConfigParser()
     parser.read_config(INFERENCE)
@@ -58,13 +58,13 @@ def torchscript() -> float:
 
 
 def loading() -> dict[str, list[str]]:
-    """Per config: the tensors of ``monai.bundle.load``'s network that are not those of the file."""
-    state, wrong = torch.load(WEIGHTS, weights_only=True), {}
+    """By config, the tensors that ``monai.bundle.load`` does not load from the file of the weights."""
+    state, different = torch.load(WEIGHTS, weights_only=True), {}
     for kind in ("train", "inference"):
         network = monai.bundle.load(NAME, bundle_dir="models", workflow_type=kind, source="github", device="cpu")
-        found = network.state_dict()
-        wrong[kind] = [key for key in {**found, **state} if not torch.equal(found[key], state[key])]
-    return wrong
+        loaded = network.state_dict()
+        different[kind] = [key for key in {**loaded, **state} if not torch.equal(loaded[key], state[key])]
+    return different
 
 
 def inference() -> None:
@@ -76,24 +76,24 @@ def inference() -> None:
 
 
 def code() -> list[str]:
-    """Where the bundle's code came from; the last step."""
+    """The files of all imported modules of the bundle; the last check."""
     return sorted(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "scripts")
 
 
 def main() -> None:
-    """Run every step, whatever the others do."""
-    # An editable install of the bundle, such as that of `make env`, is found by a finder of its own.
+    """Run every check, also after one that fails."""
+    # `make env` installs the bundle in editable mode, which adds a finder for it.
     sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
     sys.path.insert(0, BUNDLE)
-    facts: dict[str, Any] = {}
-    steps: list[Callable[[], Any]] = [metadata, properties, shapes, torchscript, loading, inference, code]
-    for step in steps:
+    results: dict[str, Any] = {}
+    checks: list[Callable[[], Any]] = [metadata, properties, shapes, torchscript, loading, inference, code]
+    for check in checks:
         try:
-            facts[step.__name__] = step()
+            results[check.__name__] = check()
         except Exception:
-            facts[step.__name__] = traceback.format_exc()
-    with open("facts.json", "w", encoding="utf-8") as file:
-        json.dump(facts, file)
+            results[check.__name__] = traceback.format_exc()
+    with open("results.json", "w", encoding="utf-8") as file:
+        json.dump(results, file)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.job_queue import own_bars
+from benchmarks.job_queue import use_own_progress_lock
 from scripts.cli.main import main
 
 EPOCHS, KILLS = 26, 20
@@ -37,7 +37,7 @@ def _child(arguments: list[str], log: Path, sabotage: Callable[[], None] | None)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
-        own_bars()
+        use_own_progress_lock()
         if sabotage:
             sabotage()
         os._exit(main(arguments))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.job_queue import own_bars
+from benchmarks.job_queue import use_own_progress_lock
 from scripts.cli.main import main
 from scripts.networks import Student
 
@@ -52,7 +52,7 @@ class Child:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-            own_bars()
+            use_own_progress_lock()
             code = work()
         except BaseException:
             traceback.print_exc()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue of the comparisons, with commands that only write the expected files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.job_queue import Job, command_lines, run_jobs, select_jobs
+
+
+def fake_command(arguments: Sequence[str]) -> int:
+    """Write the files of a training or an evaluation; fail in a folder named "broken"."""
+    output = Path(arguments[arguments.index("out") + 1])
+    if "broken" in str(output):
+        raise ValueError("broken on purpose")
+    print(" ".join(arguments))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ("summary.json" if arguments[0] == "evaluate" else "model.pt")).write_text("{}")
+    if arguments[0] != "evaluate":
+        (output / "manifest.json").write_text("{}")
+    return 0
+
+
+def make_job(folder: Path, *needs: Path) -> Job:
+    training, evaluation = ("train", "out", str(folder)), ("evaluate", "out", str(folder / "eval"))
+    return Job(folder.name, 0, folder, (training, evaluation), needs)
+
+
+def test_a_job_waits_for_its_needs_and_finished_commands_are_not_repeated(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    jobs = [make_job(second, first / "model.pt"), make_job(first), make_job(third, second / "model.pt")]
+    assert run_jobs(jobs, 2, fake_command) == []
+    assert all(job.done for job in jobs)
+    times = {job.row: (job.folder / "log.txt").stat().st_mtime_ns for job in jobs}
+    assert times["first"] < times["second"] < times["third"]
+    (third / "eval" / "summary.json").unlink()
+    assert run_jobs(jobs, 2, fake_command) == []
+    repeated = {job.row for job in jobs if (job.folder / "log.txt").stat().st_mtime_ns != times[job.row]}
+    assert repeated == {"third"}
+    assert (third / "log.txt").read_text().count("train") == 1  # only its evaluation was missing
+    assert (third / "log.txt").read_text().count("evaluate") == 2
+
+
+def test_an_interrupted_training_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoint.pt").write_text("")
+    assert run_jobs([make_job(tmp_path / "half")], 1, fake_command) == []
+    assert "--resume" in (tmp_path / "half" / "log.txt").read_text().splitlines()[0]
+
+
+def test_a_failed_job_logs_its_error_and_stops_only_the_jobs_that_need_it(tmp_path: Path) -> None:
+    broken, other = tmp_path / "broken", tmp_path / "other"
+    jobs = [make_job(broken), make_job(tmp_path / "dependent", broken / "model.pt"), make_job(other)]
+    assert [job.row for job in run_jobs(jobs, 2, fake_command)] == ["broken", "dependent"]
+    assert jobs[2].done
+    assert "broken on purpose" in (broken / "log.txt").read_text()
+
+
+def test_rows_are_selected_with_all_jobs_that_they_depend_on(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    jobs = [make_job(first), make_job(second, first / "model.pt"), make_job(third, second / "model.pt")]
+    assert [job.row for job in select_jobs(jobs, ["second"])] == ["first", "second"]
+    assert [job.row for job in select_jobs(jobs, ["third"])] == ["first", "second", "third"]
+    assert select_jobs(jobs, []) == jobs
+
+
+def test_command_lines_are_quoted_for_the_shell(tmp_path: Path) -> None:
+    job = Job("row", 0, tmp_path, (("train", "--name", "two words"), ("evaluate",)))
+    assert command_lines([job]) == "python -m scripts train --name 'two words'\npython -m scripts evaluate"

@@ -21,7 +21,7 @@ import torch
 
 from scripts.data import Rules, datalist
 from scripts.data.case_list import Item
-from scripts.data.cohort_check import Criteria, judge_case
+from scripts.data.cohort_check import Criteria, check_case
 from scripts.image_io.reader import header_of, read_volume
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def measure(
     criteria, keys = Criteria(modalities, labels), [*modalities, "label"]
     sides = {
         "read once": lambda case: read_case(case, keys, criteria.rules),
-        "check": lambda case: judge_case(case, criteria),
+        "check": lambda case: check_case(case, criteria),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.image_io.nifti import COMPRESSION, gzip_modules, read_bytes
+from scripts.image_io.nifti import COMPRESSION, gzip_module, read_bytes
 from scripts.inference.engines import native_bf16
 
 THREADS = 2
@@ -64,7 +64,7 @@ def packing_seconds(mask: Path, repeats: int = REPEATS) -> float:
     """Seconds to pack a mask that is there and to write it, beside itself."""
     data, beside = read_bytes(mask), mask.with_name(f".floor.{mask.name}")
     try:
-        return median_seconds(lambda: beside.write_bytes(gzip_modules()[1].compress(data, COMPRESSION)), repeats)
+        return median_seconds(lambda: beside.write_bytes(gzip_module().compress(data, COMPRESSION)), repeats)
     finally:
         beside.unlink(missing_ok=True)
 

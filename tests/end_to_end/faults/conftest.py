@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small case of three modalities and a label, ways to damage a file, and the commands that must notice."""
+"""A small case of three modalities and a label, ways to damage a file, and the commands that must detect it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from scripts.cli.main import main
+from scripts.data.cohort_check import Criteria, check_case
+from scripts.image_io.checks import Finding, Rules
 from scripts.networks import Student
 
 Array = NDArray[Any]
@@ -34,7 +36,7 @@ TINY = [
 
 
 class Outcome(NamedTuple):
-    """What a command left: exit code, both streams, files (hidden ones are locks), findings of ``check``."""
+    """The result of a command: exit code, both streams, written files except locks, findings of ``check``."""
 
     code: int
     out: str
@@ -56,7 +58,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_case(write_nifti: Any, make_affine: Any, world: Any) -> Callable[..., Files]:
-    """``make_case(folder, seed)`` writes plausible HU, SUV, a.u. and a ball as label, each on its own grid."""
+    """``make_case(folder, seed)`` writes plausible HU, SUV and a.u. and a ball as label, each on its own grid."""
 
     def make(folder: Path, seed: int = 0) -> Files:
         rng, files = np.random.default_rng(seed), {}
@@ -78,9 +80,20 @@ def make_case(write_nifti: Any, make_affine: Any, world: Any) -> Callable[..., F
 
 @pytest.fixture
 def case(make_case: Any, tmp_path: Path) -> Files:
-    """One whole case."""
+    """One undamaged case."""
     files: Files = make_case(tmp_path / "case")
     return files
+
+
+@pytest.fixture(scope="session")
+def findings_of() -> Callable[..., list[Finding]]:
+    """``findings_of(files, rules)``: what ``check`` finds in one case, without the command."""
+
+    def find(files: Mapping[str, Path], rules: Rules | None = None) -> list[Finding]:
+        case = {"case_id": "A", "image": str(files["ct"]), **{key: str(path) for key, path in files.items()}}
+        return check_case(case, Criteria(["ct", "pet", "mr"], [[0], [1]], rules or Rules()))
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +107,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def threshold(tmp_path: Path) -> Callable[[str, float], list[str]]:
-    """``threshold("ct", 0.4)``: a network in the student's place whose mask is where the scaled CT exceeds 0.4."""
+    """``threshold("ct", 0.4)``: a network instead of the student; its mask is where the scaled CT exceeds 0.4."""
 
     def arguments(key: str, value: float) -> list[str]:
         network = torch.nn.Conv3d(3, 2, 1)
@@ -111,21 +124,21 @@ def threshold(tmp_path: Path) -> Callable[[str, float], list[str]]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a verb on the tiny settings, and look into its folder."""
+    """Run a verb with the tiny settings, and list the files in its folder."""
 
     def run(verb: str, folder: Path, *arguments: Any) -> Outcome:
         capsys.readouterr()
         code = main([verb, *TINY, *(str(each) for each in arguments)])
         out, err = capsys.readouterr()
-        found = [str(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
-        return Outcome(code, out, err, sorted(name for name in found if not name.endswith("lock")))
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
+        return Outcome(code, out, err, sorted(name for name in names if not name.endswith("lock")))
 
     return run
 
 
 @pytest.fixture
 def segment(command: Any, weights: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """``segment(files, *more)``: the case's mask, by the tiny student unless ``--weights`` are given."""
+    """``segment(files, *more)`` segments a case, with the tiny student unless ``--weights`` is given."""
 
     def run(files: Mapping[str, Path], *more: Any, name: str = "mask") -> Outcome:
         folder = tmp_path / "output"
@@ -140,7 +153,7 @@ def segment(command: Any, weights: Path, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture
 def write_list(tmp_path: Path) -> Callable[[Mapping[str, Files]], list[Any]]:
-    """``write_list(cases)`` writes the table of a cohort, and returns the arguments that name it."""
+    """``write_list(cases)`` writes the table of a cohort and returns the arguments for it."""
 
     def write(cases: Mapping[str, Files]) -> list[Any]:
         keys = list(dict.fromkeys(key for files in cases.values() for key in files))
@@ -159,9 +172,9 @@ def check(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
     """``check(cases, *more)``: the findings of a cohort."""
 
     def run(cases: Mapping[str, Files], *more: Any) -> Outcome:
-        found = tmp_path / "found" / "findings.json"
-        outcome = command("check", found.parent, *write_list(cases), "--json", found, *more)
-        report = json.loads(found.read_text())
+        file = tmp_path / "found" / "findings.json"
+        outcome = command("check", file.parent, *write_list(cases), "--json", file, *more)
+        report = json.loads(file.read_text())
         assert report["cases"] == len(cases)
         return outcome._replace(findings=report["findings"])
 
@@ -170,7 +183,7 @@ def check(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture
 def cohort_of(make_case: Any, tmp_path: Path) -> Callable[..., dict[str, Files]]:
-    """``cohort_of(n)``: n whole cases; ``A`` is the first."""
+    """``cohort_of(n)``: n undamaged cases; ``A`` is the first."""
 
     def make(number: int = 3) -> dict[str, Files]:
         names = "ABCDEFGH"[:number]
@@ -194,7 +207,7 @@ def train(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture(scope="session")
 def assert_refused() -> Callable[..., None]:
-    """Exit code 1, one sentence that has all the words, no traceback, and no file under its final name."""
+    """Exit code 1, one line that contains all the words, no traceback, and no output file."""
 
     def check_outcome(outcome: Outcome, *words: str) -> None:
         assert outcome.code == 1, outcome.err
@@ -202,7 +215,7 @@ def assert_refused() -> Callable[..., None]:
         for word in words:
             assert word in outcome.errors[0]
         assert "Traceback" not in outcome.err
-        made = [Path(name).name for name in outcome.files]
+        written = [Path(name).name for name in outcome.files]
         assert not {
             "mask.nii.gz",
             "mask.manifest.json",
@@ -210,15 +223,15 @@ def assert_refused() -> Callable[..., None]:
             "checkpoint.pt",
             "model.pt",
             "curves.csv",
-        } & set(made)
-        assert not [name for name in made if name.endswith(".part")]
+        } & set(written)
+        assert not [name for name in written if name.endswith(".part")]
 
     return check_outcome
 
 
 @pytest.fixture(scope="session")
 def patch_nifti() -> Callable[..., Path]:
-    """``patch_nifti(path, offset, format, *values)`` overwrites bytes of a packed NIfTI file's header."""
+    """``patch_nifti(path, offset, format, *values)`` overwrites bytes in the header of a compressed NIfTI file."""
 
     def patch(path: Path, offset: int, form: str, *values: float) -> Path:
         data = bytearray(gzip.decompress(path.read_bytes()))
@@ -231,7 +244,7 @@ def patch_nifti() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def change_voxels(write_nifti: Any) -> Callable[..., Path]:
-    """``change_voxels(path, function)`` writes the file again with other voxels and the same affine."""
+    """``change_voxels(path, function)`` rewrites the file with other voxels and the same affine."""
 
     def change(path: Path, function: Callable[[Array], Array]) -> Path:
         image = nib.Nifti1Image.from_filename(path)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,25 +150,6 @@ def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]
     return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
-
-
-def run_check(args: argparse.Namespace, spec: Mapping[str, Any], rules: Rules) -> None:
-    """Run ``check_cohort`` with the verb's arguments, print the table, and write the JSON file.
-
-    Raises:
-        ValueError: there are errors.
-    """
-    criteria = Criteria(
-        spec["modalities"], spec["labels"], rules, spec.get("naming", ()), args.allow_missing, spec["stacked"]
-    )
-    findings, cases = check_cohort(
-        args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
-    )
-    print(findings_table(findings, cases))
-    if args.json:
-        write_findings(findings, cases, args.json)
-    if errors := sum(finding.level == ERROR for finding in findings):
-        raise ValueError(f"Found {errors} errors. Correct the files, or remove their cases.")
 
 
 def findings_table(findings: Sequence[Finding], cases: int) -> str:

@@ -107,7 +107,7 @@ def test_all_faults_of_all_cases_are_listed_and_nothing_else(
         shown = any(line.startswith(f"| {level} | {case} | {key} |") and words in line for line in out.splitlines())
         assert shown == (level != "note")
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        "error: Found 6 errors. Correct the files, or remove their cases."
+        "error: 6 errors found. Correct the files, or remove their cases."
     ]
     assert "Traceback" not in err
 
@@ -168,7 +168,7 @@ def test_the_real_samples_have_no_errors(
 
 def test_check_without_a_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--data", "phantom"]) == 1
-    assert "error: There is nothing to check: name a folder by --dataset-dir" in capsys.readouterr().err
+    assert "error: No data to check. Name a folder with --dataset-dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -195,11 +195,11 @@ def test_a_process_that_dies_affects_only_its_own_case(
     assert "| error | PHANTOM_002 |  | Case PHANTOM_002: its process died" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["check", "segment", "benchmark"])
+@pytest.mark.parametrize("verb", ["check", "segment"])
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
 def test_less_than_one_worker_is_refused(verb: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([verb, *(["methods"] if verb == "benchmark" else []), "--workers", number])
+        main([verb, "--workers", number])
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "argument --workers: " in last

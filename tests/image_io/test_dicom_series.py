@@ -303,7 +303,7 @@ def segment(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def refusal(result: tuple[int, str], output: Path) -> str:
     """The error message of a verb that fails without writing a file."""
     code, errors = result
-    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    messages = re.findall(r"^.*?(error: .*)$", errors, re.MULTILINE)  # a progress bar may precede it
     assert (code, len(messages)) == (1, 1)
     assert "Traceback" not in errors
     assert [path.name for path in output.rglob("*") if not path.name.startswith(".")] == []

@@ -377,7 +377,7 @@ def test_an_empty_mask_gives_no_structure_set(
     nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), affine), tmp_path / "mask.nii.gz")
     (tmp_path / "rtstruct.dcm").write_bytes(b"earlier")
     clinic.write_dicom(tmp_path / "mask.nii.gz", _reference(study), "tumour", tmp_path, True)
-    assert "rtstruct.dcm was not written, no structure: the mask is empty" in capsys.readouterr().out
+    assert "RTSTRUCT: not written, because the mask is empty" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "seg.dcm"]
     assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
 

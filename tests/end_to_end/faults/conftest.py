@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +38,7 @@ TINY = [
 
 
 class Outcome(NamedTuple):
-    """The result of a command: exit code, both streams, written files except locks, findings of ``check``."""
+    """The result of a command: exit code, both streams, written files except locks, findings of ``check``, log."""
 
     code: int
     out: str
@@ -44,16 +46,21 @@ class Outcome(NamedTuple):
     files: list[str]
     findings: list[dict[str, str]] = []  # noqa: RUF012
     mask: Path = Path()
+    log: list[logging.LogRecord] = []  # noqa: RUF012
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
+        return re.findall(r"^.*?(error: .*)$", self.err, re.MULTILINE)  # a progress bar may precede it
 
     def warned(self, *words: str) -> bool:
-        """Whether one line of the log, or one finding, is a warning with all of these words."""
-        lines = [line for line in self.err.splitlines() if " WARNING " in line]
-        lines += [each["what"] for each in self.findings if each["level"] == "warning"]
-        return any(all(word in line for word in words) for line in lines)
+        """Whether one warning in the log or in the findings contains all of these words."""
+        messages = [record.getMessage() for record in self.log if record.levelno == logging.WARNING]
+        messages += [finding["what"] for finding in self.findings if finding["level"] == "warning"]
+        return any(all(word in message for word in words) for message in messages)
+
+    def noted(self, pattern: str) -> bool:
+        """Whether a message in the log matches a regular expression."""
+        return any(re.search(pattern, record.getMessage()) for record in self.log)
 
 
 @pytest.fixture(scope="session")
@@ -123,15 +130,18 @@ def threshold(tmp_path: Path) -> Callable[[str, float], list[str]]:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def command(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., Outcome]:
     """Run a verb with the tiny settings, and list the files in its folder."""
 
     def run(verb: str, folder: Path, *arguments: Any) -> Outcome:
         capsys.readouterr()
+        caplog.clear()
         code = main([verb, *TINY, *(str(each) for each in arguments)])
         out, err = capsys.readouterr()
         names = [str(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
-        return Outcome(code, out, err, sorted(name for name in names if not name.endswith("lock")))
+        return Outcome(
+            code, out, err, sorted(name for name in names if not name.endswith("lock")), log=[*caplog.records]
+        )
 
     return run
 

@@ -68,7 +68,7 @@ def test_every_verb_refuses_a_replacement_that_is_not_finite(
     change_voxels(case["ct"], _put(np.nan))
     words, value = "give a number that is finite in float32, such as 0.", "-inf"
     assert_refused(segment(case, f"--replace-nonfinite={value}"), words)
-    assert_refused(segment(case, "--set", f"checks#replace_nonfinite={value}"), words)
+    assert_refused(segment(case, "--set", f"+checks#replace_nonfinite={value}"), words)
     assert_refused(
         command("check", tmp_path / "found", *write_list({"A": case}), f"--replace-nonfinite={value}"), words
     )
@@ -157,7 +157,7 @@ def test_check_names_the_values_of_every_invalid_label(
     change_voxels(cases["B"]["label"], INVALID)
     change_voxels(cases["C"]["label"], _put(7))
     outcome = check(cases)
-    assert_refused(outcome, "Found 2 errors")
+    assert_refused(outcome, "2 errors found")
     first, second = (each for each in outcome.findings if each["level"] == "error")
     assert (first["case_id"], first["key"]) == ("B", "label")
     assert str(cases["B"]["label"]) in first["what"]

@@ -149,11 +149,11 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     inner = skin - rng.uniform(8, 13)
     muscle = _limb(rng, inner, rng.uniform(-3, 3, 2), taper)
     around = rng.uniform(0, 2 * np.pi)
-    beside = around + rng.uniform(1, 5) + np.array([0.0, 0.3])
+    vessel_angles = around + rng.uniform(1, 5) + np.array([0.0, 0.3])
     bones = [(*rng.uniform(-12, 12, 2).tolist(), rng.uniform(11, 14))]
     if rng.random() < 0.5:
         bones.append((*(0.6 * inner * (np.cos(around), np.sin(around))).tolist(), rng.uniform(6, 8)))
-    vessels = [(*(0.5 * inner * (np.cos(a), np.sin(a))).tolist(), rng.uniform(3, 4)) for a in beside]
+    vessels = [(*(0.5 * inner * (np.cos(a), np.sin(a))).tolist(), rng.uniform(3, 4)) for a in vessel_angles]
     obstacles = [[x, y, np.nan, radius] for x, y, radius in bones + vessels]
     shapes = [("fat", _limb(rng, skin, np.zeros(2), taper)), ("muscle", muscle), ("fat", _septa(rng, bones[0], muscle))]
     shapes += [("vessel", _tube(*vessel)) for vessel in vessels]

@@ -20,7 +20,7 @@ from benchmarks.options import add_data_options, add_json_option
 from scripts.cli.config import read_config
 from scripts.data import Rules, datalist
 from scripts.data.case_list import Item
-from scripts.data.cohort_check import Criteria, judge_case
+from scripts.data.cohort_check import Criteria, check_case
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
@@ -51,7 +51,7 @@ def measure(
     criteria, keys = Criteria(modalities, labels), [*modalities, "label"]
     candidates = {
         "read once": lambda case: read_case(case, keys, criteria.rules),
-        "check": lambda case: judge_case(case, criteria),
+        "check": lambda case: check_case(case, criteria),
     }
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):

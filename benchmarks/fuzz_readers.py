@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged image files by the thousand, given to the readers: every one must be read whole or refused in one sentence.
+"""Fuzz the image readers: every damaged file must be read completely, or refused with a one-line message.
 
     python benchmarks/fuzz_readers.py [--mutations N] [--seed S] [--json FILE]
 
 Headers of NIfTI-1, NIfTI-2 and MetaImage get random bytes and boundary values in every field; gzip and zlib streams
-get flipped bits, cuts, inserted bytes, further members and bombs. Each file is read twice: by ``header_of`` and
-``read_volume``, and by ``LoadModalitiesd`` beside a whole file. Allowed are a volume of the shape that the header
-states (read here by ``struct``) whose stream Python's own gzip accepts, or ValueError or OSError in one line that names
-the file. Faults are any other error, a crash, more than ``SECONDS``, and more than ``CAP`` bytes of address space. The
-readers run in child processes, which a signal ends where they hang.
+get flipped bits, cuts, inserted bytes, further members and bombs. Each file is read twice: with ``header_of`` and
+``read_volume``, and with ``LoadModalitiesd`` together with an undamaged file. Accepted outcomes are:
+
+- a volume of the shape in the header (parsed here with ``struct``) whose stream Python's own gzip accepts;
+- a ValueError or OSError with a one-line message that names the file.
+
+Faults are any other error, a crash, more than ``SECONDS``, and more than ``MAX_MEMORY`` bytes of address space. The
+readers run in child processes, which a signal ends if they hang.
 """
 
 from __future__ import annotations
@@ -42,9 +45,9 @@ from scripts.image_io.checks import Rules
 from scripts.image_io.reader import LoadModalitiesd, header_of, read_volume
 
 SECONDS = 5
-CAP = 256 * 2**20  # the files hold some kilobytes each
-ARENA_MAX = -8  # of mallopt in glibc
-RULES = Rules(max_voxels=2**26)  # so that a fault costs at most some hundred megabytes
+MAX_MEMORY = 256 * 2**20  # bytes; each file has some kilobytes
+M_ARENA_MAX = -8  # option of glibc's mallopt
+RULES = Rules(max_voxels=2**26)  # limits the memory of a fault to some hundred megabytes
 SHAPE = (9, 8, 7)
 INTEGERS = (0, 1, -1, 2, 7, 255, 400, 32767, -32768, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
 REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 352.5, 1e-45, 1e30, 3.4e38, -3.4e38, float("nan"), float("inf"), float("-inf"))
@@ -54,11 +57,12 @@ WORDS = (
     *("9 8", "9 8 7 1", "1 2 3 4"),
 )
 
-Mutated = tuple[str, bytes]  # ending of the file's name, its bytes
+Mutated = tuple[str, bytes]  # suffix and bytes of a file
+Classify = Callable[[Path, Path, bytes], str]
 
 
 def _image(kind: str, folder: Path) -> bytes:
-    """A whole file of noise, as nibabel or ITK writes it; not compressed."""
+    """The bytes of an undamaged, uncompressed file of noise, written by nibabel or ITK."""
     voxels = np.random.default_rng(0).integers(0, 900, SHAPE).astype(np.int16)
     affine = np.diag([2.0, -2.5, 3.0, 1.0])
     if kind == "mha":
@@ -74,16 +78,16 @@ def _image(kind: str, folder: Path) -> bytes:
 def _nifti_fields(kind: str) -> list[tuple[int, str]]:
     """Offset and type of every number in a header."""
     template = (nib.Nifti1Header if kind == "nifti1" else nib.Nifti2Header).template_dtype
-    found = []
+    numbers = []
     for name in template.names:
-        each, offset = template.fields[name][:2]
-        base, count = (each.base, int(np.prod(each.shape))) if each.shape else (each, 1)
-        found += [(offset + i * base.itemsize, base.str) for i in range(count)]
-    return found
+        dtype, offset = template.fields[name][:2]
+        base, count = (dtype.base, int(np.prod(dtype.shape))) if dtype.shape else (dtype, 1)
+        numbers += [(offset + i * base.itemsize, base.str) for i in range(count)]
+    return numbers
 
 
 def mutate_field(data: bytes, rng: random.Random, kind: str) -> bytes:
-    """One or two numbers of a NIfTI header at a boundary of their type; or all three sizes at one."""
+    """Set one or two numbers of a NIfTI header, or all three sizes, to a boundary value of their type."""
     header = bytearray(data)
     fields = _nifti_fields(kind)
     chosen = [rng.choice(fields) for _ in range(rng.choice((1, 1, 2)))]
@@ -92,20 +96,20 @@ def mutate_field(data: bytes, rng: random.Random, kind: str) -> bytes:
         chosen = [(first + step * i, f"<i{step}") for i in (1, 2, 3)]
     value: Any = rng.choice(INTEGERS)
     for offset, code in chosen:
-        each = np.dtype(code)
-        if each.kind == "f":
-            raw = np.array(rng.choice(REALS)).astype(each).tobytes()
-        elif each.kind in "iu":
-            info = np.iinfo(each)
-            raw = np.array(min(max(value, info.min), info.max), dtype=each).tobytes()
+        dtype = np.dtype(code)
+        if dtype.kind == "f":
+            raw = np.array(rng.choice(REALS)).astype(dtype).tobytes()
+        elif dtype.kind in "iu":
+            info = np.iinfo(dtype)
+            raw = np.array(min(max(value, info.min), info.max), dtype=dtype).tobytes()
         else:
-            raw = rng.randbytes(each.itemsize)
-        header[offset : offset + each.itemsize] = raw
+            raw = rng.randbytes(dtype.itemsize)
+        header[offset : offset + dtype.itemsize] = raw
     return bytes(header)
 
 
 def mutate_bytes(data: bytes, rng: random.Random, end: int) -> bytes:
-    """Up to eight random bytes before ``end``."""
+    """Change up to eight random bytes before ``end``."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 8)):
         changed[rng.randrange(end)] = rng.randrange(256)
@@ -113,7 +117,7 @@ def mutate_bytes(data: bytes, rng: random.Random, end: int) -> bytes:
 
 
 def mutate_line(data: bytes, rng: random.Random) -> bytes:
-    """A MetaImage's header with a field changed, doubled, removed, renamed, or without its spaces."""
+    """Change, repeat, remove or add a line of a MetaImage header, or change its separators."""
     head, mark, voxels = data.partition(b"ElementDataFile = LOCAL\n")
     lines = [line.decode().split(" = ") for line in (head + mark).splitlines()]
     at = rng.randrange(len(lines))
@@ -132,7 +136,7 @@ def mutate_line(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_stream(packed: bytes, rng: random.Random, member: Callable[[bytes], bytes]) -> bytes:
-    """Flipped bits, a cut, inserted or removed bytes, zeros or garbage behind, further members."""
+    """Flip a bit, truncate, insert or remove bytes, or append zeros, garbage or further members."""
     how, at = rng.randrange(7), rng.randrange(len(packed))
     if how == 0:
         return packed[:at] + bytes([packed[at] ^ 1 << rng.randrange(8)]) + packed[at + 1 :]
@@ -154,26 +158,26 @@ def _pack(data: bytes) -> bytes:
 
 
 def _bomb(data: bytes, rng: random.Random) -> bytes:
-    """Megabytes of zeros behind the voxels, in one member or many."""
+    """Append megabytes of zeros to the voxels, in one gzip member or many."""
     zeros = bytes(rng.randint(1, 300) * 2**20 // 10)
     if rng.random() < 0.5:
         return _pack(data + zeros)
     return _pack(data) + _pack(zeros) * rng.randint(1, 20)
 
 
-def _packed_mha(data: bytes, claim: str | None = None) -> bytes:
+def _packed_mha(data: bytes, size: str | None = None) -> bytes:
     head, mark, voxels = data.partition(b"ElementDataFile = LOCAL\n")
     packed = zlib.compress(voxels)
     head = head.replace(b"CompressedData = False\n", b"CompressedData = True\n")
-    if claim is not None:
-        head = head.replace(b"DimSize = 9 8 7", b"DimSize = " + claim.encode())
+    if size is not None:
+        head = head.replace(b"DimSize = 9 8 7", b"DimSize = " + size.encode())
     return head + mark + packed
 
 
-def mutate(kind: str, rng: random.Random, whole: dict[str, bytes]) -> Mutated:
-    """One damaged file."""
+def mutate(kind: str, rng: random.Random, undamaged: dict[str, bytes]) -> Mutated:
+    """Make one damaged file."""
     source, _, how = kind.partition(" ")
-    data = whole[source]
+    data = undamaged[source]
     if source == "mha":
         packed = _packed_mha(data, "400 400 400" if rng.random() < 0.05 else None)
         start = packed.index(b"LOCAL\n") + 6
@@ -203,7 +207,7 @@ SHARES = [3, 3, 1, 3, 0.2] * 2 + [4, 3, 1, 3]
 
 
 def stated_shape(name: str, data: bytes) -> tuple[int, ...]:
-    """The shape in a file's header, by no reader's code; axes of length 1 behind the third are left out."""
+    """The shape in a file's header, parsed without the readers' code; trailing axes of length 1 are dropped."""
     if name == "mha":
         fields = [line.split(b"=", 1) for line in data.partition(b"ElementDataFile")[0].splitlines() if b"=" in line]
         sizes = [int(n) for n in next(text for key, text in fields if key.strip() == b"DimSize").split()]
@@ -217,33 +221,36 @@ def stated_shape(name: str, data: bytes) -> tuple[int, ...]:
     return tuple(sizes + [1] * (3 - len(sizes)))
 
 
-def judge(path: Path, good: Path, data: bytes) -> str:
-    """``read``, ``refused``, or what is at fault."""
+def outcome_of(path: Path, undamaged: Path, data: bytes) -> str:
+    """``read``, ``refused``, or a description that begins with ``fault``."""
     outcomes = []
     load = LoadModalitiesd(["ct", "pet"], rules=RULES)
-    for read in (lambda: read_volume(header_of(path, RULES), RULES), lambda: load({"ct": path, "pet": good})["ct"]):
+    for read in (
+        lambda: read_volume(header_of(path, RULES), RULES),
+        lambda: load({"ct": path, "pet": undamaged})["ct"],
+    ):
         try:
             outcomes.append(read())
         except (ValueError, OSError) as error:
             text = str(error)
             if str(path) not in text or "\n" in text or not (isinstance(error, OSError) or text.endswith(".")):
-                return f"fault: not one sentence that names the file: {text[:200]!r}"
+                return f"fault: not a one-line message that names the file: {text[:200]!r}"
             outcomes.append(None)
         except Exception as error:
             return f"fault: {type(error).__name__}: {str(error)[:200]}"
     volume, loaded = outcomes
     if volume is None:
-        return "refused" if loaded is None else "fault: read beside another file only"
+        return "refused" if loaded is None else "fault: only read together with another file"
     name = path.name.partition(".")[2]
     try:
         plain = gzip.decompress(data) if name == "nii.gz" else data
     except (OSError, EOFError, zlib.error) as error:
         return f"fault: read, although gzip says: {error}"
     if tuple(volume.shape) != (1, *stated_shape(name, plain)):
-        return f"fault: shape {tuple(volume.shape)}, stated {stated_shape(name, plain)}"
+        return f"fault: shape {tuple(volume.shape)}, in the header {stated_shape(name, plain)}"
     if volume.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32, torch.float64):
         return f"fault: type {volume.dtype}"
-    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: an affine that is not finite"
+    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: the affine is not finite"
 
 
 def _address_space(field: str) -> int:
@@ -252,46 +259,44 @@ def _address_space(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _work(first: int, last: int, seed: int, folder: Path, judged: Callable[[Path, Path, bytes], str]) -> None:
-    """Judge mutations and write a line for each; in a child process."""
+def _run_mutations(first: int, last: int, seed: int, folder: Path, classify: Classify) -> None:
+    """Read mutations and write a line for each; runs in a child process."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     faulthandler.disable()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever C code runs
-    whole = {source: _image(source, folder) for source in ("nifti1", "nifti2", "mha")}
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even in C code
+    undamaged = {source: _image(source, folder) for source in ("nifti1", "nifti2", "mha")}
     good = folder / "good.nii"
-    good.write_bytes(whole["nifti1"])
-    ctypes.CDLL(None).mallopt(ARENA_MAX, 1)  # else threads reserve address space of their own, by chance
-    judged(good, good, whole["nifti1"])  # threads and their stacks are there from now on
+    good.write_bytes(undamaged["nifti1"])
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise threads reserve address space of their own
+    classify(good, good, undamaged["nifti1"])  # starts all threads, which allocate their stacks
     before = _address_space("VmSize")
-    resource.setrlimit(resource.RLIMIT_AS, (before + 8 * CAP, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (before + 8 * MAX_MEMORY, resource.RLIM_INFINITY))
     with open(folder / "lines", "a", encoding="utf-8", buffering=1) as lines:
         for number in range(first, last):
             rng = random.Random(f"{seed} {number}")
             kind = rng.choices(KINDS, SHARES)[0]
-            ending, data = mutate(kind, rng, whole)
+            ending, data = mutate(kind, rng, undamaged)
             path = folder / f"case_{number}.{ending}"
             path.write_bytes(data)
             lines.write(json.dumps([number, kind]) + "\n")
             peak = _address_space("VmPeak")
             signal.alarm(SECONDS)
-            outcome = judged(path, good, data)
+            outcome = classify(path, good, data)
             signal.alarm(0)
             now = _address_space("VmPeak")
-            if now > peak and now - before > CAP and not outcome.startswith("fault"):
+            if now > peak and now - before > MAX_MEMORY and not outcome.startswith("fault"):
                 outcome = f"fault: {(now - before) >> 20} MiB of address space"
             if not outcome.startswith("fault"):
                 path.unlink()
             lines.write(json.dumps([number, kind, outcome]) + "\n")
 
 
-def fuzz(
-    mutations: int, seed: int, folder: Path, judged: Callable[[Path, Path, bytes], str] = judge
-) -> list[tuple[int, str, str]]:
-    """Number, kind and outcome of every mutation; files at fault stay in ``folder``."""
+def fuzz(mutations: int, seed: int, folder: Path, classify: Classify = outcome_of) -> list[tuple[int, str, str]]:
+    """Number, kind and outcome of every mutation; files that cause faults stay in ``folder``."""
     done: dict[int, tuple[int, str, str]] = {}
     first = 0
     while first < mutations:
@@ -299,7 +304,7 @@ def fuzz(
         child = os.fork()
         if child == 0:
             try:
-                _work(first, mutations, seed, folder, judged)
+                _run_mutations(first, mutations, seed, folder, classify)
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
@@ -314,30 +319,30 @@ def fuzz(
     return [done[number] for number in sorted(done)]
 
 
-def summary(found: list[tuple[int, str, str]], seed: int) -> dict[str, Any]:
-    """Counts by kind."""
+def summary(outcomes: list[tuple[int, str, str]], seed: int) -> dict[str, Any]:
+    """Counts of outcomes by kind of mutation."""
     kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for _, kind, outcome in found:
+    for _, kind, outcome in outcomes:
         kinds[kind].update(["mutations", outcome.partition(":")[0]])
     table = {k: {n: c[n] for n in ("mutations", "refused", "read", "fault")} for k, c in kinds.items()}
     total = {n: sum(c[n] for c in table.values()) for n in ("mutations", "refused", "read", "fault")}
-    limits = {"seconds": SECONDS, "address_space_mib": CAP >> 20}
+    limits = {"seconds": SECONDS, "address_space_mib": MAX_MEMORY >> 20}
     return {"seed": seed, "limits_per_mutation": limits, "total": total, "kinds": table}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Give damaged image files to the readers.")
+    parser = argparse.ArgumentParser(description="Fuzz the image readers with damaged files.")
     parser.add_argument("--mutations", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--keep", metavar="FOLDER", help="where files at fault stay")
+    parser.add_argument("--keep", metavar="FOLDER", help="folder that keeps the files that cause faults")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = fuzz(options.mutations, options.seed, folder)
-    counts = summary(found, options.seed)
-    for number, kind, outcome in found:
+        outcomes = fuzz(options.mutations, options.seed, folder)
+    counts = summary(outcomes, options.seed)
+    for number, kind, outcome in outcomes:
         if outcome.startswith("fault"):
             print(f"{number} ({kind}): {outcome}")
     print(", ".join(f"{value} {name}" for name, value in counts["total"].items()))

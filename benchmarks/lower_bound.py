@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.image_io.nifti import COMPRESSION, gzip_modules, read_bytes
+from scripts.image_io.nifti import COMPRESSION, gzip_module, read_bytes
 from scripts.inference.engines import native_bf16
 
 READING_THREADS = 2
@@ -68,7 +68,7 @@ def writing_seconds(mask: Path, repeats: int = REPEATS) -> float:
     """Seconds to compress an existing mask and write it to a temporary file in the same folder."""
     data, copy = read_bytes(mask), mask.with_name(f".timing.{mask.name}")
     try:
-        return median_seconds(lambda: copy.write_bytes(gzip_modules()[1].compress(data, COMPRESSION)), repeats)
+        return median_seconds(lambda: copy.write_bytes(gzip_module().compress(data, COMPRESSION)), repeats)
     finally:
         copy.unlink(missing_ok=True)
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     config = resolved_config(args, ["train", *context_configs(args)], {})
     if args.dry_run:
         return
-    from scripts.data.cohort_check import ERROR, Criteria, check_cohort, summary, write_findings
+    from scripts.data.cohort_check import ERROR, Criteria, check_cohort, findings_table, write_findings
 
     criteria = Criteria(
         config["modalities"],
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     findings, cases = check_cohort(
         args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
     )
-    print(summary(findings, cases))
+    print(findings_table(findings, cases))
     if args.json:
         write_findings(findings, cases, args.json)
     errors = sum(finding.level == ERROR for finding in findings)

@@ -22,7 +22,7 @@ from scripts.cli.errors import error_sentence
 from scripts.cli.options import context_configs, engine_overrides, modality_names, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.data import Rules, datalist
-from scripts.data.bids import bids_name, describe, describe_mask
+from scripts.data.bids import bids_name, write_dataset_description, write_mask_sidecar
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -62,7 +62,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
     checksum = sha256(args.weights or _default_weights())
     _refuse_other_weights(output / RECORD, checksum)
     if args.bids:
-        describe(output)
+        write_dataset_description(output)
     remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
@@ -77,7 +77,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
         write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
     if args.bids:
         for case in cases:
-            describe_mask(masks[case["case_id"]], case, modalities)
+            write_mask_sidecar(masks[case["case_id"]], case, modalities)
     _report({case_id: outcomes[case_id] for case_id in masks})
 
 

@@ -16,7 +16,7 @@ from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_series import series_slices
-from scripts.image_io.dicom_study import KINDS, Series, choose_series, find_series
+from scripts.image_io.dicom_study import DICOM_MODALITIES, Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, read_slices, write_rtstruct, write_seg
 from scripts.utils.run_manifest import code_version
 
@@ -52,7 +52,7 @@ def segment_study(args: argparse.Namespace) -> None:
 def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], modalities: list[str]) -> None:
     missing = [key for key in modalities if key not in chosen]
     if missing and (modalities[0] in missing or not args.allow_missing):
-        names = ", ".join(KINDS[key] for key in missing)
+        names = ", ".join(DICOM_MODALITIES[key] for key in missing)
         advice = "Add it." if modalities[0] in missing else "Add it, or use --allow-missing."
         raise ValueError(f"{args.study} has no series of {names}. {advice}")
 

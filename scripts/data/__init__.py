@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data lists, splits and transforms."""
+"""Cases: data lists, folds, preprocessing and sampling. The names below are used in configs."""
 
+from scripts.data.case_list import cases_of_rank as cases_of_rank
 from scripts.data.case_list import datalist as datalist
-from scripts.data.case_list import deal as deal
 from scripts.data.case_list import require_cases as require_cases
 from scripts.data.folds import fold_split as fold_split
 from scripts.data.pipelines import postprocessing as postprocessing
 from scripts.data.pipelines import preprocessing as preprocessing
-from scripts.data.sampling import Draws as Draws
+from scripts.data.sampling import CaseSampler as CaseSampler
 from scripts.data.training_set import training_set as training_set
 from scripts.image_io.checks import Rules as Rules

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data lists: one dictionary of paths per case, made by the reader of each data set.
+"""Data lists: one dictionary of paths per case.
 
-An item holds `case_id`, `patient_id`, `image` (path of the reference modality), one key per modality that lies on disk
-(`ct`, `pet`, ...), and `label` where its file exists. Paths are strings; nothing is opened here.
+An item has `case_id`, `patient_id`, `image` (path of the reference modality), one key per modality that exists on disk
+(`ct`, `pet`, ...), and `label` if its file exists. Paths are strings. No file is opened here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.data.case_table import read_list
+from scripts.data.case_table import ID_COLUMNS, read_case_table
 from scripts.data.modalities import GatherModalitiesd, modalities_used
 
 logger = logging.getLogger(__name__)
 
 DATASETS = ("phantom", "sts", "hecktor21", "picai22")
-
-NAMES = ("case_id", "patient_id", "centre")  # of an item, which are no paths
 
 Item = dict[str, Any]
 
@@ -35,20 +33,20 @@ def datalist(
     """List the cases of a data set, sorted by `case_id`.
 
     Args:
-        name: one of `DATASETS`, the module of this package that knows the layout.
-        root: folder of the data set. Empty or None returns [], since a config that is only inspected has no data.
-        file: a table of the cases in place of a known layout, see `scripts.data.case_table`.
+        name: one of `DATASETS`: the module of `scripts.data.cohorts` that knows the layout.
+        root: folder of the data set. Empty or None returns [], so that a config can be inspected without data.
+        file: a table of the cases instead of a known layout, see `scripts.data.case_table`.
         modalities: columns of that table, the reference first.
         allow_outside: accept paths in that table that lead out of `root`.
 
     Raises:
-        ValueError: `name` is unknown, or two cases share an id.
-        FileNotFoundError: `root` does not exist, holds no case, or a case lacks its reference modality.
+        ValueError: `name` is unknown, or two cases have the same id.
+        FileNotFoundError: `root` does not exist, contains no case, or a case has no reference modality.
     """
     if name not in DATASETS:
-        raise ValueError(f"Unknown data set '{name}': choose one of {', '.join(DATASETS)}.")
+        raise ValueError(f"Unknown data set '{name}'. Choose one of {', '.join(DATASETS)}.")
     if file:
-        return read_list(file, root or "", [*modalities, "image", "label"], allow_outside)
+        return read_case_table(file, root or "", [*modalities, "image", "label"], allow_outside)
     if root is None or str(root) == "":
         return []
     items: list[Item] = importlib.import_module(f"scripts.data.cohorts.{name}").datalist(Path(root))
@@ -56,11 +54,16 @@ def datalist(
 
 
 class IncompleteError(FileNotFoundError):
-    """Files of a cohort are missing; `cases` are the items of those that can be read, `lost` the missing files."""
+    """Files of a cohort are missing.
 
-    def __init__(self, message: str, cases: list[Item], lost: list[str]) -> None:
+    Attributes:
+        cases: items of the cases that can be read.
+        missing_paths: the missing files.
+    """
+
+    def __init__(self, message: str, cases: list[Item], missing_paths: list[str]) -> None:
         super().__init__(message)
-        self.cases, self.lost = cases, lost
+        self.cases, self.missing_paths = cases, missing_paths
 
 
 def require_folder(root: str | Path, name: str, layout: str) -> Path:
@@ -71,12 +74,12 @@ def require_folder(root: str | Path, name: str, layout: str) -> Path:
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"The folder {root} of the data set '{name}' does not exist: expected {layout}.")
+        raise FileNotFoundError(f"The folder {root} of the data set '{name}' does not exist. Expected: {layout}.")
     return root
 
 
 def make_item(case_id: str, patient_id: str, files: dict[str, Path], label: Path) -> Item:
-    """Build one item from the expected files, reference modality first; those that do not exist are left out."""
+    """Build one item from the expected files, reference modality first; files that do not exist are left out."""
     present = {key: str(path) for key, path in files.items() if path.is_file()}
     reference = next(iter(files.values()))
     item: Item = {"case_id": case_id, "patient_id": patient_id, "image": str(reference), **present}
@@ -90,50 +93,53 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
 
     Args:
         cases: each item with the image files that it should have, reference modality first.
+        root: folder of the data set.
+        name: of the data set.
+        layout: the expected file names, for error messages.
 
     Raises:
-        FileNotFoundError: no case, or a case lacks its reference modality; every missing image file of the cohort is
-            named, so that one run tells all. Other modalities may be absent.
-        ValueError: two cases share an id.
+        FileNotFoundError: no case, or a case without its reference modality. The message names every missing image file
+            of the cohort. Other modalities may be absent.
+        ValueError: two cases have the same id.
     """
     if not cases:
-        raise FileNotFoundError(f"No case of the data set '{name}' found in {root}: expected {layout}.")
-    seen: dict[str, str] = {}
+        raise FileNotFoundError(f"No cases of the data set '{name}' found in {root}. Expected: {layout}.")
+    image_by_id: dict[str, str] = {}
     for item, _ in cases:
         case_id, image = item["case_id"], item["image"]
-        if case_id in seen:
-            raise ValueError(f"The case {case_id} occurs twice, as {seen[case_id]} and {image}: remove one of them.")
-        seen[case_id] = image
+        if case_id in image_by_id:
+            raise ValueError(f"Case {case_id} occurs twice, as {image_by_id[case_id]} and {image}. Remove one of them.")
+        image_by_id[case_id] = image
     missing = [[str(path) for path in files.values() if not path.is_file()] for _, files in cases]
-    if any(item["image"] in lost for (item, _), lost in zip(cases, missing, strict=True)):
-        names = sorted(path for lost in missing for path in lost)
+    if any(item["image"] in paths for (item, _), paths in zip(cases, missing, strict=True)):
+        missing_paths = sorted(path for paths in missing for path in paths)
         raise IncompleteError(
-            f"{len(names)} image file(s) of the data set '{name}' are missing, at least one of them of the reference "
-            f"modality, without which a case cannot be read (expected {layout}): {', '.join(names)}.",
-            [item for (item, _), lost in zip(cases, missing, strict=True) if item["image"] not in lost],
-            names,
+            f"{len(missing_paths)} image file(s) of the data set '{name}' are missing, at least one of them of the "
+            f"reference modality, which every case needs (expected: {layout}): {', '.join(missing_paths)}.",
+            [item for (item, _), paths in zip(cases, missing, strict=True) if item["image"] not in paths],
+            missing_paths,
         )
     return sorted((item for item, _ in cases), key=lambda item: item["case_id"])
 
 
 def source_files(case: Mapping[str, Any]) -> dict[str, Path]:
-    """The files that a case names, by key; those of a folder of DICOM files by key and name."""
-    paths = {key: Path(case[key]) for key in sorted(case) if isinstance(case[key], str) and key not in NAMES}
-    found = {key: path for key, path in paths.items() if path.is_file()}
+    """The existing files of a case by key; files of a DICOM folder by key and file name."""
+    paths = {key: Path(case[key]) for key in sorted(case) if isinstance(case[key], str) and key not in ID_COLUMNS}
+    files = {key: path for key, path in paths.items() if path.is_file()}
     for key, folder in paths.items():
         if folder.is_dir():
-            found |= {f"{key}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
-    return found
+            files |= {f"{key}/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+    return files
 
 
-def deal(cases: Sequence[Item], rank: int, world: int) -> list[Item]:
-    """One process's share of the validation cases: each case goes to one process, whatever their number.
+def cases_of_rank(cases: Sequence[Item], rank: int, world: int) -> list[Item]:
+    """The validation cases of one process: every case goes to exactly one process.
 
     Raises:
-        ValueError: there are cases, but fewer than processes: one without any would leave the others waiting.
+        ValueError: there are cases, but fewer than processes. A process without any would make the others wait forever.
     """
     if 0 < len(cases) < world:
-        raise ValueError(f"{len(cases)} validation case(s) cannot be dealt to {world} processes: start fewer of them.")
+        raise ValueError(f"There are {len(cases)} validation case(s) for {world} processes. Start fewer processes.")
     return list(cases[rank::world])
 
 
@@ -148,51 +154,53 @@ def require_cases(
     stacked: bool = False,
     labelled: bool = False,
 ) -> None:
-    """Refuse to start on nothing, or on cases that lack files; all of the cohort's are named at once.
+    """Refuse a cohort without cases or with missing files; the message names all missing files of the cohort.
 
     Args:
         cases: the data list.
         root: folder that it was read from.
         modalities: those that every case should have.
-        naming: rules by which absent keys are looked for, see ``GatherModalitiesd``.
-        allow_missing: accept absent modalities, and say which.
-        reference: the modality that may stand under ``image``; by default the first.
+        naming: rules that find modalities which the data list does not name, see ``GatherModalitiesd``.
+        allow_missing: accept absent modalities, and log them.
+        reference: the modality that ``image`` may name; by default the first.
         present: the modalities to use, by default all; a case need not have any other.
         stacked: each case's ``image`` is one 4D file of all modalities.
         labelled: every case needs a label.
 
     Raises:
-        ValueError: there is no case to work on, modalities or labels are absent, or an unknown one is asked for.
+        ValueError: there are no cases, modalities or labels are absent, or ``present`` names an unknown modality.
         FileNotFoundError: the data list names files that do not exist.
     """
     if not cases:
-        where = f"{root} holds no case" if root else "no folder of data was given"
-        raise ValueError(f"There is nothing to work on, because {where}: pass --dataset_dir (--dataset-dir).")
+        if root:
+            raise ValueError(f"No cases found in {root}. Check --dataset_dir (--dataset-dir).")
+        raise ValueError("No data folder was given. Use --dataset_dir (--dataset-dir).")
     used = modalities_used(modalities, present)
     gather: Callable[[Any], Any] = (
         GatherModalitiesd(modalities, naming, True, reference, present, stacked) if modalities else dict
     )
-    lost: list[Exception] = []
+    errors: list[Exception] = []
     absent, unlabelled = [], []
     for case in cases:
-        name, label = case.get("case_id"), case.get("label")
+        case_id, label = case.get("case_id"), case.get("label")
         if label is None:
-            unlabelled.append(str(name))
+            unlabelled.append(str(case_id))
         elif not Path(label).exists():
-            lost.append(FileNotFoundError(f"Case {name}: no such file: {label}."))
+            errors.append(FileNotFoundError(f"Case {case_id}: no such file: {label}."))
         try:
             item = gather(case)
         except (FileNotFoundError, ValueError) as error:
-            lost.append(error)
+            errors.append(error)
             continue
         absent += [f"{item.get('case_id')}: {key}" for key in used if key not in item]
-    told = [*map(str, lost)] + (["Add the files, or take these cases out."] if lost else [])
-    option = "--allow_missing True (--allow-missing)"
+    messages = [*map(str, errors)] + (["Add the files, or remove these cases from the list."] if errors else [])
     if absent and not allow_missing:
-        told.append(f"Modalities are absent ({'; '.join(absent)}): add the files, or allow it by {option}.")
+        option = "--allow_missing True (--allow-missing)"
+        messages.append(f"Modalities are absent ({'; '.join(absent)}). Add the files, or use {option}.")
     if unlabelled and labelled:
-        told.append(f"Labels are absent ({'; '.join(unlabelled)}): add the files, or take these cases out.")
-    if told:
-        raise (FileNotFoundError if any(isinstance(each, OSError) for each in lost) else ValueError)(" ".join(told))
+        messages.append(f"Labels are absent ({'; '.join(unlabelled)}). Add the files, or remove these cases.")
+    if messages:
+        is_missing_file = any(isinstance(error, OSError) for error in errors)
+        raise (FileNotFoundError if is_missing_file else ValueError)(" ".join(messages))
     if absent:
         logger.warning("absent modalities, read as zeros: %s", "; ".join(absent))

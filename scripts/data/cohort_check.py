@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``check``: a whole cohort judged by what every run would judge it by, to the end, whatever is found."""
+"""Check a whole data set (verb ``check``) with the checks of every run, and list all findings."""
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,31 +22,32 @@ from scripts.image_io.checks import (
     WARNING,
     Finding,
     Rules,
-    judge_constant,
-    judge_headers,
-    judge_voxels,
-    last_axes,
+    check_all_constant,
+    check_headers,
+    check_intensities,
+    expected_extra_axes,
 )
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 from scripts.utils.atomic_files import write_json
+from scripts.utils.markdown import markdown_table
 from scripts.utils.process_pool import DIED, survive
 
-EXPECTED = (ValueError, OSError)  # what a sentence for the user comes as
-SHOWN = 200  # findings in the table; the JSON holds all
+USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
+MAX_TABLE_ROWS = 200  # the JSON file contains all findings
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """What every case is judged by.
+    """The data set's properties that every case is checked against.
 
     Attributes:
         modalities: the reference first.
         labels: per class the label's values.
-        rules: what is accepted.
+        rules: what is accepted of files.
         naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
-        allow_missing: whether absent modalities are warnings only.
-        stacked: each case's ``image`` is one 4D file of all modalities.
+        allow_missing: whether absent modalities are only warnings.
+        stacked: whether each case's ``image`` is one 4D file of all modalities.
     """
 
     modalities: Sequence[str]
@@ -58,129 +58,112 @@ class Criteria:
     stacked: bool = False
 
     @property
-    def layers(self) -> Sequence[str]:
-        """The modalities along the last axis of a file of several."""
+    def stacked_modalities(self) -> Sequence[str]:
+        """The modalities along the last axis of a 4D file."""
         return self.modalities if self.stacked else ()
 
 
 def check_cohort(
     name: str, root: str, criteria: Criteria, file: str = "", allow_outside: bool = False, workers: int = 2
 ) -> tuple[list[Finding], int]:
-    """Judge every case; one volume per process is in memory at a time.
+    """Check every case; each process keeps one volume in memory at a time.
 
     Args:
         name, root, file, allow_outside: of the data list, see ``scripts.data.case_list.datalist``.
-        criteria: what each case is judged by.
-        workers: processes.
+        criteria: what each case is checked against.
+        workers: number of processes.
 
     Returns:
-        What was found, and the number of cases.
+        The findings, and the number of cases.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     try:
         cases = datalist(name, root, file, criteria.modalities, allow_outside)
     except IncompleteError as error:
         cases = error.cases
-        found += [Finding(ERROR, f"{path} is missing: add it, or remove the case.") for path in error.lost]
-    except EXPECTED as error:
+        findings += [Finding(ERROR, _missing_file(path)) for path in error.missing_paths]
+    except USER_ERRORS as error:
         return [Finding(ERROR, str(error))], 0
-    work = partial(judge_case, criteria=criteria)
     if cases:
         jobs = {str(case["case_id"]): case for case in cases}
         with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
             one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            judged = survive(work, jobs, workers, _dead, lambda *_: bar.update(), **one_thread)
-        found += [each for findings in judged.values() for each in findings]
-    return found, len(cases)
+            work = partial(check_case, criteria=criteria)
+            results = survive(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
+        findings += [finding for case_findings in results.values() for finding in case_findings]
+    return findings, len(cases)
 
 
-def _dead(case_id: str) -> list[Finding]:
-    return [Finding(ERROR, f"Case {case_id}: {DIED}: check it alone, or on a machine with more memory.", case_id)]
+def _missing_file(path: object) -> str:
+    return f"{path} is missing. Add it, or remove the case."
 
 
-def judge_case(case: Item, criteria: Criteria) -> list[Finding]:
-    """One case: its files, their heads, their voxels, its label."""
-    paths, found = _paths(case, criteria)
+def _process_died(case_id: str) -> list[Finding]:
+    text = f"Case {case_id}: {DIED}. Check it alone, or on a machine with more memory."
+    return [Finding(ERROR, text, case_id)]
+
+
+def check_case(case: Item, criteria: Criteria) -> list[Finding]:
+    """Check one case: its files, their headers, their voxels, its label."""
+    paths, findings = _existing_files(case, criteria)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
         try:
             headers[key] = header_of(path, criteria.rules)
-        except EXPECTED as error:
-            found.append(Finding(ERROR, str(error), key=key))
-    found += judge_headers(headers, criteria.modalities[0], criteria.layers)
+        except USER_ERRORS as error:
+            findings.append(Finding(ERROR, str(error), key=key))
+    findings += check_headers(headers, criteria.modalities[0], criteria.stacked_modalities)
     for key, header in headers.items():
-        if header.shape[3:] == last_axes(key, criteria.layers):
-            found += _judge_volume(key, header, criteria)
-    found += judge_constant(found, {key: str(path) for key, path in paths.items() if key != LABEL})
-    return [each._replace(case_id=str(case["case_id"])) for each in found]
+        if header.shape[3:] == expected_extra_axes(key, criteria.stacked_modalities):
+            findings += _check_voxels(key, header, criteria)
+    findings += check_all_constant(findings, {key: str(path) for key, path in paths.items() if key != LABEL})
+    return [finding._replace(case_id=str(case["case_id"])) for finding in findings]
 
 
-def _paths(case: Item, criteria: Criteria) -> tuple[dict[str, str], list[Finding]]:
-    """The files of a case that are there, by key, and what is to be said of the others."""
+def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], list[Finding]]:
+    """The existing files of a case by key, and findings on the others."""
     modalities = criteria.modalities
     keys = (*modalities, "image", LABEL)
-    lost = {key: case[key] for key in keys if key in case and not Path(case[key]).exists()}
-    first = {path: key for key, path in reversed(lost.items())}  # one file may stand for several modalities
-    found = [
-        Finding(ERROR, f"{path} is missing: add it, or remove the case.", key=first[path])
-        for path in dict.fromkeys(lost.values())
-    ]
-    item: dict[Any, Any] = {key: value for key, value in case.items() if key not in lost}
+    missing = {key: case[key] for key in keys if key in case and not Path(case[key]).exists()}
+    first_key = {path: key for key, path in reversed(missing.items())}  # one file may provide several modalities
+    findings = [Finding(ERROR, _missing_file(path), key=first_key[path]) for path in dict.fromkeys(missing.values())]
+    item: dict[Any, Any] = {key: value for key, value in case.items() if key not in missing}
     try:
         item = GatherModalitiesd(modalities, criteria.naming, allow_missing=True, stacked=criteria.stacked)(item)
-    except EXPECTED as error:
-        if not lost:
+    except USER_ERRORS as error:
+        if not missing:
             return {key: item[key] for key in keys if key in item and key != "image"}, [Finding(ERROR, str(error))]
-    absent = [key for key in modalities if key not in item and key not in lost]
+    absent = [key for key in modalities if key not in item and key not in missing]
     if absent:
         level = WARNING if criteria.allow_missing else ERROR
-        found.append(Finding(level, f"{', '.join(absent)} is absent: add it, or allow it by --allow-missing."))
-    return {key: item[key] for key in keys if key in item and key != "image"}, found
+        findings.append(Finding(level, f"{', '.join(absent)} is absent. Add it, or allow it with --allow-missing."))
+    return {key: item[key] for key in keys if key in item and key != "image"}, findings
 
 
-def _judge_volume(key: str, header: Header, criteria: Criteria) -> list[Finding]:
-    """A file's voxels, which are let go again."""
+def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]:
+    """Read and check a file's voxels; the volume is released afterwards."""
     try:
-        volume = read_modality(key, header, criteria.rules, criteria.layers)
+        volume = read_modality(key, header, criteria.rules, criteria.stacked_modalities)
         if key != LABEL:
-            return judge_voxels(volume, key, criteria.rules)
+            return check_intensities(volume, key, criteria.rules)
         mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL]
-    except EXPECTED as error:
+    except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]
     return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
 
 
-def check_and_tell(args: argparse.Namespace, spec: Mapping[str, Any], rules: Rules) -> None:
-    """``check_cohort`` by the verb's arguments; prints the table, writes what machines read.
-
-    Raises:
-        ValueError: there are errors.
-    """
-    criteria = Criteria(
-        spec["modalities"], spec["labels"], rules, spec.get("naming", ()), args.allow_missing, spec["stacked"]
-    )
-    found, cases = check_cohort(
-        args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
-    )
-    print(summary(found, cases))
-    if args.json:
-        write_findings(found, cases, args.json)
-    if errors := sum(each.level == ERROR for each in found):
-        raise ValueError(f"{errors} errors were found: correct the files, or leave their cases out.")
+def findings_table(findings: Sequence[Finding], cases: int) -> str:
+    """Errors and warnings as a Markdown table, errors first, and the number of findings by level."""
+    levels = Counter(finding.level for finding in findings)
+    shown = sorted((each for each in findings if each.level != NOTE), key=lambda each: each.level)  # error < warning
+    rows = [(each.level, each.case_id, each.key, each.what) for each in shown[:MAX_TABLE_ROWS]]
+    table = [markdown_table(("level", "case", "file", "what"), rows)] if rows else []
+    rest = [f"... and {len(shown) - MAX_TABLE_ROWS} more: see --json."] if len(shown) > MAX_TABLE_ROWS else []
+    counts = f"{cases} cases: {levels[ERROR]} errors, {levels[WARNING]} warnings, {levels[NOTE]} notes."
+    return "\n".join([*table, *rest, counts])
 
 
-def summary(found: Sequence[Finding], cases: int) -> str:
-    """The findings as a Markdown table, errors first, and their number."""
-    levels = Counter(each.level for each in found)
-    told = sorted((each for each in found if each.level != NOTE), key=lambda each: each.level)  # error, warning
-    lines = [f"| {each.level} | {each.case_id} | {each.key} | {each.what} |" for each in told[:SHOWN]]
-    head = ["| level | case | file | what |", "|---|---|---|---|"] if lines else []
-    rest = [f"... and {len(told) - SHOWN} more: see --json."] if len(told) > SHOWN else []
-    count = f"{cases} cases: {levels[ERROR]} errors, {levels[WARNING]} warnings, {levels[NOTE]} notes."
-    return "\n".join([*head, *lines, *rest, count])
-
-
-def write_findings(found: Sequence[Finding], cases: int, path: str | Path) -> None:
-    """All findings, notes too, for machines."""
-    levels: dict[str, Any] = dict(Counter(each.level for each in found))
-    write_json({"cases": cases, "counts": levels, "findings": [each._asdict() for each in found]}, path)
+def write_findings(findings: Sequence[Finding], cases: int, path: str | Path) -> None:
+    """Write all findings, including notes, as JSON."""
+    levels: dict[str, Any] = dict(Counter(finding.level for finding in findings))
+    write_json({"cases": cases, "counts": levels, "findings": [finding._asdict() for finding in findings]}, path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded k-fold splits of patients: all studies of a patient fall into one fold."""
+"""Seeded k-fold splits by patient: all studies of a patient are in one fold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.utils.atomic_files import write_text
 
 
 def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
-    """Divide the patients into folds whose sizes differ by one at most; the order and number of studies do not matter.
+    """Divide patients into folds whose sizes differ by at most one, independent of the order of the ids.
 
     Raises:
         ValueError: fewer than 2 folds, or fewer patients than folds.
@@ -23,7 +23,7 @@ def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> li
     if folds < 2:
         raise ValueError(f"Cross-validation needs at least 2 folds, got {folds}.")
     if len(patients) < folds:
-        raise ValueError(f"{len(patients)} patient(s) cannot fill {folds} folds: lower the number of folds.")
+        raise ValueError(f"{len(patients)} patient(s) cannot fill {folds} folds. Use fewer folds.")
     parts = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed)
     return [sorted(part) for part in parts]
 
@@ -31,66 +31,71 @@ def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> li
 def fold_split(
     cases: Sequence[Item], fold: int | None = 0, folds: int = 5, seed: int = 0, file: str | Path | None = None
 ) -> tuple[list[Item], list[Item]]:
-    """Divide the cases into training and validation, the latter being the patients of one fold.
+    """Divide the cases into training and validation; validation has the patients of one fold.
 
     Args:
         cases: items with `patient_id`.
-        fold: index of the validation fold, from 0; None takes all cases for training.
-        folds: number of folds, where `file` does not say it.
-        seed: of the shuffle, where `file` does not say it.
-        file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: obeyed if it exists, else written.
+        fold: index of the validation fold, from 0; None uses all cases for training.
+        folds: number of folds, if `file` does not exist.
+        seed: of the shuffle, if `file` does not exist.
+        file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: read if it exists, else written.
 
     Raises:
-        ValueError: the fold does not exist, there are fewer patients than folds, or the file is not such a JSON, names
-            a patient twice, names patients without a case, or lacks patients that have one.
+        ValueError: the fold does not exist, there are fewer patients than folds, or the file is not such a JSON, lists
+            a patient twice, lists patients without a case, or does not list patients that have one.
     """
     if not cases or fold is None:
         return list(cases), []
     patients = {str(case["patient_id"]) for case in cases}
     path = Path(file) if file else None
     if path is not None and path.is_file():
-        splits = _read(path)
-        _compare(splits, patients, path)
+        splits = _read_splits(path)
+        _check_patients(splits, patients, path)
     else:
         splits = make_splits(patients, folds, seed)
     if not 0 <= fold < len(splits):
-        raise ValueError(f"Fold {fold} does not exist: choose one of 0 to {len(splits) - 1}.")
+        raise ValueError(f"Fold {fold} does not exist. Choose one of 0 to {len(splits) - 1}.")
     if path is not None and not path.exists():
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
-    held_out = set(splits[fold])
-    training = [case for case in cases if str(case["patient_id"]) not in held_out]
-    return training, [case for case in cases if str(case["patient_id"]) in held_out]
+    validation_patients = set(splits[fold])
+    training = [case for case in cases if str(case["patient_id"]) not in validation_patients]
+    return training, [case for case in cases if str(case["patient_id"]) in validation_patients]
 
 
-def _read(path: Path) -> list[list[str]]:
-    form = 'expected JSON such as {"seed": 0, "folds": [["patient 1"], ["patient 2"]]}'
+def _read_splits(path: Path) -> list[list[str]]:
+    expected = 'Expected JSON such as {"seed": 0, "folds": [["patient 1"], ["patient 2"]]}'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"The split file {path} cannot be read ({error}): {form}.") from error
+        raise ValueError(f"The split file {path} cannot be read ({error}). {expected}.") from error
     folds = content.get("folds") if isinstance(content, dict) else None
     if not isinstance(folds, list) or not folds or not all(isinstance(part, list) for part in folds):
-        raise ValueError(f"The split file {path} has no list 'folds' of lists of patient ids: {form}.")
+        raise ValueError(f"The split file {path} has no list 'folds' of lists of patient ids. {expected}.")
     return [[str(patient) for patient in part] for part in folds]
 
 
-def _compare(splits: list[list[str]], patients: set[str], path: Path) -> None:
-    places: dict[str, list[int]] = {}
+def _check_patients(splits: list[list[str]], patients: set[str], path: Path) -> None:
+    """Raise ValueError if the folds do not list every patient exactly once."""
+    folds_by_patient: dict[str, list[int]] = {}
     for fold, part in enumerate(splits):
         for patient in part:
-            places.setdefault(patient, []).append(fold)
-    twice = [f"{patient} (folds {', '.join(map(str, at))})" for patient, at in sorted(places.items()) if len(at) > 1]
-    if twice:
-        raise ValueError(f"The split file {path} names patients more than once: {', '.join(twice)}: keep one of each.")
-    absent = sorted(set(places) - patients)
-    if absent:
+            folds_by_patient.setdefault(patient, []).append(fold)
+    repeated = [
+        f"{patient} (folds {', '.join(map(str, folds))})"
+        for patient, folds in sorted(folds_by_patient.items())
+        if len(folds) > 1
+    ]
+    if repeated:
+        raise ValueError(f"The split file {path} lists patients more than once: {', '.join(repeated)}. Keep one each.")
+    without_case = sorted(set(folds_by_patient) - patients)
+    if without_case:
         raise ValueError(
-            f"The split file {path} names patients without a case on disk: {', '.join(absent)}: "
-            "restore their data, or take them out of the file."
+            f"The split file {path} lists patients without a case on disk: {', '.join(without_case)}. "
+            "Restore their data, or remove them from the file."
         )
-    unknown = sorted(patients - set(places))
-    if unknown:
+    unlisted = sorted(patients - set(folds_by_patient))
+    if unlisted:
         raise ValueError(
-            f"The split file {path} lacks patients that are on disk: {', '.join(unknown)}: "
-            "add each to one fold, or delete the file to draw new folds."
+            f"The split file {path} does not list these patients on disk: {', '.join(unlisted)}. "
+            "Add each to one fold, or delete the file to create new folds."
         )

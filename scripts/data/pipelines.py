@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One transform factory for training, validation and inference.
 
-Every file goes straight from its own grid onto the network's, which the reference modality and the target spacing
-define, by its full affine (one interpolation), before the modalities are stacked into ``image``.
+Every file is resampled by its full affine, with one interpolation, from its own grid to the network's grid, before the
+modalities are stacked into ``image``. The reference modality and the target spacing define the network's grid.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from scripts.data.memory_check import require_memory
 from scripts.data.modalities import CropToBoxd, GatherModalitiesd, MapLabelsd, ScaleToUnitd, StackModalitiesd
 from scripts.data.resampling import OntoGridd, RestoreGridd
 from scripts.data.training_set import CentreCandidatesd, Pipeline
-from scripts.image_io.checks import Rules
+from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.nifti import SaveMaskd
 from scripts.image_io.reader import LoadModalitiesd
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
-FORMAT = 2  # raised when the fixed part of the same settings gives other volumes
+FORMAT = 2  # increase it when the fixed transforms give different volumes for the same settings
 
 
 def _normalise(intensity: Intensity) -> list[mt.Transform]:
-    """Range [low, high] -> [0, 1], clipped; ``"zscore"`` -> zero mean and unit variance of the non-zero voxels."""
+    """Scale [low, high] to [0, 1] and clip; ``"zscore"``: zero mean and unit variance of the non-zero voxels."""
     steps: list[mt.Transform] = []
     for key, rule in intensity.items():
         if rule == "zscore":
@@ -36,11 +36,11 @@ def _normalise(intensity: Intensity) -> list[mt.Transform]:
         elif not isinstance(rule, str) and len(rule) == 2:
             steps.append(ScaleToUnitd(key, rule[0], rule[1]))
         else:
-            raise ValueError(f'intensity["{key}"] is {rule!r}: give [low, high] in the modality\'s units, or "zscore".')
+            raise ValueError(f'intensity["{key}"] is {rule!r}. Give [low, high] in the modality\'s units, or "zscore".')
     return steps
 
 
-def _read(
+def _load_and_resample(
     modalities: Sequence[str],
     intensity: Intensity,
     spacing: Sequence[float],
@@ -51,32 +51,32 @@ def _read(
     present: Sequence[str] | None,
     load: partial[LoadModalitiesd],
 ) -> list[mt.Transform]:
-    """File paths -> normalised volumes on the reference modality's grid at ``spacing``, still one key per modality."""
+    """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
     missing = [key for key in modalities if key not in intensity]
     if missing:
-        raise ValueError(f"intensity has no entry for {missing}: every modality needs one.")
-    label = ["label"] if labels else []
+        raise ValueError(f"intensity has no entry for {missing}. Every modality needs one.")
+    label = [LABEL] if labels else []
     used = {key: intensity[key] for key in modalities}
-    # Beyond its field of view a modality reads as 0 once it is normalised, like an absent one.
+    # Outside its field of view a modality is 0 after normalisation, like an absent one.
     outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
     return [
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
-        *([MapLabelsd("label", labels)] if labels else []),
+        *([MapLabelsd(LABEL, labels)] if labels else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
         *_normalise(used),
     ]
 
 
-def _keep(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]:
-    """The end of training's fixed part: plain tensors of at least a patch, and voxels to centre patches on."""
-    volumes = [*modalities, "label"]
+def _end_of_fixed_part(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]:
+    """The last fixed transforms of training: plain tensors of at least a patch, and voxels to centre patches on."""
+    volumes = [*modalities, LABEL]
     return [
         mt.SpatialPadd(volumes, patch),
-        # Plain before anything is derived from them: a file with MONAI's metadata would not load as plain tensors.
+        # Drop the metadata here: everything derived from these tensors must be loadable with weights_only=True.
         mt.EnsureTyped(volumes, dtype=[torch.float32] * len(modalities) + [torch.uint8], track_meta=False),
-        CentreCandidatesd("label"),
+        CentreCandidatesd(LABEL),
         mt.SelectItemsd([*volumes, "presence", "case_id", *CANDIDATES], allow_missing_keys=True),
     ]
 
@@ -84,16 +84,16 @@ def _keep(modalities: Sequence[str], patch: Sequence[int]) -> list[mt.Transform]
 def _augment(
     modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int, cached: Any
 ) -> list[Callable[..., Any]]:
-    """Random patch, flips, small rotations and scaling in common; gain, blur, contrast and noise per modality.
+    """Random patch, flips, small rotations and scaling for all keys; gain, blur, contrast and noise per modality.
 
-    Cached predictions of teachers take the same patch and the same spatial transforms.
+    Cached teacher predictions get the same patch and the same spatial transforms.
     """
-    keys = [*modalities, "label", *(cached.keys if cached else ())]
-    spatial = [*modalities, *(["cached"] if cached else []), "label"]
+    keys = [*modalities, LABEL, *(cached.keys if cached else ())]
+    spatial = [*modalities, *(["cached"] if cached else []), LABEL]
     modes = ["bilinear"] * (len(spatial) - 1) + ["nearest"]
     foreground, background = CANDIDATES
     crop = mt.RandCropByPosNegLabeld(
-        keys, "label", patch, positives, negatives, fg_indices_key=foreground, bg_indices_key=background
+        keys, LABEL, patch, positives, negatives, fg_indices_key=foreground, bg_indices_key=background
     )
     steps: list[Callable[..., Any]] = [*([cached] if cached else []), crop]
     if cached:
@@ -114,13 +114,13 @@ def _augment(
     return steps
 
 
-def _finish(cached: Any) -> list[mt.Transform]:
-    """The end of training's random part: what a batch holds, as plain tensors."""
-    tensors = ["image", "label", "presence", *(["cached"] if cached else [])]
+def _end_of_random_part(cached: Any) -> list[mt.Transform]:
+    """The last random transforms of training: the entries of a batch, as plain tensors."""
+    tensors = ["image", LABEL, "presence", *(["cached"] if cached else [])]
     return [
         mt.SelectItemsd([*tensors, "case_id"], allow_missing_keys=True),
         mt.EnsureTyped(tensors, track_meta=False),
-        mt.CastToTyped("label", torch.float32),
+        mt.CastToTyped(LABEL, torch.float32),
     ]
 
 
@@ -142,7 +142,7 @@ def preprocessing(
     stacked: bool = False,
     memory_gib: float | None = None,
 ) -> Pipeline:
-    """The whole way from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
+    """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
     Args:
         modalities: channel order of ``image``.
@@ -150,34 +150,33 @@ def preprocessing(
         spacing: target spacing in mm.
         mode: ``"train"`` (random patches, augmentation, plain tensors), ``"validate"`` (whole volumes, with label) or
             ``"infer"`` (whole volumes; the label, if any, stays a path).
-        naming: layouts tried in turn for modalities that the data list does not name, see ``GatherModalitiesd``.
-        labels: per class the label file's values that mean it, as ``[[0], [1, 2]]``; needed to train and validate.
+        naming: layouts for modalities that the data list does not name, tried in order; see ``GatherModalitiesd``.
+        labels: per class the label file's values, as ``[[0], [1, 2]]``; required for training and validation.
         patch: size of a training patch in voxels.
         positives, negatives: ratio of patches centred on foreground and on background.
         allow_missing: read absent modalities as zeros instead of refusing the case.
-        reference: the modality on whose grid everything is brought; by default the first.
-        present: the modalities to use, by default all: any other is absent, even where its file exists. The
-            reference's file gives the grid in any case, and nothing else where it is not named.
+        reference: the modality whose grid all others are resampled to; by default the first.
+        present: the modalities to use, by default all; any other counts as absent, even if its file exists. The
+            reference's file always defines the grid, but its voxels are only used if it is named.
         checks: what is accepted of files, see ``scripts.image_io.checks``.
         stacked: ``image`` names one 4D file whose last axis is ``modalities``.
-        memory_gib: of one pass of the network; where it is given, a case that would not fit in memory is refused.
-        cached: predictions of teachers that ride along with training patches, see
-            ``scripts.distillation.teacher_cache``.
+        memory_gib: limit for one pass of the network; if given, a case that would not fit in memory is refused.
+        cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
 
     Returns:
-        A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool), ``label``
-        (1 H W D); the image's metadata bring a prediction back to the reference's own grid.
+        A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool) and ``label``
+        (1 H W D). With the image's metadata, a prediction can be restored to the reference's own grid.
 
     Raises:
-        ValueError: an unknown mode, a missing patch or label mapping, an intensity rule that is not one, an
-            unknown reference or ``present``.
+        ValueError: an unknown mode, reference or ``present``, an invalid intensity rule, or a missing patch size or
+            label mapping.
     """
     if mode not in ("train", "validate", "infer"):
-        raise ValueError(f"Unknown mode {mode!r}: choose train, validate or infer.")
+        raise ValueError(f"Unknown mode {mode!r}. Choose train, validate or infer.")
     if mode == "train" and patch is None:
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
-        raise ValueError(f"The mode '{mode}' needs the labels' values.")
+        raise ValueError(f"The mode '{mode}' needs the label values of each class (`labels`).")
     reference = reference or modalities[0]
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -188,33 +187,38 @@ def preprocessing(
     if checks and checks.replace_nonfinite is not None:
         settings["replace_nonfinite"] = checks.replace_nonfinite
     with_label = labels if mode != "infer" else None
-    fits = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
+    check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
         LoadModalitiesd,
         rules=checks,
         stacked=modalities if stacked else (),
-        before=None if memory_gib is None else partial(fits, pass_gib=memory_gib),
-        unjudged=[] if present is None else [key for key in modalities if key not in present],
-        notes=mode == "infer",
+        before_reading=None if memory_gib is None else partial(check_memory, pass_gib=memory_gib),
+        unchecked=[] if present is None else [key for key in modalities if key not in present],
+        log_notes=mode == "infer",
     )
-    fixed = _read(modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load)
-    # Absent modalities become zeros here, so that the random transforms always find every key.
+    fixed = _load_and_resample(
+        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load
+    )
+    # Absent modalities become zeros here, because the random transforms expect every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))
     stack = StackModalitiesd(modalities, True, reference, present)
     if mode != "train" or patch is None:
-        kept = mt.SelectItemsd(["image", "label", "presence", "case_id"], allow_missing_keys=True)
-        return Pipeline([*fixed, stack, *([kept] if mode == "validate" else [])], [], settings)
+        select = mt.SelectItemsd(["image", LABEL, "presence", "case_id"], allow_missing_keys=True)
+        return Pipeline([*fixed, stack, *([select] if mode == "validate" else [])], [], settings)
     random = _augment(modalities, patch, positives, negatives, cached)
-    pipeline = Pipeline([*fixed, *_keep(modalities, patch)], [*random, stack, *_finish(cached)], settings)
+    fixed += _end_of_fixed_part(modalities, patch)
+    pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
     return pipeline
 
 
 def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:
-    """Logits on the network's grid -> labels on the reference image's own grid, written as ``<case_id>.nii.gz``.
+    """Make the transforms from logits on the network's grid to a mask on the reference's own grid.
+
+    The mask is written as ``<case_id>.nii.gz``.
 
     Args:
         output_dir: folder of the masks.
-        save: whether to write at all.
+        save: whether to write them.
     """
     return mt.Compose([RestoreGridd("pred", "image"), *([SaveMaskd("pred", output_dir)] if save else [])])

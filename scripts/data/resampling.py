@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From every modality's own grid onto the network's, and from there back to the reference's own.
+"""Resample every modality to the network's grid, and predictions back to the reference's own grid.
 
-One interpolation each way, by SimpleITK: linear, the fastest of the well-kept routines (docs/performance.md). Where two
-grids differ by flipped or exchanged axes only, voxels are moved and nothing is interpolated.
+There is one linear interpolation each way, by SimpleITK, the fastest of the maintained libraries (docs/performance.md).
+If two grids differ only by flipped or exchanged axes, voxels are moved and nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -17,42 +17,49 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset, zoom_affine
 from monai.transforms import MapTransform
-from numpy.typing import NDArray
 
-Affine = NDArray[np.floating[Any]]
-TOLERANCE = 1e-3  # voxels: grids that are closer than this are one grid
-SLAB = 32  # planes that a prediction is brought back in at a time
+from scripts.image_io.headers import Affine
+
+TOLERANCE = 1e-3  # voxels; grids closer than this are equal
+SLAB = 32  # planes of a prediction that are restored at a time
 TILE = 16  # planes that are copied at a time
 
 
 def network_grid(affine: Affine, shape: Sequence[int], spacing: Sequence[float]) -> tuple[Affine, tuple[int, ...]]:
-    """The grid that covers a volume in RAS orientation at a spacing, by the rule of MONAI's ``Spacing``.
+    """The RAS grid that covers a volume at a spacing, by the rule of MONAI's ``Spacing``.
 
     Args:
         affine: of the volume, voxel to world in mm.
         shape: of the volume.
-        spacing: mm per axis of the grid.
+        spacing: of the grid, in mm per axis.
 
     Returns:
         The grid's affine and shape.
     """
     axes = nib.io_orientation(affine)
-    turned = affine @ nib.orientations.inv_ornt_aff(axes, shape)
+    ras_affine = affine @ nib.orientations.inv_ornt_aff(axes, shape)
     shape = tuple(shape[int(np.flatnonzero(axes[:, 0] == axis)[0])] for axis in range(3))
-    zoomed = zoom_affine(turned, np.asarray(spacing, dtype=float), diagonal=False)
-    size, offset = compute_shape_offset(shape, turned, zoomed)
+    zoomed = zoom_affine(ras_affine, np.asarray(spacing, dtype=float), diagonal=False)
+    size, offset = compute_shape_offset(shape, ras_affine, zoomed)
     zoomed[:3, 3] = offset
     return zoomed, tuple(int(n) for n in size)
 
 
-def _moves(matrix: Affine, source: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]] | None:
-    """Axes to exchange and then to flip, where that alone brings one grid onto the other."""
-    turn = np.rint(matrix[:3, :3])
-    far = np.abs(matrix[:3, :3] - turn) @ np.array(shape)
-    if (np.abs(turn).sum(0) != 1).any() or (np.abs(turn).sum(1) != 1).any() or (far > TOLERANCE).any():
+def axis_moves(matrix: Affine, source: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]] | None:
+    """The axes to permute and then to flip, if that maps one grid onto the other; else None.
+
+    Args:
+        matrix: voxels of the new grid to voxels of the source, 4 x 4.
+        source: shape of the source.
+        shape: of the new grid.
+    """
+    rotation = np.rint(matrix[:3, :3])
+    deviation = np.abs(matrix[:3, :3] - rotation) @ np.array(shape)
+    is_permutation = (np.abs(rotation).sum(0) == 1).all() and (np.abs(rotation).sum(1) == 1).all()
+    if not is_permutation or (deviation > TOLERANCE).any():
         return None
-    order = [int(axis) for axis in np.abs(turn).argmax(0)]  # source axis of each target axis
-    flipped = [axis for axis in range(3) if turn[order[axis], axis] < 0]
+    order = [int(axis) for axis in np.abs(rotation).argmax(0)]  # source axis of each target axis
+    flipped = [axis for axis in range(3) if rotation[order[axis], axis] < 0]
     start = np.zeros(3)
     for axis in flipped:
         start[order[axis]] = source[order[axis]] - 1
@@ -62,7 +69,7 @@ def _moves(matrix: Affine, source: Sequence[int], shape: Sequence[int]) -> tuple
 
 
 def _interpolator(matrix: Affine, shape: Sequence[int], nearest: bool, edge: bool) -> sitk.ResampleImageFilter:
-    """Both grids in voxels of the source, so that any affine will do, sheared ones too."""
+    """A resampler between two grids, both in voxels of the source, so that any affine works, including sheared ones."""
     transform = sitk.AffineTransform(3)
     transform.SetMatrix(matrix[:3, :3].ravel().tolist())
     transform.SetTranslation(matrix[:3, 3].tolist())
@@ -76,44 +83,45 @@ def _interpolator(matrix: Affine, shape: Sequence[int], nearest: bool, edge: boo
     return resampler
 
 
-def _image(volume: torch.Tensor) -> sitk.Image:
+def _to_itk(volume: torch.Tensor) -> sitk.Image:
     return sitk.GetImageFromArray(volume.permute(2, 1, 0).contiguous().numpy())
 
 
 def resample(
     volume: torch.Tensor, matrix: Affine, shape: Sequence[int], outside: float | None = 0.0, nearest: bool = False
 ) -> torch.Tensor:
-    """A volume on another grid.
+    """Resample a volume to another grid.
 
     Args:
-        volume: ``H W D``, of any type that SimpleITK knows.
+        volume: ``H W D``, of any type that SimpleITK supports.
         matrix: voxels of the new grid to voxels of the volume, 4 x 4.
         shape: of the new grid.
-        outside: value beyond the volume, whose voxels reach half a voxel from their centres; None: that of its nearest
-            voxel.
-        nearest: take the nearest voxel instead of interpolating linearly.
+        outside: value outside the volume, which ends half a voxel beyond its outermost voxel centres. None uses the
+            nearest voxel's value.
+        nearest: use the nearest voxel instead of linear interpolation.
 
     Returns:
         ``shape``, float32.
     """
-    moves = _moves(matrix, volume.shape, shape)
+    moves = axis_moves(matrix, volume.shape, shape)
     if moves is not None:
         return volume.permute(moves[0]).flip(moves[1]).float()
     resampler = _interpolator(matrix, shape, nearest, outside is None)
     resampler.SetDefaultPixelValue(outside or 0.0)
-    return torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(_image(volume)))).permute(2, 1, 0)
+    return torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(_to_itk(volume)))).permute(2, 1, 0)
 
 
-def on_grid(volume: torch.Tensor, affine: Affine, meta: Mapping[str, Any]) -> MetaTensor:
-    """A volume with an affine of its own and another's metadata."""
-    rest = {key: value for key, value in meta.items() if key != "affine"}  # MONAI warns where there are two
+def with_affine(volume: torch.Tensor, affine: Affine, meta: Mapping[str, Any]) -> MetaTensor:
+    """A volume with a new affine and the metadata of another."""
+    rest = {key: value for key, value in meta.items() if key != "affine"}  # MONAI warns about a second affine
     return MetaTensor(volume, affine=torch.as_tensor(np.asarray(affine, dtype=np.float64)), meta=rest)
 
 
-def copy_across(target: torch.Tensor, source: torch.Tensor) -> None:
-    """``target.copy_(source)`` between a volume in memory's order and one in a file's, whose first axis is fastest.
+def copy_between_layouts(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` for volumes of which one has its last axis fastest, the other (from a file) its first.
 
-    Some planes at a time stay in the processor's cache: 2.4 times faster than at once (256 x 256 x 192, float32).
+    Copying a few planes at a time uses the processor's cache: 2.4 times faster than ``copy_`` (256 x 256 x 192,
+    float32).
 
     Args:
         target, source: ``... H W D``.
@@ -124,17 +132,17 @@ def copy_across(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class OntoGridd(MapTransform):
-    """Bring every key onto the reference's field of view, RAS, at a spacing; the affine of every grid is obeyed.
+    """Resample every key by its full affine to one grid: the reference's field of view, RAS, at a spacing.
 
     Args:
-        keys: modalities, and the label where there is one; absent ones are left out.
-        reference: one of them, whose field of view is kept and whose nearest voxels lie beyond it.
-        spacing: of the grid, mm.
-        outside: per key the value beyond its own field of view.
-        nearest: keys whose values must not be mixed.
+        keys: modalities, and the label if there is one; absent ones are skipped.
+        reference: one of the keys. Its field of view is kept, and its nearest voxels fill the space outside it.
+        spacing: of the grid, in mm.
+        outside: per key the value outside its own field of view.
+        nearest: keys that are resampled to the nearest voxel, such as labels.
 
-    Every volume becomes ``1 H W D``, float32. The reference's metadata note the way back: ``source_affine`` and
-    ``source_shape``.
+    Every volume becomes ``1 H W D``, float32. The reference's metadata entries ``source_affine`` and ``source_shape``
+    describe its own grid.
     """
 
     def __init__(
@@ -157,25 +165,27 @@ class OntoGridd(MapTransform):
             volume = item[key]
             if volume.ndim != 4 or len(volume) != 1:
                 name, size = volume.meta.get("filename_or_obj", key), " x ".join(map(str, volume.shape[1:]))
-                raise ValueError(f"{name} holds {len(volume)} channels of {size} voxels: give one 3D volume per file.")
+                raise ValueError(
+                    f"{name} contains {len(volume)} channels of {size} voxels. Give one 3D volume per file."
+                )
             matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), affine)
             outside = None if key == self.reference else self.outside.get(str(key), 0.0)
-            there = resample(volume[0].as_tensor(), matrix, shape, outside, key in self.nearest)
-            item[key] = on_grid(there[None], affine, volume.meta)
-        way_back = {"source_affine": source, "source_shape": np.array(reference.shape[1:])}
-        item[self.reference].meta.update(way_back)
+            resampled = resample(volume[0].as_tensor(), matrix, shape, outside, key in self.nearest)
+            item[key] = with_affine(resampled[None], affine, volume.meta)
+        own_grid = {"source_affine": source, "source_shape": np.array(reference.shape[1:])}
+        item[self.reference].meta.update(own_grid)
         return item
 
 
 class RestoreGridd(MapTransform):
-    """Logits on the network's grid -> labels on the reference image's own grid, ``1 H W D`` uint8.
+    """Turn logits on the network's grid into labels on the reference image's own grid, ``1 H W D`` uint8.
 
-    Probabilities, not labels, are interpolated, so that borders stay smooth where voxels get smaller; where nothing is
-    interpolated the largest logit decides. Slab by slab, so that beside the mask little memory is needed.
+    Probabilities are interpolated, not labels, so that borders stay smooth if voxels become smaller. If nothing has to
+    be interpolated, the largest logit decides. The volume is processed in slabs to save memory.
 
     Args:
         key: the logits, ``classes H W D``.
-        image: key whose metadata know the grids, see ``OntoGridd`` and ``CropToBoxd``.
+        image: key of the image whose metadata describe the grids, see ``OntoGridd`` and ``CropToBoxd``.
     """
 
     def __init__(self, key: str, image: str) -> None:
@@ -189,33 +199,33 @@ class RestoreGridd(MapTransform):
         source = np.asarray(meta["source_affine"], dtype=np.float64)
         shape = [int(n) for n in meta["source_shape"]]
         matrix = np.linalg.solve(np.asarray(image.affine, dtype=np.float64), source)
-        moves = _moves(matrix, logits.shape[1:], shape)
+        moves = axis_moves(matrix, logits.shape[1:], shape)
         if moves is not None:
-            labels = _largest(logits).permute(moves[0]).flip(moves[1])
+            labels = _argmax(logits).permute(moves[0]).flip(moves[1])
         else:
-            labels = _interpolated(logits, matrix, shape)
+            labels = _interpolated_labels(logits, matrix, shape)
         whole = torch.zeros([int(n) for n in meta["spatial_shape"]][::-1], dtype=torch.uint8).permute(2, 1, 0)
         start = [int(n) for n in meta.get("crop_start", (0, 0, 0))]
-        copy_across(whole[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))], labels)
-        return {**data, self.keys[0]: on_grid(whole[None], np.asarray(meta["original_affine"]), meta)}
+        copy_between_layouts(whole[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))], labels)
+        return {**data, self.keys[0]: with_affine(whole[None], np.asarray(meta["original_affine"]), meta)}
 
 
-def _largest(values: torch.Tensor) -> torch.Tensor:
-    """Index of the largest of the classes; of two, a comparison, which is far faster than argmax."""
+def _argmax(values: torch.Tensor) -> torch.Tensor:
+    """Index of the largest class. Two classes are compared directly, which is far faster than argmax."""
     return (values[1] > values[0]).to(torch.uint8) if len(values) == 2 else values.argmax(0).to(torch.uint8)
 
 
-def _interpolated(logits: torch.Tensor, matrix: Affine, shape: Sequence[int]) -> torch.Tensor:
-    """Labels by the probabilities on another grid, a slab of its last axis at a time."""
+def _interpolated_labels(logits: torch.Tensor, matrix: Affine, shape: Sequence[int]) -> torch.Tensor:
+    """Labels from the probabilities on another grid, computed a slab of its last axis at a time."""
     probabilities = logits.softmax(0)
-    # Of two classes one tells all: they sum to 1 before and after.
-    images = [_image(each) for each in (probabilities[1:] if len(logits) == 2 else probabilities)]
+    # Of two classes, one is enough: they sum to 1 before and after the interpolation.
+    images = [_to_itk(channel) for channel in (probabilities[1:] if len(logits) == 2 else probabilities)]
     labels = torch.empty(tuple(shape)[::-1], dtype=torch.uint8)
     for start in range(0, shape[2], SLAB):
         planes = min(SLAB, shape[2] - start)
         shifted = matrix.copy()
         shifted[:3, 3] += matrix[:3, 2] * start
         resampler = _interpolator(shifted, (*shape[:2], planes), nearest=False, edge=True)
-        found = [torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(image))) for image in images]
-        labels[start : start + planes] = found[0] > 0.5 if len(found) == 1 else torch.stack(found).argmax(0)
+        slabs = [torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(image))) for image in images]
+        labels[start : start + planes] = slabs[0] > 0.5 if len(slabs) == 1 else torch.stack(slabs).argmax(0)
     return labels.permute(2, 1, 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers of a training that depend on nothing but the seed, the epoch and the case.
+"""Reproducible training samples: each depends only on the seed, the epoch and the case.
 
-A draw is one case in one epoch, ``epoch * cases + case``: the sampler gives draws, the data set seeds every random
-transform by them. So the same samples come in the same order whatever the number of workers and processes, and a
-training that was interrupted goes on with the very samples that it would have seen: there is no random state to save.
+A sample's index is its draw, ``epoch * cases + case``. The sampler yields draws, and the data set seeds all random
+transforms with them. The samples and their order are therefore independent of the number of workers and processes, and
+a resumed training sees the samples that it would have seen: no random state has to be saved.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers, such as seed, epoch and case."""
+    """One 32-bit seed from several numbers, such as seed, epoch and case."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class Draws(DistributedSampler):
-    """The draws of one process: a seeded permutation of the cases per epoch, cut into steps, steps among processes.
+class CaseSampler(DistributedSampler):
+    """Yield the draws of one process: a seeded permutation of the cases per epoch, divided into steps.
 
-    A step of ``batch_size`` per process takes the next ``batch_size * world`` cases of the permutation, each process
-    its own part of them, so that two processes with one case each see what one process with two cases sees. Cases that
-    fill no step are left out of that epoch. It is a ``DistributedSampler`` since MONAI's trainers tell only those the
-    epoch.
+    A step takes the next ``batch_size * world`` cases of the permutation, and each process its own part of them. Two
+    processes with one case each therefore see what one process with two cases sees. Cases that do not fill a step are
+    left out of that epoch. The class is a ``DistributedSampler``, because MONAI's trainers set the epoch only of those.
 
     Args:
         cases: number of cases, or the list of them.
         batch_size: cases per step and process.
         seed: of the permutations.
-        rank: number of this process.
+        rank: index of this process.
         world: number of processes.
 
     Raises:
@@ -46,8 +45,8 @@ class Draws(DistributedSampler):
         self.steps = self.cases // (batch_size * world)
         if self.cases and not self.steps:
             raise ValueError(
-                f"{self.cases} training case(s) do not fill one step of {batch_size} on each of {world} process(es): "
-                "lower the batch size."
+                f"{self.cases} training case(s) do not fill one step of {batch_size} on each of {world} process(es). "
+                "Use a smaller batch size."
             )
 
     def __len__(self) -> int:
@@ -55,21 +54,21 @@ class Draws(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.cases)
-        taken = order[: self.steps * self.world * self.batch_size].reshape(self.steps, self.world, self.batch_size)
-        return iter((self.epoch * self.cases + taken[:, self.rank].ravel()).tolist())
+        steps = order[: self.steps * self.world * self.batch_size].reshape(self.steps, self.world, self.batch_size)
+        return iter((self.epoch * self.cases + steps[:, self.rank].ravel()).tolist())
 
 
-class Drawn(Dataset):
-    """A data set whose random transforms are seeded by the draw; its index is a draw, see ``Draws``.
+class SeededDataset(Dataset):
+    """A data set that seeds its random transforms with the draw; its index is a draw, see ``CaseSampler``.
 
     Args:
-        dataset: has ``transform``, a ``Compose``.
+        dataset: has an attribute ``transform``, a ``Compose``.
         seed: of the training.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
         if not isinstance(dataset.transform, Compose):
-            raise ValueError(f"Its transform must be a Compose, got {type(dataset.transform).__name__}.")
+            raise ValueError(f"The data set's transform must be a Compose, got {type(dataset.transform).__name__}.")
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: cases preprocessed once, kept in memory or on disk, cut and augmented anew for every sample."""
+"""Training data: cases are preprocessed once, kept in memory or on disk, then cropped and augmented for each sample."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from monai.transforms import Compose, Transform
 from tqdm import tqdm
 
 from scripts.data.case_list import Item, source_files
-from scripts.data.sampling import Drawn
+from scripts.data.sampling import SeededDataset
 from scripts.utils.atomic_files import atomic_file
 
 
 class Pipeline(Compose):
-    """A ``Compose`` that knows where chance begins, and what its fixed part was made of.
+    """A ``Compose`` of fixed transforms, followed by random ones.
 
     Args:
-        fixed: transforms whose result can be kept.
-        random: transforms that are drawn for each sample.
-        settings: everything that the fixed part's result depends on, besides the files; plain values.
+        fixed: transforms whose result can be stored.
+        random: transforms that are applied anew to each sample.
+        settings: everything that the fixed part's result depends on, apart from the files; plain values.
 
-    ``cached`` holds what gives cached predictions of teachers, where the random part asks for them.
+    Attributes:
+        fixed: number of fixed transforms.
+        cached: the reader of cached teacher predictions, if the random part uses them.
     """
 
     cached: Any
@@ -40,24 +42,24 @@ class Pipeline(Compose):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the settings."""
+        """SHA-256 of the settings."""
         return _hash(self.settings)
 
     def prepare(self, case: Item) -> dict[str, Any]:
-        """The fixed part."""
+        """Apply the fixed transforms."""
         return self(dict(case), end=self.fixed, threading=True)  # type: ignore[no-any-return]
 
     def draw(self, volumes: Mapping[str, Any]) -> Any:
-        """The random part."""
+        """Apply the random transforms."""
         return self(dict(volumes), start=self.fixed)
 
 
 def _plain(value: Any) -> Any:
-    """Values as JSON knows them, every number a float, so that 3 and 3.0 are one setting."""
+    """Values as JSON knows them. Every number becomes a float, so that 3 and 3.0 are the same setting."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return value if value is None or isinstance(value, bool) else str(value)
@@ -68,10 +70,10 @@ def _hash(value: Any) -> str:
 
 
 class CentreCandidatesd(Transform):
-    """Voxels that a patch may be centred on, so that no sample has to search its volume for them.
+    """List voxels that a patch may be centred on, so that samples need not search their volume for them.
 
-    Adds ``foreground`` and ``background``, flat indices of at most ``count`` voxels each, evenly spread over those of
-    the label; ``RandCropByPosNegLabeld`` takes them.
+    Adds ``foreground`` and ``background`` for ``RandCropByPosNegLabeld``: flat indices of at most ``count`` voxels
+    each, evenly spread over the label's voxels of that kind.
     """
 
     def __init__(self, label: str, count: int = 20_000) -> None:
@@ -82,22 +84,23 @@ class CentreCandidatesd(Transform):
         return {**data, "foreground": self._spread(inside), "background": self._spread(~inside)}
 
     def _spread(self, mask: torch.Tensor) -> torch.Tensor:
-        found = mask.nonzero()[:, 0]
-        # float32 would not tell the voxels beyond 2^24 apart.
-        return found[torch.linspace(0, len(found) - 1, min(len(found), self.count), dtype=torch.float64).round().long()]
+        voxels = mask.nonzero()[:, 0]
+        # float64, because float32 cannot distinguish indices above 2^24.
+        chosen = torch.linspace(0, len(voxels) - 1, min(len(voxels), self.count), dtype=torch.float64)
+        return voxels[chosen.round().long()]
 
 
 class Volumes(Dataset):
-    """Preprocessed cases; an item is drawn from them by the pipeline's random part, and never changes them.
+    """Preprocessed cases. An item is the result of the pipeline's random transforms, which do not change the case.
 
     Args:
         cases: data list.
-        transform: the pipeline; where it has ``cached`` (predictions of teachers), that is checked first.
-        folder: keep the volumes in files there, mapped into memory, so that a sample reads about its patch and a cohort
-            may be larger than memory; empty: keep them in memory. A file is found again by the sizes and times of the
-            case's files, wherever they lie, and the pipeline's settings; one that is broken is made again. Of several
-            processes each makes its share.
-        workers: threads that preprocess.
+        transform: the pipeline; its cached teacher predictions, if any, are checked first.
+        folder: store the volumes in files in this folder, and map them into memory: a sample reads little more than its
+            patch, and a cohort may be larger than memory. If empty, the volumes stay in memory. A file is reused if the
+            sizes and modification times of the case's files (at any path) and the pipeline's settings are the same. A
+            damaged file is written again. With several processes, each writes its share.
+        workers: threads for preprocessing.
     """
 
     def __init__(self, cases: Sequence[Item], transform: Pipeline, folder: str = "", workers: int = 2) -> None:
@@ -111,16 +114,16 @@ class Volumes(Dataset):
             share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
             self._prepare(cases[share], workers)
             torch.distributed.barrier()
-        self.kept = self._prepare(cases, workers)
+        self.prepared = self._prepare(cases, workers)
 
     def _prepare(self, cases: Sequence[Item], workers: int) -> list[Any]:
-        """Every case's volumes, or their files."""
+        """Preprocess the cases; return their volumes, or the files that contain them."""
         with ThreadPoolExecutor(workers) as pool:
-            made = pool.map(self._write if self.folder else self.pipeline.prepare, cases)
-            return list(tqdm(made, total=len(cases), desc="preprocessing", unit="case", disable=not cases))
+            results = pool.map(self._write if self.folder else self.pipeline.prepare, cases)
+            return list(tqdm(results, total=len(cases), desc="preprocessing", unit="case", disable=not cases))
 
     def _file(self, case: Item) -> Path:
-        """Where a case's volumes are kept."""
+        """The file of a case's volumes."""
         states = {key: (path.stat().st_size, path.stat().st_mtime_ns) for key, path in source_files(case).items()}
         others = {key: value for key, value in case.items() if not isinstance(value, str)}
         name = f"{case['case_id']}-{_hash([self.pipeline.settings, states, _plain(others)])[:16]}.pt"
@@ -134,20 +137,20 @@ class Volumes(Dataset):
         return path
 
     def _transform(self, index: int) -> Any:
-        kept = self.kept[index]
-        volumes = torch.load(kept, mmap=True, weights_only=True) if isinstance(kept, Path) else kept
+        prepared = self.prepared[index]
+        volumes = torch.load(prepared, mmap=True, weights_only=True) if isinstance(prepared, Path) else prepared
         return self.pipeline.draw(volumes)
 
 
 def _readable(path: Path) -> bool:
-    """Whether a file of volumes is there and whole."""
+    """Whether a file of volumes exists and is complete."""
     try:
         torch.load(path, mmap=True, weights_only=True)
-    except Exception:  # bytes that are no such file make the reader fail in a dozen ways
+    except Exception:  # torch.load raises many exception types on damaged files
         return False
     return True
 
 
-def training_set(data: Sequence[Item], transform: Pipeline, seed: int = 0, folder: str = "") -> Drawn:
-    """The training cases, each sample a function of seed, epoch and case; see ``Volumes`` and ``Drawn``."""
-    return Drawn(Volumes(data, transform, folder), seed)
+def training_set(data: Sequence[Item], transform: Pipeline, seed: int = 0, folder: str = "") -> SeededDataset:
+    """The training cases; each sample depends on seed, epoch and case only. See ``Volumes`` and ``SeededDataset``."""
+    return SeededDataset(Volumes(data, transform, folder), seed)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File formats: headers, checks, readers and writers."""
+"""Image files: read and check headers, read voxels (NIfTI, MetaImage, DICOM), write masks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where images are judged: by every verb, by the bundle's configs and by MONAI Label."""
+"""Checks of a case's headers and voxels, shared by every verb, the bundle's configs and MONAI Label."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ logger = logging.getLogger(__name__)
 ERROR, WARNING, NOTE = "error", "warning", "note"
 CONSTANT = "constant"
 LABEL = "label"
-AIR_HU, MOST_SUV, LEAST_SUV = -200.0, 200.0, -10.0  # air has about -1000 HU; tumours rarely exceed 50 g/mL
-BEYOND = 1e9  # no scanner stores such values, whatever their unit
-MOST = float(np.finfo(np.float32).max)  # what is beyond becomes infinite on its way to the network
-LEAST_SIGNAL = -500.0  # magnetic resonance and its maps do not go there, HU do
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # larger values become infinite on their way to the network
+MAX_PLAUSIBLE = 1e9  # no scanner stores larger values, in any unit
+CT_MAX_AIR_HU = -200.0  # a CT shows air (about -1000 HU), so its minimum lies below this
+PET_MIN_SUV, PET_MAX_SUV = -10.0, 200.0  # g/mL; tumours rarely exceed 50
+MR_MIN = -500.0  # MR signals and parameter maps stay above this, HU do not
 
 
 class Finding(NamedTuple):
-    """A sentence about a case: an error is refused, a warning is told, a note is there for who wants to know.
+    """One message about a case.
 
     Attributes:
-        level: ``ERROR``, ``WARNING`` or ``NOTE``.
-        what: the sentence.
-        case_id, key: whose it is; the key is a modality or ``label``.
-        kind: ``CONSTANT``, or nothing where nobody goes by it.
+        level: ``ERROR`` (the case is refused), ``WARNING`` (logged) or ``NOTE`` (logged on request).
+        what: the message.
+        case_id, key: the case and the modality, or ``label``.
+        kind: ``CONSTANT`` for an image of one value, else empty.
     """
 
     level: str
@@ -45,15 +46,15 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What is accepted beyond the usual.
+    """Limits for what is accepted of image files.
 
     Attributes:
-        max_voxels: a file whose header claims more is refused before memory is asked for.
-        replace_nonfinite: value for NaN and infinite voxels; None refuses them.
-        series_uids: DICOM series to take from folders that hold several.
+        max_voxels: refuse a file whose header states more voxels, before memory is allocated.
+        replace_nonfinite: value that replaces NaN and infinite voxels; None refuses such files.
+        series_uids: DICOM series to read from folders that contain several.
 
     Raises:
-        ValueError: the value for NaN would not be finite itself.
+        ValueError: ``replace_nonfinite`` is not finite in float32.
     """
 
     max_voxels: int = MAX_VOXELS
@@ -62,57 +63,63 @@ class Rules:
 
     def __post_init__(self) -> None:
         value = self.replace_nonfinite
-        if value is not None and not (isinstance(value, int | float) and abs(value) <= MOST):
+        if value is not None and not (isinstance(value, int | float) and abs(value) <= FLOAT32_MAX):
             raise ValueError(f"--replace-nonfinite is {value}: give a number that is finite in float32, such as 0.")
 
 
-def settle(findings: Iterable[Finding], notes: bool = False) -> None:
-    """Log what is to be told, and refuse what is wrong.
+def report_findings(findings: Iterable[Finding], log_notes: bool = False) -> None:
+    """Log warnings, and raise if there are errors.
 
     Args:
         findings: of one case.
-        notes: log notes, too.
+        log_notes: also log notes.
 
     Raises:
-        ValueError: there are errors; it holds all of their sentences.
+        ValueError: there are errors; its message joins all of theirs.
     """
     errors = []
-    for each in findings:
-        if each.level == ERROR:
-            errors.append(each.what)
-        elif each.level == WARNING or notes:
-            logger.log(logging.WARNING if each.level == WARNING else logging.INFO, "%s", each.what)
+    for finding in findings:
+        if finding.level == ERROR:
+            errors.append(finding.what)
+        elif finding.level == WARNING:
+            logger.warning("%s", finding.what)
+        elif log_notes:
+            logger.info("%s", finding.what)
     if errors:
-        raise ValueError(" ".join(dict.fromkeys(errors)))  # one file may stand for several modalities
+        raise ValueError(" ".join(dict.fromkeys(errors)))  # one file may provide several modalities
 
 
-def judge_headers(headers: Mapping[str, Header], reference: str, stacked: Sequence[str] = ()) -> list[Finding]:
-    """What the heads of one case's files say of one another.
+def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequence[str] = ()) -> list[Finding]:
+    """Compare the headers of one case's files.
 
     Args:
         headers: by modality, and ``label``.
-        reference: the modality on whose grid everything is brought.
-        stacked: modalities along the last axis of the one 4D file that each of them names.
+        reference: the modality whose grid all others are resampled to.
+        stacked: modalities along the last axis, if each of them names the same 4D file.
     """
-    found = [Finding(WARNING, what, key=key) for key, header in headers.items() for what in header.warnings]
+    findings = [Finding(WARNING, text, key=key) for key, header in headers.items() for text in header.warnings]
     for key, header in headers.items():
-        if header.shape[3:] != (several := last_axes(key, stacked)):
-            wanted = f"4D file whose last axis is {', '.join(stacked)}" if several else "3D volume per file"
-            sizes = " x ".join(map(str, header.shape))
-            found.append(Finding(ERROR, f"{header.path} holds {sizes} voxels: give one {wanted}.", key=key))
-    found += _slices(headers) + _series(headers)
+        extra_axes = expected_extra_axes(key, stacked)
+        if header.shape[3:] != extra_axes:
+            expected = (
+                f"one 4D file whose last axis is {', '.join(stacked)}" if extra_axes else "one 3D volume per file"
+            )
+            size = " x ".join(map(str, header.shape))
+            findings.append(Finding(ERROR, f"{header.path} contains {size} voxels. Give {expected}.", key=key))
+    findings += _check_single_slices(headers) + _check_dicom_series(headers)
     if reference in headers:
-        others = {key: header for key, header in headers.items() if key != reference}
-        found += [each for key, header in others.items() for each in _against(headers[reference], header, key)]
-    return found
+        for key, header in headers.items():
+            if key != reference:
+                findings += _compare_with_reference(headers[reference], header, key)
+    return findings
 
 
-def last_axes(key: str, stacked: Sequence[str]) -> tuple[int, ...]:
-    """What a file's shape must have behind its first three axes; an axis of length 1 counts as none."""
+def expected_extra_axes(key: str, stacked: Sequence[str]) -> tuple[int, ...]:
+    """The shape that a file must have after its first three axes; axes of length 1 are not counted."""
     return (len(stacked),) if key in stacked and len(stacked) > 1 else ()
 
 
-def _slices(headers: Mapping[str, Header]) -> list[Finding]:
+def _check_single_slices(headers: Mapping[str, Header]) -> list[Finding]:
     single = [key for key, header in headers.items() if 1 in header.shape[:3]]
     if not single:
         return []
@@ -120,44 +127,49 @@ def _slices(headers: Mapping[str, Header]) -> list[Finding]:
         return [Finding(WARNING, f"{headers[single[0]].path} and the case's other files are single slices")]
     volume = next(header.path for key, header in headers.items() if key not in single)
     return [
-        Finding(ERROR, f"{headers[key].path} is a single slice, but {volume} is a volume: give volumes.", key=key)
+        Finding(ERROR, f"{headers[key].path} is a single slice, but {volume} is a volume. Give volumes.", key=key)
         for key in single
     ]
 
 
-def _series(headers: Mapping[str, Header]) -> list[Finding]:
-    """Series of different patients or frames of reference; the patients' ids are not told."""
+def _check_dicom_series(headers: Mapping[str, Header]) -> list[Finding]:
+    """Find series of different patients or frames of reference. The messages do not contain patient ids."""
     known = [(header.path, header.series) for header in headers.values() if header.series]
-    found = []
-    for (path, (_, patient, frame)), (other, (_, patient2, frame2)) in combinations(known, 2):
+    findings = []
+    for (path, (_, patient, frame)), (path2, (_, patient2, frame2)) in combinations(known, 2):
         if patient != patient2:
-            found.append(Finding(ERROR, f"{path} and {other} are of different patients: give series of one patient."))
+            text = f"{path} and {path2} belong to different patients. Give series of one patient."
+            findings.append(Finding(ERROR, text))
         elif frame != frame2:
-            what = f"{path} has the frame of reference {frame or 'unknown'}, {other} has {frame2 or 'unknown'}"
-            found.append(Finding(ERROR, f"{what}: register one to the other first."))
-    return found
+            frames = f"{path} has the frame of reference {frame or 'unknown'}, {path2} has {frame2 or 'unknown'}"
+            findings.append(Finding(ERROR, f"{frames}. Register one to the other first."))
+    return findings
 
 
-def _against(reference: Header, other: Header, key: str) -> list[Finding]:
-    """Where an image lies beside the reference."""
-    if not overlap(reference, other):
-        what = f"{other.path} and {reference.path} do not overlap in space: check which files belong together."
-        return [Finding(ERROR, what, key=key)]
+def _compare_with_reference(reference: Header, other: Header, key: str) -> list[Finding]:
+    """An error if two images do not overlap, a note on their relative position if their grids differ."""
+    if not grids_overlap(reference, other):
+        text = f"{other.path} and {reference.path} do not overlap in space. Check that these files belong together."
+        return [Finding(ERROR, text, key=key)]
     if other.shape == reference.shape and np.allclose(other.affine, reference.affine, atol=1e-3):
         return []
-    (axes, sizes), (axes2, sizes2) = _axes(reference.affine), _axes(other.affine)
-    turn = axes2.T @ axes
-    largest = np.abs(turn).argmax(1)  # axes may be exchanged and flipped without being turned
-    angle = float(np.degrees(np.arccos(np.clip(np.abs(turn[range(3), largest]), 0, 1))).max())
-    away = float(np.linalg.norm(_centre(other) - _centre(reference)))
-    spacing = " x ".join(f"{size:.3g}" for size in sizes2)
-    what = f"{key}: centre {away:.2f} mm from the reference's, turned by {angle:.1f} degrees, voxels of {spacing} mm"
-    return [Finding(NOTE, f"{what} (the reference's: {' x '.join(f'{size:.3g}' for size in sizes)} mm)", key=key)]
+    (axes, spacing), (axes2, spacing2) = _axes(reference.affine), _axes(other.affine)
+    rotation = axes2.T @ axes
+    largest = np.abs(rotation).argmax(1)  # exchanged and flipped axes do not count as a rotation
+    angle = float(np.degrees(np.arccos(np.clip(np.abs(rotation[range(3), largest]), 0, 1))).max())
+    distance = float(np.linalg.norm(_centre(other) - _centre(reference)))
+    own, references = (" x ".join(f"{size:.3g}" for size in sizes) for sizes in (spacing2, spacing))
+    text = (
+        f"{key}: centre {distance:.2f} mm from the reference's, rotated by {angle:.1f} degrees, "
+        f"voxels of {own} mm (reference: {references} mm)"
+    )
+    return [Finding(NOTE, text, key=key)]
 
 
 def _axes(affine: Affine) -> tuple[Affine, Affine]:
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    return affine[:3, :3] / sizes, sizes
+    """Unit vectors along the voxel axes (columns) and the spacing in mm."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return affine[:3, :3] / spacing, spacing
 
 
 def _corners(header: Header) -> Affine:
@@ -171,76 +183,76 @@ def _centre(header: Header) -> Affine:
     return _corners(header).mean(0)
 
 
-def overlap(first: Header, second: Header) -> bool:
-    """Whether two grids share any space: no axis separates their boxes (separating axis theorem)."""
+def grids_overlap(first: Header, second: Header) -> bool:
+    """Whether two grids share space: no axis separates their boxes (separating axis theorem)."""
     corners = _corners(first), _corners(second)
     edges = [header.affine[:3, :3].T for header in (first, second)]
     faces = [np.cross(e[[0, 0, 1]], e[[1, 2, 2]]) for e in edges]
     normals = np.concatenate([*faces, np.cross(edges[0][:, None], edges[1]).reshape(9, 3)])
     normals = normals[np.linalg.norm(normals, axis=1) > 1e-9]
     spans = [points @ normals.T for points in corners]
-    apart = (spans[0].max(0) <= spans[1].min(0)) | (spans[1].max(0) <= spans[0].min(0))
-    return not apart.any()
+    separated = (spans[0].max(0) <= spans[1].min(0)) | (spans[1].max(0) <= spans[0].min(0))
+    return not separated.any()
 
 
-def judge_voxels(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:
-    """One pass over an image's voxels; NaN and infinite ones are replaced in place where the rules say so.
+def check_intensities(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:
+    """Check an image's voxels in one pass; replace NaN and infinite ones in place if the rules allow it.
 
     Args:
         volume: of any shape and type; its metadata name the file.
-        key: the modality, whose plausible range is known for ``ct`` (HU) and ``pet`` (SUV).
+        key: the modality; plausible ranges are known for ``ct`` (HU) and ``pet`` (SUV).
         rules: what is accepted.
     """
     path, voxels = volume.meta.get("filename_or_obj", key), volume.as_tensor()
-    found = []
-    low, high = (float(each) for each in torch.aminmax(voxels))  # NaN where there is one
-    if not -MOST <= low <= high <= MOST:
-        strange = ~((voxels >= -MOST) & (voxels <= MOST))
-        what = f"{path} holds {int(strange.sum())} voxels of {voxels.numel()} that are NaN or infinite"
+    findings = []
+    low, high = (float(end) for end in torch.aminmax(voxels))  # NaN if any voxel is NaN
+    if not -FLOAT32_MAX <= low <= high <= FLOAT32_MAX:
+        nonfinite = ~((voxels >= -FLOAT32_MAX) & (voxels <= FLOAT32_MAX))
+        text = f"{path}: {int(nonfinite.sum())} of {voxels.numel()} voxels are NaN or infinite"
         if rules.replace_nonfinite is None:
-            advice = "correct the file, or replace them by --replace-nonfinite VALUE."
-            return [Finding(ERROR, f"{what}: {advice}", key=key)]
-        voxels[strange] = rules.replace_nonfinite
-        found.append(Finding(WARNING, f"{what}: replaced by {rules.replace_nonfinite:g}", key=key))
-        low, high = (float(each) for each in torch.aminmax(voxels))
+            advice = "Correct the file, or replace them with --replace-nonfinite VALUE."
+            return [Finding(ERROR, f"{text}. {advice}", key=key)]
+        voxels[nonfinite] = rules.replace_nonfinite
+        findings.append(Finding(WARNING, f"{text}, replaced by {rules.replace_nonfinite:g}", key=key))
+        low, high = (float(end) for end in torch.aminmax(voxels))
     if low == high:
-        what = f"{path} ({key}) is constant: every voxel is {low:g}"
-        return [*found, Finding(WARNING, what, key=key, kind=CONSTANT)]
-    doubt = _doubt(key, low, high)
-    return [*found, Finding(WARNING, f"{path} {doubt}", key=key)] if doubt else found
+        text = f"{path} ({key}) is constant: every voxel is {low:g}"
+        return [*findings, Finding(WARNING, text, key=key, kind=CONSTANT)]
+    implausible = _implausible_range(key, low, high)
+    return [*findings, Finding(WARNING, f"{path} {implausible}", key=key)] if implausible else findings
 
 
-def _doubt(key: str, low: float, high: float) -> str:
-    """What speaks against values being in the modality's units."""
+def _implausible_range(key: str, low: float, high: float) -> str:
+    """Why a range of values does not fit the modality's unit; empty if it fits."""
     values = f"has values from {low:.4g} to {high:.4g}"
-    if max(-low, high) > BEYOND:
+    if max(-low, high) > MAX_PLAUSIBLE:
         return f"{values}, beyond what any scanner stores: is a voxel damaged?"
     if key == "ct":
-        return f"{values}, none of air (about -1000 HU): is it a CT in HU?" if low > AIR_HU else ""
+        return f"{values}, none of air (about -1000 HU): is it a CT in HU?" if low > CT_MAX_AIR_HU else ""
     if key == "pet":
-        if low < LEAST_SUV:
+        if low < PET_MIN_SUV:
             return f"{values}, far below 0: is it a PET in SUV, not a CT?"
-        return f"{values}, more than an SUV reaches: is it in Bq/ml?" if high > MOST_SUV else ""
-    return f"{values}, far below 0: is it a CT?" if low < LEAST_SIGNAL else ""
+        return f"{values}, above any plausible SUV: is it in Bq/ml?" if high > PET_MAX_SUV else ""
+    return f"{values}, far below 0: is it a CT?" if low < MR_MIN else ""
 
 
-def judge_images(volumes: Mapping[str, MetaTensor], rules: Rules) -> list[Finding]:
-    """``judge_voxels`` of every image but the label; constant images alone are refused."""
+def check_images(volumes: Mapping[str, MetaTensor], rules: Rules) -> list[Finding]:
+    """Run ``check_intensities`` on every image except the label; refuse a case of constant images only."""
     images = {key: volume for key, volume in volumes.items() if key != LABEL}
-    found = [each for key, volume in images.items() for each in judge_voxels(volume, key, rules)]
-    names = {key: str(volume.meta.get("filename_or_obj", key)) for key, volume in images.items()}
-    return found + judge_constant(found, names)
+    findings = [finding for key, volume in images.items() for finding in check_intensities(volume, key, rules)]
+    paths = {key: str(volume.meta.get("filename_or_obj", key)) for key, volume in images.items()}
+    return findings + check_all_constant(findings, paths)
 
 
-def judge_constant(findings: Iterable[Finding], names: Mapping[str, str]) -> list[Finding]:
-    """One constant image may be an empty field of view; a case of nothing else is an error.
+def check_all_constant(findings: Iterable[Finding], paths: Mapping[str, str]) -> list[Finding]:
+    """An error if every image of a case is constant. A single constant image may be an empty field of view.
 
     Args:
-        findings: of ``judge_voxels`` for all of the case's images.
-        names: their files by modality.
+        findings: of ``check_intensities`` for all of the case's images.
+        paths: the images' files by modality.
     """
-    constant = {each.key for each in findings if each.kind == CONSTANT}
-    if not names or constant != set(names):
+    constant = {finding.key for finding in findings if finding.kind == CONSTANT}
+    if not paths or constant != set(paths):
         return []
-    listed = " and ".join(dict.fromkeys(names.values()))  # one file may stand for several modalities
-    return [Finding(ERROR, f"Every image of the case is constant ({listed}): check the files.")]
+    files = " and ".join(dict.fromkeys(paths.values()))  # one file may provide several modalities
+    return [Finding(ERROR, f"Every image of the case is constant ({files}). Check the files.")]

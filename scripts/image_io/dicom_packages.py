@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optional packages for DICOM, which keep to themselves what they read."""
+"""Import the optional DICOM packages, without log messages that quote patient data."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import logging
 from importlib import import_module
 from typing import Any
 
-PACKAGES = {"pydicom": "pydicom", "highdicom": "highdicom", "rt_utils": "rt-utils"}  # module -> name for pip
+PIP_NAMES = {"pydicom": "pydicom", "highdicom": "highdicom", "rt_utils": "rt-utils"}  # by module
 
 
 def dicom_package(module: str) -> Any:
-    """A module of one of ``PACKAGES``, whose log stays silent below errors: warnings quote names and ids of patients.
+    """Import a module of one of the packages in ``PIP_NAMES``.
+
+    The package's log is limited to errors, because its warnings quote names and ids of patients.
 
     Raises:
-        ValueError: it is not installed, or a library that it wants is not on the system.
+        ValueError: the package, or a system library that it needs, is not installed.
     """
-    top = module.partition(".")[0]
+    package = module.partition(".")[0]
     try:
-        found = import_module(module)
+        imported = import_module(module)
     except ImportError as error:
-        if error.name != top:  # as OpenCV, which rt-utils brings, where there is no libGL
+        if error.name != package:  # for example OpenCV, a dependency of rt-utils, without libGL
             raise ValueError(
-                f"{PACKAGES[top]} does not load ({error}): install the library that is named, such as libgl1 by apt."
+                f"{PIP_NAMES[package]} cannot be loaded ({error}). Install the missing library, for example libgl1."
             ) from error
-        raise ValueError(f'{PACKAGES[top]} is not installed: pip install ".[dicom]".') from error
-    logging.getLogger(top).setLevel(logging.ERROR)
-    return found
+        raise ValueError(f'{PIP_NAMES[package]} is not installed. Run: pip install ".[dicom]".') from error
+    logging.getLogger(package).setLevel(logging.ERROR)
+    return imported

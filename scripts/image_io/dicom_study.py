@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DICOM study: which of its series a network takes."""
+"""Find the image series of a DICOM study, and choose one for each modality of a network."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from scripts.image_io.dicom_packages import dicom_package
 
-KINDS = {"ct": "CT", "pet": "PT", "mr": "MR"}  # modality of the config -> DICOM's
-TAGS = ("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType",
-        "NumberOfFrames", "SharedFunctionalGroupsSequence")  # fmt: skip
+DICOM_MODALITIES = {"ct": "CT", "pet": "PT", "mr": "MR"}  # by the config's modality
+TAGS = (
+    *("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType"),
+    *("NumberOfFrames", "SharedFunctionalGroupsSequence"),
+)
 
 
 class Series(NamedTuple):
@@ -29,36 +31,39 @@ class Series(NamedTuple):
 
 
 def find_series(study: str | Path) -> list[Series]:
-    """Every image series under a folder; structure sets, segmentations, scouts and other files are passed over.
+    """Every image series below a folder. Structure sets, segmentations, scouts and other files are skipped.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no series of images, or one that is spread over several folders.
+        ValueError: no image series, or a series that is spread over several folders.
     """
     root = Path(study)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}.")
-    heads: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
-    for path, head in _heads(root):
-        heads[str(head.SeriesInstanceUID)].append((path, head))
-    found = [_series(uid, each) for uid, each in sorted(heads.items())]
-    if not found:
-        raise ValueError(f"{root} holds no series of DICOM images: name the folder of one study.")
-    return found
+    images: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
+    for path, head in _image_heads(root):
+        images[str(head.SeriesInstanceUID)].append((path, head))
+    if not images:
+        raise ValueError(f"{root} contains no series of DICOM images. Give the folder of one study.")
+    return [_series(uid, images[uid]) for uid in sorted(images)]
 
 
-def _heads(root: Path) -> Iterator[tuple[Path, Any]]:
+def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
     pydicom = dicom_package("pydicom")
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.name.startswith("."):
             continue
         try:
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-            scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
-            image = head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in KINDS.values()
-        except Exception:  # not DICOM, or damaged, which pydicom says in many ways; a series misses its slices later
+            is_scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
+            is_image = (
+                head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in DICOM_MODALITIES.values()
+            )
+        # Not DICOM, or damaged: pydicom raises many exception types. The missing slice is noticed when the series is
+        # read.
+        except Exception:
             continue
-        if image and not scout:
+        if is_image and not is_scout:
             yield path, head
 
 
@@ -66,7 +71,7 @@ def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
     folders = sorted({path.parent for path, _ in images})
     if len(folders) > 1:
         names = ", ".join(str(folder) for folder in folders[:4])
-        raise ValueError(f"The series {uid} is spread over {len(folders)} folders ({names}): put it into one.")
+        raise ValueError(f"The series {uid} is spread over {len(folders)} folders ({names}). Put it into one.")
     head = images[0][1]
     patient, frame, description = (
         str(head.get(tag, "") or "") for tag in ("PatientID", "FrameOfReferenceUID", "SeriesDescription")
@@ -76,51 +81,55 @@ def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
 
 
 def choose_series(
-    found: Sequence[Series], modalities: Sequence[str], series_uids: Sequence[str] = ()
+    study: Sequence[Series], modalities: Sequence[str], series_uids: Sequence[str] = ()
 ) -> dict[str, Series]:
-    """One series per modality, as far as there is one.
+    """Choose one series per modality; modalities without a series are left out.
 
     Args:
-        found: series of a study.
+        study: series of a study, from ``find_series``.
         modalities: of the network: ``ct``, ``pet``, ``mr``.
-        series_uids: of those to take where there are several of a modality.
+        series_uids: series to choose if there are several of one modality.
 
     Raises:
-        ValueError: a modality that DICOM does not tell apart, several series of one, a chosen series that is not there,
-            one that is multi-frame or names no frame of reference, or series of several patients or frames of
-            reference. No patient is named.
+        ValueError: DICOM cannot distinguish a modality; there are several series of one; a UID does not exist; a chosen
+            series is multi-frame or has no frame of reference; or the chosen series have different patients or frames
+            of reference. The messages do not contain patient ids.
     """
-    unknown = [key for key in modalities if key not in KINDS]
+    unsupported = [key for key in modalities if key not in DICOM_MODALITIES]
+    if unsupported:
+        raise ValueError(
+            f"DICOM headers do not identify {', '.join(unsupported)}. Use `segment` with the folders of the series."
+        )
+    unknown = sorted(set(series_uids) - {series.uid for series in study})
     if unknown:
-        raise ValueError(f"DICOM does not tell {', '.join(unknown)} from other series: use segment with their folders.")
-    lost = sorted(set(series_uids) - {series.uid for series in found})
-    if lost:
-        raise ValueError(f"The study has no series {', '.join(lost)}: it has {', '.join(s.uid for s in found)}.")
+        uids = ", ".join(series.uid for series in study)
+        raise ValueError(f"The study has no series {', '.join(unknown)}. It has {uids}.")
     chosen = {}
     for key in modalities:
-        there = [series for series in found if series.kind == KINDS[key]]
-        there = [series for series in there if series.uid in series_uids] or there
-        if len(there) > 1:
-            listed = "; ".join(f"{s.uid} ({s.description or 'no description'}, {s.slices} images)" for s in there)
-            raise ValueError(f"The study has {len(there)} {KINDS[key]} series: choose one by --series-uid: {listed}.")
-        if there:
-            chosen[key] = there[0]
-    _refuse_misfits(list(chosen.values()))
+        candidates = [series for series in study if series.kind == DICOM_MODALITIES[key]]
+        candidates = [series for series in candidates if series.uid in series_uids] or candidates
+        if len(candidates) > 1:
+            listed = "; ".join(f"{s.uid} ({s.description or 'no description'}, {s.slices} images)" for s in candidates)
+            kind = DICOM_MODALITIES[key]
+            raise ValueError(f"The study has {len(candidates)} {kind} series. Choose one with --series-uid: {listed}.")
+        if candidates:
+            chosen[key] = candidates[0]
+    _refuse_unusable(list(chosen.values()))
     return chosen
 
 
-def _refuse_misfits(chosen: Sequence[Series]) -> None:
-    """Series that are not read, or that do not say how they lie to each other and to what is written."""
+def _refuse_unusable(chosen: Sequence[Series]) -> None:
+    """Refuse series that cannot be read, or whose position relative to each other is unknown."""
     for series in chosen:
         if series.multiframe:
             raise ValueError(
-                f"The series {series.uid} is multi-frame (enhanced) DICOM, which is not read here: export it as one "
-                "file per slice, or convert it to NIfTI and use segment."
+                f"The series {series.uid} is multi-frame (enhanced) DICOM, which is not supported. Export it as one "
+                "file per slice, or convert it to NIfTI and use `segment`."
             )
         if not series.frame:
             raise ValueError(
-                f"The series {series.uid} names no FrameOfReferenceUID, so that its place to other series is unknown: "
-                "export it with one, or convert it to NIfTI and use segment."
+                f"The series {series.uid} has no FrameOfReferenceUID, so its position relative to other series is "
+                "unknown. Export it with one, or convert it to NIfTI and use `segment`."
             )
     for what, values in (
         ("patients", {series.patient for series in chosen}),
@@ -128,4 +137,7 @@ def _refuse_misfits(chosen: Sequence[Series]) -> None:
     ):
         if len(values) > 1:
             uids = ", ".join(series.uid for series in chosen)
-            raise ValueError(f"The series {uids} are of {len(values)} {what}: give one study of one patient and frame.")
+            raise ValueError(
+                f"The series {uids} have {len(values)} different {what}. Give one study of one patient and one frame "
+                "of reference."
+            )

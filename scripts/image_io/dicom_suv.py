@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standardised uptake values (SUV, g/mL, by body weight) from what a PET's DICOM header says."""
+"""Standardised uptake values (SUV by body weight, g/mL) from the DICOM headers of a PET series."""
 
 from __future__ import annotations
 
@@ -14,164 +14,172 @@ from scripts.image_io.dicom_packages import dicom_package
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_KG = (0.2, 500.0)  # what a header can mean
-DOSE_BQ = (1e5, 1e11)  # a dose in MBq would lie below
-# From the injection to the scan. FDG is scanned within a few hours; after 12 hours 1% of fluorine-18 is left (half life
-# 110 minutes). Longer ones are of other tracers than the network knows, or of a clock or date that is wrong.
-LONGEST = timedelta(hours=12)
-CORRECTIONS = {"ATTN": "attenuation", "DECY": "decay"}  # which QIBA asks for
-CLOCK = r"\d\d(?:\d\d(?:\d\d(?:\.\d{1,6})?)?)?"  # HH, HHMM, HHMMSS, HHMMSS.ffffff
-ZONE = r"[+-]\d{4}"  # from UTC
+WEIGHT_KG = (0.2, 500.0)  # plausible limits
+DOSE_BQ = (1e5, 1e11)  # a dose given in MBq would be below
+HALF_LIFE_S = (1.0, 1e9)
+# Longest time from injection to scan. FDG is scanned within a few hours, and after 12 hours 1% of fluorine-18 is left
+# (half life 110 minutes). A longer time means another tracer than the network was trained on, or a wrong clock or date.
+MAX_UPTAKE = timedelta(hours=12)
+CORRECTIONS = {"ATTN": "attenuation", "DECY": "decay"}  # required by QIBA
+UTC_OFFSET = r"[+-]\d{4}"
 
 
-def series_suv(files: Sequence[str], name: str) -> float:
-    """``suv_factor`` of a series' files; ValueError where pydicom is not installed."""
+def series_suv_factor(files: Sequence[str], name: str) -> float:
+    """Run ``suv_factor`` on a series' files. Also raises ValueError if pydicom is not installed."""
     try:
         pydicom = dicom_package("pydicom")
     except ValueError as error:
         raise ValueError(f"{name} is a PET in DICOM: {error}") from error
     try:
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    except Exception:  # pydicom says in many ways that a file is damaged, and quotes it
-        raise ValueError(f"{name} holds a damaged DICOM file: export the series again.") from None
+    except Exception:  # pydicom raises many exception types on a damaged file, and quotes its content
+        raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
     return suv_factor(slices, name)
 
 
 def suv_factor(slices: Sequence[Any], name: str) -> float:
-    """What the stored values (rescaled) are to be multiplied by, so that they are SUV by body weight.
+    """The factor that turns a series' values (after rescaling) into SUV by body weight.
 
-    ``Units`` ``GML`` are SUV already. ``BQML`` are divided by the injected activity per gram of the patient; where the
-    images are corrected for decay to the start of the scan (``START``), the activity is brought there, too; where they
-    are corrected to the injection (``ADMIN``), it is taken as injected. The start of the scan is the series' time, or
-    the earliest acquisition's where that is earlier (a series time may be that of a later reconstruction) or where the
-    series' lies before the injection.
+    - ``Units`` ``GML``: the values are SUV already; the factor is 1.
+    - ``Units`` ``BQML``: the values are divided by the injected activity per gram of body weight. If the images are
+      decay-corrected to the start of the scan (``START``), the activity is decayed to that time, too. If they are
+      corrected to the injection (``ADMIN``), the injected activity is used.
+
+    The start of the scan is the series' time. The earliest acquisition's time is used instead if it is earlier (the
+    series' time may be that of a later reconstruction), or if the series' time lies before the injection.
 
     Args:
         slices: headers of one series (pydicom datasets).
-        name: of the series' folder, for errors.
+        name: the series' folder, for error messages.
 
     Raises:
-        ValueError: other units or corrections, and what is missing or makes no sense.
+        ValueError: other units or corrections; values that are missing or implausible.
     """
     first = slices[0]
-    _refuse_uncorrected(first, name)
+    _require_corrections(first, name)
     units = str(first.get("Units", "")) or "none"
     if units == "GML":
-        kind = str(first.get("SUVType", "") or "BW")
-        if kind != "BW":
-            raise ValueError(f"{name} is in SUV by {kind}, not by body weight (BW): convert it.")
+        suv_type = str(first.get("SUVType", "") or "BW")
+        if suv_type != "BW":
+            raise ValueError(f"{name} is in SUV by {suv_type}, not by body weight (BW). Convert it.")
         return 1.0
     if units != "BQML":
-        raise ValueError(f"{name} has the units {units}: only BQML and GML become SUV by body weight.")
+        raise ValueError(f"{name} has the units {units}. Only BQML and GML can be converted to SUV by body weight.")
     decay = str(first.get("DecayCorrection", "")) or "none"
     if decay not in ("START", "ADMIN"):
-        raise ValueError(f"{name} has the decay correction {decay}: START or ADMIN is needed for SUV.")
+        raise ValueError(f"{name} has the decay correction {decay}. SUV requires START or ADMIN.")
     weight = _number(first, "PatientWeight", name, WEIGHT_KG, "kg")
-    infusions = list(first.get("RadiopharmaceuticalInformationSequence", []) or [])
-    if len(infusions) != 1:
-        raise ValueError(f"{name} names {len(infusions)} radiopharmaceuticals: exactly one is needed for SUV.")
-    dose = _number(infusions[0], "RadionuclideTotalDose", name, DOSE_BQ, "Bq")
+    injections = list(first.get("RadiopharmaceuticalInformationSequence", []) or [])
+    if len(injections) != 1:
+        raise ValueError(f"{name} lists {len(injections)} radiopharmaceuticals. SUV requires exactly one.")
+    dose = _number(injections[0], "RadionuclideTotalDose", name, DOSE_BQ, "Bq")
     if decay == "START":
-        half_life = _number(infusions[0], "RadionuclideHalfLife", name, (1.0, 1e9), "s")
-        dose *= math.exp2(-_uptake_seconds(slices, infusions[0], name) / half_life)
+        half_life = _number(injections[0], "RadionuclideHalfLife", name, HALF_LIFE_S, "s")
+        dose *= math.exp2(-_uptake_seconds(slices, injections[0], name) / half_life)
     return weight * 1000.0 / dose
 
 
 def _number(dataset: Any, keyword: str, name: str, limits: tuple[float, float], unit: str) -> float:
     value = dataset.get(keyword)
     if value in (None, ""):
-        raise ValueError(f"{name} lacks {keyword}, which SUV needs: add it, or give the PET as SUV.")
+        raise ValueError(f"{name} has no {keyword}, which SUV requires. Add it, or give the PET as SUV.")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} has a {keyword} that is not one number: correct it.") from None
+        raise ValueError(f"{name} has a {keyword} that is not a number. Correct it.") from None
     if not limits[0] <= number <= limits[1]:
-        raise ValueError(f"{name} has a {keyword} of {number:g} {unit}, which cannot be: correct it.")
+        raise ValueError(f"{name} has an implausible {keyword} of {number:g} {unit}. Correct it.")
     return number
 
 
-def _refuse_uncorrected(first: Any, name: str) -> None:
-    """What the images are corrected for, where they say so."""
-    told = first.get("CorrectedImage") or []
-    words = [told] if isinstance(told, str) else list(told)
-    lost = [word for word in CORRECTIONS if words and word not in words]
-    if lost:
-        names = " and ".join(f"{CORRECTIONS[word]} ({word})" for word in lost)
-        raise ValueError(f"{name} is not corrected for {names} by its CorrectedImage: give the series that is.")
+def _require_corrections(first: Any, name: str) -> None:
+    """Refuse images that list their corrections (``CorrectedImage``) without attenuation and decay."""
+    value = first.get("CorrectedImage") or []
+    applied = [value] if isinstance(value, str) else list(value)
+    missing = [code for code in CORRECTIONS if applied and code not in applied]
+    if missing:
+        names = " and ".join(f"{CORRECTIONS[code]} ({code})" for code in missing)
+        raise ValueError(f"{name} is not corrected for {names}, see its CorrectedImage. Give the corrected series.")
 
 
-def _uptake_seconds(slices: Sequence[Any], infusion: Any, name: str) -> float:
-    """From the injection to the start of the scan.
+def _uptake_seconds(slices: Sequence[Any], injection: Any, name: str) -> float:
+    """Seconds from the injection to the start of the scan.
 
-    Of an injection whose date is not told, it is the scan's, or the day before where the uptake is plausible by that.
+    If only the time of the injection is given, its date is that of the scan, or the day before if only that gives a
+    plausible uptake time.
     """
     starts = _scan_starts(slices, name)
-    dated, clock = (str(infusion.get(f"Radiopharmaceutical{tag}") or "") for tag in ("StartDateTime", "StartTime"))
-    if dated:
-        tag, uptakes = "RadiopharmaceuticalStartDateTime", _since(dated, starts, name)
+    date_time, clock = (str(injection.get(f"Radiopharmaceutical{tag}") or "") for tag in ("StartDateTime", "StartTime"))
+    if date_time:
+        tag, uptakes = "RadiopharmaceuticalStartDateTime", _uptakes_since(date_time, starts, name)
     elif clock:
-        tag, zone = "RadiopharmaceuticalStartTime", f"{starts[0]:%z}"
-        same = [start - _moment(f"{start:%Y%m%d}", clock, zone, tag, name) for start in starts]
-        uptakes = same + [each + timedelta(days=1) for each in same]
+        tag, offset = "RadiopharmaceuticalStartTime", f"{starts[0]:%z}"
+        same_day = [start - _parse_time(f"{start:%Y%m%d}", clock, offset, tag, name) for start in starts]
+        uptakes = same_day + [uptake + timedelta(days=1) for uptake in same_day]
     else:
-        raise ValueError(f"{name} lacks the time of injection, which SUV needs: add it, or give the PET as SUV.")
-    found = _plausible(uptakes)
-    if found is not None:
-        return found.total_seconds()
-    hours, tags = uptakes[0].total_seconds() / 3600, f"by {tag} and the dates and times of Series and Acquisition"
+        raise ValueError(f"{name} has no time of injection, which SUV requires. Add it, or give the PET as SUV.")
+    plausible = _first_plausible(uptakes)
+    if plausible is not None:
+        return plausible.total_seconds()
+    hours, sources = uptakes[0].total_seconds() / 3600, f"by {tag} and the dates and times of Series and Acquisition"
     if hours < 0:
-        raise ValueError(f"{name} was scanned {-hours:.1f} hours before its injection {tags}: correct what is wrong.")
+        raise ValueError(f"{name} was scanned {-hours:.1f} hours before its injection {sources}. Correct them.")
+    limit = MAX_UPTAKE.total_seconds() / 3600
     raise ValueError(
-        f"{name} was scanned {hours:.1f} hours after its injection {tags}, and at most "
-        f"{LONGEST.total_seconds() / 3600:g} are taken here: correct what is wrong, or give the PET as SUV."
+        f"{name} was scanned {hours:.1f} hours after its injection {sources}; the limit is {limit:g} hours. "
+        "Correct them, or give the PET as SUV."
     )
 
 
-def _plausible(uptakes: Sequence[timedelta]) -> timedelta | None:
-    return next((each for each in uptakes if timedelta(0) <= each <= LONGEST), None)
+def _first_plausible(uptakes: Sequence[timedelta]) -> timedelta | None:
+    return next((uptake for uptake in uptakes if timedelta(0) <= uptake <= MAX_UPTAKE), None)
 
 
-def _since(dated: str, starts: Sequence[datetime], name: str) -> list[timedelta]:
-    """From the injection's date and time to each start, in one zone."""
+def _uptakes_since(date_time: str, starts: Sequence[datetime], name: str) -> list[timedelta]:
+    """Times from the injection (DICOM's DT) to each start of the scan, in one time zone."""
     tag = "RadiopharmaceuticalStartDateTime"
-    parts = re.fullmatch(rf"(\d{{8}})({CLOCK})({ZONE})?", dated.strip())
+    parts = re.fullmatch(rf"(\d{{8}})([\d.]+)({UTC_OFFSET})?", date_time.strip())
     if not parts:
-        raise ValueError(f"{name} holds no valid date and time in {tag}: correct it.")
-    own, scans = parts[3], f"{starts[0]:%z}"
-    injected = _moment(parts[1], parts[2], (own or scans) if scans else "", tag, name)
+        raise ValueError(f"{name} has an invalid date and time in {tag}. Correct it.")
+    own_offset, scan_offset = parts[3], f"{starts[0]:%z}"
+    offset = (own_offset or scan_offset) if scan_offset else ""
+    injected = _parse_time(parts[1], parts[2], offset, tag, name)
     uptakes = [start - injected for start in starts]
-    if own and not scans:
-        if _plausible(uptakes) is None:
+    if own_offset and not scan_offset:
+        if _first_plausible(uptakes) is None:
             hours = uptakes[0].total_seconds() / 3600
             raise ValueError(
-                f"{name} has a {tag} with an offset from UTC and no TimezoneOffsetFromUTC, and if both were of one "
-                f"zone, its scan would lie {hours:.1f} hours after the injection: add TimezoneOffsetFromUTC."
+                f"{name} has a {tag} with an offset from UTC but no TimezoneOffsetFromUTC. In the same time zone, the "
+                f"scan would be {hours:.1f} hours after the injection. Add TimezoneOffsetFromUTC."
             )
-        logger.warning("%s: the offset from UTC in %s was left out: TimezoneOffsetFromUTC is lacking.", name, tag)
+        logger.warning("%s: ignored the offset from UTC in %s, as there is no TimezoneOffsetFromUTC.", name, tag)
     return uptakes
 
 
 def _scan_starts(slices: Sequence[Any], name: str) -> list[datetime]:
-    """The series' time and the earliest acquisition's, as far as they are told; the earlier one first."""
-    zone, starts = str(slices[0].get("TimezoneOffsetFromUTC") or "").strip(), []
+    """The series' time and the earliest acquisition's, if present; the earlier one first."""
+    offset = str(slices[0].get("TimezoneOffsetFromUTC") or "").strip()
+    starts = []
     for kind in ("Series", "Acquisition"):
         tags = f"{kind}Date", f"{kind}Time"
-        told = {tuple(str(each.get(tag) or "") for tag in tags) for each in slices}
-        what = f"{tags[0]}, {tags[1]}{' or TimezoneOffsetFromUTC' if zone else ''}"
-        moments = [_moment(date, clock, zone, what, name) for date, clock in told if date and clock]
-        starts += [min(moments)] if moments else []
+        values = {tuple(str(head.get(tag) or "") for tag in tags) for head in slices}
+        sources = f"{tags[0]}, {tags[1]}{' or TimezoneOffsetFromUTC' if offset else ''}"
+        times = [_parse_time(date, clock, offset, sources, name) for date, clock in values if date and clock]
+        starts += [min(times)] if times else []
     if not starts:
-        raise ValueError(f"{name} lacks the times of series and acquisition, which SUV needs: add one.")
+        raise ValueError(f"{name} has no time of the series or its acquisition, which SUV requires. Add one.")
     return sorted(starts)
 
 
-def _moment(date: str, clock: str, zone: str, tag: str, name: str) -> datetime:
-    """DICOM's DA and TM, in a zone where there is one; parts of a second are left out."""
+def _parse_time(date: str, clock: str, utc_offset: str, tag: str, name: str) -> datetime:
+    """Parse DICOM's DA and TM, and an offset from UTC, which may be empty. Fractions of a second are dropped."""
+    values = dicom_package("pydicom.valuerep")
     date, clock = date.strip(), clock.strip()
     try:
-        if not (re.fullmatch(r"\d{8}", date) and re.fullmatch(CLOCK, clock) and re.fullmatch(f"(?:{ZONE})?", zone)):
+        if not (date.isdecimal() and clock and re.fullmatch(f"(?:{UTC_OFFSET})?", utc_offset)):  # DA takes 2020.01.02
             raise ValueError
-        whole = date + clock.partition(".")[0].ljust(6, "0") + zone
-        return datetime.strptime(whole, "%Y%m%d%H%M%S%z" if zone else "%Y%m%d%H%M%S")
+        day, time = values.DA(date), values.TM(clock)
+        zone = datetime.strptime(utc_offset, "%z").tzinfo if utc_offset else None
+        return datetime(day.year, day.month, day.day, time.hour, time.minute, time.second, tzinfo=zone)
     except ValueError:
-        raise ValueError(f"{name} holds no valid date or time in {tag}: correct it.") from None
+        raise ValueError(f"{name} has an invalid date or time in {tag}. Correct it.") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the head of an image file says, judged before a voxel is read or memory is asked for."""
+"""Read and check the header of an image file before voxels are read or memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from scripts.image_io.metaimage import check_metaimage
 
 Affine = NDArray[np.floating[Any]]
 
-MAX_VOXELS = 2**30  # a total-body PET/CT of 512 x 512 x 1000 has a quarter of it
+MAX_VOXELS = 2**30  # four times a total-body PET/CT of 512 x 512 x 1000
 NIFTI, METAIMAGE = (".nii", ".nii.gz"), (".mha",)
-HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348 and 4 more
-LEAST_OFFSET = {348: 352, 540: 544}
-DEFLATE = 1032  # no gzip stream unpacks to more than this many times its size
-TURNED = 1e-3  # cosine between two axes, 0 where they are perpendicular
-UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's codes; 2 is mm, and everybody takes 0, unknown, as mm
-TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world axes are LPS
+NIFTI_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by size in bytes
+MIN_VOXEL_OFFSET = {348: 352, 540: 544}  # header and 4 bytes that announce extensions
+MAX_DEFLATE_RATIO = 1032  # of a gzip or zlib stream
+MAX_COSINE = 1e-3  # between two axes that count as perpendicular
+UNITS = {1: "metres", 3: "micrometres"}  # NIfTI codes that are refused; 2 is mm, and 0 (unknown) is read as mm
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # world axes of ITK and DICOM are LPS, of NIfTI and MONAI RAS
+VOXEL_TYPES = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # known to both torch and SimpleITK
 
 
 class Header(NamedTuple):
-    """An image's grid and type.
+    """An image's grid and voxel type.
 
     Attributes:
-        path: of the file or folder.
-        shape: voxels per axis, at least three; axes of length 1 behind them are left out.
+        path: the file or DICOM folder.
+        shape: voxels per axis, at least three; trailing axes of length 1 are dropped.
         affine: voxel to world in mm, RAS.
-        kind: type of the voxels as stored.
-        end: bytes of the unpacked file up to the last voxel, where that is known.
-        warnings: sentences about what is odd, but usable.
-        series: DICOM's series, patient and frame of reference, or nothing.
-        slices: DICOM's files, in the order of their positions.
+        kind: stored type of the voxels.
+        end: bytes of the unpacked file up to the last voxel, if known.
+        warnings: messages about unusual but usable headers.
+        series: DICOM series UID, patient id and frame of reference; None for other formats.
+        slices: DICOM files in the order of their positions.
     """
 
     path: str
@@ -54,85 +55,90 @@ class Header(NamedTuple):
 
     @property
     def voxels(self) -> int:
-        """Their number, as a Python integer: a header can claim any product."""
-        return int(np.prod(self.shape, dtype=object))
+        """Number of voxels, as a Python integer: a damaged header can state any product."""
+        return math.prod(self.shape)
 
 
 def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
-    """Read and judge the head of a NIfTI file (.nii, .nii.gz) or a MetaImage (.mha).
+    """Read and check the header of a NIfTI file (.nii, .nii.gz) or a MetaImage (.mha).
 
     Args:
-        path: of the file.
-        max_voxels: a file that claims more is refused.
+        path: the file.
+        max_voxels: refuse a file whose header states more.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: empty, text, a Git LFS pointer, cut off, another format, RGB or complex voxels, more voxels than
-            ``max_voxels``, voxel sizes that are missing or not in mm, or an affine that is singular, sheared or not
-            finite.
+        ValueError: the file is empty, text, a Git LFS pointer, truncated or of another format; it has RGB or complex
+            voxels, more voxels than ``max_voxels``, voxel sizes that are missing or not in mm, or an affine that is
+            singular, sheared or not finite.
     """
     name = str(path)
     if name.endswith(NIFTI):
-        header = _nifti(Path(path), max_voxels)
+        header = _read_nifti_header(Path(path), max_voxels)
     elif name.endswith(METAIMAGE):
-        header = _metaimage(Path(path), max_voxels)
+        header = _read_metaimage_header(Path(path), max_voxels)
     else:
-        raise ValueError(f"{path} is of an unknown format: give .nii.gz, .nii, .mha, or a folder of DICOM files.")
+        raise ValueError(f"{path} has an unknown format. Give .nii.gz, .nii, .mha, or a folder of DICOM files.")
     check_affine(header.affine, name)
     return header
 
 
-def _check_size(path: Path, shape: Sequence[int], least: int, max_voxels: int) -> None:
-    """Raise ValueError where a file claims more voxels than the cap, or than its ``least`` bytes could hold."""
-    voxels = math.prod(shape)
-    if voxels > max_voxels:
+def check_max_voxels(path: str | Path, shape: Sequence[int], max_voxels: int) -> None:
+    """Raise ValueError if an image has more voxels than ``max_voxels``."""
+    if math.prod(shape) > max_voxels:
+        size = " x ".join(map(str, shape))
         raise ValueError(
-            f"{path} claims {' x '.join(map(str, shape))} voxels, more than the cap of {max_voxels}: check the "
-            "file, or raise the cap by --max-voxels."
+            f"{path} states {size} voxels, more than the limit of {max_voxels}. "
+            "Check the file, or raise the limit with --max-voxels."
         )
-    if os.path.getsize(path) < least:
-        raise ValueError(f"{path} is too small for the {voxels} voxels that it claims: copy it again.")
+
+
+def _check_size(path: Path, shape: Sequence[int], min_bytes: int, max_voxels: int) -> None:
+    """Raise ValueError if a file states more voxels than ``max_voxels``, or is smaller than ``min_bytes``."""
+    check_max_voxels(path, shape, max_voxels)
+    if os.path.getsize(path) < min_bytes:
+        raise ValueError(f"{path} is too small for the {math.prod(shape)} voxels in its header. Copy it again.")
 
 
 def check_affine(affine: Affine, name: str) -> None:
-    """Raise ValueError where an affine is no place of a voxel grid: not finite, singular or sheared."""
+    """Raise ValueError if an affine is not finite, singular or sheared."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0) if np.isfinite(affine).all() else np.zeros(3)
     if not lengths.all() or not np.isfinite(lengths).all():
-        raise ValueError(f"{name} has an affine or voxel sizes that are zero or not finite: correct its header.")
-    cosines = np.abs((axes / lengths).T @ (axes / lengths) - np.eye(3)).max()
-    if cosines > 1 - TURNED:
-        raise ValueError(f"{name} has a singular affine, two axes in one direction: correct its header.")
-    if cosines > TURNED:
+        raise ValueError(f"{name} has an affine or voxel sizes that are zero or not finite. Correct its header.")
+    cosine = np.abs((axes / lengths).T @ (axes / lengths) - np.eye(3)).max()
+    if cosine > 1 - MAX_COSINE:
+        raise ValueError(f"{name} has a singular affine: two axes are parallel. Correct its header.")
+    if cosine > MAX_COSINE:
         raise ValueError(
-            f"{name} has a sheared affine (its axes are {np.degrees(np.arccos(cosines)):.1f} degrees apart, not 90, as "
-            "in a CT with a tilted gantry): resample it onto a grid of right angles first."
+            f"{name} has a sheared affine: its axes are {np.degrees(np.arccos(cosine)):.1f} degrees apart instead of "
+            "90, as in a CT with a tilted gantry. Resample it to a grid with perpendicular axes."
         )
 
 
-def _start(path: Path) -> bytes:
+def _read_start(path: Path) -> bytes:
     """The first bytes of a file, unpacked.
 
     Raises:
-        ValueError: what is no image at all, by what it is.
+        ValueError: the file is empty, text, a Git LFS pointer or a damaged gzip stream.
     """
     with open(path, "rb") as file:
         raw = file.read(1 << 16)
     if not raw:
-        raise ValueError(f"{path} is an empty file: copy or download it again.")
+        raise ValueError(f"{path} is an empty file. Copy or download it again.")
     if raw.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the image: fetch the image by git lfs pull.")
+        raise ValueError(f"{path} is a Git LFS pointer, not the image. Run: git lfs pull.")
     packed = raw.startswith(b"\x1f\x8b")
     if path.name.endswith(".gz") and packed:
         try:
-            return zlib.decompressobj(wbits=31).decompress(raw, HEADER_BYTES)
+            return zlib.decompressobj(wbits=31).decompress(raw, max(NIFTI_HEADERS))
         except zlib.error as error:
-            raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
+            raise ValueError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
     if _is_text(raw) and not raw.startswith(b"ObjectType"):
-        raise ValueError(f"{path} is a text file, not an image: copy or download it again.")
+        raise ValueError(f"{path} is a text file, not an image. Copy or download it again.")
     if packed or path.name.endswith(".gz"):
-        found = "compressed by gzip" if packed else "not compressed by gzip"
-        raise ValueError(f"{path} is {found}, other than its name says: rename it.")
+        actual = "compressed with gzip" if packed else "not compressed with gzip"
+        raise ValueError(f"{path} is {actual}, unlike its name says. Rename it.")
     return raw
 
 
@@ -144,86 +150,94 @@ def _is_text(raw: bytes) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def _nifti(path: Path, max_voxels: int) -> Header:
-    data = _start(path)
-    sizes = {int.from_bytes(data[:4], order) for order in ("little", "big")} & set(LEAST_OFFSET)
-    size = next(iter(sizes), 0)
+def nifti_header_size(data: bytes) -> int:
+    """348 for NIfTI-1, 540 for NIfTI-2, 0 for anything else; a file begins with this number, in either byte order."""
+    sizes = {int.from_bytes(data[:4], order) for order in ("little", "big")}
+    return next(iter(sizes & NIFTI_HEADERS.keys()), 0)
+
+
+def _read_nifti_header(path: Path, max_voxels: int) -> Header:
+    data = _read_start(path)
+    size = nifti_header_size(data)
     if not size or len(data) < size:
-        raise ValueError(f"{path} is no NIfTI file, or is cut off in its header: copy or download it again.")
-    kind = nib.Nifti1Header if size == 348 else nib.Nifti2Header
+        raise ValueError(f"{path} is not a NIfTI file, or is truncated in its header. Copy or download it again.")
     try:
-        header = kind(data[:size], check=False)
+        header = NIFTI_HEADERS[size](data[:size], check=False)
         magic, dims = bytes(header["magic"]), [int(n) for n in header["dim"]]
         header.get_slope_inter()
-        stored = header.get_data_dtype()
+        stored_type = header.get_data_dtype()
         offset = float(header["vox_offset"])
-    except Exception as error:  # a damaged header makes nibabel fail in many ways
-        raise ValueError(f"{path} has a damaged NIfTI header ({_brief(error)}): copy or convert it again.") from error
+    except Exception as error:  # nibabel raises many exception types on a damaged header
+        raise ValueError(
+            f"{path} has a damaged NIfTI header ({short_message(error)}). Copy or convert it again."
+        ) from error
     if not magic.startswith(b"n+"):
-        raise ValueError(f"{path} is not a single NIfTI file (its voxels would lie in an .img): convert it to .nii.gz.")
+        raise ValueError(f"{path} is not a single NIfTI file: its voxels would be in an .img. Convert it to .nii.gz.")
     if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise ValueError(f"{path} claims {dims[1 : dims[0] + 1]} voxels in {dims[0]} dimensions: correct its header.")
-    if not LEAST_OFFSET[size] <= offset <= 2**31:
-        raise ValueError(f"{path} says that its voxels begin at byte {offset:g}: correct its header.")
-    _check_kind(stored, path)
-    shape = _shape(dims[1 : dims[0] + 1])
-    end = int(offset) + int(np.prod(shape, dtype=object)) * stored.itemsize
-    _check_size(path, shape, end // DEFLATE if path.name.endswith(".gz") else end, max_voxels)
-    affine, warnings = _place(header, path, shape)
-    return Header(str(path), shape, affine, stored, end, warnings)
+        raise ValueError(f"{path} states {dims[1 : dims[0] + 1]} voxels in {dims[0]} dimensions. Correct its header.")
+    if not MIN_VOXEL_OFFSET[size] <= offset <= 2**31:
+        raise ValueError(f"{path} states that its voxels begin at byte {offset:g}. Correct its header.")
+    _check_voxel_type(stored_type, path)
+    shape = _drop_trailing_ones(dims[1 : dims[0] + 1])
+    end = int(offset) + math.prod(shape) * stored_type.itemsize
+    _check_size(path, shape, end // MAX_DEFLATE_RATIO if path.name.endswith(".gz") else end, max_voxels)
+    affine, warnings = _nifti_affine(header, path, shape)
+    return Header(str(path), shape, affine, stored_type, end, warnings)
 
 
-def _shape(dims: list[int]) -> tuple[int, ...]:
+def _drop_trailing_ones(dims: list[int]) -> tuple[int, ...]:
+    """A shape of at least three axes, without trailing axes of length 1 after the third."""
     while len(dims) > 3 and dims[-1] == 1:
         dims = dims[:-1]
     return tuple(dims + [1] * (3 - len(dims)))
 
 
-def _check_kind(stored: np.dtype[Any], path: Path) -> None:
+def _check_voxel_type(stored: np.dtype[Any], path: Path) -> None:
     if stored.fields is not None or stored.kind not in "biuf":
-        what = "RGB" if stored.fields is not None else "complex" if stored.kind == "c" else str(stored)
-        raise ValueError(f"{path} holds {what} voxels: give an image of one number per voxel.")
+        kind = "RGB" if stored.fields is not None else "complex" if stored.kind == "c" else str(stored)
+        raise ValueError(f"{path} contains {kind} voxels. Give an image with one number per voxel.")
 
 
-def _place(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
-    """The affine, by nibabel's rule: sform, else qform, else voxel sizes alone; and what is odd about it."""
+def _nifti_affine(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
+    """The affine by nibabel's rule (sform, else qform, else voxel sizes only), and warnings about it."""
     sizes = np.asarray(header["pixdim"][1:4], dtype=float)
     if not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise ValueError(f"{path} has voxel sizes of {sizes.tolist()} mm: correct its header.")
+        raise ValueError(f"{path} has voxel sizes of {sizes.tolist()} mm. Correct its header.")
     if unit := UNITS.get(int(header["xyzt_units"]) & 7):
-        what = f"has a header that says that its voxel sizes are in {unit}"
-        raise ValueError(f"{path} {what}: correct its header (xyzt_units), or convert it to mm.")
+        raise ValueError(
+            f"{path} states in its header that voxel sizes are in {unit}. Correct xyzt_units, or convert it to mm."
+        )
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
-    except Exception as error:
-        raise ValueError(f"{path} has a damaged NIfTI header ({_brief(error)}): correct its qform.") from error
+    except Exception as error:  # nibabel raises many exception types on a damaged qform
+        raise ValueError(f"{path} has a damaged NIfTI header ({short_message(error)}). Correct its qform.") from error
     if sform is None and qform is None:
-        return affine, (f"{path} has no place in space (neither sform nor qform): its voxel sizes alone are used",)
+        return affine, (f"{path} has no position in space (neither sform nor qform): only its voxel sizes are used",)
     if sform is not None and qform is not None and np.isfinite(sform).all():
         corners = np.array(np.meshgrid(*([0, n - 1] for n in shape[:3]), [1])).reshape(4, -1)
-        apart = np.linalg.norm((sform - qform) @ corners, axis=0).max()
-        if not apart < 0.1 * sizes.min():
-            return affine, (f"{path} has an sform and a qform that are up to {apart:.1f} mm apart: the sform is used",)
+        distance = np.linalg.norm((sform - qform) @ corners, axis=0).max()
+        if not distance < 0.1 * sizes.min():
+            return affine, (f"{path} has an sform and a qform up to {distance:.1f} mm apart: the sform is used",)
     return affine, ()
 
 
-def _metaimage(path: Path, max_voxels: int) -> Header:
-    _start(path)
+def _read_metaimage_header(path: Path, max_voxels: int) -> Header:
+    _read_start(path)
     voxels = check_metaimage(path)
-    _check_size(path, voxels.shape, voxels.size // DEFLATE if voxels.packed else voxels.size, max_voxels)
+    _check_size(path, voxels.shape, voxels.size // MAX_DEFLATE_RATIO if voxels.packed else voxels.size, max_voxels)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"{path} has a damaged MetaImage header: copy or convert it again.") from error
-    what = f"{path} has no place in space (no Offset or no TransformMatrix): 0 and its own axes are used"
-    return itk_header(reader, str(path))._replace(warnings=() if voxels.placed else (what,))
+        raise ValueError(f"{path} has a damaged MetaImage header. Copy or convert it again.") from error
+    warning = f"{path} has no position in space (no Offset or no TransformMatrix): 0 and its own axes are used"
+    return itk_header(reader, str(path))._replace(warnings=() if voxels.placed else (warning,))
 
 
 def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:
-    """The header that a SimpleITK reader has read.
+    """The header of a file whose information a SimpleITK reader has read.
 
     Raises:
         ValueError: RGB or complex voxels.
@@ -235,16 +249,19 @@ def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:
         **{sitk.sitkFloat32: np.float32, sitk.sitkFloat64: np.float64},
     }
     if kind not in types or reader.GetNumberOfComponents() > 1:
-        what = sitk.GetPixelIDValueAsString(kind)
-        raise ValueError(f"{path} holds RGB, complex or other voxels ({what}): give an image of one number per voxel.")
-    shape, count = tuple(reader.GetSize()), reader.GetDimension()
+        name = sitk.GetPixelIDValueAsString(kind)
+        raise ValueError(
+            f"{path} contains RGB, complex or other voxels ({name}). Give an image with one number per voxel."
+        )
+    size, dimensions = list(reader.GetSize()), reader.GetDimension()
     affine = np.eye(4)
-    space = min(3, count)
-    axes = np.array(reader.GetDirection()).reshape(count, count)[:space, :space]
+    space = min(3, dimensions)
+    axes = np.array(reader.GetDirection()).reshape(dimensions, dimensions)[:space, :space]
     affine[:space, :space] = axes * np.array(reader.GetSpacing())[:space]
     affine[:space, 3] = reader.GetOrigin()[:space]
-    return Header(path, _shape(list(shape)), TO_RAS @ affine, np.dtype(types[kind]))
+    return Header(path, _drop_trailing_ones(size), LPS_TO_RAS @ affine, np.dtype(types[kind]))
 
 
-def _brief(error: Exception) -> str:
+def short_message(error: Exception) -> str:
+    """An exception's message in one line of at most 120 characters."""
     return " ".join(str(error).split())[:120]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files in and out: read whole or refused, without reordering voxels; written atomically.
+"""Read and write NIfTI files: a file is read completely or refused, and written atomically.
 
-Compressed files go through isal (Intel's storage library) where it is installed, Python's own zlib otherwise: the same
-bytes come out of either, and both compare the checksum and the length at the end of the stream.
+Compressed files go through isal (Intel's storage library) if it is installed, else through Python's own gzip. Both
+verify the checksum and the length at the end of the stream.
 """
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -19,103 +20,83 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
-from scripts.image_io.headers import Header, read_header
+from scripts.image_io.headers import VOXEL_TYPES, Header, nifti_header_size, read_header, short_message
 from scripts.utils.atomic_files import write_bytes
 
-COMPRESSION = 1  # masks shrink a hundredfold at the lowest level already
-READABLE = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # what torch and SimpleITK both know
+COMPRESSION = 1  # the lowest level already makes masks a hundred times smaller
 
 
-def gzip_modules() -> tuple[ModuleType, ModuleType]:
-    """The fastest modules that are installed: with ``decompressobj``, and with ``compress``."""
+def gzip_module() -> ModuleType:
+    """``isal.igzip`` if it is installed, else the standard library's ``gzip``, which has the same functions."""
     try:
-        from isal import igzip, isal_zlib
+        from isal import igzip
     except ImportError:
-        import gzip
-
-        return zlib, gzip
-    return isal_zlib, igzip
+        return gzip
+    return igzip  # type: ignore[no-any-return]
 
 
-def read_bytes(path: str | Path, most: int = 2**62) -> bytes:
-    """A file's bytes, unpacked where its name ends in .gz; never more than ``most`` and one.
+def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
+    """Read a file, and unpack it if its name ends in .gz.
+
+    Args:
+        path: the file.
+        limit: return at most ``limit + 1`` bytes, so that a small file cannot unpack to any size. One byte more than
+            the limit shows that the file is too long.
 
     Raises:
-        ValueError: the gzip stream is cut off or damaged.
+        ValueError: the gzip stream is truncated or damaged, or followed by anything but zeros.
     """
-    data = Path(path).read_bytes()
+    size = -1 if limit is None else limit + 1
     if not str(path).endswith(".gz"):
-        return data
-    parts: list[bytes] = []
-    at, left, module = 0, most + 1, gzip_modules()[0]
+        with open(path, "rb") as file:
+            return file.read(size)
+    module = gzip_module()
+    deflate_error = getattr(module, "isal_zlib", zlib).error
     try:
-        while at < len(data) and data[at] and left > 0:  # a stream may have several members, and zeros behind them
-            member, at = _member(data, at, left, module)
-            left -= sum(map(len, member))
-            parts += member
-        if left > 0 and data[at:].strip(b"\0"):
-            raise ValueError("something else follows its end")
-    except (EOFError, OSError, zlib.error, ValueError, getattr(module, "error", zlib.error)) as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _member(data: bytes, start: int, most: int, module: ModuleType) -> tuple[list[bytes], int]:
-    """One member of a gzip stream, at most ``most`` bytes of it, and where the next one begins.
-
-    What a decompressor is given behind its member's end it copies, so only the first is given all of the file: copies
-    of the rest for each of a million empty members would take hours.
-    """
-    stream, parts = module.decompressobj(wbits=31), []
-    at, step = start, len(data) if start == 0 else 1 << 8
-    while not stream.eof and most > 0:
-        if at >= len(data):
-            raise EOFError("the stream has no end")
-        parts.append(stream.decompress(data[at : at + step], most))
-        most -= len(parts[-1])
-        at, step = min(at + step, len(data)), 2 * step
-    return [part for part in parts if part], at - len(stream.unused_data)
+        with module.open(path) as stream:
+            return stream.read(size)  # type: ignore[no-any-return]
+    except (EOFError, gzip.BadGzipFile, deflate_error) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
 
 
 def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
-    """A NIfTI file as ``1 H W D`` in the file's own type, with slope and intercept applied.
+    """Read a NIfTI file as ``1 H W D`` in the file's own type, with slope and intercept applied.
 
-    The voxels stay in the file's order (first axis fastest), so that the tensor is a view with such strides. A 4D file
-    becomes ``1 H W D N``.
+    The voxels stay in the file's order (first axis fastest): the tensor is a view with such strides. A 4D file becomes
+    ``1 H W D N``.
 
     Args:
         path: .nii or .nii.gz.
-        header: the file's, where it has been read already.
+        header: the file's header, if it has been read already.
 
     Raises:
-        ValueError: a damaged file, one that is no NIfTI file, or one that holds less or more than its header says.
-        MemoryError: there is not enough for it.
+        ValueError: the file is damaged, not a NIfTI file, or contains fewer or more bytes than its header states.
+        MemoryError: not enough memory.
     """
     header = header or read_header(path)
     data = read_bytes(path, header.end or 0)
     if len(data) != header.end:
-        less = "less" if len(data) < (header.end or 0) else "more"
-        raise ValueError(f"{path} holds {less} than the {header.voxels} voxels that it claims: copy it again.")
-    kind = (
-        nib.Nifti2Image if 540 in {int.from_bytes(data[:4], order) for order in ("little", "big")} else nib.Nifti1Image
-    )
+        amount = "fewer" if len(data) < (header.end or 0) else "more"
+        raise ValueError(f"{path} contains {amount} than the {header.voxels} voxels in its header. Copy it again.")
+    image_class = nib.Nifti2Image if nifti_header_size(data) == 540 else nib.Nifti1Image
     try:
-        stored: Any = kind.from_bytes(data).dataobj
+        stored: Any = image_class.from_bytes(data).dataobj
         scaled = stored.slope != 1 or stored.inter != 0
         voxels = np.asanyarray(stored) if scaled else stored.get_unscaled()
-        if scaled or voxels.dtype.newbyteorder("=") not in READABLE:
+        if scaled or voxels.dtype.newbyteorder("=") not in VOXEL_TYPES:
             voxels = voxels.astype(np.float32, order="K")
     except MemoryError:
         raise
-    except Exception as error:  # bytes that are no such file make the reader fail in many ways
-        why = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is no readable NIfTI file ({why}): copy or convert it again.") from error
+    except Exception as error:  # nibabel raises many exception types on damaged bytes
+        raise ValueError(
+            f"{path} is not a readable NIfTI file ({short_message(error)}). Copy or convert it again."
+        ) from error
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False).reshape(header.shape, order="F")
-    return located(_tensor(voxels), header)
+    return to_meta_tensor(_to_tensor(voxels), header)
 
 
-def located(volume: torch.Tensor, header: Header) -> MetaTensor:
-    """A volume ``H W D [N]`` as ``1 H W D [N]`` with the metadata that MONAI's reader gives."""
+def to_meta_tensor(volume: torch.Tensor, header: Header) -> MetaTensor:
+    """A volume ``H W D [N]`` as ``1 H W D [N]``, with the metadata that MONAI's reader gives."""
     meta = {
         "filename_or_obj": header.path,
         "original_affine": header.affine,
@@ -126,15 +107,15 @@ def located(volume: torch.Tensor, header: Header) -> MetaTensor:
     return MetaTensor(volume[None], affine=torch.as_tensor(header.affine), meta=meta)
 
 
-def _tensor(voxels: np.ndarray) -> torch.Tensor:
-    """A view of the voxels; a copy where the array is read-only."""
-    ordered = voxels.T  # first axis fastest, as files are: contiguous now
-    ordered = ordered if ordered.flags.writeable else ordered.copy()
-    return torch.from_numpy(ordered).permute(*reversed(range(voxels.ndim)))
+def _to_tensor(voxels: np.ndarray) -> torch.Tensor:
+    """A view of the voxels, or a copy if the array is read-only."""
+    reversed_axes = voxels.T  # contiguous, because the first axis of the file is the fastest
+    writeable = reversed_axes if reversed_axes.flags.writeable else reversed_axes.copy()
+    return torch.from_numpy(writeable).permute(*reversed(range(voxels.ndim)))
 
 
 def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write a volume by ``scripts.utils.atomic_files.write_bytes``; the same voxels give the same bytes.
+    """Write a volume atomically; the same voxels give the same bytes.
 
     Args:
         voxels: ``H W D``.
@@ -147,15 +128,15 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image.set_qform(affine, code=1)
     data = image.to_bytes()
     if path.name.endswith(".gz"):
-        data = gzip_modules()[1].compress(data, COMPRESSION, mtime=0)
+        data = gzip_module().compress(data, COMPRESSION, mtime=0)
     write_bytes(data, path)
 
 
 class SaveMaskd(SaveImaged):
-    """MONAI's ``SaveImaged`` for masks: written at once or not at all, as uint8, named after the case.
+    """MONAI's ``SaveImaged`` for masks: written atomically, as uint8, and named after the case.
 
     Args:
-        key: of the mask, ``1 H W D``, whose metadata name the case and hold the affine.
+        key: key of the mask, ``1 H W D``; its metadata contain the affine and the case's id or file name.
         output_dir: folder of ``<case_id>.nii.gz``.
     """
 

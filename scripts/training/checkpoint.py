@@ -21,7 +21,7 @@ class TrainingCheckpoint:
     """Handler: save the training state every few epochs, resume from it, and write the final weights.
 
     A resumed run ends with the same bits as one that was never interrupted: states are saved at the ends of epochs, and
-    all random numbers of an epoch come from the seed and its number (``SeedEpochs``, ``scripts.data.Draws``). The last
+    all random numbers of an epoch come from the seed and its number (``SeedEpochs``, ``data.CaseSampler``). The last
     two states are kept; where the newest is broken, the one before is taken, and that is said. The final weights are
     those of the last epoch, so that no network is selected on the validation cases. Of several processes all load, the
     first saves.

@@ -184,13 +184,17 @@ def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("found", "uids", "message"),
     [
-        ([_series("CT", "1.1"), _series("CT", "1.2")], [], "has 2 CT series: choose one by --series-uid: 1.1"),
-        ([_series("CT", "1.1")], ["7.7"], "has no series 7.7: it has 1.1"),
-        ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 are of 2 patients"),
-        ([_series("CT", "1.1"), _series("MR", "1.2", frame="1.8")], [], "1.1, 1.2 are of 2 frames of reference"),
-        ([_series("CT", "1.1", frame=""), _series("MR", "1.2", frame="")], [], "1.1 names no FrameOfReferenceUID"),
-        ([_series("CT", "1.1"), _series("MR", "1.2", frame="")], [], "1.2 names no FrameOfReferenceUID"),
-        ([_series("CT", "1.1", frame="")], [], "1.1 names no FrameOfReferenceUID"),
+        ([_series("CT", "1.1"), _series("CT", "1.2")], [], "has 2 CT series. Choose one with --series-uid: 1.1"),
+        ([_series("CT", "1.1")], ["7.7"], "has no series 7.7. It has 1.1"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 have 2 different patients"),
+        (
+            [_series("CT", "1.1"), _series("MR", "1.2", frame="1.8")],
+            [],
+            "1.1, 1.2 have 2 different frames of reference",
+        ),
+        ([_series("CT", "1.1", frame=""), _series("MR", "1.2", frame="")], [], "1.1 has no FrameOfReferenceUID"),
+        ([_series("CT", "1.1"), _series("MR", "1.2", frame="")], [], "1.2 has no FrameOfReferenceUID"),
+        ([_series("CT", "1.1", frame="")], [], "1.1 has no FrameOfReferenceUID"),
     ],
 )
 def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_patient(
@@ -203,7 +207,7 @@ def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_pat
 
 def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no image")
-    with pytest.raises(ValueError, match="holds no series of DICOM images"):
+    with pytest.raises(ValueError, match="contains no series of DICOM images"):
         find_series(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_series(tmp_path / "lost")

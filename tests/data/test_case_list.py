@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from scripts.data import datalist, deal, require_cases
+from scripts.data import cases_of_rank, datalist, require_cases
 
 
 @pytest.fixture
 def cohort(tmp_path: Path) -> list[dict[str, Any]]:
-    """A has no MR, B no PET, C everything but an id."""
+    """A has no MR, B has no PET, C has all modalities but no id."""
     for name in ("a_ct", "a_pt", "b_ct", "b_mr", "c_ct", "c_pt", "c_mr"):
         (tmp_path / f"{name}.nii").touch()
     a, b, c = (str(tmp_path / f"{name}_") for name in "abc")
@@ -26,13 +26,13 @@ def cohort(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def test_an_empty_cohort_is_refused_with_its_folder_and_the_option() -> None:
-    with pytest.raises(ValueError, match=r"somewhere/else holds no case: pass .*--dataset-dir"):
+    with pytest.raises(ValueError, match=r"No cases found in somewhere/else\. Check .*--dataset-dir"):
         require_cases([], "somewhere/else")
 
 
 @pytest.mark.parametrize("root", ["", None])
-def test_without_a_folder_the_refusal_says_so(root: str | None) -> None:
-    with pytest.raises(ValueError, match="no folder of data was given"):
+def test_an_empty_cohort_without_a_folder_is_refused(root: str | None) -> None:
+    with pytest.raises(ValueError, match="No data folder was given"):
         require_cases([], root, ["ct"], allow_missing=True)
 
 
@@ -41,7 +41,7 @@ def test_every_absent_modality_of_the_cohort_is_named_at_once(cohort: Any) -> No
         require_cases(cohort, "data", ["ct", "pet", "mr"])
 
 
-def test_a_case_without_an_id_goes_by_its_file(cohort: Any) -> None:
+def test_a_case_without_an_id_is_named_after_its_file(cohort: Any) -> None:
     with pytest.raises(ValueError, match=r"\(c_ct: adc\)"):
         require_cases(cohort[2:], "data", ["ct", "adc"])
 
@@ -68,7 +68,9 @@ def test_absent_modalities_are_logged_where_they_are_allowed(cohort: Any, caplog
     assert "A: mr; B: pet" in caplog.text
 
 
-def test_a_complete_cohort_passes_in_silence(phantoms: Any, cohort: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_cohort_is_accepted_without_a_warning(
+    phantoms: Any, cohort: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     require_cases(phantoms, "data", ["ct", "pet", "mr"])
     require_cases(cohort, "data", ["ct"])  # the reference may stand under "image"
     require_cases(cohort, "data")
@@ -82,13 +84,13 @@ def test_a_cohort_of_phantoms_is_read_back_as_it_was_written(phantoms: Any) -> N
 
 
 @pytest.mark.parametrize(("cases", "world"), [(3, 2), (8, 3), (2, 2), (5, 1), (0, 4)])
-def test_validation_cases_are_dealt_to_one_process_each(cases: int, world: int) -> None:
+def test_every_validation_case_goes_to_exactly_one_process(cases: int, world: int) -> None:
     items = [{"case_id": str(i)} for i in range(cases)]
-    shares = [deal(items, rank, world) for rank in range(world)]
+    shares = [cases_of_rank(items, rank, world) for rank in range(world)]
     assert sorted(item["case_id"] for share in shares for item in share) == [item["case_id"] for item in items]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_fewer_validation_cases_than_processes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 validation case\(s\) cannot be dealt to 2 processes"):
-        deal([{"case_id": "A"}], 0, 2)
+    with pytest.raises(ValueError, match=r"There are 1 validation case\(s\) for 2 processes"):
+        cases_of_rank([{"case_id": "A"}], 0, 2)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cohort as a table: read as it is written, refused where it leads astray, and used by every verb that takes one."""
+"""Case tables: parsed, refused if invalid, and used by every verb that accepts one."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from scripts.cli.main import main
 from scripts.data.case_list import source_files
-from scripts.data.case_table import read_list
+from scripts.data.case_table import read_case_table
 from scripts.networks import Student
 
 KEYS = ["ct", "pet", "mr", "image", "label"]
@@ -47,7 +48,7 @@ def test_a_table_gives_its_cases_with_paths_below_its_own_folder(name: str, tmp_
         {"case_id": "A-1", "patient_id": "P1", "ct": "a/ct.nii.gz", "pet": "", "label": "a/../b/label.nii.gz"},
         {"case_id": "", "patient_id": "", "ct": "", "pet": "second.nii.gz", "label": ""},
     ]
-    assert read_list(write_table(tmp_path / name, rows), "", KEYS) == [
+    assert read_case_table(write_table(tmp_path / name, rows), "", KEYS) == [
         {
             "case_id": "A-1", "patient_id": "P1", "image": f"{tmp_path}/a/ct.nii.gz", "ct": f"{tmp_path}/a/ct.nii.gz",
             "label": f"{tmp_path}/a/../b/label.nii.gz",
@@ -59,15 +60,15 @@ def test_a_table_gives_its_cases_with_paths_below_its_own_folder(name: str, tmp_
     ]  # fmt: skip
 
 
-def test_paths_are_relative_to_the_root_where_there_is_one(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_root_if_given(tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     table = write_table(tmp_path / "lists" / "list.csv", [{"image": "ct.nii.gz"}])
-    assert read_list(table, tmp_path / "data", KEYS)[0]["image"] == str(tmp_path / "data" / "ct.nii.gz")
+    assert read_case_table(table, tmp_path / "data", KEYS)[0]["image"] == str(tmp_path / "data" / "ct.nii.gz")
 
 
-def test_a_table_of_a_spreadsheet_is_read_with_its_mark_and_line_ends(tmp_path: Path) -> None:
+def test_a_csv_of_a_spreadsheet_is_read_despite_its_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes("\ufeffcase_id, ct\r\nÄ1, a.nii.gz\r\n".encode())
-    (item,) = read_list(tmp_path / "list.csv", "", KEYS)
+    (item,) = read_case_table(tmp_path / "list.csv", "", KEYS)
     assert (item["case_id"], item["ct"]) == ("Ä1", str(tmp_path / "a.nii.gz"))
 
 
@@ -77,7 +78,7 @@ def test_a_bounding_box_is_six_numbers_and_two_crops_of_an_image_may_be_two_case
 ) -> None:
     other = "0 0 0 1 1 1" if name.endswith("csv") else [0, 0, 0, 1, 1, 1]
     rows = [{"case_id": "A", "ct": "ct.nii", "bbox_mm": box}, {"case_id": "B", "ct": "ct.nii", "bbox_mm": other}]
-    assert [item["bbox_mm"] for item in read_list(write_table(tmp_path / name, rows), "", KEYS)] == [
+    assert [item["bbox_mm"] for item in read_case_table(write_table(tmp_path / name, rows), "", KEYS)] == [
         [1.0, 2.0, 3.5, 4.0, 5.0, 6.0], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0],
     ]  # fmt: skip
 
@@ -87,25 +88,25 @@ def test_an_image_may_repeat_the_reference_and_two_crops_may_share_all_files(tmp
     boxes = {"A": "0 0 0 1 1 1", "B": "1 1 1 2 2 2", "C": ""}
     rows = [{"case_id": case, **files, "bbox_mm": box} for case, box in boxes.items()]
     rows[1]["ct"] = ""  # the reference by the image's column alone
-    items = read_list(write_table(tmp_path / "list.csv", rows), "", KEYS)
+    items = read_case_table(write_table(tmp_path / "list.csv", rows), "", KEYS)
     assert [item["case_id"] for item in items] == ["A", "B", "C"]
     assert {item["pet"] for item in items} == {str(tmp_path / "pet.nii")}
 
 
 A, B = {"case_id": "A", "ct": "a.nii"}, {"case_id": "B", "ct": "b.nii"}
-UNFIT = {
+INVALID = {
     "..": ([A, {**B, "mr": "../mr.nii"}], "case 2, mr: ../mr.nii leads out of"),
     ".. inside": ([{**A, "label": "x/../../l.nii"}], "case 1, label: x/../../l.nii leads out of"),
     "absolute": ([{**A, "pet": "/data/pet.nii"}], "case 1, pet: /data/pet.nii is absolute"),
     "link": ([{**A, "ct": "link/ct.nii"}], "case 1, ct: link/ct.nii leads out of"),
-    "id that climbs": ([{**A, "case_id": "../x"}], "case 1: '../x' cannot be a file's name"),
-    "id with a slash": ([B, {**A, "case_id": "x/y"}], "case 2: 'x/y' cannot be a file's name"),
-    "id with a space": ([{**A, "case_id": "x y"}], "case 1: 'x y' cannot be a file's name"),
-    "id that is hidden": ([{**A, "case_id": ".x"}], "case 1: '.x' cannot be a file's name"),
-    "duplicate id": ([A, B, {**A, "ct": "c.nii"}], "lists the case A twice, as cases 1 and 3: keep one"),
+    "id that climbs": ([{**A, "case_id": "../x"}], "case 1: '../x' cannot be a file name"),
+    "id with a slash": ([B, {**A, "case_id": "x/y"}], "case 2: 'x/y' cannot be a file name"),
+    "id with a space": ([{**A, "case_id": "x y"}], "case 1: 'x y' cannot be a file name"),
+    "id that is hidden": ([{**A, "case_id": ".x"}], "case 1: '.x' cannot be a file name"),
+    "duplicate id": ([A, B, {**A, "ct": "c.nii"}], "lists case A twice, as cases 1 and 3. Keep one"),
     "duplicate image": (
         [A, B, {**B, "case_id": "C"}],
-        "b.nii twice, as ct of case 2 (B) and as ct of case 3 (C): keep",
+        "b.nii twice, as ct of case 2 (B) and as ct of case 3 (C). Keep",
     ),
     "a file in two spellings": (
         [A, {**B, "ct": "x/../a.nii"}],
@@ -130,82 +131,80 @@ UNFIT = {
         [{**A, "bbox_mm": "0 0 0 1 1 1"}, {"case_id": "B", "ct": "a.nii", "bbox_mm": "0 0 0 1 1 1.0"}],
         "as ct of case 2 (B)",
     ),
-    "unknown columns": ([{**A, "t2w": "t.nii", "x": "1"}], "case 1: unknown column t2w, x: use case_id, patient_id"),
-    "no image": ([A, {"case_id": "B", "label": "b.nii"}], "case 2 names no image: fill in one of ct, pet, mr, image"),
-    "box": ([{**A, "bbox_mm": "1 2 3"}], "case 1: bbox_mm is '1 2 3': give x1 y1 z1 x2 y2 z2"),
-    "box of NaN": ([{**A, "bbox_mm": "0 0 0 1 1 nan"}], "case 1: bbox_mm is '0 0 0 1 1 nan': give x1 y1 z1 x2 y2 z2"),
-    "NUL in a path": ([A, {**B, "pet": "p\0.nii"}], "case 2, pet holds a character that no text has (NUL)"),
-    "NUL elsewhere": ([{**A, "centre": "x\0"}], "case 1, centre holds a character that no text has (NUL)"),
-    "nothing": ([], "lists no case"),
+    "unknown columns": ([{**A, "t2w": "t.nii", "x": "1"}], "case 1: unknown column t2w, x. Use case_id, patient_id"),
+    "no image": ([A, {"case_id": "B", "label": "b.nii"}], "case 2 names no image. Fill in one of ct, pet, mr, image"),
+    "box": ([{**A, "bbox_mm": "1 2 3"}], "case 1: bbox_mm is '1 2 3'. Give x1 y1 z1 x2 y2 z2"),
+    "box of NaN": ([{**A, "bbox_mm": "0 0 0 1 1 nan"}], "case 1: bbox_mm is '0 0 0 1 1 nan'. Give x1 y1 z1 x2 y2 z2"),
+    "NUL in a path": ([A, {**B, "pet": "p\0.nii"}], "case 2: pet contains an invalid character, such as NUL"),
+    "NUL elsewhere": ([{**A, "centre": "x\0"}], "case 1: centre contains an invalid character, such as NUL"),
+    "nothing": ([], "lists no cases"),
 }
 UNREADABLE = {
     "list.csv": (b"case_id,ct\nA,a.nii,b.nii\n", "case 1 has more cells than the table has columns"),
-    "half.json": (b'[{"ct": "a.nii"', "half.json is no readable table"),
-    "one.json": (b'{"ct": "a.nii"}', "one.json holds no list of cases"),
-    "names.json": (b'["a.nii", "b.nii"]', "names.json holds no list of cases"),
-    "latin.csv": ("case_id,ct\nA,\u00e4.nii\n".encode("latin-1"), "latin.csv is no readable table"),
+    "half.json": (b'[{"ct": "a.nii"', "half.json is not a readable table"),
+    "one.json": (b'{"ct": "a.nii"}', "one.json contains no list of cases"),
+    "names.json": (b'["a.nii", "b.nii"]', "names.json contains no list of cases"),
+    "latin.csv": ("case_id,ct\nA,\u00e4.nii\n".encode("latin-1"), "latin.csv is not a readable table"),
     "twice.csv": (
         b"case_id,ct,pet,ct\nA,a.nii,,b.nii\n",
-        "twice.csv is no readable table (the column 'ct' occurs twice)",
+        "twice.csv is not a readable table (the column 'ct' occurs twice)",
     ),
     "twice.json": (
         b'[{"ct": "a.nii", "ct": "b.nii"}]',
-        "twice.json is no readable table (the column 'ct' occurs twice)",
+        "twice.json is not a readable table (the column 'ct' occurs twice)",
     ),
-    "deep.json": (b"[" * 100_000, "deep.json is no readable table (maximum recursion depth"),
-    "half a pair.json": (b'[{"ct": "\\ud800.nii"}]', "case 1, ct holds a character that no text has"),
-    "list.xlsx": (b"PK\x03\x04\x14\x00\xff\xfe", "list.xlsx is no readable table"),
+    "deep.json": (b"[" * 100_000, "deep.json is not a readable table (maximum recursion depth"),
+    "half a pair.json": (b'[{"ct": "\\ud800.nii"}]', "case 1: ct contains an invalid character"),
+    "list.xlsx": (b"PK\x03\x04\x14\x00\xff\xfe", "list.xlsx is not a readable table"),
 }
 
 
 def refusal(arguments: list[Any], capsys: pytest.CaptureFixture[str], output: Path | None = None) -> str:
-    """The one sentence of a refusal that leaves nothing behind."""
+    """The error message of a verb that fails without writing a file."""
     assert main([str(each) for each in arguments]) == 1
     errors = capsys.readouterr().err
-    told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1
     assert "Traceback" not in errors
     assert output is None or [path.name for path in output.rglob("*") if not path.name.startswith(".")] == []
-    return told[0]
+    return messages[0]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-@pytest.mark.parametrize("fault", UNFIT)
-def test_a_table_that_leads_astray_is_refused_with_its_name_and_the_row(
-    fault: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows, words = UNFIT[fault]
+@pytest.mark.parametrize("fault", INVALID)
+def test_an_invalid_table_is_refused_with_its_name_and_the_row(fault: str, suffix: str, tmp_path: Path) -> None:
+    rows, words = INVALID[fault]
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path)
     table = write_table(tmp_path / "root" / f"list.{suffix}", rows)
-    out = tmp_path / "out"
-    told = refusal(["train", *TINY, "--data-list", table, "--output-dir", out], capsys, out)
-    assert str(table) in told
-    assert words in told
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        read_case_table(table, "", KEYS)
+    assert str(table) in str(refused.value)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_is_no_table_is_refused_by_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_table_is_refused_by_name(name: str, tmp_path: Path) -> None:
     content, words = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
-    out = tmp_path / "out"
-    assert words in refusal(["train", *TINY, "--data-list", tmp_path / name, "--output-dir", out], capsys, out)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_case_table(tmp_path / name, "", KEYS)
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_a_table_that_is_not_there_is_refused_by_name(
+def test_every_verb_refuses_a_missing_or_invalid_table_by_name(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    told = refusal([verb, *TINY, "--data-list", tmp_path / "none.csv", "--output-dir", out], capsys, out)
-    assert f"There is no data list at {tmp_path / 'none.csv'}" in told
+    missing, invalid = tmp_path / "none.csv", write_table(tmp_path / "list.csv", INVALID["duplicate id"][0])
+    for table, words in ((missing, f"There is no data list at {missing}"), (invalid, f"{invalid} lists case A twice")):
+        assert words in refusal([verb, *TINY, "--data-list", table, "--output-dir", out], capsys, out)
 
 
-def test_ways_out_of_the_folder_are_open_where_they_are_allowed(tmp_path: Path) -> None:
+def test_paths_may_lead_out_of_the_folder_if_allowed(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path)
     row = {"case_id": "A", "ct": "../ct.nii", "pet": "/data/pet.nii", "mr": "link/mr.nii"}
-    (item,) = read_list(write_table(tmp_path / "root" / "list.json", [row]), "", KEYS, allow_outside=True)
+    (item,) = read_case_table(write_table(tmp_path / "root" / "list.json", [row]), "", KEYS, allow_outside=True)
     assert (tmp_path / "ct.nii").resolve() == Path(item["ct"]).resolve()
     assert item["pet"] == "/data/pet.nii"
     assert Path(item["mr"]).resolve() == tmp_path.resolve() / "mr.nii"
@@ -235,7 +234,7 @@ def write_dicom(folder: Path, voxels: np.ndarray) -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> list[Row]:
-    """Six cases of noise below ``data``; the rows of their table, the CT of case F a folder of DICOM files."""
+    """The rows of a table of six cases of noise in ``data``; the CT of case F is a folder of DICOM files."""
     rng, rows, affine = np.random.default_rng(0), [], np.diag([-3.0, -3, 3, 1])
     for case in "ABCDEF":
         folder = tmp_path / "data" / case
@@ -265,7 +264,7 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_table_is_trained_on_evaluated_and_checked_folders_of_dicom_files_included(
+def test_train_evaluate_and_check_use_a_table_that_names_a_dicom_folder(
     listed: list[Row], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = write_table(tmp_path / "data" / "list.csv", listed)
@@ -285,35 +284,38 @@ def test_a_table_is_trained_on_evaluated_and_checked_folders_of_dicom_files_incl
     assert "6 cases: 0 errors" in capsys.readouterr().out
 
 
-def test_paths_that_lead_out_are_used_where_they_are_allowed(
-    listed: list[Row], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_reads_absent_modalities_and_paths_outside_the_folder_if_allowed(
+    listed: list[Row], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
     (tmp_path / "lists").mkdir()
     keys = ("ct", "pet", "mr", "label")
     rows = [{**row, **{key: f"../data/{row[key]}" for key in keys}} for row in listed[:2]]
-    rows[1]["ct"] = str(tmp_path / "data" / "B" / "ct.nii")
+    rows[1] |= {"ct": str(tmp_path / "data" / "B" / "ct.nii"), "mr": ""}
     table = write_table(tmp_path / "lists" / "list.json", rows)
     arguments = [
         "evaluate", *TINY, "--data-list", table, "--weights", weights, "--output-dir", tmp_path / "out",
     ]  # fmt: skip
-    told = refusal(arguments, capsys, tmp_path / "out")
-    assert "case 1, ct: ../data/A/ct.nii leads out of" in told
-    assert "--allow-outside" in told
-    assert main([str(each) for each in (*arguments, "--allow-outside")]) == 0
+    message = refusal(arguments, capsys, tmp_path / "out")
+    assert "case 1, ct: ../data/A/ct.nii leads out of" in message
+    assert "--allow-outside" in message
+    message = refusal([*arguments, "--allow-outside"], capsys, tmp_path / "out")
+    assert "Modalities are absent (B: mr). Add the files, or use --allow_missing True (--allow-missing)." in message
+    assert main([str(each) for each in (*arguments, "--allow-outside", "--allow-missing")]) == 0
+    assert "absent modalities, read as zeros: B: mr" in caplog.text
     assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["A.nii.gz", "B.nii.gz"]
 
 
-def test_files_in_a_folder_of_dicom_files_count_as_a_cases_files(listed: list[Row], tmp_path: Path) -> None:
-    """A cache of preprocessed cases is known by them, so that a slice that changes makes it anew."""
+def test_the_files_of_a_dicom_folder_are_source_files_of_the_case(listed: list[Row], tmp_path: Path) -> None:
+    """Stored preprocessed cases depend on them: a changed slice must cause a new file."""
     table = write_table(tmp_path / "data" / "list.csv", listed)
-    found = source_files(read_list(table, "", KEYS)[-1])
+    found = source_files(read_case_table(table, "", KEYS)[-1])
     assert found["ct/3.dcm"] == tmp_path / "data" / "F" / "ct" / "3.dcm"
     assert sum(key.startswith("ct/") for key in found) == SHAPE[2]
 
 
 @pytest.fixture
 def incomplete(listed: list[Row], tmp_path: Path) -> Path:
-    """A table that names five files which are not there, one of each kind, and leaves out an MR and a CT."""
+    """A table that names five missing files, and leaves out an MR and a CT."""
     for name in ("A/pet.nii", "B/mr.nii", "C/label.nii", "D/ct.nii", "D/pet.nii"):
         (tmp_path / "data" / name).unlink()
     return write_table(tmp_path / "data" / "list.csv", [*listed[:4], {**listed[4], "mr": ""}, {**listed[5], "ct": ""}])
@@ -324,13 +326,13 @@ def test_all_missing_files_and_keys_of_a_cohort_are_named_at_once_by_train_and_e
 ) -> None:
     out = tmp_path / "out"
     for verb in (["train"], ["evaluate", "--weights", weights]):
-        told = refusal([*verb, *TINY, "--data-list", incomplete, "--output-dir", out], capsys, out)
+        message = refusal([*verb, *TINY, "--data-list", incomplete, "--output-dir", out], capsys, out)
         for words in ("Case A", "A/pet.nii", "B/mr.nii", "C/label.nii", "D/ct.nii", "D/pet.nii", "(E: mr)"):
-            assert words in told
-        assert "Case F needs 'image' or 'ct'" in told
+            assert words in message
+        assert "Case F needs 'image' or 'ct'" in message
         for words in ("A/ct.nii", "B/pet.nii", "C/ct.nii", "E/ct.nii", "D/label.nii"):
-            assert words not in told
-        assert "Add the files, or take these cases out" in told
+            assert words not in message
+        assert "Add the files, or remove these cases from the list" in message
 
 
 def test_all_cases_without_a_label_are_named_before_a_training(
@@ -339,22 +341,20 @@ def test_all_cases_without_a_label_are_named_before_a_training(
     for row in listed[1:3]:
         row["label"] = ""
     table, out = write_table(tmp_path / "data" / "list.csv", listed), tmp_path / "out"
-    told = refusal(["train", *TINY, "--data-list", table, "--output-dir", out], capsys, out)
-    assert "Labels are absent (B; C): add the files, or take these cases out." in told
+    message = refusal(["train", *TINY, "--data-list", table, "--output-dir", out], capsys, out)
+    assert "Labels are absent (B; C). Add the files, or remove these cases." in message
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_absent_modalities_are_read_as_zeros_where_it_is_allowed_and_named(
-    verb: str, listed: list[Row], weights: Path, tmp_path: Path, caplog: Any, capsys: pytest.CaptureFixture[str]
+def test_train_reads_absent_modalities_as_zeros_if_allowed(
+    listed: list[Row], tmp_path: Path, caplog: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed[1]["mr"], listed[3]["pet"] = "", ""
     table, out = write_table(tmp_path / "data" / "list.csv", listed), tmp_path / "out"
-    more = ["--epochs", "1"] if verb == "train" else ["--weights", weights]
-    arguments = [verb, *TINY, "--data-list", table, "--output-dir", out, *more]
-    told = refusal(arguments, capsys, out)
+    arguments = ["train", *TINY, "--data-list", table, "--output-dir", out, "--epochs", "1"]
+    message = refusal(arguments, capsys, out)
     assert (
-        "Modalities are absent (B: mr; D: pet): add the files, or allow it by --allow_missing True (--allow-missing)."
-        in told
+        "Modalities are absent (B: mr; D: pet). Add the files, or use --allow_missing True (--allow-missing)."
+        in message
     )
     with caplog.at_level(logging.WARNING):
         assert main([str(each) for each in (*arguments, "--allow-missing")]) == 0
@@ -364,31 +364,29 @@ def test_absent_modalities_are_read_as_zeros_where_it_is_allowed_and_named(
 @pytest.mark.parametrize(
     ("folds", "words"),
     [
-        ([["PA", "PB"], ["PC", "PB", "PD"], ["PE", "PF"]], "names patients more than once: PB (folds 0, 1)"),
-        ([["PA", "PB", "PA"], ["PC", "PD", "PE", "PF"]], "names patients more than once: PA (folds 0, 0)"),
+        ([["PA", "PB"], ["PC", "PB", "PD"], ["PE", "PF"]], "lists patients more than once: PB (folds 0, 1)"),
+        ([["PA", "PB", "PA"], ["PC", "PD", "PE", "PF"]], "lists patients more than once: PA (folds 0, 0)"),
     ],
 )
-def test_a_patient_in_two_folds_is_refused_with_both_places(
+def test_a_patient_in_two_folds_is_refused_with_both_folds(
     folds: list[list[str]], words: str, listed: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, out, splits = write_table(tmp_path / "data" / "list.csv", listed), tmp_path / "out", tmp_path / "splits.json"
     splits.write_text(json.dumps({"seed": 0, "folds": folds}))
-    told = refusal(
+    message = refusal(
         ["train", *TINY, "--data-list", table, "--output-dir", out, "--set", f"splits_file={splits}"], capsys, out
     )
-    assert str(splits) in told
-    assert words in told
+    assert str(splits) in message
+    assert words in message
 
 
-def test_a_patient_with_two_cases_of_a_table_is_never_on_both_sides_of_a_fold(
-    listed: list[Row], tmp_path: Path
-) -> None:
+def test_cases_of_one_patient_are_never_in_both_training_and_validation(listed: list[Row], tmp_path: Path) -> None:
     from scripts.data.folds import fold_split
 
     for row in listed:
         row["patient_id"] = "PA" if row["case_id"] in "ADF" else f"P{row['case_id']}"
-    cases = read_list(write_table(tmp_path / "data" / "list.csv", listed), "", KEYS)
+    cases = read_case_table(write_table(tmp_path / "data" / "list.csv", listed), "", KEYS)
     for fold in range(4):
-        sides = [{case["patient_id"] for case in part} for part in fold_split(cases, fold, folds=4)]
-        assert sides[0].isdisjoint(sides[1])
+        training, validation = ({case["patient_id"] for case in part} for part in fold_split(cases, fold, folds=4))
+        assert training.isdisjoint(validation)
         assert sum(len(part) for part in fold_split(cases, fold, folds=4)) == 6

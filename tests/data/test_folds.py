@@ -30,7 +30,7 @@ def test_folds_are_disjoint_balanced_and_complete() -> None:
     assert {len(fold) for fold in folds} == {4, 5}
 
 
-def test_the_seed_decides_and_the_order_of_the_patients_does_not() -> None:
+def test_folds_depend_on_the_seed_and_not_on_the_order_of_the_patients() -> None:
     assert make_splits(PATIENTS, seed=3) == make_splits(PATIENTS[::-1] * 2, seed=3)
     assert make_splits(PATIENTS, seed=3) != make_splits(PATIENTS, seed=4)
 
@@ -57,7 +57,7 @@ def test_no_cases_give_no_split_and_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_file_is_written_once_and_then_obeyed(tmp_path: Path) -> None:
+def test_the_file_is_written_once_and_then_used(tmp_path: Path) -> None:
     file = tmp_path / "new" / "splits.json"
     first = fold_split(CASES, fold=1, seed=7, file=file)
     written = file.read_text()
@@ -67,7 +67,7 @@ def test_the_file_is_written_once_and_then_obeyed(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["splits.json"]
 
 
-def test_a_file_made_by_hand_is_obeyed(tmp_path: Path) -> None:
+def test_a_file_written_by_hand_is_used(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     file.write_text(json.dumps({"name": "mine", "seed": 0, "folds": [PATIENTS[:2], PATIENTS[2:]]}))
     assert ids(fold_split(CASES, fold=0, file=file)[1]) == set(PATIENTS[:2])
@@ -76,15 +76,15 @@ def test_a_file_made_by_hand_is_obeyed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folds", "message"),
     [
-        ([[*PATIENTS[:3], "X1", "X2"], PATIENTS[3:]], "without a case on disk: X1, X2: restore"),
-        ([PATIENTS[:3], PATIENTS[5:]], "lacks patients that are on disk: P03, P04: add each"),
+        ([[*PATIENTS[:3], "X1", "X2"], PATIENTS[3:]], "without a case on disk: X1, X2. Restore"),
+        ([PATIENTS[:3], PATIENTS[5:]], "does not list these patients on disk: P03, P04. Add each"),
         ([PATIENTS[:4], PATIENTS[3:]], r"more than once: P03 \(folds 0, 1\)"),
         ([[*PATIENTS[:4], "P03"], PATIENTS[4:]], r"more than once: P03 \(folds 0, 0\)"),
         ("P00", "has no list 'folds'"),
         ([], "has no list 'folds'"),
     ],
 )
-def test_a_file_that_does_not_fit_the_patients_is_refused_by_name(folds: Any, message: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_match_the_patients_is_refused_by_name(folds: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     file.write_text(json.dumps({"seed": 0, "folds": folds}))
     with pytest.raises(ValueError, match=f"splits.json .*{message}"):
@@ -110,6 +110,6 @@ def test_a_single_fold_is_refused() -> None:
 
 @pytest.mark.parametrize("fold", [-1, 5])
 def test_a_fold_that_does_not_exist_is_refused_and_nothing_is_written(fold: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose one of 0 to 4"):
+    with pytest.raises(ValueError, match="Choose one of 0 to 4"):
         fold_split(CASES, fold=fold, file=tmp_path / "splits.json")
     assert not list(tmp_path.iterdir())

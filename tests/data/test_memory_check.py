@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Want of memory is told as that, never as a damaged file; pages of files that nobody uses are no want of memory."""
+"""A lack of memory is reported as such, not as a damaged file. Reclaimable file cache counts as available."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def _said(path: Path, room: int) -> str:
-    """What reading says in a process of its own that may take so many bytes more; nothing where it reads."""
+def _error_of_reading(path: Path, more_bytes: int) -> str:
+    """The error of reading a file in a child process that may allocate so many more bytes; empty if it succeeds."""
     source, sink = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -45,7 +45,7 @@ def _said(path: Path, room: int) -> str:
         try:
             header = header_of(path, Rules())
             used = psutil.Process().memory_info().vms
-            resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+            resource.setrlimit(resource.RLIMIT_AS, (used + more_bytes, used + more_bytes))
             read_volume(header, Rules())
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
@@ -60,19 +60,19 @@ def _said(path: Path, room: int) -> str:
 
 @pytest.mark.parametrize("share", [0.5, 1.2, 1.7])
 def test_a_file_that_does_not_fit_is_not_called_damaged(share: float, large: Path) -> None:
-    """Where it fails depends on the room; what is said does not. 256 x 512 x 256 voxels of 2 bytes are 1/16 GiB."""
-    said = _said(large, int(share * 64 * MIB))
-    fits = f"OSError: {large} does not fit in memory (it takes 0.06 GiB, more than once while it is read): "
-    assert said in ("", fits + "use a machine with more memory, or refuse such files by --max-voxels.")
-    assert said or share > 1
+    """The message does not depend on where it fails. 256 x 512 x 256 voxels of 2 bytes are 1/16 GiB."""
+    message = f"OSError: {large} does not fit in memory: it needs a multiple of 0.06 GiB while it is read. "
+    error = _error_of_reading(large, int(share * 64 * MIB))
+    assert error in ("", message + "Use a machine with more memory, or refuse such files with --max-voxels.")
+    assert error or share > 1
 
 
-def test_with_room_it_is_read(large: Path) -> None:
-    assert _said(large, 2048 * MIB) == ""
+def test_with_enough_memory_it_is_read(large: Path) -> None:
+    assert _error_of_reading(large, 2048 * MIB) == ""
 
 
-def test_pages_of_files_that_nobody_uses_count_as_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As container runtimes count: of 5000 bytes 1000 are in use, of which 600 only hold what files hold."""
+def test_reclaimable_file_cache_counts_as_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As container runtimes count: of 5000 bytes 1000 are in use, of which 600 are inactive file cache."""
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     files: dict[str, Any] = {"max": 5000, "current": 1000, "stat": "anon 300\nactive_file 100\ninactive_file 600"}
     for name, text in files.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases that lack modalities, or are read as if they did: the others' channels and the masks' grids do not change."""
+"""Absent or unused modalities do not change the other channels or the masks' grids."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def infer(item: dict[str, str], **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("present", [["ct"], ["pet", "mr"], ["mr", "ct"], MODALITIES])
-def test_modalities_that_are_not_used_are_zeros_and_the_others_bit_identical(case: Any, present: list[str]) -> None:
+def test_unused_modalities_are_zeros_and_the_others_bit_identical(case: Any, present: list[str]) -> None:
     full, part = infer(case), infer(case, present=present)
     used = [key in present for key in MODALITIES]
     assert part["presence"].tolist() == used
@@ -52,14 +52,14 @@ def test_modalities_that_are_not_used_are_zeros_and_the_others_bit_identical(cas
         assert (full["image"][channel] > 0.1).any()
 
 
-def test_a_reference_that_only_gives_the_grid_may_hold_anything(case: Any, tmp_path: Path) -> None:
+def test_a_reference_that_only_defines_the_grid_may_have_any_values(case: Any, tmp_path: Path) -> None:
     reference = nib.Nifti1Image.from_filename(case["image"])
     nib.save(nib.Nifti1Image(np.full(reference.shape, np.nan, np.float32), reference.affine), tmp_path / "nan.nii.gz")
     part = infer({**case, "image": str(tmp_path / "nan.nii.gz")}, present=["pet", "mr"])
     assert torch.equal(part["image"], infer(case, present=["pet", "mr"])["image"])
 
 
-def test_files_of_modalities_that_are_not_used_are_not_asked_for(case: Any) -> None:
+def test_files_of_unused_modalities_need_not_exist(case: Any) -> None:
     case["mr"] = "nowhere.nii.gz"
     assert infer(case, present=["ct", "pet"])["presence"].tolist() == [True, True, False]
     del case["mr"]
@@ -69,7 +69,7 @@ def test_files_of_modalities_that_are_not_used_are_not_asked_for(case: Any) -> N
         require_cases([case], "data", MODALITIES, present=["ct", "mr"])
 
 
-def test_in_training_a_modality_that_is_not_used_stays_zero_through_augmentation(case: Any) -> None:
+def test_in_training_an_unused_modality_stays_zero_through_augmentation(case: Any) -> None:
     options = {"present": ["pet", "mr"], "labels": [[0], [1]], "patch": (8, 8, 8), "mode": "train"}
     transform = preprocessing(MODALITIES, INTENSITY, SPACING, **options)
     label = nib.Nifti1Image.from_filename(case["pet"])
@@ -87,12 +87,12 @@ def test_no_or_unknown_modalities_are_refused_in_one_sentence(case: Any, present
         lambda: infer(case, present=present),
         lambda: require_cases([case], "", MODALITIES, present=present),
     ):
-        with pytest.raises(ValueError, match=r"^present is \[.*\]: name one or more of ct, pet, mr\.$"):
+        with pytest.raises(ValueError, match=r"^present is \[.*\]\. Name one or more of ct, pet, mr\.$"):
             attempt()
 
 
 def test_an_unknown_reference_is_refused(case: Any) -> None:
-    with pytest.raises(ValueError, match="reference 't2w' is no modality: choose one of ct, pet, mr"):
+    with pytest.raises(ValueError, match=r"reference 't2w' is not a modality\. Choose one of ct, pet, mr"):
         infer(case, reference="t2w")
 
 
@@ -104,7 +104,7 @@ def test_any_modality_can_give_the_grid_and_the_channels_keep_their_order(case: 
     assert torch.equal(result["image"].affine, alone["image"].affine)
     assert torch.equal(result["image"][MODALITIES.index(reference)], alone["image"][0])
     assert all((channel > 0.1).any() for channel in result["image"])
-    assert not set(MODALITIES) & set(result)  # no volume is held twice
+    assert not set(MODALITIES) & set(result)  # no volume is stored twice
 
 
 def test_a_case_without_the_first_modality_is_written_on_the_next_ones_grid(case: Any, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_case_without_the_first_modality_is_written_on_the_next_ones_grid(case
     assert np.asarray(mask.dataobj).mean() > 0.9
 
 
-def test_an_image_that_is_another_modality_is_not_taken_for_the_reference(case: Any) -> None:
+def test_an_image_that_is_another_modality_is_not_the_reference(case: Any) -> None:
     item = {"case_id": "A", "image": case["image"], "ct": case["image"], "mr": case["mr"]}
     with pytest.raises(ValueError, match="needs 'image' or 'pet', the reference modality"):
         GatherModalitiesd(MODALITIES, allow_missing=True, reference="pet")(item)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case's files found, cropped to its box and back, its label mapped, its modalities stacked."""
+"""Transforms of one case: find its files, crop to its box and back, map its label, stack its modalities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MONAI_LABEL = {"ct": "{case}", "pet": "pet/{case}"}
 
 @pytest.fixture
 def touch(tmp_path: Path) -> Callable[[str], str]:
-    """Make an empty file under the temporary folder, and return its path."""
+    """Create an empty file in the temporary folder, and return its path."""
 
     def make(name: str) -> str:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +39,11 @@ def test_explicit_keys_suffice_without_a_naming_rule(touch: Any) -> None:
     ct, pet = touch("a.nii.gz"), touch("b.nii.gz")
     item = {"image": ct, "pet": pet, "label": "l.nii.gz"}
     assert GatherModalitiesd(MODALITIES)(item) == {**item, "ct": ct, "case_id": "a"}
-    assert item == {"image": ct, "pet": pet, "label": "l.nii.gz"}  # the data list is left alone
+    assert item == {"image": ct, "pet": pet, "label": "l.nii.gz"}  # the data list is not changed
 
 
 @pytest.mark.parametrize("key", ["image", "ct"])
-def test_the_reference_may_stand_under_its_own_name_or_as_image(touch: Any, key: str) -> None:
+def test_the_reference_may_be_named_by_its_own_key_or_as_image(touch: Any, key: str) -> None:
     ct = touch("a.nii.gz")
     found = GatherModalitiesd(["ct"])({key: ct})
     assert found["image"] == found["ct"] == ct
@@ -80,7 +80,7 @@ def test_an_explicit_key_wins_over_the_naming_rule(touch: Any) -> None:
     assert found["pet"] == other != pet
 
 
-def test_a_rule_takes_no_file_of_another_case_or_modality(touch: Any) -> None:
+def test_a_rule_finds_no_file_of_another_case_or_modality(touch: Any) -> None:
     ct = touch("p7.nii.gz")
     touch("PET_image.nii.gz"), touch("_pt.nii.gz"), touch("p7_mr.nii.gz")
     layouts = [FOLDERS, {**SUFFIXED, "mr": "{case}_mr.nii.gz"}, {"ct": "{case}.nii.gz", "mr": "{case}_mr.nii.gz"}]
@@ -102,12 +102,12 @@ def test_every_missing_file_of_the_case_is_named(touch: Any, tmp_path: Path) -> 
 
 def test_an_absent_modality_is_refused_with_case_and_modality_unless_allowed(touch: Any) -> None:
     ct = touch("p7_ct.nii.gz")
-    with pytest.raises(ValueError, match=r"Case p7_ct: no pet, mr was given or found beside .*p7_ct\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"Case p7_ct: no pet, mr was given or found next to .*p7_ct\.nii\.gz"):
         GatherModalitiesd(["ct", "pet", "mr"], [SUFFIXED])({"image": ct})
     assert "pet" not in GatherModalitiesd(MODALITIES, [SUFFIXED], allow_missing=True)({"image": ct})
 
 
-def test_a_case_without_its_reference_is_refused_with_the_keys_it_has(touch: Any) -> None:
+def test_a_case_without_its_reference_is_refused_with_its_keys(touch: Any) -> None:
     with pytest.raises(ValueError, match=r"needs 'image' or 'ct'.*\['label', 'pet'\]"):
         GatherModalitiesd(MODALITIES, allow_missing=True)({"pet": touch("p.nii.gz"), "label": "l"})
 
@@ -123,7 +123,7 @@ def volume(request: pytest.FixtureRequest, make_affine: Any) -> MetaTensor:
     return MetaTensor(torch.arange(1.0, 1 + np.prod(shape)).reshape(1, *shape), affine=torch.tensor(affine))
 
 
-def test_a_crop_holds_the_box_that_is_given_in_lps(volume: MetaTensor, world: Any) -> None:
+def test_a_crop_contains_the_box_which_is_given_in_lps(volume: MetaTensor, world: Any) -> None:
     crop = CropToBoxd("ct")({"ct": volume, "bbox_mm": BOX_LPS})["ct"]
     low, high = np.reshape(BOX_LPS, (2, 3))
     lps = world(volume.affine, volume.shape[1:]) * [-1, -1, 1]
@@ -141,7 +141,7 @@ def test_a_crop_holds_the_box_that_is_given_in_lps(volume: MetaTensor, world: An
     np.testing.assert_allclose(world(affine, crop.shape[1:])[0, 0, 0] * [-1, -1, 1], lps[kept][0], atol=1e-4)
 
 
-def test_a_crop_notes_where_it_lies_in_the_whole(volume: MetaTensor) -> None:
+def test_a_crop_records_its_position_in_the_whole_image(volume: MetaTensor) -> None:
     before = volume.affine.clone()
     crop = CropToBoxd("ct")({"ct": volume, "bbox_mm": BOX_LPS})["ct"]
     start = [int(n) for n in crop.meta["crop_start"]]
@@ -155,9 +155,9 @@ def test_an_item_without_a_box_is_unchanged(volume: MetaTensor) -> None:
     assert CropToBoxd("ct")({"ct": volume})["ct"] is volume
 
 
-def test_a_box_outside_of_the_image_is_refused_with_the_case(volume: MetaTensor) -> None:
+def test_a_box_outside_the_image_is_refused_with_the_case(volume: MetaTensor) -> None:
     item = {"ct": volume, "bbox_mm": [500, 500, 500, 600, 600, 600], "case_id": "p7", "image": "a.nii"}
-    with pytest.raises(ValueError, match=r"Case p7: its bounding box lies outside of a\.nii"):
+    with pytest.raises(ValueError, match=r"Case p7: its bounding box lies outside a\.nii"):
         CropToBoxd("ct")(item)
 
 
@@ -193,12 +193,14 @@ def test_label_values_are_mapped_to_classes() -> None:
 
 @pytest.mark.parametrize(("value", "shown"), [(255, "255"), (-1, "-1"), (0.9999, "0.9999"), (float("nan"), "nan")])
 def test_any_other_label_value_is_refused_with_file_and_value(value: float, shown: str) -> None:
-    with pytest.raises(ValueError, match=rf"^folder/label\.nii\.gz holds the values {shown}, which.*correct the file"):
+    with pytest.raises(
+        ValueError, match=rf"^folder/label\.nii\.gz contains the values {shown}, which.*Correct the file"
+    ):
         MapLabelsd("label", [[0], [1]])({"label": label_of([0.0, 1, value, value])})
 
 
 def test_a_case_without_its_label_is_refused_where_one_is_needed() -> None:
-    with pytest.raises(ValueError, match="Case p7: it has no label"):
+    with pytest.raises(ValueError, match="Case p7 has no label"):
         MapLabelsd("label", [[0], [1]])({"case_id": "p7"})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to the network's input and back: one grid in world coordinates, units, absent modalities, labels, masks."""
+"""From files to the network's input and back: grids, units, absent modalities, labels, masks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def simple(tmp_path: Path, write_nifti: Any) -> Callable[..., dict[str, str]]:
 
 
 def whole(item: dict[str, str], mode: str = "infer", **options: Any) -> dict[str, Any]:
-    """Preprocess with one modality per volume that the item names, 1 mm, range [0, 1] unless told otherwise."""
+    """Preprocess with one modality per volume that the item names, 1 mm, range [0, 1] unless changed by options."""
     keys = [key for key in MODALITIES if key in item]
     settings = {"modalities": keys, "intensity": {key: [0, 1] for key in keys}, "spacing": (1, 1, 1), "mode": mode}
     return preprocessing(**{**settings, **options})(item)  # type: ignore[no-any-return]
@@ -85,7 +85,9 @@ def boxes(size: int = 20) -> Array:
 
 
 @pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (2.0, 2.5, 3.5)])
-def test_modalities_on_different_grids_land_on_one_by_the_full_affine(oblique: Any, world: Any, spacing: Any) -> None:
+def test_modalities_on_different_grids_are_resampled_by_their_full_affines(
+    oblique: Any, world: Any, spacing: Any
+) -> None:
     result = preprocessing(MODALITIES, INTENSITY, spacing, "infer")(oblique)
     image = result["image"]
     points = world(image.affine, image.shape[1:])
@@ -138,7 +140,7 @@ def test_slope_and_intercept_are_applied_once(tmp_path: Path, write_nifti: Any) 
     np.testing.assert_allclose(image[0, 3:], 0.75, atol=1e-6)  # 2 * 525 - 1000 = 50
 
 
-def test_an_absent_modality_is_zeros_and_absent_only_where_asked(oblique: Any) -> None:
+def test_an_absent_modality_is_zeros_and_only_accepted_if_allowed(oblique: Any) -> None:
     del oblique["pet"]
     result = preprocessing(MODALITIES, INTENSITY, (4, 4, 4), "infer", allow_missing=True)(oblique)
     assert torch.equal(result["presence"], torch.tensor([True, False, True]))
@@ -169,7 +171,7 @@ def test_a_patch_larger_than_the_volume_is_padded(simple: Any) -> None:
     assert sample["label"].shape == (1, 16, 16, 16)
 
 
-def test_the_same_seed_gives_the_same_patch_and_another_one_another(simple: Any) -> None:
+def test_the_same_seed_gives_the_same_patch_and_another_seed_another_patch(simple: Any) -> None:
     volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
     item = simple(ct=volume, pet=1 - volume, label=boxes())
     first, again, other = (train(seed=seed)(item)[0] for seed in (1, 1, 2))
@@ -197,7 +199,7 @@ def test_an_absent_modality_stays_exactly_zero_through_augmentation(simple: Any)
         assert sample["image"].isfinite().all()
 
 
-def test_an_empty_label_is_legal_in_training(simple: Any) -> None:
+def test_an_empty_label_is_accepted_in_training(simple: Any) -> None:
     volume = np.random.default_rng(0).random((20, 20, 20), np.float32)
     (sample,) = train()(simple(ct=volume, pet=volume, label=np.zeros((20, 20, 20), np.uint8)))
     assert (sample["label"] == 0).all()
@@ -214,7 +216,7 @@ def test_validation_keeps_the_whole_volume_and_resamples_the_label_onto_it(obliq
     assert 2 * (found & ball).sum() / (found.sum() + ball.sum()) > 0.85  # it was drawn in voxels of 4 to 5 mm
 
 
-def test_a_label_slightly_off_its_image_is_put_onto_its_grid(
+def test_a_slightly_shifted_label_is_resampled_to_its_image(
     tmp_path: Path, simple: Any, write_nifti: Any, make_affine: Any
 ) -> None:
     item = simple(ct=np.random.default_rng(0).random((20, 20, 20), np.float32))
@@ -288,16 +290,16 @@ def test_without_saving_the_mask_is_only_returned(reference: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"mode": "test"}, "Unknown mode 'test': choose train, validate or infer"),
+        ({"mode": "test"}, "Unknown mode 'test'. Choose train, validate or infer"),
         ({"mode": "train", "labels": [[0], [1]]}, "needs a patch size"),
-        ({"mode": "train", "patch": (8, 8, 8)}, "needs the labels' values"),
-        ({"mode": "validate"}, "needs the labels' values"),
+        ({"mode": "train", "patch": (8, 8, 8)}, "needs the label values"),
+        ({"mode": "validate"}, "needs the label values"),
         ({"intensity": {"ct": "percentile"}}, r'intensity\["ct"\] is \'percentile\''),
         ({"intensity": {"ct": [0, 1, 2]}}, r'intensity\["ct"\] is \[0, 1, 2\]'),
         ({"intensity": {"pet": [0, 1]}}, r"no entry for \['ct'\]"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(changed: dict[str, Any], message: str) -> None:
     settings = {"modalities": ["ct"], "intensity": {"ct": [0, 1]}, "spacing": (1, 1, 1), "mode": "infer", **changed}
     with pytest.raises(ValueError, match=message):
         preprocessing(**settings)

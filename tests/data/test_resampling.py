@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resampling against MONAI's own transforms and arithmetic, and the way back."""
+"""Resampling and restoring, compared with MONAI's transforms and with arithmetic."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, ResampleToMatch, Spacing
 from scipy.spatial.transform import Rotation
 
-from scripts.data import resampling as grids
-from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid, resample
+from scripts.data import resampling
+from scripts.data.resampling import OntoGridd, RestoreGridd, axis_moves, network_grid, resample
 
 LPS = np.diag([-1.0, -1.0, 1.0])
 TURNED = np.array([[0.0, -1, 0], [0, 0, 1], [1, 0, 0]])
@@ -44,7 +45,7 @@ def test_the_grid_and_its_values_are_those_of_monai(make_affine: Any, axes: Any,
     np.testing.assert_allclose(found[0][inside], wanted[0][inside], atol=2e-5)
 
 
-def test_another_modality_is_where_monai_puts_it(make_affine: Any) -> None:
+def test_another_modality_is_resampled_as_by_monai(make_affine: Any) -> None:
     reference = volume(make_affine, LPS)
     other = volume(make_affine, OBLIQUE, (3.0, 2.5, 2.0), (15, 16, 20))
     target = Spacing((3, 3, 3))(Orientation("RAS", labels=None)(reference))
@@ -59,7 +60,7 @@ def test_another_modality_is_where_monai_puts_it(make_affine: Any) -> None:
     assert (within == 0).sum() > 300
 
 
-def test_beyond_its_field_of_view_a_modality_has_the_value_that_is_asked_for() -> None:
+def test_outside_its_field_of_view_a_modality_has_the_requested_value() -> None:
     shifted = np.eye(4)
     shifted[0, 3] = 3
     found = resample(torch.ones(4, 4, 4), shifted @ np.diag([0.4, 1, 1, 1]), (8, 4, 4), outside=-200.0)
@@ -70,16 +71,18 @@ def test_beyond_its_field_of_view_a_modality_has_the_value_that_is_asked_for() -
 
 
 @pytest.mark.parametrize("axes", [np.eye(3), LPS, TURNED, -TURNED])
-def test_turned_grids_only_move_voxels(make_affine: Any, axes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_with_flipped_or_exchanged_axes_only_move_voxels(
+    make_affine: Any, axes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = volume(make_affine, axes)
-    monkeypatch.setattr(grids, "_interpolator", None)  # not callable
+    monkeypatch.setattr(sitk, "ResampleImageFilter", None)  # not callable
     affine, shape = network_grid(np.asarray(source.affine), SHAPE, np.abs(axes) @ (2, 2, 4))
     found = resample(source[0].as_tensor(), np.linalg.solve(np.asarray(source.affine), affine), shape)
     assert torch.equal(found, Orientation("RAS", labels=None)(source)[0].as_tensor())
 
 
 @pytest.mark.parametrize("change", ["half a voxel", "another size", "two degrees"])
-def test_what_is_not_the_same_grid_is_interpolated(change: str) -> None:
+def test_different_grids_are_interpolated(change: str) -> None:
     matrix, shape = np.eye(4), (6, 6, 6)
     if change == "half a voxel":
         matrix[1, 3] = 0.5
@@ -87,7 +90,7 @@ def test_what_is_not_the_same_grid_is_interpolated(change: str) -> None:
         shape = (6, 6, 5)
     else:
         matrix[:3, :3] = Rotation.from_euler("z", 2, degrees=True).as_matrix()
-    assert grids._moves(matrix, (6, 6, 6), shape) is None
+    assert axis_moves(matrix, (6, 6, 6), shape) is None
 
 
 def test_labels_keep_their_values() -> None:
@@ -109,7 +112,7 @@ def restored(
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("axes", [LPS, TURNED, OBLIQUE @ LPS])
-def test_a_prediction_returns_as_monai_would_bring_it_back(make_affine: Any, axes: Any, classes: int) -> None:
+def test_a_prediction_is_restored_as_by_monai(make_affine: Any, axes: Any, classes: int) -> None:
     logits, source, found = restored(make_affine, axes, classes, (3, 3, 3))
     image = OntoGridd(["ct"], "ct", (3, 3, 3), {})({"ct": source})["ct"]
     probabilities = MetaTensor(logits.softmax(0), affine=image.affine)
@@ -130,13 +133,13 @@ def test_without_interpolation_the_largest_logit_decides(make_affine: Any, class
     assert torch.equal(found[0].as_tensor().long(), logits.argmax(0).flip(0, 1))
 
 
-def test_slabs_do_not_show(make_affine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slab_size_does_not_change_the_result(make_affine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = restored(make_affine, OBLIQUE, 2, (3, 3, 3))[2]
-    monkeypatch.setattr(grids, "SLAB", 5)
+    monkeypatch.setattr(resampling, "SLAB", 5)
     assert torch.equal(restored(make_affine, OBLIQUE, 2, (3, 3, 3))[2], whole)
 
 
-def test_a_cropped_reference_comes_back_whole(make_affine: Any) -> None:
+def test_the_mask_of_a_cropped_reference_has_the_whole_grid(make_affine: Any) -> None:
     full = {"spatial_shape": np.array([40, 30, 20]), "crop_start": np.array([10, 2, 3])}
     logits, _, found = restored(make_affine, LPS, 2, (2, 2, 4), full)
     inside = logits.argmax(0).flip(0, 1).to(torch.uint8)

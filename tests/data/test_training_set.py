@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preprocessed cases in memory or on disk: the same samples, never changed, made again where they have to be."""
+"""Preprocessed cases in memory or on disk: same samples, never changed, written again only if necessary."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def pipeline(**changed: Any) -> Pipeline:
     return preprocessing(**{**settings, "mode": "train", "labels": [[0], [1]], "patch": (16,) * 3, **changed})
 
 
-def kept_file(cases: list[dict[str, str]], folder: Path, **changed: Any) -> str:
+def volume_file(cases: list[dict[str, str]], folder: Path, **changed: Any) -> str:
     """Name of the file of the first case."""
-    return Volumes(cases[:1], pipeline(**changed), str(folder)).kept[0].name
+    return Volumes(cases[:1], pipeline(**changed), str(folder)).prepared[0].name
 
 
 def test_memory_and_disk_give_the_same_bits(cases: Any, tmp_path: Path) -> None:
@@ -65,37 +65,40 @@ def test_memory_and_disk_give_the_same_bits(cases: Any, tmp_path: Path) -> None:
         assert first["case_id"] == second["case_id"] == f"C{draw % 3}"
 
 
-def test_samples_never_change_what_is_kept(cases: Any, tmp_path: Path) -> None:
+def test_samples_never_change_the_stored_volumes(cases: Any, tmp_path: Path) -> None:
     memory, disk = Volumes(cases, pipeline()), Volumes(cases, pipeline(), str(tmp_path / "volumes"))
-    before = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept.items()} for kept in memory.kept]
-    files = [path.read_bytes() for path in disk.kept]
+    before = [
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in prepared.items()}
+        for prepared in memory.prepared
+    ]
+    files = [path.read_bytes() for path in disk.prepared]
     for seed in range(40):
         for data in (memory, disk):
             data.pipeline.set_random_state(seed)
             (sample,) = data[seed % 3]
-            sample["image"] += 1  # what a training does to its batch must not come back either
+            sample["image"] += 1  # changes by the training must not come back either
             sample["label"].zero_()
-    for kept, old in zip(memory.kept, before, strict=True):
-        assert set(kept) == set(old)
+    for prepared, old in zip(memory.prepared, before, strict=True):
+        assert set(prepared) == set(old)
         for key, value in old.items():
-            assert torch.equal(kept[key], value) if isinstance(value, torch.Tensor) else kept[key] == value
-    assert [path.read_bytes() for path in disk.kept] == files
+            assert torch.equal(prepared[key], value) if isinstance(value, torch.Tensor) else prepared[key] == value
+    assert [path.read_bytes() for path in disk.prepared] == files
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "empty"])
-def test_a_broken_file_is_made_again_and_a_whole_one_is_not(cases: Any, tmp_path: Path, damage: str) -> None:
-    paths = Volumes(cases, pipeline(), str(tmp_path / "volumes")).kept
+def test_only_a_damaged_file_is_written_again(cases: Any, tmp_path: Path, damage: str) -> None:
+    paths = Volumes(cases, pipeline(), str(tmp_path / "volumes")).prepared
     first, times = torch.load(paths[0], weights_only=True), [path.stat().st_mtime_ns for path in paths]
     if damage == "delete":
         paths[0].unlink()
     else:
         os.truncate(paths[0], 0 if damage == "empty" else paths[0].stat().st_size // 2)
     again = Volumes(cases, pipeline(), str(tmp_path / "volumes"))
-    assert again.kept == paths
+    assert again.prepared == paths
     assert [path.stat().st_mtime_ns for path in paths[1:]] == times[1:]
     second = torch.load(paths[0], weights_only=True)
     assert all(torch.equal(second[key], first[key]) for key in ("ct", "pet", "label", "foreground", "background"))
-    assert sorted((tmp_path / "volumes").iterdir()) == sorted(paths)  # nothing unfinished lies beside them
+    assert sorted((tmp_path / "volumes").iterdir()) == sorted(paths)  # no unfinished file is left
 
 
 def test_a_full_disk_leaves_nothing_behind(cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,12 +113,12 @@ def test_a_full_disk_leaves_nothing_behind(cases: Any, tmp_path: Path, monkeypat
 
 
 def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tmp_path: Path) -> None:
-    names = [kept_file(cases, tmp_path)]
-    assert kept_file(cases, tmp_path) == names[0]
-    names.append(kept_file(cases, tmp_path, spacing=(2, 1, 1)))
-    names.append(kept_file(cases, tmp_path, intensity={"ct": [0, 2], "pet": [0, 1]}))
-    names.append(kept_file(cases, tmp_path, patch=(24,) * 3))
-    names.append(kept_file(cases, tmp_path, labels=[[0, 1]]))
+    names = [volume_file(cases, tmp_path)]
+    assert volume_file(cases, tmp_path) == names[0]
+    names.append(volume_file(cases, tmp_path, spacing=(2, 1, 1)))
+    names.append(volume_file(cases, tmp_path, intensity={"ct": [0, 2], "pet": [0, 1]}))
+    names.append(volume_file(cases, tmp_path, patch=(24,) * 3))
+    names.append(volume_file(cases, tmp_path, labels=[[0, 1]]))
     for key in ("pet", "label"):  # the same size at another time, as when voxels are corrected
         path = Path(cases[0][key])
         content = bytearray(path.read_bytes())
@@ -123,21 +126,21 @@ def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tm
         path.write_bytes(bytes(content))
         later = time.time_ns() + 10**9
         os.utime(path, ns=(later, later))
-        names.append(kept_file(cases, tmp_path))
+        names.append(volume_file(cases, tmp_path))
     assert len(set(names)) == len(names) == 7
 
 
-def test_the_same_files_elsewhere_are_found_again(cases: Any, tmp_path: Path) -> None:
-    name = kept_file(cases, tmp_path)
+def test_volumes_are_reused_if_the_same_files_have_moved(cases: Any, tmp_path: Path) -> None:
+    name = volume_file(cases, tmp_path)
     moved = dict(cases[0])
     for key, value in cases[0].items():
         if Path(value).is_file():
             moved[key] = str(shutil.copy2(value, tmp_path / Path(value).name))  # with its time
-    assert kept_file([moved], tmp_path) == name
-    assert kept_file([{**moved, "bbox_mm": [0, 0, 0, 9, 9, 9]}], tmp_path) != name
+    assert volume_file([moved], tmp_path) == name
+    assert volume_file([{**moved, "bbox_mm": [0, 0, 0, 9, 9, 9]}], tmp_path) != name
 
 
-def test_candidates_are_all_voxels_of_a_small_volume() -> None:
+def test_all_voxels_of_a_small_volume_are_candidates() -> None:
     label = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
     label[0, 1, 2, 3], label[0, 2, 3, 4], label[0, 0, 0, 0] = 1, 2, 1
     found = CentreCandidatesd("label")({"label": label, "other": 7})
@@ -172,8 +175,8 @@ def test_candidates_of_more_voxels_than_float32_can_count_stay_in_the_volume() -
 
 def test_an_empty_label_has_no_foreground_and_is_still_sampled(cases: Any) -> None:
     data = Volumes(cases, pipeline())
-    assert data.kept[2]["foreground"].shape == (0,)
-    assert len(data.kept[2]["background"]) == SIZE**3
+    assert data.prepared[2]["foreground"].shape == (0,)
+    assert len(data.prepared[2]["background"]) == SIZE**3
     (sample,) = data[2]
     assert sample["image"].shape == (2, 16, 16, 16)
     assert (sample["label"] == 0).all()
@@ -190,7 +193,7 @@ def _resident(path: Path) -> int:
     return total
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the kernel does not tell what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the kernel does not list mappings")
 def test_a_sample_from_disk_touches_only_its_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline()
     label = torch.zeros(1, 200, 200, 200, dtype=torch.uint8)
@@ -202,7 +205,7 @@ def test_a_sample_from_disk_touches_only_its_patch(tmp_path: Path, monkeypatch: 
         return {**volumes, "presence": torch.tensor([True, True]), "case_id": "A"}
 
     data = Volumes([{"case_id": "A"}], Pipeline([make], real.transforms[real.fixed :], {}), str(tmp_path))
-    (path,) = data.kept
+    (path,) = data.prepared
     assert path.stat().st_size > 70e6
     mapped, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **more: mapped.append(load(*args, **more)) or mapped[-1])
@@ -217,7 +220,7 @@ def test_a_sample_from_disk_touches_only_its_patch(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(("folder", "kept"), [("", 2), ("volumes", 0)])
-def test_where_volumes_are_on_disk_validation_holds_none_in_memory_either(
+def test_with_volumes_on_disk_validation_keeps_none_in_memory(
     phantoms: list[dict[str, Any]], tmp_path: Path, folder: str, kept: int
 ) -> None:
     parser = ConfigParser()

@@ -19,7 +19,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from scripts.data import Draws, preprocessing, training_set
+from scripts.data import CaseSampler, preprocessing, training_set
 from scripts.data.pipelines import Pipeline
 from scripts.data.training_set import Volumes
 from scripts.distillation.distiller import Distiller
@@ -92,7 +92,7 @@ def test_what_is_cached_takes_the_same_patch_flips_and_affine_as_image_and_label
     overlaps, exact = [], 0
     for seed in range(40):
         riding.set_random_state(seed)
-        (sample,) = riding(dict(data.kept[0]), start=riding.fixed, end=before)
+        (sample,) = riding(dict(data.prepared[0]), start=riding.fixed, end=before)
         moved, (image_ct, image_pet) = sample["cached"], (sample["ct"][0], sample["pet"][0])
         assert moved.shape == (5, *PATCH)
         assert moved.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_what_is_cached_takes_the_same_patch_flips_and_affine_as_image_and_label
         # The whole random part: the very sample that a training without cache sees, and the same cached patch.
         riding.set_random_state(seed)
         plain.set_random_state(seed)
-        (whole,), (alone,) = riding.draw(data.kept[0]), plain.draw(data.kept[0])
+        (whole,), (alone,) = riding.draw(data.prepared[0]), plain.draw(data.prepared[0])
         assert torch.equal(whole["image"], alone["image"])
         assert torch.equal(whole["label"], alone["label"])
         assert torch.equal(whole["cached"], moved.as_tensor() if hasattr(moved, "as_tensor") else moved)
@@ -126,7 +126,7 @@ def test_a_batch_gives_the_cached_outputs_by_name(make_case: Any, tmp_path: Path
     }
     cache = TeacherCache(str(tmp_path), teachers, verify="size")
     data = training_set([case] * 2, pipeline(cache))
-    batch = next(iter(DataLoader(data, batch_size=2, sampler=Draws(2, 2))))
+    batch = next(iter(DataLoader(data, batch_size=2, sampler=CaseSampler(2, 2))))
     image, label, _, named = cache.prepare_batch(batch, torch.device("cpu"))
     assert image.shape == (2, 2, *PATCH)
     assert label.shape == (2, 1, *PATCH)

@@ -62,7 +62,7 @@ def test_a_config_finds_its_bundle_in_a_process_that_only_knows_its_path(tmp_pat
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
-    assert "There is nothing to work on, because no folder of data was given" in done.stderr
+    assert "No data folder was given" in done.stderr
 
 
 def test_metadata_at_the_root_is_the_one_in_configs() -> None:

@@ -186,7 +186,7 @@ def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
     ("arguments", "words"),
     [
         (["train", "--dataset-dir", "/nowhere"], "/nowhere"),
-        (["train"], "no folder of data was given"),
+        (["train"], "No data folder was given"),
         (["segment", "--pet", "p.nii.gz", "--output", "m.nii.gz"], "Missing images: --ct, --mr. Add them"),
         (["segment", "--output", "m.nii.gz", "--allow-missing"], "Name the images with --ct, --pet, --mr"),
         (["segment", "--ct", "nowhere.nii.gz", "--output", "m.nii.gz"], "nowhere.nii.gz"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real series: read as SimpleITK reads them, where their NIfTIs lie."""
+"""Real series: read like SimpleITK, at the position of their NIfTI files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_real_series_have_the_grid_that_simpleitk_reads(
     assert shape in (None, header.shape)
 
 
-def test_real_series_lie_where_their_niftis_lie(require_data: Callable[[str], Path]) -> None:
-    """CT and MR were averaged over 2 x 2 voxels in plane on their way to NIfTI, PET is as published."""
+def test_real_series_have_the_position_of_their_nifti_files(require_data: Callable[[str], Path]) -> None:
+    """The NIfTI CT and MR are averaged over 2 x 2 voxels in plane; PET is as published."""
     for modality, factor in (("CT", 2), ("MR_T1", 2), ("PET", 1)):
         header = read_series_header(require_data("sts_dicom") / "STS_001" / modality / "image")
         nifti = nib.load(require_data("sts") / "STS_001" / f"{modality}_image.nii.gz")

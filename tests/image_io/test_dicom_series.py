@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of DICOM files: read as SimpleITK reads them where they are one even volume, refused otherwise."""
+"""Folders of DICOM files: read like SimpleITK if they form one even volume, refused otherwise."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def write_series(
     axes: Any = ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     name: str = "{:03d}.dcm",
 ) -> Path:
-    """One CT slice per plane of the last axis; ``steps`` are their places along the normal, in slice distances."""
+    """Write one CT slice per plane of the last axis; ``steps``: positions along the normal, in slice distances."""
     voxels, axes = noise() if voxels is None else voxels, np.asarray(axes, dtype=float)
     folder.mkdir(parents=True, exist_ok=True)
-    before = locale.setlocale(locale.LC_ALL)  # GDCM sets it to C when it writes, and Python then reads text as ASCII
+    before = locale.setlocale(locale.LC_ALL)  # GDCM sets it to C when it writes; Python would then read text as ASCII
     writer = sitk.ImageFileWriter()
     writer.SetImageIO("GDCMImageIO")
     writer.KeepOriginalImageUIDOn()
@@ -114,14 +114,14 @@ def test_a_series_has_the_grid_and_the_values_that_simpleitk_reads(axes: Array, 
     np.testing.assert_array_equal(voxels, noise())
 
 
-def test_slices_are_ordered_by_their_positions_whatever_their_files_and_numbers_are(tmp_path: Path) -> None:
+def test_slices_are_ordered_by_position_not_by_file_name_or_number(tmp_path: Path) -> None:
     steps = [3, 0, 6, 1, 5, 2, 4]  # of the slice in the file 000, 001, ...
     affine, voxels = read(write_series(tmp_path / "ct", steps=steps, name="IM{}"))
     np.testing.assert_array_equal(voxels[..., steps], noise())
     np.testing.assert_allclose(affine[:3, 3], [10, -5, 30], atol=1e-5)
 
 
-def test_the_order_is_right_where_gdcm_does_not_see_to_it(tmp_path: Path) -> None:
+def test_slices_of_sop_classes_that_gdcm_does_not_sort_are_ordered_by_position(tmp_path: Path) -> None:
     steps = [3, 0, 6, 1, 5, 2, 4]
     affine, voxels = read(write_series(tmp_path, steps=steps, tags={"0008|0016": SECONDARY}))
     np.testing.assert_array_equal(voxels[..., steps], noise())
@@ -174,7 +174,7 @@ def shifted(along: float, aside: float, which: Callable[[int], float]) -> Callab
 
 
 def without(tag: bytes, slices: Sequence[int] = range(SHAPE[2])) -> Callable[[Path], object]:
-    """The tag becomes another, which nobody reads."""
+    """Replace the tag by another one that is not read."""
     return garbled(tag, tag[:2] + b"\xfe" + tag[3:], slices)
 
 
@@ -183,7 +183,7 @@ def garbled(old: bytes, new: bytes, slices: Sequence[int] = (3,), **tags: str) -
         write_series(folder, tags=tags)
         for k in slices:
             path = folder / f"{k:03d}.dcm"
-            head, _, tail = path.read_bytes().rpartition(old)  # the last: the first may be in the file's meta header
+            head, _, tail = path.read_bytes().rpartition(old)  # the first may be in the file's meta header
             assert head
             assert len(old) == len(new)
             path.write_bytes(head + new + tail)
@@ -192,7 +192,7 @@ def garbled(old: bytes, new: bytes, slices: Sequence[int] = (3,), **tags: str) -
 
 
 def frames(*kept: bytes) -> Callable[[Path], object]:
-    """One file of two frames of half a slice each, which tells of its place and sizes what is ``kept``."""
+    """One file of two frames of half a slice each; of its position, orientation and pixel size only ``kept`` remain."""
 
     def write(folder: Path) -> None:
         path = write_series(folder, noise()[..., :1], name="one.dcm") / "one.dcm"
@@ -218,56 +218,68 @@ def not_dicom(folder: Path) -> None:
 
 
 FAULTS = {
-    "two series": (two_series, "2 DICOM series (1.2.3.4, 1.2.3.5): choose one by --series-uid"),
-    "a missing slice": (at(0, 1, 2, 4, 5, 6, 7), "lacks slices (6.00 mm behind slice 3 of 7, 3.00 mm elsewhere)"),
-    "two missing slices": (at(0, 1, 2, 3, 6, 7, 8), "lacks slices (9.00 mm behind slice 4 of 7, 3.00 mm elsewhere)"),
-    "a doubled slice": (at(0, 4, 2, 3, 2, 5, 1), "several slices of one position: keep one"),
-    "almost a doubled slice": (at(0, 1, 2, 2.01, 3, 4, 5), "several slices of one position: keep one"),
-    "uneven spacing": (at(0, 1, 2, 3.4, 4.4, 5.4, 6.4), "is uneven (4.20 mm behind slice 3 of 7, 3.00 mm elsewhere)"),
-    "growing spacing": (at(*1.019 ** np.arange(7) * 50), "is uneven ("),
-    "a slice aside": (shifted(1, 4, lambda k: k == 3), "is uneven (slice 4 of 7 lies 4.00 mm beside its place"),
-    "a tilted gantry": (shifted(1, 3 * np.tan(np.pi / 12), float), "sheared affine (its axes are 75.0 degrees apart"),
-    "two patients": (by_slice(PATIENT, "SECRET-7", "SECRET-8"), "slices of several patients: keep"),
-    "two frames of reference": (by_slice(FRAME, "1.2.3.9", "1.2.3.10"), "slices of several frames of reference: keep"),
+    "two series": (two_series, "2 DICOM series (1.2.3.4, 1.2.3.5). Choose one with --series-uid"),
+    "a missing slice": (at(0, 1, 2, 4, 5, 6, 7), "has missing slices (6.00 mm after slice 3 of 7, 3.00 mm elsewhere)"),
+    "two missing slices": (
+        at(0, 1, 2, 3, 6, 7, 8),
+        "has missing slices (9.00 mm after slice 4 of 7, 3.00 mm elsewhere)",
+    ),
+    "a doubled slice": (at(0, 4, 2, 3, 2, 5, 1), "several slices at one position. Keep one"),
+    "almost a doubled slice": (at(0, 1, 2, 2.01, 3, 4, 5), "several slices at one position. Keep one"),
+    "uneven spacing": (
+        at(0, 1, 2, 3.4, 4.4, 5.4, 6.4),
+        "has uneven slice distances (4.20 mm after slice 3 of 7, 3.00 mm elsewhere)",
+    ),
+    "growing spacing": (at(*1.019 ** np.arange(7) * 50), "has uneven slice distances ("),
+    "a slice aside": (
+        shifted(1, 4, lambda k: k == 3),
+        "has uneven slice distances (slice 4 of 7 lies 4.00 mm off the even grid)",
+    ),
+    "a tilted gantry": (shifted(1, 3 * np.tan(np.pi / 12), float), "sheared affine: its axes are 75.0 degrees apart"),
+    "two patients": (by_slice(PATIENT, "SECRET-7", "SECRET-8"), "slices of several patients. Keep"),
+    "two frames of reference": (by_slice(FRAME, "1.2.3.9", "1.2.3.10"), "slices of several frames of reference. Keep"),
     "two orientations": (
         by_slice(AXES, "1\\0\\0\\0\\1\\0", "1\\0\\0\\0\\0\\1"),
-        "slices of several orientations: keep",
+        "slices of several orientations. Keep",
     ),
-    "two sizes": (several_sizes, "slices of several sizes: keep"),
-    "no size of pixels": (without(SIZES), "000.dcm says nothing of the size of its pixels: export the series as"),
-    "no size of one slice's pixels": (without(SIZES, [5]), "005.dcm says nothing of the size of its pixels"),
-    "no orientation": (without(AXIS), "000.dcm says nothing of its slice's orientation: export the series as"),
-    "no position": (without(PLACED, [2]), "002.dcm says nothing of its slice's position: export the series as"),
-    "a position that is text": (garbled(b"-10\\5\\39", b"abc\\5\\39"), "003.dcm is a damaged DICOM file, whose header"),
-    "a position that is NaN": (garbled(b"-10\\5\\39", b"nan\\5\\39"), "header garbles its slice's position: export"),
+    "two sizes": (several_sizes, "slices of several sizes. Keep"),
+    "no size of pixels": (without(SIZES), "000.dcm has no PixelSpacing. Export the series as"),
+    "no size of one slice's pixels": (without(SIZES, [5]), "005.dcm has no PixelSpacing"),
+    "no orientation": (without(AXIS), "000.dcm has no ImageOrientationPatient. Export the series as"),
+    "no position": (without(PLACED, [2]), "002.dcm has no ImagePositionPatient. Export the series as"),
+    "a position that is text": (
+        garbled(b"-10\\5\\39", b"abc\\5\\39"),
+        "003.dcm is a damaged DICOM file: its ImagePositionPatient",
+    ),
+    "a position that is NaN": (garbled(b"-10\\5\\39", b"nan\\5\\39"), "its ImagePositionPatient is not valid. Export"),
     "a position of a flipped byte": (
         garbled(b"-10\\5\\39", b"-1\xf6\\5\\39"),
-        "header garbles its slice's position: export",
+        "its ImagePositionPatient is not valid. Export",
     ),
-    "a position of two numbers": (garbled(b"-10\\5\\39", b"-1035\\39"), "header garbles its slice's position"),
+    "a position of two numbers": (garbled(b"-10\\5\\39", b"-1035\\39"), "its ImagePositionPatient is not valid"),
     "pixels of size 0": (
         garbled(b"2.5\\2 ", b"0.0\\2 "),
-        "003.dcm is a damaged DICOM file, whose header garbles the size",
+        "003.dcm is a damaged DICOM file: its PixelSpacing is not valid",
     ),
     "a class of a flipped byte": (
         garbled(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.8\xf60.10008.5.1.4.1.1.2\0"),
-        "003.dcm is a damaged DICOM file, whose header garbles its UIDs: export it again",
+        "003.dcm is a damaged DICOM file: its UIDs cannot be parsed. Export it again",
     ),
-    "a frame of a flipped byte": (garbled(b"1.2.3.9\0", b"1.2.\xf6.9\0"), "header garbles its UIDs: export it again"),
-    "frames without a place": (frames(), "one.dcm says nothing of its frames' places and sizes: export it again"),
-    "no DICOM file": (not_dicom, "no DICOM image: give a file, or the folder of one series"),
-    "no file": (Path.mkdir, "no DICOM image: give a file, or the folder of one series"),
-    "a last slice cut off": (cut(-100), "006.dcm is cut off or no DICOM file"),
-    "a first slice cut off": (cut(-100, 0), "000.dcm is cut off or no DICOM file"),
-    "a slice cut off in its header": (cut(500), "006.dcm is cut off or no DICOM file"),
-    "a slice cut off in its preamble": (cut(100), "006.dcm is cut off or no DICOM file"),
-    "an empty slice": (cut(0), "006.dcm is cut off or no DICOM file"),
+    "a frame of a flipped byte": (garbled(b"1.2.3.9\0", b"1.2.\xf6.9\0"), "its UIDs cannot be parsed. Export it again"),
+    "frames without a position": (frames(), "one.dcm has no position and pixel size of its frames. Export it"),
+    "no DICOM file": (not_dicom, "contains no DICOM images. Give a file, or the folder of one series"),
+    "no file": (Path.mkdir, "contains no DICOM images. Give a file, or the folder of one series"),
+    "a last slice cut off": (cut(-100), "006.dcm is truncated or not a DICOM file"),
+    "a first slice cut off": (cut(-100, 0), "000.dcm is truncated or not a DICOM file"),
+    "a slice cut off in its header": (cut(500), "006.dcm is truncated or not a DICOM file"),
+    "a slice cut off in its preamble": (cut(100), "006.dcm is truncated or not a DICOM file"),
+    "an empty slice": (cut(0), "006.dcm is truncated or not a DICOM file"),
 }
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the tiny student, random."""
+    """Random weights of the tiny student."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save({"model": Student(3, 2, (4, 8, 8, 8), norm=("group", {"num_groups": 4})).state_dict()}, path)
@@ -279,7 +291,7 @@ Segment = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def segment(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Segment:
-    """The verb's exit code and what it says on standard error."""
+    """The verb's exit code and its standard error."""
 
     def run(*arguments: object) -> tuple[int, str]:
         given = [*map(str, arguments), "--weights", str(weights), "--output", str(tmp_path / "out" / "mask.nii.gz")]
@@ -289,30 +301,40 @@ def segment(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def refusal(result: tuple[int, str], output: Path) -> str:
-    """The one sentence of a refusal that leaves nothing behind."""
+    """The error message of a verb that fails without writing a file."""
     code, errors = result
-    told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert (code, len(told)) == (1, 1)
+    messages = re.findall(r"^.*?(error: .*)$", errors, re.MULTILINE)  # a progress bar may precede it
+    assert (code, len(messages)) == (1, 1)
     assert "Traceback" not in errors
     assert [path.name for path in output.rglob("*") if not path.name.startswith(".")] == []
-    return told[0]
+    return messages[0]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_no_single_even_volume_is_refused_by_name_and_without_the_patients(
-    fault: str, segment: Segment, tmp_path: Path
+def test_a_folder_that_is_not_one_even_volume_is_refused_by_name_and_without_patient_data(
+    fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make, words = FAULTS[fault]
     make(tmp_path / "series")
-    told = refusal(segment("--ct", tmp_path / "series"), tmp_path / "out")
-    assert str(tmp_path / "series") in told
-    assert words in told
-    assert "SECRET" not in told
-    assert "DOE" not in told
-    assert not re.search(r"abc|nan|udcf6|codec", told.replace(str(tmp_path), ""))  # nor the tags' values
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        read(tmp_path / "series")
+    message = str(refused.value)
+    assert str(tmp_path / "series") in message
+    assert "\n" not in message
+    assert not re.search("SECRET|DOE", message + "".join(capfd.readouterr()))
+    assert not re.search(r"abc|nan|udcf6|codec", message.replace(str(tmp_path), ""))  # nor the tags' values
 
 
-def test_a_file_of_several_frames_is_read_where_it_tells_its_place(tmp_path: Path) -> None:
+def test_segment_refuses_such_a_folder_in_one_line_and_writes_nothing(segment: Segment, tmp_path: Path) -> None:
+    make, words = FAULTS["two patients"]
+    make(tmp_path / "series")
+    result = segment("--ct", tmp_path / "series")
+    assert words in refusal(result, tmp_path / "out")
+    assert not re.search("SECRET|DOE", result[1])
+
+
+def test_a_multi_frame_file_with_its_position_is_read(tmp_path: Path) -> None:
     frames(SIZES, AXIS, PLACED)(tmp_path / "ct")
     header = header_of(tmp_path / "ct", Rules())
     assert header.shape == (SHAPE[0], SHAPE[1] // 2, 2)
@@ -320,7 +342,7 @@ def test_a_file_of_several_frames_is_read_where_it_tells_its_place(tmp_path: Pat
 
 
 @pytest.mark.parametrize("error", [RuntimeError("gdcm: SECRET-7"), TypeError("argument 2 of type 'std::string'")])
-def test_what_gdcm_cannot_list_is_refused_by_the_folders_name(
+def test_a_folder_that_gdcm_cannot_list_is_refused_by_name(
     error: Exception, segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -328,11 +350,11 @@ def test_what_gdcm_cannot_list_is_refused_by_the_folders_name(
 
     write_series(tmp_path / "ct")
     monkeypatch.setattr(sitk.ImageSeriesReader, "GetGDCMSeriesIDs", fail)
-    told = refusal(segment("--ct", tmp_path / "ct"), tmp_path / "out")
-    assert told == f"error: {tmp_path / 'ct'} cannot be listed as DICOM: export the series again, to another folder."
+    message = refusal(segment("--ct", tmp_path / "ct"), tmp_path / "out")
+    assert message == f"error: {tmp_path / 'ct'} cannot be listed as DICOM. Export the series again, to another folder."
 
 
-def test_patients_whose_ids_are_no_ascii_stay_different(tmp_path: Path) -> None:
+def test_patients_with_non_ascii_ids_stay_different(tmp_path: Path) -> None:
     """Bytes of ISO 8859-1, which SimpleITK does not decode: both would become one question mark."""
     garbled(b"SECRET-7", b"SECRET-\xf6", range(7))(tmp_path / "one")
     garbled(b"SECRET-7", b"SECRET-\xfc", range(7))(tmp_path / "two")
@@ -340,7 +362,7 @@ def test_patients_whose_ids_are_no_ascii_stay_different(tmp_path: Path) -> None:
     assert one != two and "".join(one + two).encode("utf-8")  # noqa: PT018
 
 
-def test_what_lies_beside_a_series_and_is_no_slice_does_not_matter(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_of_a_series_are_ignored(tmp_path: Path) -> None:
     write_series(tmp_path)
     (tmp_path / "README").write_text("notes")
     (tmp_path / ".hidden.dcm").touch()
@@ -348,7 +370,7 @@ def test_what_lies_beside_a_series_and_is_no_slice_does_not_matter(tmp_path: Pat
     np.testing.assert_array_equal(read(tmp_path)[1], noise())
 
 
-def test_rounding_that_differs_from_slice_to_slice_does_not_matter(tmp_path: Path) -> None:
+def test_rounding_differences_between_slices_are_accepted(tmp_path: Path) -> None:
     other = {AXES: "1\\0.00001\\0\\-0.00001\\1\\0", "0028|0030": "2.500001\\2"}
     steps = np.arange(7) + np.array([0, 1, -1, 0, 1, 0, 0]) * 1e-3
     write_series(tmp_path, each=lambda k: other if k == 3 else {}, steps=steps)
@@ -358,9 +380,9 @@ def test_rounding_that_differs_from_slice_to_slice_does_not_matter(tmp_path: Pat
 @pytest.mark.parametrize(
     ("tags", "words"),
     [
-        ({PATIENT: "SECRET-8"}, "are of different patients: give series of one patient"),
+        ({PATIENT: "SECRET-8"}, "belong to different patients. Give series of one patient"),
         ({FRAME: "1.2.3.10"}, "has the frame of reference 1.2.3.9, "),
-        ({FRAME: ""}, "has unknown: register one to the other first"),
+        ({FRAME: ""}, "has unknown. Register one to the other first"),
     ],
     ids=["patients", "frames", "no frame"],
 )
@@ -369,19 +391,19 @@ def test_series_that_do_not_belong_together_are_refused_without_the_patients_ids
 ) -> None:
     write_series(tmp_path / "ct")
     write_series(tmp_path / "mr", tags={SERIES: "1.2.3.6", "0008|0060": "MR", **tags})
-    told = refusal(segment("--ct", tmp_path / "ct", "--mr", tmp_path / "mr"), tmp_path / "out")
-    assert words in told
-    assert str(tmp_path / "ct") in told
-    assert str(tmp_path / "mr") in told
-    assert "SECRET" not in told
-    assert "DOE" not in told
+    message = refusal(segment("--ct", tmp_path / "ct", "--mr", tmp_path / "mr"), tmp_path / "out")
+    assert words in message
+    assert str(tmp_path / "ct") in message
+    assert str(tmp_path / "mr") in message
+    assert "SECRET" not in message
+    assert "DOE" not in message
 
 
 def test_pet_whose_header_does_not_give_suv_is_refused(segment: Segment, tmp_path: Path) -> None:
     write_series(tmp_path / "ct")
     write_series(tmp_path / "pet", tags={SERIES: "1.2.3.6", "0008|0060": "PT"})
-    told = refusal(segment("--ct", tmp_path / "ct", "--pet", tmp_path / "pet"), tmp_path / "out")
-    assert f"{tmp_path / 'pet'} has the units none: only BQML and GML become SUV by body weight" in told
+    message = refusal(segment("--ct", tmp_path / "ct", "--pet", tmp_path / "pet"), tmp_path / "out")
+    assert f"{tmp_path / 'pet'} has the units none. Only BQML and GML can be converted to SUV" in message
 
 
 @pytest.mark.parametrize("chosen", [(), ("--series-uid", "1.2.3.4")], ids=["one series", "one of two"])

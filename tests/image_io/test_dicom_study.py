@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM in and out without patients: a phantom written as DICOM, segmented, and everything read back."""
+"""A phantom is written as a DICOM study and segmented; the written SEG and RTSTRUCT are read back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ try:
     RTSTRUCT = ["--rtstruct"]
 except ImportError:
     RTSTRUCT = []
-needs_rt_utils = pytest.mark.skipif(not RTSTRUCT, reason="rt-utils does not load: its OpenCV wants the system's libGL")
+needs_rt_utils = pytest.mark.skipif(
+    not RTSTRUCT, reason="rt-utils cannot be loaded: its OpenCV needs the system's libGL"
+)
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
 TINY = [
     "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
@@ -50,18 +52,18 @@ SLOPE = "2.64285714285714"
 
 
 def _slice(kind: str, series: str, frame: str, study: str, **tags: Any) -> Dataset:
-    made = Dataset()
-    made.file_meta = FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
-    made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     dates = {"StudyDate": "20200102", "StudyTime": "110000", "PatientBirthDate": "", "PatientSex": "O"}
     ids = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "SeriesNumber": 3}
     pixels = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16,
               "HighBit": 15, "PixelRepresentation": 1, "RescaleIntercept": 0, "RescaleSlope": 1}  # fmt: skip
     for keyword, value in {"Modality": kind, **dates, **ids, **pixels, **PERSON, **tags}.items():
-        setattr(made, keyword, value)
-    return made
+        setattr(dataset, keyword, value)
+    return dataset
 
 
 def _pet_tags() -> dict[str, Any]:
@@ -79,14 +81,14 @@ def _write_series(folder: Path, kind: str, stored: Array, affine: Array, ids: tu
     sizes = np.linalg.norm(lps[:3, :3], axis=0)
     axes = lps[:3, :3] / sizes
     for k in range(stored.shape[2]):
-        made = _slice(kind, series, *ids, **tags)
-        made.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3, 3] + k * lps[:3, 2]]
-        made.ImageOrientationPatient = [f"{x:.9g}" for x in axes[:, :2].T.ravel()]
-        made.PixelSpacing = [f"{sizes[1]:.9g}", f"{sizes[0]:.9g}"]  # between rows, between columns
-        made.SliceThickness, made.InstanceNumber = f"{sizes[2]:.9g}", k + 1
-        made.Columns, made.Rows = stored.shape[:2]
-        made.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
-        made.save_as(folder / f"{kind}_{k:03d}.dcm", enforce_file_format=True)
+        dataset = _slice(kind, series, *ids, **tags)
+        dataset.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3, 3] + k * lps[:3, 2]]
+        dataset.ImageOrientationPatient = [f"{x:.9g}" for x in axes[:, :2].T.ravel()]
+        dataset.PixelSpacing = [f"{sizes[1]:.9g}", f"{sizes[0]:.9g}"]  # between rows, between columns
+        dataset.SliceThickness, dataset.InstanceNumber = f"{sizes[2]:.9g}", k + 1
+        dataset.Columns, dataset.Rows = stored.shape[:2]
+        dataset.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
+        dataset.save_as(folder / f"{kind}_{k:03d}.dcm", enforce_file_format=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def study(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One phantom as DICOM, all series in one folder, and in ``nifti`` beside it the same images in SUV.
+    """One phantom as DICOM, all series in one folder, and next to it the same images as NIfTI files, in SUV.
 
     Every second column of the CT is left out, so that its pixels are twice as wide as they are high.
     """
@@ -117,8 +119,8 @@ def study(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def made(study: Path, weights: str) -> Path:
-    """What ``dicom`` wrote of the study."""
+def dicom_output(study: Path, weights: str) -> Path:
+    """The output folder of ``dicom`` for the study."""
     arguments = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(study / "out"), *RTSTRUCT]
     assert main([*arguments, "--weights", weights, *TINY]) == 0
     return study / "out"
@@ -135,28 +137,28 @@ def _heads(study: Path) -> list[Any]:
     return sorted(found, key=lambda each: float(each.ImagePositionPatient[2]))
 
 
-def test_the_study_gives_the_mask_of_the_same_images_as_files(made: Path, study: Path, weights: str) -> None:
+def test_the_study_gives_the_same_mask_as_the_images_in_files(dicom_output: Path, study: Path, weights: str) -> None:
     """SUV by hand in the files, by the headers in the study."""
     files = [word for key in ("ct", "pet", "mr") for word in (f"--{key}", str(study / f"{key}.nii.gz"))]
     assert main(["segment", *files, "--output", str(study / "files.nii.gz"), "--weights", weights, *TINY]) == 0
-    (found, affine), (expected, other) = _mask(made / "mask.nii.gz"), _mask(study / "files.nii.gz")
+    (found, affine), (expected, other) = _mask(dicom_output / "mask.nii.gz"), _mask(study / "files.nii.gz")
     np.testing.assert_allclose(affine, other, atol=1e-3)
     assert 0.01 < expected.mean() < 0.99
     assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.99
 
 
-def test_the_segmentation_is_the_mask_and_of_the_patient(made: Path, study: Path) -> None:
-    back, heads = highdicom.seg.segread(made / "seg.dcm"), _heads(study)
+def test_the_segmentation_contains_the_mask_and_the_patient(dicom_output: Path, study: Path) -> None:
+    back, heads = highdicom.seg.segread(dicom_output / "seg.dcm"), _heads(study)
     pixels = back.get_pixels_by_source_instance(
         [each.SOPInstanceUID for each in heads],
         combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
     )  # fmt: skip
-    np.testing.assert_array_equal(pixels > 0, _mask(made / "mask.nii.gz")[0].transpose(2, 1, 0))
+    np.testing.assert_array_equal(pixels > 0, _mask(dicom_output / "mask.nii.gz")[0].transpose(2, 1, 0))
     assert (str(back.PatientName), back.PatientID) == (PERSON["PatientName"], PERSON["PatientID"])
     assert back.FrameOfReferenceUID == heads[0].FrameOfReferenceUID
 
 
-def test_a_folder_of_a_study_that_is_named_like_an_expression_is_only_read(
+def test_a_study_folder_named_like_an_expression_is_never_evaluated(
     study: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -173,7 +175,7 @@ def test_a_folder_of_a_study_that_is_named_like_an_expression_is_only_read(
 def _filled(structures: Any, heads: list[Any]) -> Array:
     """Pixels inside or on the outlines, even-odd, of each slice (slice, row, column), by Matplotlib.
 
-    Of a hole, whose outline runs through the pixels around it, the inside is taken away and the outline is not.
+    The contour of a hole runs through the pixels around it: its inside is removed, the contour itself is not.
     """
     found = np.zeros((len(heads), heads[0].Rows, heads[0].Columns), dtype=bool)
     edges, centres = np.zeros_like(found), np.argwhere(np.ones(found.shape[1:]))
@@ -195,16 +197,16 @@ def _filled(structures: Any, heads: list[Any]) -> Array:
 
 
 @needs_rt_utils
-def test_the_outlines_filled_by_another_program_are_the_mask(made: Path, study: Path) -> None:
+def test_the_contours_filled_by_another_program_are_the_mask(dicom_output: Path, study: Path) -> None:
     """Pixels of unequal sides; all series in one folder."""
-    structures, heads = pydicom.dcmread(made / "rtstruct.dcm"), _heads(study)
-    np.testing.assert_array_equal(_filled(structures, heads), _mask(made / "mask.nii.gz")[0].transpose(2, 1, 0))
+    structures, heads = pydicom.dcmread(dicom_output / "rtstruct.dcm"), _heads(study)
+    np.testing.assert_array_equal(_filled(structures, heads), _mask(dicom_output / "mask.nii.gz")[0].transpose(2, 1, 0))
     listed = structures.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
     assert len(listed.RTReferencedSeriesSequence[0].ContourImageSequence) == len(heads)
     assert structures.PatientID == PERSON["PatientID"]
 
 
-def test_nobody_is_named_outside_of_the_dicom_files(
+def test_patient_data_is_only_in_the_dicom_files(
     study: Path, weights: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     output = ["--output-dir", str(tmp_path / "out"), *RTSTRUCT, "--weights", weights, *TINY]
@@ -213,11 +215,11 @@ def test_nobody_is_named_outside_of_the_dicom_files(
     out, err = capfd.readouterr()
     assert "mask: " in out and "has no series 1.2" in err  # noqa: PT018
     assert MARKER not in out + err + caplog.text
-    assert holders(tmp_path / "out", MARKER) == [*(["rtstruct.dcm"] if RTSTRUCT else []), "seg.dcm"]
+    assert files_containing(tmp_path / "out", MARKER) == [*(["rtstruct.dcm"] if RTSTRUCT else []), "seg.dcm"]
 
 
-def holders(folder: Path, marker: str) -> list[str]:
-    """Names of the files below a folder that hold a text, or are called by it; what is packed is unpacked."""
+def files_containing(folder: Path, marker: str) -> list[str]:
+    """Names of the files below a folder that contain a text, unpacked or in their name."""
     found = []
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -229,12 +231,15 @@ def holders(folder: Path, marker: str) -> list[str]:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("No module named 'rt_utils'", name="rt_utils"), 'is not installed: pip install "'),
-        (ImportError("libGL.so.1: cannot open", name="cv2"), r"does not load \(libGL\.so\.1: cannot open\): install"),
+        (ModuleNotFoundError("No module named 'rt_utils'", name="rt_utils"), 'is not installed. Run: pip install "'),
+        (
+            ImportError("libGL.so.1: cannot open", name="cv2"),
+            r"cannot be loaded \(libGL\.so\.1: cannot open\)\. Install",
+        ),
     ],
     ids=["package", "library"],
 )
-def test_what_is_lacking_is_told_before_anything_runs(
+def test_a_missing_package_or_library_is_reported_before_anything_runs(
     error: ImportError,
     message: str,
     study: Path,
@@ -254,7 +259,7 @@ def test_what_is_lacking_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_value_that_pydicom_warns_of_is_not_logged(
+def test_pydicom_warnings_that_quote_values_are_not_logged(
     study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A frame of reference that is no UID: pydicom quotes it."""
@@ -275,15 +280,15 @@ def test_a_value_that_pydicom_warns_of_is_not_logged(
     ("keyword", "value"),
     [("PatientSex", MARKER), ("PatientBirthDate", MARKER), ("StudyDate", MARKER), ("StudyTime", "11:00:00")],
 )
-def test_what_a_segmentation_does_not_take_is_refused_without_its_value(
-    keyword: str, value: str, made: Path, study: Path, tmp_path: Path
+def test_values_that_are_invalid_in_a_segmentation_are_refused_without_quoting_them(
+    keyword: str, value: str, dicom_output: Path, study: Path, tmp_path: Path
 ) -> None:
     slices = _heads(study)
     with pydicom.config.disable_value_validation():
         for each in slices:
             setattr(each, keyword, value)
-    with pytest.raises(ValueError, match=f"has a {keyword} that is none in DICOM: correct it") as caught:
-        write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    with pytest.raises(ValueError, match=f"has an invalid {keyword}\\. Correct it") as caught:
+        write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     assert value not in str(caught.value)
     assert not any(tmp_path.iterdir())
 
@@ -301,8 +306,8 @@ def test_what_a_segmentation_does_not_take_is_refused_without_its_value(
     ],
     ids=["anonymised", "Japanese"],
 )
-def test_headers_that_lack_what_may_be_empty_or_are_in_other_letters_are_taken_over(
-    changes: dict[str, Any], made: Path, study: Path, tmp_path: Path
+def test_headers_with_missing_optional_values_or_other_character_sets_are_copied(
+    changes: dict[str, Any], dicom_output: Path, study: Path, tmp_path: Path
 ) -> None:
     for path in (study / "dicom").glob("CT_*.dcm"):
         head = pydicom.dcmread(path)
@@ -314,9 +319,9 @@ def test_headers_that_lack_what_may_be_empty_or_are_in_other_letters_are_taken_o
         head.save_as(tmp_path / path.name)
     slices = read_slices(sorted(map(str, tmp_path.glob("CT_*.dcm"))))
     before = [list(each.PixelSpacing) for each in slices]
-    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     if RTSTRUCT:
-        write_rtstruct(made / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+        write_rtstruct(dicom_output / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
     assert [list(each.PixelSpacing) for each in slices] == before
     for path in (tmp_path / "seg.dcm", *tmp_path.glob("rtstruct.dcm")):
         written = pydicom.dcmread(path)
@@ -338,23 +343,25 @@ def test_a_multi_frame_series_is_refused_before_anything_is_segmented(
 
 
 @pytest.mark.parametrize("share", [0.09, 0.11])
-def test_a_slice_may_lie_beside_its_place_as_far_as_the_reader_lets_it(
-    share: float, made: Path, study: Path, tmp_path: Path
+def test_a_slice_may_lie_off_the_even_grid_as_far_as_the_reader_accepts(
+    share: float, dicom_output: Path, study: Path, tmp_path: Path
 ) -> None:
     """The reader's limit is a tenth of the distance between slices."""
     slices = _heads(study)
     distance = float(slices[1].ImagePositionPatient[2]) - float(slices[0].ImagePositionPatient[2])
     slices[5].ImagePositionPatient[0] += share * distance
     if share > 0.1:
-        with pytest.raises(ValueError, match=r"mask\.nii\.gz is not on the grid of the series .*: segment that series"):
-            write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        with pytest.raises(
+            ValueError, match=r"mask\.nii\.gz is not on the grid of the series .*\. Segment that series"
+        ):
+            write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
         return
-    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     pixels = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
         [slices[5].SOPInstanceUID], combine_segments=True, ignore_spatial_locations=True,
         assert_missing_frames_are_empty=True,
     )  # fmt: skip
-    np.testing.assert_array_equal(pixels[0] > 0, _mask(made / "mask.nii.gz")[0][:, :, 5].T)
+    np.testing.assert_array_equal(pixels[0] > 0, _mask(dicom_output / "mask.nii.gz")[0][:, :, 5].T)
 
 
 def _reference(study: Path) -> Series:
@@ -362,29 +369,29 @@ def _reference(study: Path) -> Series:
 
 
 @needs_rt_utils
-def test_of_an_empty_mask_there_is_no_structure_set(
-    made: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_empty_mask_gives_no_structure_set(
+    dicom_output: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor that of an earlier mask, which lay there."""
-    mask, affine = _mask(made / "mask.nii.gz")
+    """An existing structure set of an earlier mask is removed."""
+    mask, affine = _mask(dicom_output / "mask.nii.gz")
     nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), affine), tmp_path / "mask.nii.gz")
     (tmp_path / "rtstruct.dcm").write_bytes(b"earlier")
     clinic.write_dicom(tmp_path / "mask.nii.gz", _reference(study), "tumour", tmp_path, True)
-    assert "rtstruct.dcm was not written, no structure: the mask is empty" in capsys.readouterr().out
+    assert "RTSTRUCT: not written, because the mask is empty" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "seg.dcm"]
     assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
 
 
 @pytest.mark.parametrize(("length", "kept"), [(16, True), (17, False)])
-def test_a_short_string_that_is_too_long_is_left_empty_and_told(
-    length: int, kept: bool, made: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_short_string_that_is_too_long_is_left_empty_and_logged(
+    length: int, kept: bool, dicom_output: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     slices, number = _heads(study), MARKER.ljust(length, "7")
     for each in slices:
         each.AccessionNumber = each.StudyID = number
-    write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     if RTSTRUCT:
-        assert write_rtstruct(made / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+        assert write_rtstruct(dicom_output / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
     for path in tmp_path.glob("*.dcm"):
         written = pydicom.dcmread(path)
         assert (written.AccessionNumber, written.StudyID) == (number if kept else "", number[:16])
@@ -394,19 +401,19 @@ def test_a_short_string_that_is_too_long_is_left_empty_and_told(
 
 
 @pytest.mark.parametrize("keyword", ["PatientName", "PatientID", "AccessionNumber"])
-def test_several_values_where_there_is_one_are_refused_without_them(
-    keyword: str, made: Path, study: Path, tmp_path: Path
+def test_several_values_of_a_single_valued_element_are_refused_without_quoting_them(
+    keyword: str, dicom_output: Path, study: Path, tmp_path: Path
 ) -> None:
     slices = _heads(study)
     for each in slices:
         setattr(each, keyword, f"{MARKER}\\{MARKER}")
     with pytest.raises(ValueError, match=f"has several values of {keyword}, where DICOM allows one") as caught:
-        write_seg(made / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
     assert MARKER not in str(caught.value)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_damaged_file_beside_the_series_does_not_end_the_search(study: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_next_to_the_series_does_not_stop_the_search(study: Path, tmp_path: Path) -> None:
     """The length of a number is one that no number has: pydicom raises when the value is asked for."""
     shutil.copytree(study, tmp_path / "study")
     head, rows, rest = next(study.rglob("*.dcm")).read_bytes().partition(b"\x28\x00\x10\x00US\x02\x00")

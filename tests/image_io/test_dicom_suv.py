@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SUV by body weight against the arithmetic of its definition."""
+"""SUV by body weight, compared with the arithmetic of its definition."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def header(infusion: dict[str, Any] | None = None, **changes: Any) -> Any:
     return dataset
 
 
-def test_activity_is_brought_to_the_start_of_the_scan() -> None:
+def test_the_activity_is_decayed_to_the_start_of_the_scan() -> None:
     assert suv_factor([header()], "PET") == pytest.approx(70_000 / (370e6 / 2))  # one half life
 
 
-def test_activity_stays_as_injected_where_the_images_are_corrected_to_the_injection() -> None:
+def test_the_injected_activity_is_used_if_the_images_are_corrected_to_the_injection() -> None:
     assert suv_factor([header(DecayCorrection="ADMIN")], "PET") == pytest.approx(70_000 / 370e6)
 
 
-def test_a_later_series_time_gives_way_to_the_earliest_acquisition() -> None:
+def test_the_earliest_acquisition_is_used_instead_of_a_later_series_time() -> None:
     slices = [header(SeriesTime="150000", AcquisitionTime=time) for time in ("114500", "114000", "115000")]
     assert suv_factor(slices, "PET") == pytest.approx(70_000 / (370e6 / 2))
 
 
-def test_an_injection_before_midnight_is_of_the_day_before() -> None:
+def test_an_injection_before_midnight_is_on_the_day_before() -> None:
     times = {"SeriesTime": "003000", "AcquisitionTime": "003000"}
     found = suv_factor([header({"RadiopharmaceuticalStartTime": "225000"}, **times)], "PET")
     assert found == pytest.approx(70_000 / (370e6 / 2))
 
 
-def test_date_and_time_of_the_injection_go_before_its_time_alone() -> None:
+def test_date_and_time_of_the_injection_are_used_before_its_time_alone() -> None:
     drug = {"RadiopharmaceuticalStartDateTime": "20200102082000.5", "RadiopharmaceuticalStartTime": "100000"}
     assert suv_factor([header(drug)], "PET") == pytest.approx(70_000 / (370e6 / 4))  # 200 minutes
 
@@ -76,22 +76,24 @@ def test_times_may_end_after_hours_or_minutes(injected: str, scanned: str, minut
         ("20200102100000", "+0100", 100),
     ],
 )
-def test_offsets_from_utc_are_brought_to_one_zone(injected: str, zone: str, minutes: float, caplog: Any) -> None:
+def test_times_with_offsets_from_utc_are_compared_in_one_zone(
+    injected: str, zone: str, minutes: float, caplog: Any
+) -> None:
     slices = [header({"RadiopharmaceuticalStartDateTime": injected}, TimezoneOffsetFromUTC=zone)]
     assert suv_factor(slices, "PET") == pytest.approx(70_000 / (370e6 / 2 ** (minutes / 100)))
     assert not caplog.text
 
 
-def test_an_offset_that_only_the_injection_has_is_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_offset_that_only_the_injection_has_is_ignored_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         found = suv_factor([header({"RadiopharmaceuticalStartDateTime": "20200102100000+0100"})], "PET")
     assert found == pytest.approx(70_000 / (370e6 / 2))
-    assert "PET: the offset from UTC in RadiopharmaceuticalStartDateTime was left out" in caplog.text
+    assert "PET: ignored the offset from UTC in RadiopharmaceuticalStartDateTime" in caplog.text
     assert "20200102" not in caplog.text
 
 
 @pytest.mark.parametrize("dated", [False, True])
-def test_a_series_before_the_injection_gives_way_to_its_acquisition(dated: bool) -> None:
+def test_the_acquisition_is_used_if_the_series_time_is_before_the_injection(dated: bool) -> None:
     """Started at 9:55, injected at 10:00, scanned at 11:40: not 23 hours and 55 minutes after the day before's."""
     drug = {"RadiopharmaceuticalStartDateTime": "20200102100000"} if dated else {}
     assert suv_factor([header(drug, SeriesTime="095500")], "PET") == pytest.approx(70_000 / (370e6 / 2))
@@ -99,20 +101,20 @@ def test_a_series_before_the_injection_gives_way_to_its_acquisition(dated: bool)
 
 @pytest.mark.parametrize("units", ["BQML", "GML"])
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("corrections", "message"),
     [
-        (["DECY", "SCAT"], r"attenuation \(ATTN\) by its CorrectedImage"),
-        ("ATTN", r"decay \(DECY\) by its CorrectedImage"),
-        (["NORM", "DTIM"], r"attenuation \(ATTN\) and decay \(DECY\) by"),
+        (["DECY", "SCAT"], r"attenuation \(ATTN\), see its CorrectedImage"),
+        ("ATTN", r"decay \(DECY\), see its CorrectedImage"),
+        (["NORM", "DTIM"], r"attenuation \(ATTN\) and decay \(DECY\), see"),
     ],
 )
-def test_images_that_are_not_corrected_are_refused(told: Any, message: str, units: str) -> None:
+def test_images_that_are_not_corrected_are_refused(corrections: Any, message: str, units: str) -> None:
     assert suv_factor([header(CorrectedImage=["NORM", "DECY", "ATTN"])], "PET") == pytest.approx(70_000 / 185e6)
     with pytest.raises(ValueError, match=f"^PET is not corrected for {message}"):
-        suv_factor([header(CorrectedImage=told, Units=units)], "PET")
+        suv_factor([header(CorrectedImage=corrections, Units=units)], "PET")
 
 
-def test_suv_by_body_weight_is_taken_as_it_is() -> None:
+def test_values_that_are_suv_by_body_weight_are_not_changed() -> None:
     assert suv_factor([header(Units="GML")], "PET") == 1
     assert suv_factor([header(Units="GML", SUVType="BW")], "PET") == 1
 
@@ -124,15 +126,19 @@ def test_suv_by_body_weight_is_taken_as_it_is() -> None:
         ({"Units": None}, {}, "the units none"),
         ({"Units": "GML", "SUVType": "LBM"}, {}, "SUV by LBM"),
         ({"DecayCorrection": "NONE"}, {}, "the decay correction NONE"),
-        ({"PatientWeight": None}, {}, "lacks PatientWeight"),
-        ({"PatientWeight": "0"}, {}, "PatientWeight of 0 kg"),
-        ({"PatientWeight": ["70", "71"]}, {}, "has a PatientWeight that is not one number: correct it"),
-        ({}, {"RadionuclideTotalDose": None}, "lacks RadionuclideTotalDose"),
+        ({"PatientWeight": None}, {}, "has no PatientWeight"),
+        ({"PatientWeight": "0"}, {}, "implausible PatientWeight of 0 kg"),
+        ({"PatientWeight": ["70", "71"]}, {}, "has a PatientWeight that is not a number"),
+        ({}, {"RadionuclideTotalDose": None}, "has no RadionuclideTotalDose"),
         ({}, {"RadionuclideTotalDose": "370"}, "RadionuclideTotalDose of 370 Bq"),
-        ({}, {"RadionuclideHalfLife": None}, "lacks RadionuclideHalfLife"),
-        ({}, {"RadiopharmaceuticalStartTime": None}, "lacks the time of injection"),
+        ({}, {"RadionuclideHalfLife": None}, "has no RadionuclideHalfLife"),
+        ({}, {"RadiopharmaceuticalStartTime": None}, "has no time of injection"),
         ({}, {"RadiopharmaceuticalStartDateTime": "20200104100000"}, "scanned 46.3 hours before its injection by Rad"),
-        ({}, {"RadiopharmaceuticalStartDateTime": "20191229114000"}, "scanned 96.0 hours after.* at most 12 are taken"),
+        (
+            {},
+            {"RadiopharmaceuticalStartDateTime": "20191229114000"},
+            "scanned 96.0 hours after.* the limit is 12 hours",
+        ),
         (
             {},
             {"RadiopharmaceuticalStartTime": "114500"},
@@ -142,35 +148,37 @@ def test_suv_by_body_weight_is_taken_as_it_is() -> None:
         (
             {"SeriesTime": "2359"},
             {"RadiopharmaceuticalStartTime": "10000"},
-            "no valid date (?:and|or) time in RadiopharmaceuticalStartTime:",
+            "an invalid date (?:and|or) time in RadiopharmaceuticalStartTime\\.",
         ),
         (
             {},
             {"RadiopharmaceuticalStartTime": "10:00:00"},
-            "no valid date (?:and|or) time in RadiopharmaceuticalStartTime:",
+            "an invalid date (?:and|or) time in RadiopharmaceuticalStartTime\\.",
         ),
         (
             {},
             {"RadiopharmaceuticalStartDateTime": "2020010210450"},
-            "no valid date (?:and|or) time in RadiopharmaceuticalStartDateTime:",
+            "an invalid date (?:and|or) time in RadiopharmaceuticalStartDateTime\\.",
         ),
         (
             {},
             {"RadiopharmaceuticalStartDateTime": "20200102"},
-            "no valid date (?:and|or) time in RadiopharmaceuticalStartDateTime:",
+            "an invalid date (?:and|or) time in RadiopharmaceuticalStartDateTime\\.",
         ),
-        ({"SeriesTime": "1140.5"}, {}, "no valid date or time in SeriesDate, SeriesTime:"),
-        ({"AcquisitionTime": "256000"}, {}, "date or time in AcquisitionDate, AcquisitionTime:"),
-        ({"TimezoneOffsetFromUTC": "CET"}, {}, "in SeriesDate, SeriesTime or TimezoneOffsetFromUTC:"),
+        ({"SeriesTime": "1140.5"}, {}, "an invalid date or time in SeriesDate, SeriesTime\\."),
+        ({"SeriesTime": " "}, {}, "an invalid date or time in SeriesDate, SeriesTime\\."),
+        ({"SeriesDate": "2020.01.02"}, {}, "an invalid date or time in SeriesDate, SeriesTime\\."),
+        ({"AcquisitionTime": "256000"}, {}, "date or time in AcquisitionDate, AcquisitionTime\\."),
+        ({"TimezoneOffsetFromUTC": "CET"}, {}, "in SeriesDate, SeriesTime or TimezoneOffsetFromUTC\\."),
         (
             {},
             {"RadiopharmaceuticalStartDateTime": "20200102180000+0700"},
-            "lie -6.3 hours .* add TimezoneOffsetFromUTC",
+            "be -6.3 hours .* Add TimezoneOffsetFromUTC",
         ),
-        ({"SeriesTime": None, "AcquisitionTime": None}, {}, "lacks the times"),
+        ({"SeriesTime": None, "AcquisitionTime": None}, {}, "has no time of the series"),
     ],
 )
-def test_what_does_not_become_suv_is_refused_by_name(changes: Any, infusion: Any, message: str) -> None:
+def test_a_header_that_gives_no_suv_is_refused_by_name(changes: Any, infusion: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         suv_factor([header(infusion, **changes)], "study/pet")
     assert str(caught.value).startswith("study/pet ")
@@ -179,5 +187,5 @@ def test_what_does_not_become_suv_is_refused_by_name(changes: Any, infusion: Any
 def test_two_radiopharmaceuticals_are_refused() -> None:
     doubled = header()
     doubled.RadiopharmaceuticalInformationSequence = list(doubled.RadiopharmaceuticalInformationSequence) * 2
-    with pytest.raises(ValueError, match="names 2 radiopharmaceuticals"):
+    with pytest.raises(ValueError, match="lists 2 radiopharmaceuticals"):
         suv_factor([doubled], "PET")

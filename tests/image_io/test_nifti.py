@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files against nibabel and MONAI's reader; damaged streams; atomic writing."""
+"""NIfTI files compared with nibabel and MONAI's reader; damaged streams; atomic writing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "f4", "f8", "u2", ">i2", ">f4"])
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
-def test_values_and_affine_are_nibabels(tmp_path: Path, dtype: str, name: str, module: str) -> None:
+def test_values_and_affine_are_those_of_nibabel(tmp_path: Path, dtype: str, name: str, module: str) -> None:
     nib.save(nib.Nifti1Image(values(dtype), AFFINE), tmp_path / name)
     found = read_nifti(tmp_path / name)
     loaded = nib.Nifti1Image.from_filename(tmp_path / name)
@@ -60,7 +60,7 @@ def test_nifti_2_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_nifti(tmp_path / "x.nii.gz")[0].numpy(), values("f4"))
 
 
-def test_it_gives_what_monais_reader_gives(tmp_path: Path, write_nifti: Any) -> None:
+def test_volumes_and_metadata_are_those_of_monais_reader(tmp_path: Path, write_nifti: Any) -> None:
     paths = {"a": write_nifti(tmp_path / "a.nii.gz", values("i2"), AFFINE, slope=2.0, intercept=-100.0)}
     paths |= {"b": write_nifti(tmp_path / "b.nii", values("f4"), AFFINE @ np.diag([0.5, 0.5, 0.5, 1]))}
     wanted = LoadImaged(["a", "b"], ensure_channel_first=True)(dict(paths))
@@ -93,12 +93,12 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, module: 
         data = bytearray(b"" if damage == "empty" else b"not an image")
     path.write_bytes(data)
     with pytest.raises(
-        ValueError, match=r"ct\.nii\.gz is (cut off or damaged|an empty file|a text file)|holds more than"
+        ValueError, match=r"ct\.nii\.gz is (truncated or damaged|an empty file|a text file)|contains more than"
     ):
         read_nifti(path)
 
 
-def test_a_written_mask_is_what_nibabel_reads(tmp_path: Path, module: str) -> None:
+def test_nibabel_reads_the_written_mask(tmp_path: Path, module: str) -> None:
     written = tmp_path / "new" / "m.nii.gz"
     write_nifti(values("u1"), AFFINE, written)
     loaded = nib.Nifti1Image.from_filename(tmp_path / "new" / "m.nii.gz")
@@ -123,7 +123,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [each.name for each in tmp_path.iterdir()] == ["m.nii.gz"]
 
 
-def test_a_mask_is_named_after_its_case_and_else_after_its_image(tmp_path: Path) -> None:
+def test_a_mask_is_named_after_its_case_or_else_its_image(tmp_path: Path) -> None:
     mask = MetaTensor(torch.ones(1, 2, 3, 4), affine=torch.as_tensor(AFFINE), meta={"case_id": "P1"})
     SaveMaskd("pred", str(tmp_path))({"pred": mask})
     unnamed = MetaTensor(torch.ones(1, 2, 3, 4), affine=torch.eye(4), meta={"filename_or_obj": "a/ct7.nii.gz"})

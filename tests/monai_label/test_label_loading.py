@@ -130,7 +130,8 @@ def test_a_missing_modality_is_refused_by_name(
     (study.parent / "pet" / study.name).unlink()
     done = imitate(study)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == f"ValueError: Case case: no pet was given or found beside {study}."
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith(f"ValueError: Case case: no pet was given or found next to {study}. Add the file")
     assert not (tmp_path / "mask.npz").exists()
 
 

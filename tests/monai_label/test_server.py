@@ -150,8 +150,8 @@ def test_a_missing_modality_is_refused_unless_the_request_allows_it(server: Serv
         for _ in range(2):  # before and after a request with the option, which is valid for one request only
             refused = server.infer("PHANTOM_003")
             assert refused.status_code == 422
-            words = f"Case PHANTOM_003: no mr was given or found beside {studies / 'PHANTOM_003.nii.gz'}."
-            assert refused.json() == {"detail": words}
+            words = f"Case PHANTOM_003: no mr was given or found next to {studies / 'PHANTOM_003.nii.gz'}."
+            assert refused.json()["detail"].startswith(words)
             without = server.mask("PHANTOM_003", tmp_path, allow_missing=True)
     finally:
         shutil.move(away, studies / "mr" / "PHANTOM_003.nii.gz")
@@ -163,7 +163,7 @@ def test_a_missing_modality_is_refused_unless_the_request_allows_it(server: Serv
     ("image", "status", "words"),
     [
         ("PHANTOM_009", 404, "The store has no study named 'PHANTOM_009'."),
-        ("PHANTOM_002", 422, "PHANTOM_002.nii.gz is cut off or damaged"),
+        ("PHANTOM_002", 422, "PHANTOM_002.nii.gz is truncated or damaged"),
     ],
 )
 def test_a_study_that_cannot_be_read_is_named(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts of known data sets."""
+"""Readers of known data set layouts. README.md describes how to add one."""

@@ -3,11 +3,11 @@
 
     hecktor2021_train/hecktor_nii/CHUM001_ct.nii.gz     HU, the reference
     hecktor2021_train/hecktor_nii/CHUM001_pt.nii.gz     SUV (g/mL), on its own grid
-    hecktor2021_train/hecktor_nii/CHUM001_gtvt.nii.gz   {0, 1}, not there for test cases
+    hecktor2021_train/hecktor_nii/CHUM001_gtvt.nii.gz   {0, 1}, missing for test cases
     hecktor2021_train/hecktor2021_bbox_training.csv     PatientID,x1,x2,y1,y2,z1,z2 in mm
 
-The boxes, 144 mm wide, are in the frame of the scanner with LPS axes: physical points as ITK and SimpleITK give them.
-NIfTI's own affine is RAS, so with nibabel or MONAI (affine_lps_to_ras=True) negate x and y, and swap their ends.
+The boxes are 144 mm wide and given in world coordinates with LPS axes, as in ITK and SimpleITK. NIfTI affines are RAS:
+with nibabel or MONAI (affine_lps_to_ras=True), negate x and y and swap their ends.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LAYOUT = "hecktor2021_train/hecktor_nii/<patient>_ct.nii.gz (reference), _pt.nii
 def datalist(root: Path) -> list[Item]:
     """List the cases: keys `ct` (reference), `pet`, `label`.
 
-    Each also has `centre`, the leading letters of the patient id (CHUM001 -> CHUM), and, where the table of boxes names
-    the patient, `bbox_mm` = [x1, y1, z1, x2, y2, z2] in mm, LPS.
+    Each item also has `centre`, the leading letters of the patient id (CHUM001 -> CHUM), and `bbox_mm` = [x1, y1, z1,
+    x2, y2, z2] in mm, LPS, if the table of boxes contains the patient.
 
     Args:
-        root: the folder that holds hecktor2021_train, or hecktor2021_train, or hecktor_nii.
+        root: the parent folder of hecktor2021_train, hecktor2021_train itself, or hecktor_nii.
 
     Raises:
-        FileNotFoundError: no folder, no case, or a case without CT; every missing image is named.
-        ValueError: the table of boxes cannot be understood.
+        FileNotFoundError: no folder, no case, or a case without CT; the message names every missing image.
+        ValueError: the table of boxes cannot be parsed.
     """
     root = require_folder(root, "hecktor21", LAYOUT)
-    inside = (root / "hecktor2021_train" / "hecktor_nii", root / "hecktor_nii")
-    folder = next((path for path in inside if path.is_dir()), root)
+    candidates = (root / "hecktor2021_train" / "hecktor_nii", root / "hecktor_nii")
+    folder = next((path for path in candidates if path.is_dir()), root)
     names = [re.fullmatch(r"([^.].*)_(ct|pt|gtvt)\.nii\.gz", path.name) for path in folder.iterdir()]
     boxes = read_boxes(folder.parent / BOXES)
     cases = []
@@ -57,10 +57,10 @@ def datalist(root: Path) -> list[Item]:
 
 
 def read_boxes(path: Path) -> dict[str, list[float]]:
-    """Read the boxes by column name: patient id to [x1, y1, z1, x2, y2, z2] (mm, LPS); {} without the file.
+    """Read the table of boxes: patient id to [x1, y1, z1, x2, y2, z2] (mm, LPS); {} if there is no file.
 
     Raises:
-        ValueError: a column is missing, a patient occurs twice, or a box is not six numbers with x1 < x2 and so on.
+        ValueError: a column is missing, a patient occurs twice, or a box is not six numbers with x1 < x2 etc.
     """
     if not path.is_file():
         return {}
@@ -70,7 +70,7 @@ def read_boxes(path: Path) -> dict[str, list[float]]:
         rows = list(reader) if not absent else []
     if absent:
         raise ValueError(
-            f"{path} lacks the column(s) {', '.join(absent)}: name PatientID and each corner in its header."
+            f"{path} has no column(s) {', '.join(absent)}. The header must name PatientID and each corner."
         )
     boxes: dict[str, list[float]] = {}
     for row in rows:
@@ -80,8 +80,10 @@ def read_boxes(path: Path) -> dict[str, list[float]]:
         except (TypeError, ValueError):  # TypeError: the row is too short
             box = [math.nan] * 6
         if not all(low < high < math.inf and low > -math.inf for low, high in zip(box[:3], box[3:], strict=True)):
-            raise ValueError(f"{path} has no valid box for {patient}: give six numbers in mm, low ends first.")
+            raise ValueError(
+                f"{path} has no valid box for {patient}. Give six numbers in mm, with x1 < x2, y1 < y2, z1 < z2."
+            )
         if patient in boxes:
-            raise ValueError(f"{path} has two boxes for {patient}: keep one.")
+            raise ValueError(f"{path} has two boxes for {patient}. Keep one.")
         boxes[patient] = box
     return boxes

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synthetic limb in CT, PET and MR, written in the layout of `scripts.data.cohorts.sts`: for demonstration and tests.
+"""A synthetic limb in CT, PET and MR, in the layout of `scripts.data.cohorts.sts`, for demonstrations and tests.
 
-A case is an analytical scene, a function of world coordinates in mm, sampled at the voxel centres of three grids that
-share one frame and nothing else: CT about 64 x 64 x 48 voxels of 3 x 3 x 4 mm; PET coarser (4.7 x 4.7 x 4 mm); MR finer
+A case is an analytical scene: a function of world coordinates in mm, sampled at the voxel centres of three different
+grids: CT about 64 x 64 x 48 voxels of 3 x 3 x 4 mm; PET coarser (4.7 x 4.7 x 4 mm); MR finer
 (2.6 x 2.6 x 4 mm) with a smaller field of view, rotated by 3 to 6 degrees. CT and PET axes are LPS, as from DICOM.
 
 Anatomy: an elliptic limb with a fat rim, muscle with fatty septa, one or two bones, an artery and a vein, air outside.
-The lesion (5 to 60 ml, off centre) is made so that no single modality delineates it (values in `SIGNALS`):
+No single modality delineates the lesion (5 to 60 ml, off centre; values in `SIGNALS`):
 - the *active* part is hot in PET, but has the signal of muscle in MR and nearly that of muscle in CT;
 - the *core*, a necrotic lobe, is cold in PET and bright in MR; in CT it is 17 HU below muscle, less than the noise.
 
-Two structures are not lesion: *urine*, as hot as the active part, told apart by its density in CT (contrast medium);
-and a *cyst*, as bright in MR as the core, told apart by its water density in CT and by lying alone.
+Two structures are not lesion: *urine*, as hot as the active part, but denser in CT (contrast medium); and a *cyst*, as
+bright in MR as the core, but of water density in CT and isolated.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from scripts.data.case_list import Item
 from scripts.data.cohorts.sts import MODALITIES, image_name, mask_name, read_layout
+from scripts.image_io.headers import LPS_TO_RAS
 from scripts.image_io.nifti import write_nifti
 from scripts.utils.atomic_files import write_text
 
@@ -51,21 +52,21 @@ HOT_SUV = (4.5, 8.5)  # drawn per case for the active part and, independently, f
 NOISE_CT = 18.0  # HU, standard deviation
 NOISE_MR = 25.0  # a.u., of each of the two channels whose magnitude is taken (Rician)
 PET_COUNTS = 40.0  # Poisson counts per SUV and voxel
-PET_FWHM = 6.0  # mm, resolution of the scanner
+PET_FWHM = 6.0  # mm, resolution of the scanner (full width at half maximum)
 TEXTURE = {"ct": 7.0, "pet": 0.10, "mr": 0.05}  # HU; the others relative to the signal
 BIAS_MR = 0.08  # standard deviation of the logarithm of the bias field
-LESION_ML = (10.0, 42.0)  # drawn log-uniformly; the warp changes it, within 5 to 60 ml
+LESION_ML = (10.0, 42.0)  # drawn log-uniformly; the warp changes the volume to 5 to 60 ml
 EDGE = 0.6  # mm, softness of borders (partial volume)
 GRIDS = {  # voxels, largest change of each number, spacing in mm
     "ct": ((64, 64, 48), 3, (3.0, 3.0, 4.0)),
     "pet": ((42, 42, 48), 2, (4.7, 4.7, 4.0)),
     "mr": ((58, 58, 40), 2, (2.6, 2.6, 4.0)),
 }
-FORMAT = 1  # raised when the same seed gives other voxels
+FORMAT = 1  # increase it when the same seed gives different voxels
 
 
 class Scene(NamedTuple):
-    """One case, in mm relative to `origin` (world, LPS, mm): `layers` are painted one over the other, on air."""
+    """One case, in mm relative to `origin` (world, LPS, mm). `layers` are painted in order, on air."""
 
     origin: Array
     layers: list[tuple[tuple[float, float, float], Shape]]  # signals as in SIGNALS; last: whole lesion, active part
@@ -77,7 +78,7 @@ def _waves(rng: np.random.Generator, shortest: float, longest: float, count: int
     vectors = rng.normal(size=(count, 3))
     vectors *= 2 * np.pi / rng.uniform(shortest, longest, (count, 1)) / np.linalg.norm(vectors, axis=1, keepdims=True)
     k, phase = vectors.astype(np.float32), rng.uniform(0, 2 * np.pi, (count, 1)).astype(np.float32)
-    # einsum, since the threads of a BLAS product wait for each other on a busy machine
+    # einsum instead of BLAS, whose threads wait for each other on a busy machine
     return lambda p: np.cos(np.einsum("ij,jn->in", k, p) + phase).sum(axis=0) * float(np.sqrt(2 / count))
 
 
@@ -114,17 +115,18 @@ def _septa(rng: np.random.Generator, bone: tuple[float, ...], muscle: Shape) -> 
 def _blob(rng: np.random.Generator, ml: float, muscle: Array, obstacles: list[Any]) -> tuple[Shape, Shape, Array]:
     """A warped ellipsoid of about `ml` millilitres in the muscle, clear of obstacles (x, y, z, radius; z NaN: a tube).
 
-    Returns its surface, the part of it on one side of a wavy cut (about 45 to 65% of the volume) and its centre.
+    Returns:
+        Its surface, the part on one side of a wavy cut (about 45 to 65% of the volume), and its centre.
     """
     axes = rng.uniform(0.8, 1.25, 3)
     axes *= (ml * 1000 * 0.75 / np.pi / axes.prod()) ** (1 / 3)
     size = float(axes.mean())
-    angle, radius = rng.uniform(0, 2 * np.pi, 400), np.sqrt(rng.uniform(0.1, 1, 400))  # never in the very centre
+    angle, radius = rng.uniform(0, 2 * np.pi, 400), np.sqrt(rng.uniform(0.1, 1, 400))  # never in the exact centre
     plane = radius * np.stack([np.cos(angle), np.sin(angle)])
     centres = np.column_stack([plane.T * np.maximum(muscle - 0.9 * size, 8), rng.uniform(-38, 38, 400)])
     gap = np.nan_to_num(centres[:, None] - np.array(obstacles)[None, :, :3])
     clear = (np.linalg.norm(gap, axis=-1) - np.array(obstacles)[:, 3]).min(axis=1) - size
-    centre = centres[np.argmax(np.minimum(clear, 4))]  # the first with 4 mm to spare, or else the best
+    centre = centres[np.argmax(np.minimum(clear, 4))]  # the first with 4 mm clearance, or else the best
     obstacles.append([*centre, float(axes.max())])
     to_ball = (np.diag(1 / axes) @ _rotation(rng, rng.uniform(0, 180))).astype(np.float32)
     shift = (to_ball @ centre)[:, None].astype(np.float32)
@@ -147,11 +149,11 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     inner = skin - rng.uniform(8, 13)
     muscle = _limb(rng, inner, rng.uniform(-3, 3, 2), taper)
     around = rng.uniform(0, 2 * np.pi)
-    beside = around + rng.uniform(1, 5) + np.array([0.0, 0.3])
+    vessel_angles = around + rng.uniform(1, 5) + np.array([0.0, 0.3])
     bones = [(*rng.uniform(-12, 12, 2).tolist(), rng.uniform(11, 14))]
     if rng.random() < 0.5:
         bones.append((*(0.6 * inner * (np.cos(around), np.sin(around))).tolist(), rng.uniform(6, 8)))
-    vessels = [(*(0.5 * inner * (np.cos(a), np.sin(a))).tolist(), rng.uniform(3, 4)) for a in beside]
+    vessels = [(*(0.5 * inner * (np.cos(a), np.sin(a))).tolist(), rng.uniform(3, 4)) for a in vessel_angles]
     obstacles = [[x, y, np.nan, radius] for x, y, radius in bones + vessels]
     shapes = [("fat", _limb(rng, skin, np.zeros(2), taper)), ("muscle", muscle), ("fat", _septa(rng, bones[0], muscle))]
     shapes += [("vessel", _tube(*vessel)) for vessel in vessels]
@@ -167,7 +169,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def acquire(scene: Scene, modality: str, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """Image one modality: voxels (int16 HU, float32 SUV or int16 a.u.), lesion mask (uint8), affine (RAS, mm)."""
+    """Sample one modality: voxels (int16 HU, float32 SUV or int16 a.u.), lesion mask (uint8), affine (RAS, mm)."""
     shape, change, spacing = GRIDS[modality]
     shape = tuple((shape + rng.integers(-change, change + 1, 3)).tolist())
     axes, centre = np.diag(spacing * rng.uniform(0.96, 1.04, 2)[[0, 0, 1]]), rng.uniform(-3, 3, 3)
@@ -193,26 +195,26 @@ def acquire(scene: Scene, modality: str, rng: np.random.Generator) -> tuple[Arra
         voxels = np.rint(np.hypot(signal * (1 + texture) * bias + noise[0], noise[1])).astype(np.int16)
     lps = np.vstack([np.column_stack([axes, corner + scene.origin]), [0, 0, 0, 1]])
     mask = (scene.layers[-2][1](points) < 0).astype(np.uint8)
-    return voxels.reshape(shape), mask.reshape(shape), np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps  # NIfTI is RAS
+    return voxels.reshape(shape), mask.reshape(shape), LPS_TO_RAS @ lps
 
 
 def make_case(seed: int, index: int) -> dict[str, tuple[Array, Array, Array]]:
-    """Make case `index`, the same whatever the number of cases: per modality voxels, mask and affine (RAS, mm)."""
+    """Make case `index`, independent of the number of cases: per modality voxels, mask and affine (RAS, mm)."""
     scene = draw_scene(np.random.default_rng([seed, index]))
     return {m: acquire(scene, m, np.random.default_rng([seed, index, k])) for k, m in enumerate(MODALITIES, 1)}
 
 
 def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: bool = True) -> list[Item]:
-    """Write PHANTOM_001... under `root` and return their data list; a folder with the same phantoms is completed.
+    """Write PHANTOM_001... to `root` and return their data list. Existing phantoms of the same parameters are kept.
 
     Raises:
         ValueError: `cases` is not in 1 to 999 or `seed` is negative.
-        FileExistsError: the folder holds other phantoms.
+        FileExistsError: the folder contains other phantoms.
     """
     if not 1 <= cases <= 999 or seed < 0:
         raise ValueError(f"Phantoms need 1 to 999 cases and a seed of 0 or more, got cases={cases} and seed={seed}.")
     (root := Path(root)).mkdir(parents=True, exist_ok=True)
-    _claim(root, json.dumps({"format": FORMAT, "cases": cases, "seed": seed}))
+    _check_parameters(root, json.dumps({"format": FORMAT, "cases": cases, "seed": seed}))
     for index in tqdm(range(1, cases + 1), desc="phantoms", unit="case", disable=not progress):
         folder = root / f"PHANTOM_{index:03d}"
         if all((folder / name(modality)).is_file() for modality in MODALITIES for name in (image_name, mask_name)):
@@ -224,14 +226,16 @@ def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: b
     return datalist(root)
 
 
-def _claim(root: Path, wanted: str) -> None:
-    """Note the parameters in phantom.json, or compare them with those of the phantoms already there."""
+def _check_parameters(root: Path, parameters: str) -> None:
+    """Write the parameters to phantom.json, or compare them with those of the phantoms in the folder."""
     record = root / "phantom.json"
-    found = record.read_text(encoding="utf-8").strip() if record.is_file() else "unknown parameters"
+    existing = record.read_text(encoding="utf-8").strip() if record.is_file() else "unknown parameters"
     if not record.is_file() and not any(root.glob("PHANTOM_*")):
-        write_text(wanted + "\n", record)
-    elif found != wanted:
-        raise FileExistsError(f"{root} holds phantoms of {found}, not {wanted}: choose another folder or delete it.")
+        write_text(parameters + "\n", record)
+    elif existing != parameters:
+        raise FileExistsError(
+            f"{root} contains phantoms of {existing}, not {parameters}. Choose another folder or delete it."
+        )
 
 
 def datalist(root: Path) -> list[Item]:

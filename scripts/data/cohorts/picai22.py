@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PI-CAI 2022: biparametric MR of the prostate (T2W, ADC, high b-value), with clinically significant cancer delineated.
+"""PI-CAI 2022: biparametric prostate MR (T2W, ADC, high b-value), with delineated clinically significant cancer.
 
     images/<patient>/<patient>_<study>_t2w.mha     the reference; a.u.
     images/<patient>/<patient>_<study>_adc.mha     1e-6 mm^2/s, on its own oblique grid
@@ -8,10 +8,10 @@
 
 The images may also lie in folders of the published folds (public_images_fold0/<patient>/...).
 
-Labels are on the T2W grid, some off their image by up to 0.385 mm: under half a voxel, to be resampled. They hold 0, 2,
-3, 4, 5 (the ISUP grade), some as float64: every value >= 1 is foreground. Only paths are listed here; transforms map
-the values. A study without a human delineation has no `label`: the AI's delineations (Bosma22a) are never taken in its
-place, since a model would then be scored against another model.
+Labels are on the T2W grid. Some are shifted by up to 0.385 mm (less than half a voxel) and must be resampled. Their
+values are 0, 2, 3, 4, 5 (the ISUP grade), some as float64; every value >= 1 is foreground. Only paths are listed here;
+transforms map the values. A study without a human delineation has no `label`. The AI delineations (Bosma22a) are never
+used instead, because a model would then be scored against another model.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LAYOUT = f"images/<patient>/<patient>_<study>_t2w.mha (reference), _adc.mha, _hb
 
 
 def datalist(root: Path) -> list[Item]:
-    """List the studies, `case_id` "<patient>_<study>": keys `t2w` (reference), `adc`, `hbv`; `label` if a human drew.
+    """List the studies: keys `t2w` (reference), `adc`, `hbv`; `label` if there is a human delineation.
 
-    Split by `patient_id`: 1476 patients have 1500 studies.
+    `case_id` is "<patient>_<study>". Split by `patient_id`: 1476 patients have 1500 studies.
 
     Raises:
-        FileNotFoundError: no folder, no study, or a study without T2W; every missing image is named.
-        ValueError: a study lies in two folders, which are named.
+        FileNotFoundError: no folder, no study, or a study without T2W; the message names every missing image.
+        ValueError: a study is in two folders.
     """
     root = require_folder(root, "picai22", LAYOUT)
     studies = set()
-    # glob, since Path.rglob does not follow links; it leaves out "._" files (macOS leftovers)
+    # glob follows links, unlike Path.rglob, and skips "._" files (created by macOS)
     for path in map(root.joinpath, glob.iglob("**/*.mha", root_dir=root, recursive=True)):
         name = re.fullmatch(r"([^_]+)_([^_]+)_(t2w|adc|hbv)\.mha", path.name)
         if name:

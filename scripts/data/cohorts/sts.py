@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft-tissue sarcoma (STS): CT, FDG-PET and T1-weighted MR of one patient, on their own grids in one physical frame.
+"""Soft-tissue sarcoma (STS): CT, FDG-PET and T1-weighted MR, each on its own grid, in common world coordinates.
 
 Layout of `ibsi_validation/nifti` in theibsi/data_sets (Vallières et al. 2015, doi:10.7937/K9/TCIA.2015.7GO2GSKS):
 
@@ -7,7 +7,7 @@ Layout of `ibsi_validation/nifti` in theibsi/data_sets (Vallières et al. 2015, 
     <root>/STS_001/PET_image.nii.gz     SUV (g/mL)     PET_mask.nii.gz
     <root>/STS_001/MR_T1_image.nii.gz   a.u.           MR_T1_mask.nii.gz
 
-The label is the mask on the CT grid. The phantom is written in this very layout, so this reader serves both.
+The label is the mask on the CT grid. The phantom has the same layout and uses the same reader.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def datalist(root: Path) -> list[Item]:
     """List the cases: keys `ct` (reference), `pet`, `mr`; `label` is the mask on the CT grid.
 
     Raises:
-        FileNotFoundError: no folder, no case, or a case without CT; every missing image is named.
+        FileNotFoundError: no folder, no case, or a case without CT; the message names every missing image.
     """
     return read_layout(root, "sts", "STS_")
 
 
 def read_layout(root: Path, name: str, prefix: str) -> list[Item]:
-    """List the folders that are called `prefix`... or hold at least one of the layout's files."""
+    """List the cases: folders whose name begins with `prefix`, or that contain at least one of the layout's files."""
     root = require_folder(root, name, LAYOUT)
     known = {file_name(modality) for modality in MODALITIES for file_name in (image_name, mask_name)}
     cases = []
     for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith("."):  # "._" files are macOS leftovers
+        if not folder.is_dir() or folder.name.startswith("."):  # macOS creates "._" entries
             continue
         if folder.name.startswith(prefix) or any((folder / file).is_file() for file in known):
             files = {modality: folder / image_name(modality) for modality in MODALITIES}

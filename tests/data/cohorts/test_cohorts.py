@@ -48,13 +48,13 @@ def test_an_unknown_data_set_is_refused_with_the_valid_names(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_folder_that_does_not_exist_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist: expected .*(CT|ct|t2w)"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist. Expected: .*(CT|ct|t2w)"):
         datalist(name, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_folder_without_a_case_is_named_with_the_expected_layout(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"No case.*{tmp_path.name}: expected .*(CT|ct|t2w)"):
+    with pytest.raises(FileNotFoundError, match=rf"No cases.*{tmp_path.name}. Expected: .*(CT|ct|t2w)"):
         datalist(name, str(tmp_path))
 
 
@@ -118,14 +118,14 @@ def test_boxes_are_read_by_column_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("PatientID,x1,x2,y1,y2,z1\nCHUM001,1,2,3,4,5\n", r"lacks the column\(s\) z2"),
+        ("PatientID,x1,x2,y1,y2,z1\nCHUM001,1,2,3,4,5\n", r"has no column\(s\) z2"),
         (HEADER + "CHUM001,1,2,3,4,5,6\nCHUM001,1,2,3,4,5,7\n", "two boxes for CHUM001"),
         (HEADER + "CHUM001,2,1,3,4,5,6\n", "no valid box for CHUM001"),
         (HEADER + "CHUM001,1,2,3,4,5\n", "no valid box for CHUM001"),
         (HEADER + "CHUM001,1,2,3,4,5,nan\n", "no valid box for CHUM001"),
     ],
 )
-def test_a_table_of_boxes_that_makes_no_sense_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_table_of_boxes_is_refused(text: str, message: str, tmp_path: Path) -> None:
     hecktor_case(tmp_path / "hecktor_nii", "CHUM001")
     (tmp_path / "hecktor2021_bbox_training.csv").write_text(text)
     with pytest.raises(ValueError, match=f"hecktor2021_bbox_training.csv .*{message}"):

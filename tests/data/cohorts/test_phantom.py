@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phantom: reproducible, plausible, and not to be delineated from any single modality."""
+"""The phantom is reproducible and plausible, and no single modality delineates its lesion."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_interrupted_folder_is_completed_and_a_complete_one_is_kept(tmp_path:
 
 def test_other_phantoms_in_the_folder_are_refused(tmp_path: Path) -> None:
     write_phantoms(tmp_path, cases=1, progress=False)
-    with pytest.raises(FileExistsError, match=r'"seed": 0.*"seed": 5.*choose another folder'):
+    with pytest.raises(FileExistsError, match=r'"seed": 0.*"seed": 5.*Choose another folder'):
         write_phantoms(tmp_path, cases=1, seed=5, progress=False)
     (tmp_path / "phantom.json").unlink()
     with pytest.raises(FileExistsError, match="unknown parameters"):
@@ -140,7 +140,7 @@ def test_the_lesion_has_5_to_60_ml_on_every_grid(cases: list[Case]) -> None:
         assert max(ml) / min(ml) < 1.1
 
 
-def test_the_lesion_has_a_hot_part_and_a_cold_part_that_is_bright_in_mr(cases: list[Case]) -> None:
+def test_the_lesion_has_a_hot_part_and_a_cold_part_bright_in_mr(cases: list[Case]) -> None:
     for case in cases:
         lesion = case["ct"][1] > 0
         pet, mr, ct = on_ct_grid(case, "pet"), on_ct_grid(case, "mr"), case["ct"][0]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small case of three modalities and a label, ways to damage a file, and the commands that must notice."""
+"""A small case of three modalities and a label, ways to damage a file, and the commands that must detect it."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
+import logging
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from scripts.cli.main import main
+from scripts.data.cohort_check import Criteria, check_case
+from scripts.image_io.checks import Finding, Rules
 from scripts.networks import Student
 
 Array = NDArray[Any]
@@ -34,7 +38,7 @@ TINY = [
 
 
 class Outcome(NamedTuple):
-    """What a command left: exit code, both streams, files (hidden ones are locks), findings of ``check``."""
+    """The result of a command: exit code, both streams, written files except locks, findings of ``check``, log."""
 
     code: int
     out: str
@@ -42,21 +46,26 @@ class Outcome(NamedTuple):
     files: list[str]
     findings: list[dict[str, str]] = []  # noqa: RUF012
     mask: Path = Path()
+    log: list[logging.LogRecord] = []  # noqa: RUF012
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
+        return re.findall(r"^.*?(error: .*)$", self.err, re.MULTILINE)  # a progress bar may precede it
 
     def warned(self, *words: str) -> bool:
-        """Whether one line of the log, or one finding, is a warning with all of these words."""
-        lines = [line for line in self.err.splitlines() if " WARNING " in line]
-        lines += [each["what"] for each in self.findings if each["level"] == "warning"]
-        return any(all(word in line for word in words) for line in lines)
+        """Whether one warning in the log or in the findings contains all of these words."""
+        messages = [record.getMessage() for record in self.log if record.levelno == logging.WARNING]
+        messages += [finding["what"] for finding in self.findings if finding["level"] == "warning"]
+        return any(all(word in message for word in words) for message in messages)
+
+    def noted(self, pattern: str) -> bool:
+        """Whether a message in the log matches a regular expression."""
+        return any(re.search(pattern, record.getMessage()) for record in self.log)
 
 
 @pytest.fixture(scope="session")
 def make_case(write_nifti: Any, make_affine: Any, world: Any) -> Callable[..., Files]:
-    """``make_case(folder, seed)`` writes plausible HU, SUV, a.u. and a ball as label, each on its own grid."""
+    """``make_case(folder, seed)`` writes plausible HU, SUV and a.u. and a ball as label, each on its own grid."""
 
     def make(folder: Path, seed: int = 0) -> Files:
         rng, files = np.random.default_rng(seed), {}
@@ -78,9 +87,20 @@ def make_case(write_nifti: Any, make_affine: Any, world: Any) -> Callable[..., F
 
 @pytest.fixture
 def case(make_case: Any, tmp_path: Path) -> Files:
-    """One whole case."""
+    """One undamaged case."""
     files: Files = make_case(tmp_path / "case")
     return files
+
+
+@pytest.fixture(scope="session")
+def findings_of() -> Callable[..., list[Finding]]:
+    """``findings_of(files, rules)``: what ``check`` finds in one case, without the command."""
+
+    def find(files: Mapping[str, Path], rules: Rules | None = None) -> list[Finding]:
+        case = {"case_id": "A", "image": str(files["ct"]), **{key: str(path) for key, path in files.items()}}
+        return check_case(case, Criteria(["ct", "pet", "mr"], [[0], [1]], rules or Rules()))
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +114,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def threshold(tmp_path: Path) -> Callable[[str, float], list[str]]:
-    """``threshold("ct", 0.4)``: a network in the student's place whose mask is where the scaled CT exceeds 0.4."""
+    """``threshold("ct", 0.4)``: a network instead of the student; its mask is where the scaled CT exceeds 0.4."""
 
     def arguments(key: str, value: float) -> list[str]:
         network = torch.nn.Conv3d(3, 2, 1)
@@ -110,22 +130,25 @@ def threshold(tmp_path: Path) -> Callable[[str, float], list[str]]:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a verb on the tiny settings, and look into its folder."""
+def command(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., Outcome]:
+    """Run a verb with the tiny settings, and list the files in its folder."""
 
     def run(verb: str, folder: Path, *arguments: Any) -> Outcome:
         capsys.readouterr()
+        caplog.clear()
         code = main([verb, *TINY, *(str(each) for each in arguments)])
         out, err = capsys.readouterr()
-        found = [str(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
-        return Outcome(code, out, err, sorted(name for name in found if not name.endswith("lock")))
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*")] if folder.is_dir() else []
+        return Outcome(
+            code, out, err, sorted(name for name in names if not name.endswith("lock")), log=[*caplog.records]
+        )
 
     return run
 
 
 @pytest.fixture
 def segment(command: Any, weights: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """``segment(files, *more)``: the case's mask, by the tiny student unless ``--weights`` are given."""
+    """``segment(files, *more)`` segments a case, with the tiny student unless ``--weights`` is given."""
 
     def run(files: Mapping[str, Path], *more: Any, name: str = "mask") -> Outcome:
         folder = tmp_path / "output"
@@ -140,7 +163,7 @@ def segment(command: Any, weights: Path, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture
 def write_list(tmp_path: Path) -> Callable[[Mapping[str, Files]], list[Any]]:
-    """``write_list(cases)`` writes the table of a cohort, and returns the arguments that name it."""
+    """``write_list(cases)`` writes the table of a cohort and returns the arguments for it."""
 
     def write(cases: Mapping[str, Files]) -> list[Any]:
         keys = list(dict.fromkeys(key for files in cases.values() for key in files))
@@ -159,9 +182,9 @@ def check(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
     """``check(cases, *more)``: the findings of a cohort."""
 
     def run(cases: Mapping[str, Files], *more: Any) -> Outcome:
-        found = tmp_path / "found" / "findings.json"
-        outcome = command("check", found.parent, *write_list(cases), "--json", found, *more)
-        report = json.loads(found.read_text())
+        file = tmp_path / "found" / "findings.json"
+        outcome = command("check", file.parent, *write_list(cases), "--json", file, *more)
+        report = json.loads(file.read_text())
         assert report["cases"] == len(cases)
         return outcome._replace(findings=report["findings"])
 
@@ -170,7 +193,7 @@ def check(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture
 def cohort_of(make_case: Any, tmp_path: Path) -> Callable[..., dict[str, Files]]:
-    """``cohort_of(n)``: n whole cases; ``A`` is the first."""
+    """``cohort_of(n)``: n undamaged cases; ``A`` is the first."""
 
     def make(number: int = 3) -> dict[str, Files]:
         names = "ABCDEFGH"[:number]
@@ -194,7 +217,7 @@ def train(command: Any, write_list: Any, tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture(scope="session")
 def assert_refused() -> Callable[..., None]:
-    """Exit code 1, one sentence that has all the words, no traceback, and no file under its final name."""
+    """Exit code 1, one line that contains all the words, no traceback, and no output file."""
 
     def check_outcome(outcome: Outcome, *words: str) -> None:
         assert outcome.code == 1, outcome.err
@@ -202,7 +225,7 @@ def assert_refused() -> Callable[..., None]:
         for word in words:
             assert word in outcome.errors[0]
         assert "Traceback" not in outcome.err
-        made = [Path(name).name for name in outcome.files]
+        written = [Path(name).name for name in outcome.files]
         assert not {
             "mask.nii.gz",
             "mask.manifest.json",
@@ -210,15 +233,15 @@ def assert_refused() -> Callable[..., None]:
             "checkpoint.pt",
             "model.pt",
             "curves.csv",
-        } & set(made)
-        assert not [name for name in made if name.endswith(".part")]
+        } & set(written)
+        assert not [name for name in written if name.endswith(".part")]
 
     return check_outcome
 
 
 @pytest.fixture(scope="session")
 def patch_nifti() -> Callable[..., Path]:
-    """``patch_nifti(path, offset, format, *values)`` overwrites bytes of a packed NIfTI file's header."""
+    """``patch_nifti(path, offset, format, *values)`` overwrites bytes in the header of a compressed NIfTI file."""
 
     def patch(path: Path, offset: int, form: str, *values: float) -> Path:
         data = bytearray(gzip.decompress(path.read_bytes()))
@@ -231,7 +254,7 @@ def patch_nifti() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def change_voxels(write_nifti: Any) -> Callable[..., Path]:
-    """``change_voxels(path, function)`` writes the file again with other voxels and the same affine."""
+    """``change_voxels(path, function)`` rewrites the file with other voxels and the same affine."""
 
     def change(path: Path, function: Callable[[Array], Array]) -> Path:
         image = nib.Nifti1Image.from_filename(path)

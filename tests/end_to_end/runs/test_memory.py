@@ -49,7 +49,7 @@ def test_more_voxels_than_the_cap_are_refused_whatever_the_memory(
 ) -> None:
     mask = tmp_path / "out" / "mask.nii.gz"
     error = refused(*segment_arguments({"ct": huge}, mask, "--allow-missing"))
-    assert f"{huge} claims 2000 x 2000 x 2000 voxels, more than the cap of {2**30}" in error
+    assert f"{huge} states 2000 x 2000 x 2000 voxels, more than the limit of {2**30}" in error
     assert "--max-voxels" in error
     assert [path for path in mask.parent.iterdir() if path.name[0] != "."] == []
 
@@ -87,7 +87,9 @@ def test_nothing_is_read_before_the_estimate_is_accepted(
     monkeypatch.setattr(memory, "available_bytes", lambda: GIB // 5)  # of about 0.22
     with monkeypatch.context() as patch:
         patch.setattr(scripts.image_io.reader, "read_volume", never)
-        assert "needs about 0.2 GiB of memory, but 0.2 GiB are available" in refused(*segment_arguments(files, mask))
+        assert "needs about 0.2 GiB of memory, but only 0.2 GiB are available" in refused(
+            *segment_arguments(files, mask)
+        )
     assert main(segment_arguments(files, mask, "--set", "memory_gib=0.05")) == 0
 
 

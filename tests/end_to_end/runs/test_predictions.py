@@ -21,13 +21,13 @@ from scripts.evaluation.score import score
 SHAPE = (12, 10, 8)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "cut off": (lambda packed: packed[:-30], "is cut off or damaged"),
-    "flipped": (lambda packed: packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:], "is cut off or damaged"),
+    "cut off": (lambda packed: packed[:-30], "is truncated or damaged"),
+    "flipped": (lambda packed: packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:], "is truncated or damaged"),
     "empty": (lambda packed: b"", "is an empty file"),
     "text": (lambda packed: b"404: not found\n", "is a text file"),
     "pointer": (lambda packed: LFS, "is a Git LFS pointer"),
-    "short": (lambda packed: gzip.compress(gzip.decompress(packed)[:-5]), "holds less than"),
-    "4D": (lambda packed: _four_dimensional(), "holds 12 x 10 x 8 x 2 voxels: give one 3D volume per file"),
+    "short": (lambda packed: gzip.compress(gzip.decompress(packed)[:-5]), "contains fewer than"),
+    "4D": (lambda packed: _four_dimensional(), "contains 12 x 10 x 8 x 2 voxels. Give one 3D volume per file"),
 }
 
 
@@ -96,7 +96,7 @@ def test_missing_and_unreadable_are_told_apart(cases: Any, tmp_path: Path) -> No
 def test_a_reference_that_cannot_be_read_is_refused_by_name(cases: Any, tmp_path: Path) -> None:
     path = Path(cases[1]["label"])
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=f"{path} is cut off or damaged"):
+    with pytest.raises(ValueError, match=f"{path} is truncated or damaged"):
         scored(cases, tmp_path)
     assert not (tmp_path / "out" / "summary.json").exists()
 
@@ -113,7 +113,7 @@ def test_the_command_scores_what_can_be_read_and_ends_well(
     arguments = ["evaluate", *tiny, "--dataset-dir", cohort, "--predictions", masks, "--output-dir", tmp_path / "out"]
     assert main([str(each) for each in arguments]) == 0
     printed = capfd.readouterr()
-    assert f"unreadable: {broken} is cut off or damaged" in printed.err
+    assert f"unreadable: {broken} is truncated or damaged" in printed.err
     assert "Traceback" not in printed.err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["aggregate"]["counts"]["ok"], summary["aggregate"]["counts"]["error"]) == (5, 1)

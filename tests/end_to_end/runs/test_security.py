@@ -147,7 +147,7 @@ def test_series_of_different_patients_are_refused_without_telling_who_they_are(
         path.write_bytes(path.read_bytes().replace(NUMBER.encode(), NUMBER[::-1].encode()))
     mask = tmp_path / "out" / "mask.nii.gz"
     error = refused(*segment_arguments({"ct": dicom, "mr": other}, mask, "--allow-missing"))
-    assert f"{dicom} and {other} are of different patients" in error
+    assert f"{dicom} and {other} belong to different patients" in error
     assert not {NAME, NUMBER, NUMBER[::-1]} & set(error.replace(",", " ").split())
     assert NUMBER not in error
     assert not mask.exists()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from scripts.cli.main import main
 from scripts.cli.options import positive_int
-from scripts.distillation.staged_training import FINISHED
+from scripts.distillation.staged_training import FINAL_FILES
 
 Command = tuple[str, ...]
 
@@ -46,7 +46,7 @@ class Job:
     commands: tuple[Command, ...]
     needs: tuple[Path, ...] = ()
     evaluations: tuple[str, ...] = ("eval",)
-    outputs: tuple[str, ...] = FINISHED
+    outputs: tuple[str, ...] = FINAL_FILES
 
     @property
     def pending_commands(self) -> list[Command]:

@@ -21,6 +21,7 @@ from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, WARM_UP_ROW, MethodsP
 from scripts.data import datalist, fold_split
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.report.curves import read_curves
+from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.checksums import sha256
 from scripts.utils.markdown import markdown_table
@@ -240,7 +241,7 @@ def write_comparison(plan: MethodsPlan, jobs: Sequence[Job], json_file: str | No
         job.row: sha256(job.folder / "model.pt") for job in jobs if job.done and job.row.startswith("teacher ")
     }
     training, validation = fold_split(datalist(plan.data, plan.dataset_dir), plan.fold)
-    write_manifest(plan.output, {"training": training, "validation": validation}, teachers)
+    write_manifest(plan.output, {"training": training, "validation": validation}, teachers, **torch_usage())
     if json_file:
         write_json(_cost_rows(entries), json_file)
     return table

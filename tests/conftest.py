@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all tests: one thread, the real samples where they are present, a cohort of phantoms, files on any grid."""
+"""Shared by all tests: one thread, preloaded processes, the real samples if present, a cohort of phantoms, files."""
 
 from __future__ import annotations
 
+import contextlib
 import locale
+import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,7 @@ from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.utils.output_lock import release
 
+ROOT = Path(__file__).parents[1]
 LOCALE = locale.setlocale(locale.LC_ALL)
 Array = NDArray[Any]
 
@@ -75,8 +83,8 @@ def _locale() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _outputs_are_free_again() -> Iterator[None]:
-    """A run holds its output until its process ends; here that would be the end of all tests."""
+def _outputs_are_unlocked() -> Iterator[None]:
+    """A run locks its output until its process ends; here that would be the end of all tests."""
     yield
     release()
 
@@ -105,6 +113,63 @@ def die_in_save() -> Callable[[int], None]:
         torch.save = half
 
     return arm
+
+
+@pytest.fixture(scope="session")
+def start_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
+    """Start ``python ARGUMENTS`` in a new process that has already imported MONAI and the bundle.
+
+    Use this, or ``run_python``, instead of ``subprocess`` with ``sys.executable``, which imports MONAI for 10 seconds.
+    The arguments are those of the interpreter: ``-m MODULE ...``, ``-c CODE ...`` or ``FILE ...``::
+
+        process = start_python("-m", "scripts", "train", "--epochs", 2, output=tmp_path / "log")
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        print((tmp_path / "log.err").read_text())
+
+    The process is forked from a server (multiprocessing's forkserver) that has imported the modules and done nothing
+    else. It gets this process's working directory and environment, or ``cwd`` and ``env`` (added to the environment).
+    Its stdout and stderr are appended to ``output`` with the suffixes .out and .err. Variables that are read at import,
+    such as OMP_NUM_THREADS, have no effect. A test of the import itself, or of the installation, needs ``subprocess``.
+    """
+    folder, numbers = tmp_path_factory.mktemp("start_python"), count()
+    context = multiprocessing.get_context("forkserver")
+    bundle = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py")]
+    modules = [".".join(path.parts) for path in bundle if path.name not in ("__init__", "__main__")]
+    context.set_forkserver_preload(["fire", "monai.bundle", "torch.utils.tensorboard", *modules])
+    with contextlib.chdir(ROOT):  # the server imports the bundle from its working directory
+        forkserver.ensure_running()
+
+    def start(*arguments: Any, output: Path | None = None, cwd: Path = ROOT, **env: str) -> BaseProcess:
+        job = {
+            "arguments": [str(each) for each in arguments],
+            "environment": {**os.environ, **env},
+            "folder": str(cwd),
+            "output": str(output or folder / str(next(numbers))),
+        }
+        script = str(Path(__file__).with_name("preloaded_python.py"))
+        process = context.Process(target=runpy.run_path, args=(script, {"JOB": job}), daemon=False)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def run_python(start_python: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``run_python(*arguments, timeout=240)``: ``start_python``, wait, and return a ``subprocess.CompletedProcess``."""
+
+    def run(*arguments: Any, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp("run_python") / "log"
+        process = start_python(*arguments, output=output, **options)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([str(each) for each in arguments], timeout)
+        printed = [output.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+        return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")
-    from scripts.distillation.staged_training import finished, gkd_stages
+    from scripts.distillation.staged_training import gkd_stages, is_finished
 
     epochs = int(config["max_epochs"])
     folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
@@ -101,7 +101,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     shared.pop("pretrained", None)
     for stage in gkd_stages(folder, teachers, epochs):
         output = folder / stage.name
-        if finished(output):
+        if is_finished(output):
             continue
         print(f"stage: {stage.name}", flush=True)
         resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}

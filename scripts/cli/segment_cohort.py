@@ -26,7 +26,7 @@ from scripts.data.bids import bids_name, write_dataset_description, write_mask_s
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
-from scripts.utils.process_pool import DIED, survive
+from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
@@ -156,7 +156,7 @@ def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: di
             outcomes[case_id] = outcome
             bar.update()
 
-        survive(segment_quietly, jobs, workers, lambda _: Outcome(DIED), add_outcome, mp_context=context)
+        run_jobs(segment_quietly, jobs, workers, lambda _: Outcome(PROCESS_DIED), add_outcome, mp_context=context)
 
 
 def segment_quietly(args: argparse.Namespace) -> Outcome:

@@ -31,7 +31,7 @@ from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
-from scripts.utils.process_pool import DIED, survive
+from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
 MAX_TABLE_ROWS = 200  # the JSON file contains all findings
@@ -89,7 +89,7 @@ def check_cohort(
         with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
             one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
             work = partial(check_case, criteria=criteria)
-            results = survive(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
+            results = run_jobs(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
         findings += [finding for case_findings in results.values() for finding in case_findings]
     return findings, len(cases)
 
@@ -99,7 +99,7 @@ def _missing_file(path: object) -> str:
 
 
 def _process_died(case_id: str) -> list[Finding]:
-    text = f"Case {case_id}: {DIED}. Check it alone, or on a machine with more memory."
+    text = f"Case {case_id}: {PROCESS_DIED}. Check it alone, or on a machine with more memory."
     return [Finding(ERROR, text, case_id)]
 
 

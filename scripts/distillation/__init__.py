@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers teach a student."""
+"""Knowledge distillation: a student learns from frozen teachers. Start with ``distiller`` and ``loss``."""

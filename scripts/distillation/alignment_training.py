@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the alignment headers and the semantic auto-encoder of GKD."""
+"""Train what domain-generalisable distillation (GKD) needs: the alignment headers and the semantic autoencoder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from scripts.networks import AlignmentHeader, SemanticAutoEncoder
 from scripts.networks.weights import load_weights
 
 
-def header_of(network: nn.Module, window: Sequence[int], **options: Any) -> AlignmentHeader:
-    """A new alignment header for a network's deepest features.
+def build_header(network: nn.Module, window: Sequence[int], **options: Any) -> AlignmentHeader:
+    """Return a new alignment header for a network's deepest features.
 
     Args:
-        network: has ``encode`` and ``decode`` (``Student``, or a ``Teacher`` of H-DenseFormer, 3D UX-Net or DynUNet).
-        window: ``[M, H, W, D]``, an image that it accepts.
+        network: has ``encode`` and ``decode`` (``Student``, or a ``Teacher`` with H-DenseFormer, 3D UX-Net or DynUNet).
+        window: ``[M, H, W, D]``, the shape of an image that the network accepts.
         options: further arguments of ``AlignmentHeader``.
 
     Raises:
-        ValueError: the network has no encoder and decoder that can be called apart.
+        ValueError: the network has no separate encoder and decoder.
     """
     inner = getattr(network, "network", network)
     if not (hasattr(inner, "encode") and hasattr(inner, "decode")):
         raise ValueError(
-            f"{type(inner).__name__} has no encoder and decoder that can be called apart, as alignment headers need: "
-            "choose hdenseformer, uxnet or dynunet as the teacher."
+            f"{type(inner).__name__} has no separate encoder and decoder, which alignment headers need: choose "
+            "hdenseformer, uxnet or dynunet as the teacher."
         )
     parameter = next(network.parameters())
     training = network.training
@@ -42,30 +42,30 @@ def header_of(network: nn.Module, window: Sequence[int], **options: Any) -> Alig
 
 
 def intensity_view(image: torch.Tensor) -> torch.Tensor:
-    """The image (``B M H W [D]``) with noise and another gain per sample and modality; absent (zero) ones stay zero."""
+    """Return the image with noise and a random gain per sample and modality.
+
+    Args:
+        image: ``B M H W [D]``; an absent modality is zero and stays zero.
+    """
     shape = [*image.shape[:2], *[1] * (image.dim() - 2)]
     gain = 0.8 + 0.4 * torch.rand(shape, device=image.device)
     present = (image != 0).flatten(2).any(dim=2).view(shape)
     return image * gain + 0.05 * torch.randn_like(image) * present
 
 
-def freeze(module: nn.Module) -> nn.Module:
-    return module.requires_grad_(False).eval()
-
-
 class HeaderTrainer(nn.Module):
-    """A frozen network with the alignment header that is to be trained on its deepest features.
+    """A frozen network with the alignment header to train on its deepest features.
 
-    In ``train()`` ``forward(image, label)`` returns a dict for ``AlignmentLoss``; in ``eval()`` ``forward(image)``
-    returns the network's logits as they are with the header's reconstruction in place of the deepest features, so that
-    validation Dice tells what the code keeps.
+    In ``train()``, ``forward(image, label)`` returns a dict for ``AlignmentLoss``. In ``eval()``, ``forward(image)``
+    returns the logits that the network computes when the header's reconstruction replaces its deepest features. So the
+    validation Dice shows how much information the code keeps.
 
     Args:
-        network: see ``header_of``.
-        window: see ``header_of``.
-        classes: of the label, background included.
-        weights: of the network, loaded strictly; empty: random ones (a control).
-        autoencoder: weights of the semantic auto-encoder; empty: random ones.
+        network: see ``build_header``.
+        window: see ``build_header``.
+        classes: number of classes of the label, background included.
+        weights: weights of the network, loaded strictly; empty for random weights (a control).
+        autoencoder: weights of the semantic autoencoder; empty for random weights.
     """
 
     def __init__(
@@ -74,22 +74,27 @@ class HeaderTrainer(nn.Module):
         super().__init__()
         if weights:
             load_weights(network, weights)
-        self.network = freeze(network)
-        self.header = header_of(network, window)
+        self.network = network.requires_grad_(False).eval()
+        self.header = build_header(network, window)
         self.autoencoder = SemanticAutoEncoder(classes)
         if autoencoder:
             load_weights(self.autoencoder, autoencoder)
-        freeze(self.autoencoder)
+        self.autoencoder.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> HeaderTrainer:
-        """Set the header's mode; everything else stays in eval()."""
+        """Set the header's mode; the network and the autoencoder stay in eval()."""
         super().train(mode)
         self.network.eval()
         self.autoencoder.eval()
         return self
 
     def forward(self, image: torch.Tensor, label: torch.Tensor | None = None) -> Any:
-        """``image`` ``B M H W D`` (and in train() ``label`` ``B 1 H W D``) to a dict, or to logits."""
+        """Return a dict in train(), or logits.
+
+        Args:
+            image: ``B M H W D``.
+            label: ``B 1 H W D``, in train().
+        """
         with torch.no_grad():
             features = self.network.encode(image)  # type: ignore[operator]
         code, reconstruction = self.header(features[-1])
@@ -110,14 +115,14 @@ class HeaderTrainer(nn.Module):
 
 
 class AlignmentLoss(nn.Module):
-    """Consistency training of an alignment header: what it keeps is the features, the label's meaning, no intensity.
+    """Train an alignment header so that its code keeps the features and the label's meaning, but no intensity.
 
     Source: [ours] formula of ACT (Qi et al., arXiv 2207.12995)::
 
         mean (F' - F)^2 + (1 - cos(z, z_semantic)) + S(decoder(F'), label) + mean (z(view) - z)^2
 
-    F the deepest features, F' their reconstruction, z the code; every term is a mean over the batch, the cosine is of
-    a sample's whole code. ``logged`` holds the four by name.
+    F are the deepest features, F' their reconstruction, z the code. Every term is a mean over the batch; the cosine is
+    computed over a sample's whole code. ``logged`` holds the four terms by name.
 
     Args:
         segmentation: S; by default Dice + cross-entropy.
@@ -130,7 +135,12 @@ class AlignmentLoss(nn.Module):
         self.logged: dict[str, float] = {}
 
     def forward(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
-        """What ``HeaderTrainer.forward`` returned in train(), and the label ``B 1 H W D``, to a scalar."""
+        """Return the loss, a scalar.
+
+        Args:
+            outputs: what ``HeaderTrainer.forward`` returned in train().
+            label: ``B 1 H W D``.
+        """
         code, semantic = outputs["code"].float().flatten(1), outputs["semantic"].float().flatten(1)
         terms = {
             "reconstruction": functional.mse_loss(outputs["reconstruction"].float(), outputs["features"].float()),
@@ -143,10 +153,10 @@ class AlignmentLoss(nn.Module):
 
 
 def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Codes of images, one row each, for ``scripts.metrics.FrechetSemanticDistance``.
+    """Return the codes of images, one row each, for ``scripts.metrics.FrechetSemanticDistance``.
 
     Args:
-        network: see ``header_of``; in eval().
+        network: see ``build_header``; in eval().
         header: that network's trained header.
         images: batches ``B M H W D``.
     """
@@ -155,6 +165,6 @@ def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch
 
 
 def mask_batch(batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
-    """``prepare_batch`` of the semantic auto-encoder: the label is its input and its target."""
+    """``prepare_batch`` of the semantic autoencoder: the label is both its input and its target."""
     label = batch["label"].to(device=device, non_blocking=non_blocking)
     return label, label

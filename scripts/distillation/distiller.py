@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distiller and DistillationLoss: the whole of the distillation machinery. It knows no method."""
+"""The Distiller: a student and its teachers as one network. It contains no code of any particular method."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from scripts.distillation.feature_taps import Layers, Tap, layers_of, listening
+from scripts.distillation.feature_taps import Layers, Tap, layers_for, record_outputs
 from scripts.distillation.teacher_weighting import available_teachers
 
 LOGITS, SEGMENTATION = "logits", "segmentation"
 
 
 class Distiller(nn.Module):
-    """A student and its frozen teachers behind one ``forward``.
+    """A student and its frozen teachers with a common ``forward``.
 
-    In ``train()`` it returns a flat dict: ``logits``, ``student.<tap>`` (``student.<tap>@<teacher>`` behind that
-    teacher's adapter), ``<teacher>.logits``, ``<teacher>.<tap>`` and ``available`` (B x K). In ``eval()`` it returns
-    the student's logits, so that sliding window, evaluators and export need nothing special. Features leave through
-    ``forward``, never through globals, so that DDP sees them.
+    In ``train()``, ``forward`` returns a flat dict: ``logits``, ``student.<tap>`` (``student.<tap>@<teacher>`` after
+    that teacher's adapter), ``<teacher>.logits``, ``<teacher>.<tap>`` and ``available`` (B x K). In ``eval()`` it
+    returns the student's logits, so that sliding window, evaluators and export need no special case. Features are
+    returned by ``forward`` and never stored in globals, so that DDP sees them.
 
     Args:
         student: network to train.
-        teachers: name -> ``scripts.networks.teacher.Teacher``; they stay in eval() and without gradient.
-        taps: tap name -> layer per network; a teacher is looked up by its name, then by its network's class name, the
-            student under ``student``, then its class name. A layer path is written nowhere else. ``None`` as a layer:
-            this tap is not for that teacher. A list of layers (of the student only): its adapter fuses them.
-        adapters: tap name -> what is applied to the student's features before they meet a teacher's: a callable
-            ``(student channels, teacher channels) -> module``, which is called once per teacher, or the modules
-            themselves by teacher. Trainable alignment lives here, where DDP and the optimizer find it.
-        window: ``[M, H, W, [D]]``, an image that all networks accept; needed where an adapter is a callable.
+        teachers: name -> ``scripts.networks.teacher.Teacher``; they stay in eval() and get no gradient.
+        taps: tap name -> layer per network. A teacher is looked up by its name, then by its network's class name; the
+            student by ``student``, then by its class name. Layer paths are written nowhere else. ``None`` as a layer
+            excludes that teacher from the tap. A list of layers is for the student only; an adapter fuses them.
+        adapters: tap name -> modules that are applied to the student's features before they are compared with a
+            teacher's: either a callable ``(student channels, teacher channels) -> module``, called once per teacher,
+            or the modules by teacher. Trainable alignment layers belong here, where DDP and the optimizer find them.
+        window: ``[M, H, W, [D]]``, the shape of an image that all networks accept; required if an adapter is a
+            callable.
 
     Raises:
-        ValueError: no teacher; a tap that names no layer of a network, or no teacher at all; an adapter for an
-            unknown tap or teacher; a name that is taken; a callable without a window.
+        ValueError: there is no teacher; a tap names no layer of a network, or applies to no teacher; an adapter is for
+            an unknown tap or teacher; a name is reserved; an adapter is a callable and there is no window.
     """
 
     def __init__(
@@ -54,72 +55,83 @@ class Distiller(nn.Module):
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False).eval()
         taps, adapters = taps or {}, adapters or {}
         if LOGITS in taps or "student" in teachers:
-            raise ValueError(f"A tap named {LOGITS!r} or a teacher named 'student' hides other outputs: rename it.")
+            raise ValueError(f"A tap cannot be named {LOGITS!r}, and a teacher cannot be named 'student': rename it.")
         self._student_taps: dict[str, Tap] = {}
-        self._teacher_taps: dict[str, dict[str, Tap | None]] = {key: {} for key in teachers}  # None: cached
-        for name, layers in taps.items():
-            self._connect(name, layers, with_adapter=name in adapters)
-        for tap, each in adapters.items():
-            unknown = [] if callable(each) else sorted(set(each) - set(teachers))
+        # A tap is None for a cached teacher, which has no network.
+        self._teacher_taps: dict[str, dict[str, Tap | None]] = {name: {} for name in teachers}
+        for tap, layers in taps.items():
+            self._add_tap(tap, layers, has_adapter=tap in adapters)
+        for tap, modules in adapters.items():
+            unknown = [] if callable(modules) else sorted(set(modules) - set(teachers))
             if tap not in taps or unknown:
                 raise ValueError(
-                    f"The adapter of tap {tap!r} for {unknown or 'any teacher'} fits nothing: "
+                    f"The adapter of tap {tap!r} for {unknown or 'any teacher'} matches nothing: "
                     f"taps are {sorted(taps)}, teachers {sorted(teachers)}."
                 )
-        # Configs place the student; whatever it learns from follows it there.
+        # Configs move the student to its device; the teachers and adapters follow it.
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self.teachers.to(device)
-        self.adapters = nn.ModuleDict({k: nn.ModuleDict(v) for k, v in self._fitted(adapters, window, device).items()})
-        self.adapters.to(device)
+        built = self._build_adapters(adapters, window, device)
+        self.adapters = nn.ModuleDict({tap: nn.ModuleDict(modules) for tap, modules in built.items()}).to(device)
 
-    def _connect(self, name: str, layers: Mapping[str, Layers], with_adapter: bool) -> None:
-        """Find a tap's layers in the student and in every teacher that it is for."""
-        own = layers_of("student", self.student, name, layers)
-        if own is None or not (isinstance(own, str) or with_adapter):
-            raise ValueError(f"Tap {name!r} takes {own} of the student: name one layer, or add an adapter that fuses.")
-        self._student_taps[name] = Tap("student", self.student, own)
-        for key, teacher in self.teachers.items():
+    def _add_tap(self, name: str, layers: Mapping[str, Layers], has_adapter: bool) -> None:
+        """Find a tap's layers in the student and in every teacher that the tap applies to."""
+        student_layers = layers_for("student", self.student, name, layers)
+        if student_layers is None or not (isinstance(student_layers, str) or has_adapter):
+            raise ValueError(
+                f"Tap {name!r} uses {student_layers} of the student: name one layer, or add an adapter that fuses them."
+            )
+        self._student_taps[name] = Tap("student", self.student, student_layers)
+        for teacher_name, teacher in self.teachers.items():
             cached = cast("tuple[str, ...] | None", getattr(teacher, "outputs", None))
             if cached is not None:
-                self._connect_cached(key, name, cached, with_adapter)
+                self._add_cached_tap(teacher_name, name, cached, has_adapter)
                 continue
             network = cast(nn.Module, teacher.network)
-            found = layers_of(key, network, name, layers)
-            if found is not None:
-                self._teacher_taps[key][name] = Tap(key, network, found)
+            teacher_layers = layers_for(teacher_name, network, name, layers)
+            if teacher_layers is not None:
+                self._teacher_taps[teacher_name][name] = Tap(teacher_name, network, teacher_layers)
         if not self.teachers_of(name):
-            kinds = sorted(kind for kind, layer in layers.items() if layer and kind not in ("student", "Student"))
-            raise ValueError(f"Tap {name!r} is for no teacher of this run: add one of {', '.join(kinds)}.")
-
-    def _connect_cached(self, key: str, name: str, cached: Sequence[str], with_adapter: bool) -> None:
-        """A tap of a teacher that is not there to be asked: its cache must hold it, as a map without channels."""
-        if name not in cached or with_adapter:
+            networks = sorted(kind for kind, layer in layers.items() if layer and kind not in ("student", "Student"))
             raise ValueError(
-                f"Tap {name!r} needs features of the teacher {key!r}, whose cache holds {', '.join(cached)}: train "
-                "without the cache, or, for Teach-Former, cache its attention maps too (cache-teachers --maps)."
+                f"No teacher in this run provides a layer for tap {name!r}. Add a teacher with one of these networks: "
+                f"{', '.join(networks)}."
             )
-        self._teacher_taps[key][name] = None
 
-    def _fitted(
+    def _add_cached_tap(self, teacher: str, name: str, cached: Sequence[str], has_adapter: bool) -> None:
+        """Add a tap of a cached teacher. The cache must contain it, as an attention map without channels."""
+        if name not in cached or has_adapter:
+            raise ValueError(
+                f"Tap {name!r} needs features of the teacher {teacher!r}, but its cache contains only "
+                f"{', '.join(cached)}: train without the cache. For Teach-Former, you can also add its attention maps "
+                "to the cache (cache-teachers --maps)."
+            )
+        self._teacher_taps[teacher][name] = None
+
+    def _build_adapters(
         self, adapters: Mapping[str, Any], window: Sequence[int] | None, device: torch.device
     ) -> dict[str, dict[str, nn.Module]]:
-        """The adapters as modules; those given as a callable get the channels that one look at the networks shows."""
-        if not any(callable(each) for each in adapters.values()):
-            return {tap: dict(each) for tap, each in adapters.items()}
+        """Return the adapters as modules. Callables get the numbers of channels seen in one run of every network."""
+        if not any(callable(modules) for modules in adapters.values()):
+            return {tap: dict(modules) for tap, modules in adapters.items()}
         if window is None:
-            raise ValueError("An adapter that is built from the networks' channels needs the window's shape.")
+            raise ValueError("An adapter given as a callable needs the shape of the window.")
         image = torch.zeros(1, *window, device=device)
-        training, fitted = self.student.training, {}
-        with torch.no_grad(), listening(self._student_taps.values()) as heard:
+        training, built = self.student.training, {}
+        with torch.no_grad(), record_outputs(self._student_taps.values()) as recorded:
             self.student.eval()(image)
         self.student.train(training)
-        seen = {key: self._ask(key, image, {}) for key in self.teacher_names}
-        for tap, each in adapters.items():
-            mine = self._student_taps[tap].value(heard)
-            width = mine.shape[1] if isinstance(mine, torch.Tensor) else [x.shape[1] for x in mine]
-            theirs = {key: seen[key][f"{key}.{tap}"].shape[1] for key in self.teachers_of(tap)}
-            fitted[tap] = {k: each(width, w) for k, w in theirs.items()} if callable(each) else dict(each)
-        return fitted
+        teacher_outputs = {name: self._teacher_outputs(name, image, {}) for name in self.teacher_names}
+        for tap, modules in adapters.items():
+            if not callable(modules):
+                built[tap] = dict(modules)
+                continue
+            features = self._student_taps[tap].output(recorded)
+            width = features.shape[1] if isinstance(features, torch.Tensor) else [x.shape[1] for x in features]
+            built[tap] = {
+                name: modules(width, teacher_outputs[name][f"{name}.{tap}"].shape[1]) for name in self.teachers_of(tap)
+            }
+        return built
 
     @property
     def tap_names(self) -> tuple[str, ...]:
@@ -128,15 +140,15 @@ class Distiller(nn.Module):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        """Names of the teachers, in the order of the weights' columns."""
+        """Names of the teachers, in the order of the columns of ``available``."""
         return tuple(self.teachers)
 
     def teachers_of(self, tap: str) -> tuple[str, ...]:
-        """Names of the teachers that a tap is for."""
-        return tuple(key for key in self.teacher_names if tap == LOGITS or tap in self._teacher_taps[key])
+        """Return the names of the teachers that a tap applies to."""
+        return tuple(name for name in self.teacher_names if tap == LOGITS or tap in self._teacher_taps[name])
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set the mode of the student and its adapters; the teachers stay in eval()."""
+        """Set the mode of the student and the adapters; the teachers stay in eval()."""
         super().train(mode)
         self.teachers.eval()
         return self
@@ -147,41 +159,43 @@ class Distiller(nn.Module):
         presence: torch.Tensor | None = None,
         cached: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Run the student, and in train() the teachers.
+        """Run the student and, in train(), the teachers.
 
         Args:
             image: ``B M H W [D]``, one channel per modality.
-            presence: B x M, bool; None means that all are present.
-            cached: ``<teacher>.logits`` and ``<teacher>.<tap>`` of teachers that need not run again; one of whose
-                outputs any is absent runs.
+            presence: B x M, bool; None means that all modalities are present.
+            cached: ``<teacher>.logits`` and ``<teacher>.<tap>`` of teachers. A teacher runs only if one of its outputs
+                is missing here.
         """
         if not self.training:
             return self.student(image)  # type: ignore[no-any-return]
         if self._student_taps and getattr(self.student, "_compiled_call_impl", None) is not None:
-            raise ValueError("A compiled student cannot be tapped: train it without compile, or with terms on logits.")
-        with listening(self._student_taps.values()) as heard:
+            raise ValueError("Taps do not work on a compiled student: train without compile, or use terms on logits.")
+        with record_outputs(self._student_taps.values()) as recorded:
             outputs: dict[str, torch.Tensor] = {LOGITS: self.student(image)}
         for name, tap in self._student_taps.items():
-            feature = tap.value(heard)
+            features = tap.output(recorded)
             if tap.single:
-                outputs[f"student.{name}"] = feature
+                outputs[f"student.{name}"] = features
             adapters = cast(nn.ModuleDict, self.adapters[name] if name in self.adapters else nn.ModuleDict())
             for teacher, adapter in adapters.items():
-                outputs[f"student.{name}@{teacher}"] = adapter(feature)
+                outputs[f"student.{name}@{teacher}"] = adapter(features)
         for name in self.teacher_names:
-            outputs |= self._ask(name, image, cached or {})
+            outputs |= self._teacher_outputs(name, image, cached or {})
         if presence is None:
             presence = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         channels = [cast(Sequence[int], teacher.channels) for teacher in self.teachers.values()]
         outputs["available"] = available_teachers(presence, channels)
         return outputs
 
-    def _ask(self, name: str, image: torch.Tensor, cached: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A teacher's outputs by their flat names: the cached ones where all are there, else by running it."""
-        wanted = [f"{name}.{output}" for output in (LOGITS, *self._teacher_taps[name])]
-        if all(key in cached for key in wanted):
-            return {key: cached[key].detach() for key in wanted}
+    def _teacher_outputs(
+        self, name: str, image: torch.Tensor, cached: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return a teacher's outputs by their flat names; run the teacher unless all of them are cached."""
+        keys = [f"{name}.{output}" for output in (LOGITS, *self._teacher_taps[name])]
+        if all(key in cached for key in keys):
+            return {key: cached[key].detach() for key in keys}
         taps = {key: tap for key, tap in self._teacher_taps[name].items() if tap is not None}
-        with torch.no_grad(), listening(taps.values()) as heard:
+        with torch.no_grad(), record_outputs(taps.values()) as recorded:
             logits = self.teachers[name](image)
-        return {f"{name}.{LOGITS}": logits, **{f"{name}.{key}": tap.value(heard) for key, tap in taps.items()}}
+        return {f"{name}.{LOGITS}": logits, **{f"{name}.{key}": tap.output(recorded) for key, tap in taps.items()}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DistillationLoss: the segmentation loss plus weighted terms between student and teachers."""
+"""The loss of a distillation: the segmentation loss plus weighted terms between student and teachers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from scripts.distillation.teacher_weighting import teacher_weights
 class DistillationLoss(nn.Module):
     """``segmentation + warmup * sum over terms of weight * sum over teachers of w_k * loss(student, teacher_k)``.
 
-    Source: [ours] in this form; see docs/methods.md for each term's own source.
+    Source: [ours] in this form; docs/methods.md names each term's own source.
+
+    A term on a tap that does not apply to every teacher shares its weight among the teachers that it applies to.
+    ``logged`` holds the last values by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``,
+    and a term's own ``logged`` values as ``<term>/<name>``.
 
     Args:
         segmentation: supervised loss of (logits, label).
-        distiller: whose taps, teachers and adapters the terms refer to; only read here, and not kept.
+        distiller: provides the taps, teachers and adapters that the terms refer to; it is not stored.
         terms: name -> ``{"loss": module, "tap": "logits" or a tap's name, "weight": factor}``.
-        weighting: teachers' weights, see ``scripts.distillation.teacher_weighting.teacher_weights``.
-        static: the weights of ``weighting="static"``, in the order of the teachers.
+        weighting: how to weight the teachers, see ``scripts.distillation.teacher_weighting.teacher_weights``.
+        static: the weights for ``weighting="static"``, in the order of the teachers.
         mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
-            the teachers' softened probabilities, for terms on logits only; the same gradient for static weights,
-            another value, which is then logged).
-
-    A term on a tap that is not for every teacher shares its weight among those that it is for. ``logged`` holds the
-    last values, by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``, and what a term logs
-    itself, as ``<term>/<name>``.
+            the teachers' softened probabilities, for terms on logits only). With static weights both have the same
+            gradient, but the loss has another value, which is then logged.
 
     Raises:
-        ValueError: a term on an unknown tap; an adapter that no term uses; an unknown mixing.
+        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown.
     """
 
     def __init__(
@@ -52,14 +52,16 @@ class DistillationLoss(nn.Module):
         taps = {name: term["tap"] for name, term in terms.items()}
         for name, tap in taps.items():
             if tap not in distiller.tap_names:
-                raise ValueError(f"Term {name!r} wants the tap {tap!r}; there are {', '.join(distiller.tap_names)}.")
+                raise ValueError(
+                    f"Term {name!r} uses the unknown tap {tap!r}. Known taps are: {', '.join(distiller.tap_names)}."
+                )
         unused = sorted(set(distiller.adapters) - set(taps.values()))
         if unused:
-            raise ValueError(f"No term uses the adapters of {unused}: remove them or add a term on that tap.")
+            raise ValueError(f"No term uses the adapters of {unused}: remove them, or add a term on that tap.")
         self.segmentation = segmentation
         self.losses = nn.ModuleDict({name: term["loss"] for name, term in terms.items()})
         self.taps, self.weights = taps, {name: float(term["weight"]) for name, term in terms.items()}
-        self.wants_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
+        self.needs_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
         self.teacher_names = distiller.teacher_names
         self.teachers_of = {tap: distiller.teachers_of(tap) for tap in taps.values()}
         self.weighting, self.static, self.mixing = weighting, static, mixing
@@ -67,11 +69,11 @@ class DistillationLoss(nn.Module):
         self.logged: dict[str, float] = {}
 
     def set_warmup(self, factor: float) -> None:
-        """Set the common factor of all terms, 0 to 1 (``ParamSchedulerHandler`` calls it)."""
+        """Set the common factor of all terms, 0 to 1. ``ParamSchedulerHandler`` calls it."""
         self.warmup = float(factor)
 
     def forward(self, outputs: dict[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
-        """Total loss, a scalar.
+        """Return the total loss, a scalar.
 
         Args:
             outputs: what ``Distiller.forward`` returned in train().
@@ -84,10 +86,10 @@ class DistillationLoss(nn.Module):
         return total
 
     def terms(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The segmentation loss and every term before its weight, by name."""
+        """Return the segmentation loss and every term before its weight, by name; arguments as for ``forward``."""
         values = {SEGMENTATION: self.segmentation(outputs[LOGITS], label)}
-        answers = [outputs[f"{k}.{LOGITS}"] for k in self.teacher_names]
-        shares = teacher_weights(self.weighting, answers, outputs["available"], label, self.static)
+        teacher_logits = [outputs[f"{name}.{LOGITS}"] for name in self.teacher_names]
+        shares = teacher_weights(self.weighting, teacher_logits, outputs["available"], label, self.static)
         values |= {name: self._term(name, outputs, shares, label) for name in self.losses}
         self.logged = {name: float(value.detach()) for name, value in values.items()}
         for name, loss in self.losses.items():
@@ -98,38 +100,42 @@ class DistillationLoss(nn.Module):
     def _term(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
-        tap, extra = self.taps[name], [label] if self.wants_label[name] else []
+        """Return one term before its weight; ``shares`` are the teachers' weights, B x K."""
+        tap, extra = self.taps[name], [label] if self.needs_label[name] else []
         if tap == LOGITS and self.mixing == "probability":
-            mixed, known = self._mixture(name, outputs, shares)
-            return self._per_sample(name, known, [outputs[LOGITS], mixed, *extra])
-        keys = self.teachers_of[tap]
-        shares = shares[:, [self.teacher_names.index(k) for k in keys]]
-        if len(keys) < len(self.teacher_names):
+            mixed, total_share = self._mix_teachers(name, outputs, shares)
+            return self._weighted_mean(name, total_share, [outputs[LOGITS], mixed, *extra])
+        teachers = self.teachers_of[tap]
+        shares = shares[:, [self.teacher_names.index(k) for k in teachers]]
+        if len(teachers) < len(self.teacher_names):
             shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
         values = []
-        for share, key in zip(shares.unbind(dim=1), keys, strict=True):
-            adapted = f"student.{tap}@{key}"
-            mine = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
-            values.append(self._per_sample(name, share, [mine, outputs[f"{key}.{tap}"], *extra]))
+        for share, teacher in zip(shares.unbind(dim=1), teachers, strict=True):
+            adapted = f"student.{tap}@{teacher}"
+            student = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
+            values.append(self._weighted_mean(name, share, [student, outputs[f"{teacher}.{tap}"], *extra]))
         return torch.stack(values).sum()
 
-    def _per_sample(self, name: str, share: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Mean over the batch of share * loss; one call where the samples share their weight."""
+    def _weighted_mean(self, name: str, share: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the mean over the batch of share * loss. One call is enough if all samples have the same share."""
         loss = self.losses[name]
         if bool((share == share[0]).all()):
-            # A teacher that is nowhere available is not asked: 0 * its loss would still carry a NaN on.
+            # The loss of an unavailable teacher is not computed, because 0 * NaN is NaN.
             return share[0] * loss(*tensors) if bool(share[0] > 0) else (tensors[0] * 0.0).sum()
         values = [w * loss(*(x[i : i + 1] for x in tensors)) for i, w in enumerate(share) if bool(w > 0)]
         return torch.stack(values).sum() / len(share)
 
-    def _mixture(
+    def _mix_teachers(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits whose softened probabilities are the teachers' weighted mean, and where there is any teacher."""
+        """Return logits whose softened probabilities are the weighted mean of the teachers', and the sum of weights.
+
+        A sample's sum of weights is 1, or 0 if it has no available teacher.
+        """
         temperature = getattr(self.losses[name], "temperature", 1.0)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
         weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
-        # An absent teacher must not even pass on a NaN: 0 * NaN is NaN.
+        # Logits of an unavailable teacher are replaced, because 0 * NaN is NaN.
         stacked = stacked.masked_fill(weights == 0, 0.0)
         if stacked.shape[2] == 1:
             p = (stacked.sigmoid() * weights).sum(1)

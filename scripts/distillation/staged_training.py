@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be trained before domain-generalisable distillation can begin, in order."""
+"""The trainings that must precede domain-generalisable distillation (GKD), in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FINISHED = ("model.pt", "manifest.json")  # what a training leaves at its end, the last one last
+FINAL_FILES = ("model.pt", "manifest.json")  # written at the end of a training; the manifest last
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Stage:
 
     Args:
         name: folder of its output.
-        configs: overlays after train, data and scale.
+        configs: config overlays, in addition to train, data and scale.
         overrides: config id -> value.
     """
 
@@ -26,25 +26,25 @@ class Stage:
     overrides: dict[str, Any]
 
 
-def finished(folder: Path) -> bool:
-    """Whether a training has come to its end there; the manifest is written last."""
-    return all((folder / name).is_file() for name in FINISHED)
+def is_finished(folder: Path) -> bool:
+    """Return whether the training with this output folder has finished."""
+    return all((folder / name).is_file() for name in FINAL_FILES)
 
 
 def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: int) -> list[Stage]:
-    """The stages before the distillation itself: auto-encoder, the student's first half, one header per network.
+    """Return the stages before the distillation: autoencoder, first half of the student, one header per network.
 
-    The student's epochs are shared: half of them alone (its header needs features that mean something), the rest
-    distilled, so that its budget is that of any other method. The auto-encoder has as many epochs as the student, each
-    header half.
+    The student trains alone for half of its epochs, because its header needs meaningful features, and is distilled for
+    the rest. So its total number of epochs is that of any other method. The autoencoder trains for as many epochs as
+    the student, each header for half of them.
 
     Args:
-        folder: each stage writes into ``folder/<name>``.
+        folder: each stage writes to ``folder/<name>``.
         teachers: name -> ``architecture``, ``modalities``, ``weights``.
-        epochs: of the student in all.
+        epochs: total number of epochs of the student.
 
     Raises:
-        ValueError: fewer than two epochs, of which neither stage could have one.
+        ValueError: fewer than two epochs, so that one half would have none.
     """
     if epochs < 2:
         raise ValueError(f"The student needs at least 2 epochs, one alone and one distilled, got {epochs}.")
@@ -60,12 +60,12 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
         ),
     ]
     for name, spec in teachers.items():
-        own = {
+        overrides = {
             "max_epochs": half,
             "architecture": spec["architecture"],
             "teacher_modalities": spec["modalities"],
             "weights": spec["weights"] or "",
             "autoencoder": autoencoder,
         }
-        stages.append(Stage(f"header_{name}", ("teacher", "stages/header"), own))
+        stages.append(Stage(f"header_{name}", ("teacher", "stages/header"), overrides))
     return stages

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers' predictions on disk: each teacher runs once per case, and training reads what it said.
+"""Cached teacher predictions: each teacher runs once per case, and training reads the predictions from disk.
 
-``FOLDER/<teacher>/<case>.pt`` holds fp16 tensors of the case's preprocessed, un-augmented volume: ``logits`` and, where
-asked, ``<tap>``, a one-channel attention map. ``FOLDER/<teacher>/manifest.json`` says of what: weights, preprocessing,
-spacing, versions, and per case its shape, size and checksum. ``teacher_cache_writer`` writes both. In training the
-cached tensors take the same patch, flips and affine as the image. That is an approximation: a network's answer to a
-flipped image is not quite its flipped answer.
+``FOLDER/<teacher>/<case>.pt`` holds fp16 tensors of the case's preprocessed volume before augmentation: ``logits`` and
+optionally ``<tap>``, an attention map with one channel. ``FOLDER/<teacher>/manifest.json`` describes them: weights,
+preprocessing, spacing, versions, and for each case its shape, size and checksum. ``teacher_cache_writer`` writes both.
+
+During training the cached tensors get the same patch, flips and affine transform as the image. That is an
+approximation: a network's prediction for a flipped image differs slightly from the flipped prediction.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
 LOGITS = "logits"
-FORMAT = 1  # raised when the files' layout changes
+FORMAT = 1  # raised when the layout of the files changes
 Case = Mapping[str, Any]
 
 
 class CachedTeacher(nn.Module):
-    """A teacher that is not asked: its place in a ``Distiller``, filled by the cache.
+    """Stands for a teacher in a ``Distiller``; it has no network, and its outputs come from the cache.
 
     Args:
-        channels: the channels of the image that it saw.
-        outputs: what the cache holds of it: ``logits`` and names of taps.
-        sha256: of its weights.
+        channels: the channels of the image that the teacher used.
+        outputs: names of its cached outputs: ``logits`` and taps.
+        sha256: checksum of its weights.
     """
 
     def __init__(self, channels: Sequence[int], outputs: Sequence[str], sha256: str | None) -> None:
@@ -43,75 +44,76 @@ class CachedTeacher(nn.Module):
         self.channels, self.outputs, self.sha256 = list(channels), tuple(outputs), sha256
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Refuse: there is no network.
+        """Raise an error, because there is no network.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("A cached teacher cannot be asked: train without the cache.")
+        raise ValueError("A cached teacher cannot predict: train without the cache.")
 
 
 def cached_teachers(
     specs: Mapping[str, Mapping[str, Any]], folder: str, channels: Sequence[str]
 ) -> dict[str, CachedTeacher]:
-    """The teachers of a distillation from their cache, without building a network.
+    """Return the teachers of a distillation from their cache, without building a network.
 
     Args:
         specs: teacher name -> ``architecture``, ``modalities``, ``weights``, as for ``load_teachers``.
-        folder: of the cache.
-        channels: the image's modalities, in their order.
+        folder: folder of the cache.
+        channels: the image's modalities, in order.
 
     Raises:
-        ValueError: a cache is of other weights, another architecture or other modalities; the reason is named.
-        FileNotFoundError: a teacher has no cache, or no weights to compare it with.
+        ValueError: a cache was made with other weights, another architecture or other modalities.
+        FileNotFoundError: a teacher has no cache, or its weights are missing.
     """
-    found = {}
+    teachers = {}
     for name, spec in specs.items():
         manifest = read_manifest(Path(folder), name)
         for key in ("architecture", "modalities"):
             require_same(manifest, name, key, spec[key])
         require_same(manifest, name, "weights_sha256", sha256(spec["weights"]) if spec.get("weights") else None)
-        seen = [list(channels).index(m) for m in spec["modalities"]]
-        found[name] = CachedTeacher(seen, manifest["outputs"], manifest["weights_sha256"])
-    return found
+        used = [list(channels).index(m) for m in spec["modalities"]]
+        teachers[name] = CachedTeacher(used, manifest["outputs"], manifest["weights_sha256"])
+    return teachers
 
 
 def read_manifest(folder: Path, teacher: str) -> dict[str, Any]:
-    """What a teacher's cache says of itself.
+    """Read the manifest of a teacher's cache.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it has another format, or none.
+        FileNotFoundError: there is no manifest.
+        ValueError: it cannot be read, or has another format.
     """
     path = folder / teacher / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"There is no cache of the teacher {teacher} at {path}: run cache-teachers first.")
+        raise FileNotFoundError(f"No cache of the teacher {teacher} at {path}. Run cache-teachers first.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} cannot be read: make the cache again by cache-teachers --rebuild.") from error
+        raise ValueError(f"{path} cannot be read. Rebuild the cache with cache-teachers --rebuild.") from error
     require_same(manifest, teacher, "format", FORMAT)
     return manifest
 
 
-def require_same(manifest: Mapping[str, Any], teacher: str, key: str, wanted: Any) -> None:
-    """Raise ValueError where a cache was made with another value of ``key``; both are named."""
-    if manifest.get(key) != wanted:
+def require_same(manifest: Mapping[str, Any], teacher: str, key: str, expected: Any) -> None:
+    """Raise a ValueError with both values if a cache was made with another value of ``key``."""
+    if manifest.get(key) != expected:
         raise ValueError(
-            f"The cache of the teacher {teacher} is stale: its {key.replace('_', ' ')} is {_short(manifest.get(key))}, "
-            f"this run's {_short(wanted)}. Make it again by cache-teachers --rebuild."
+            f"The cache of the teacher {teacher} is outdated: its {key.replace('_', ' ')} is "
+            f"{_shorten(manifest.get(key))}, this run's is {_shorten(expected)}. Rebuild it with cache-teachers "
+            "--rebuild."
         )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 class TeacherCache:
-    """Gives each training sample the cached predictions of its case; a step of the training pipeline.
+    """Add the cached predictions of its case to each training sample; a step of the training pipeline.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         teachers: name -> ``CachedTeacher``.
         verify: ``"full"`` compares the checksums of every cached file and of every image when training starts,
             ``"size"`` only their sizes.
@@ -122,77 +124,82 @@ class TeacherCache:
             raise ValueError(f"Unknown verify {verify!r}: choose full or size.")
         self.folder, self.teachers, self.verify = Path(folder), dict(teachers), verify
         self.manifests = {name: read_manifest(self.folder, name) for name in teachers}
-        self.keys = [f"{name}.{output}" for name, each in teachers.items() for output in each.outputs]
+        self.keys = [f"{name}.{output}" for name, teacher in teachers.items() for output in teacher.outputs]
         self.widths = [
             self.manifests[name]["channels"] if output == LOGITS else 1
-            for name, each in teachers.items()
-            for output in each.outputs
+            for name, teacher in teachers.items()
+            for output in teacher.outputs
         ]
 
     def check(self, cases: Sequence[Case], preprocessing: Mapping[str, Any]) -> None:
-        """Refuse what does not belong to these cases and this preprocessing, or is not whole.
+        """Check that the cache belongs to these cases and this preprocessing, and that it is undamaged.
 
         Args:
-            cases: the training cases; every one must be in the cache.
+            cases: the training cases; the cache must contain all of them.
             preprocessing: settings of the training pipeline, see ``scripts.data.training_set.Pipeline``.
 
         Raises:
-            ValueError: the cache is of another preprocessing, of other image files, lacks cases, or is damaged.
+            ValueError: the cache was made with other preprocessing or other image files, lacks cases, or is damaged.
         """
         for name, manifest in self.manifests.items():
             for key, value in preprocessing.items():
                 require_same(manifest["preprocessing"], name, key, value)
-            lacking = [str(case["case_id"]) for case in cases if case["case_id"] not in manifest["cases"]]
-            if lacking:
+            missing = [str(case["case_id"]) for case in cases if case["case_id"] not in manifest["cases"]]
+            if missing:
                 raise ValueError(
-                    f"The cache of the teacher {name} lacks {len(lacking)} case(s): {', '.join(lacking[:5])}: "
-                    "run cache-teachers again with this run's --fold, it adds what is missing."
+                    f"The cache of the teacher {name} lacks {len(missing)} case(s): {', '.join(missing[:5])}. "
+                    "Run cache-teachers again with this run's --fold; it adds the missing cases."
                 )
-        every = [(name, case) for name in self.manifests for case in cases]
-        for name, case in tqdm(every, desc="checking the cache", unit="file", delay=2):
+        files = [(name, case) for name in self.manifests for case in cases]
+        for name, case in tqdm(files, desc="checking the cache", unit="file", delay=2):
             self._check_case(name, case)
 
     def _check_case(self, name: str, case: Case) -> None:
-        noted, path = self.manifests[name]["cases"][case["case_id"]], case_path(self.folder, name, case)
+        entry, path = self.manifests[name]["cases"][case["case_id"]], case_path(self.folder, name, case)
         size = path.stat().st_size if path.is_file() else None
-        if size != noted["bytes"] or (self.verify == "full" and sha256(path) != noted["sha256"]):
-            found = "is missing" if size is None else "is damaged"
-            raise ValueError(f"{path} {found}: run cache-teachers again, it makes what is not whole anew.")
-        found_sources = source_states(case, checksums=self.verify == "full")
-        if found_sources != {key: value for key, value in noted["sources"].items() if key in found_sources}:
+        if size != entry["bytes"] or (self.verify == "full" and sha256(path) != entry["sha256"]):
+            problem = "is missing" if size is None else "is damaged"
+            raise ValueError(f"{path} {problem}. Run cache-teachers again; it replaces missing and damaged files.")
+        sources = source_fingerprint(case, checksums=self.verify == "full")
+        if sources != {key: value for key, value in entry["sources"].items() if key in sources}:
             raise ValueError(
-                f"The image files of case {case['case_id']} have changed since {path} was made: "
-                "run cache-teachers again."
+                f"The image files of case {case['case_id']} have changed since {path} was written. "
+                "Run cache-teachers again."
             )
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Add the case's predictions, mapped into memory, as ``<teacher>.<output>``."""
-        added: dict[str, torch.Tensor] = {}
-        for name, each in self.teachers.items():
-            kept = load_plain(case_path(self.folder, name, item), mmap=True)
-            added |= {f"{name}.{output}": kept[output] for output in each.outputs}
-        return {**item, **added}
+        predictions: dict[str, torch.Tensor] = {}
+        for name, teacher in self.teachers.items():
+            tensors = load_plain(case_path(self.folder, name, item), mmap=True)
+            predictions |= {f"{name}.{output}": tensors[output] for output in teacher.outputs}
+        return {**item, **predictions}
 
     def prepare_batch(
         self, batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> Any:
-        """What a trainer gives the ``Distiller``: image, label, ``presence`` and ``cached`` by name."""
+        """``prepare_batch`` of a trainer: image, label, and ``presence`` and ``cached`` for the ``Distiller``."""
         extra = {"presence": "presence", "cached": "cached"}
-        image, label, rest, named = PrepareBatchExtraInput(extra)(dict(batch), device, non_blocking, **kwargs)
-        split = named["cached"].split(self.widths, dim=1)
-        return image, label, rest, {**named, "cached": dict(zip(self.keys, split, strict=True))}
+        image, label, args, named = PrepareBatchExtraInput(extra)(dict(batch), device, non_blocking, **kwargs)
+        tensors = named["cached"].split(self.widths, dim=1)
+        return image, label, args, {**named, "cached": dict(zip(self.keys, tensors, strict=True))}
 
 
 def case_path(folder: Path, teacher: str, case: Case) -> Path:
-    """File of a case's predictions."""
+    """Return the file of a case's predictions."""
     return folder / teacher / f"{case['case_id']}.pt"
 
 
-def source_states(case: Case, checksums: bool = True) -> dict[str, Any]:
-    """What a case's images are: the bytes of every file, its checksum, and values such as ``bbox_mm``."""
+def source_fingerprint(case: Case, checksums: bool = True) -> dict[str, Any]:
+    """Return what identifies a case's images: size and checksum of every file, and values such as ``bbox_mm``.
+
+    Args:
+        case: item of a data list.
+        checksums: include the files' checksums, which means reading them.
+    """
     files = {key: path for key, path in source_files(case).items() if key != "label"}
-    found: dict[str, Any] = {f"{key} bytes": path.stat().st_size for key, path in files.items()}
+    fingerprint: dict[str, Any] = {f"{key} bytes": path.stat().st_size for key, path in files.items()}
     if checksums:
-        found |= {f"{key} sha256": sha256(path) for key, path in files.items()}
+        fingerprint |= {f"{key} sha256": sha256(path) for key, path in files.items()}
     others = {key: value for key, value in case.items() if not isinstance(value, str)}
-    return {**found, **json.loads(json.dumps(others, sort_keys=True, default=str))}
+    return {**fingerprint, **json.loads(json.dumps(others, sort_keys=True, default=str))}

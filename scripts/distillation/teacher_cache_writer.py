@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing the cache of ``scripts.distillation.teacher_cache``: every teacher runs once per case, by sliding window."""
+"""Write the cache that ``teacher_cache`` reads: every teacher runs once per case, with a sliding window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from scripts.distillation.feature_taps import Tap, layers_of, listening
+from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
 from scripts.distillation.teacher_cache import (
     FORMAT,
     LOGITS,
@@ -22,7 +22,7 @@ from scripts.distillation.teacher_cache import (
     case_path,
     read_manifest,
     require_same,
-    source_states,
+    source_fingerprint,
 )
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -35,9 +35,9 @@ Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 
 
 def attention_map(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Root of the channels' mean square, ``B 1 size``: one channel with the energy of them all.
+    """Return the root mean square over the channels, interpolated to ``size``: ``B 1 size``.
 
-    ``AttentionMapLoss`` (p = 2) of this map is that of the features, but for the interpolation to ``size``.
+    ``AttentionMapLoss`` (p = 2) has the same value on this map as on the features, except for the interpolation.
 
     Args:
         features: ``B C H W [D]``.
@@ -48,17 +48,17 @@ def attention_map(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return functional.interpolate(energy, size=tuple(size), mode=mode, align_corners=False)
 
 
-class _Answers(nn.Module):
-    """A teacher's logits and attention maps on the window's grid, one tensor, for the sliding window."""
+class _LogitsAndMaps(nn.Module):
+    """Return a teacher's logits and attention maps as one tensor on the window's grid, for the sliding window."""
 
     def __init__(self, teacher: nn.Module, taps: Mapping[str, Tap]) -> None:
         super().__init__()
         self.teacher, self.taps = teacher, dict(taps)
 
     def forward(self, window: torch.Tensor) -> torch.Tensor:
-        with listening(self.taps.values()) as heard:
+        with record_outputs(self.taps.values()) as recorded:
             logits = self.teacher(window)
-        maps = [attention_map(tap.value(heard), window.shape[2:]) for tap in self.taps.values()]
+        maps = [attention_map(tap.output(recorded), window.shape[2:]) for tap in self.taps.values()]
         return torch.cat([logits, *maps], dim=1)
 
 
@@ -74,22 +74,22 @@ def cache_teachers(
     device: str | torch.device = "cpu",
     rebuild: bool = False,
 ) -> None:
-    """Run every teacher once per case and keep what it says; what is there and whole is not made again.
+    """Run every teacher once per case and save its predictions; undamaged files of an earlier run are kept.
 
     Args:
         cases: data list.
-        preprocessing: the training pipeline (``scripts.data.training_set.Pipeline``), whose fixed part is run.
+        preprocessing: the training pipeline (``scripts.data.training_set.Pipeline``); its fixed part is run.
         teachers: name -> ``scripts.networks.teacher.Teacher``.
-        specs: name -> ``architecture`` and ``modalities``, which the manifest notes.
-        inferer: sliding window of (image, network).
-        folder: of the cache.
+        specs: name -> ``architecture`` and ``modalities``, which are stored in the manifest.
+        inferer: sliding window, called with image and network.
+        folder: folder of the cache.
         settings: ``modalities`` (the image's channels), ``classes``, ``spacing`` in mm and the windows' ``overlap``.
-        taps: tap name -> layer per network, for attention maps; by default only logits are kept.
-        device: that the teachers run on.
-        rebuild: make a cache of other weights or other preprocessing anew instead of refusing it.
+        taps: tap name -> layer per network, for attention maps; by default only logits are saved.
+        device: device of the teachers.
+        rebuild: replace a cache that was made with other weights or other preprocessing, instead of rejecting it.
 
     Raises:
-        ValueError: there is a cache of something else and ``rebuild`` is off, or an answer is not finite in fp16.
+        ValueError: the folder holds another cache and ``rebuild`` is off, or a prediction is not finite in fp16.
     """
     common = {
         "preprocessing_sha256": preprocessing.fingerprint,
@@ -100,20 +100,21 @@ def cache_teachers(
     }
     writers = []
     for name, teacher in teachers.items():
-        own = {key: specs[name][key] for key in ("architecture", "modalities")}
-        writers.append(_Writer(Path(folder), name, teacher.to(device).eval(), {**own, **common}, taps or {}))
-        writers[-1].claim(rebuild)
+        spec = {key: specs[name][key] for key in ("architecture", "modalities")}
+        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**spec, **common}, taps or {})
+        writer.require_same_cache(rebuild)
+        writers.append(writer)
 
     for case in tqdm(cases, desc="caching", unit="case"):
         image = None
         for writer in writers:
             if writer.has(case):
                 continue
-            if image is None:  # once for all teachers
+            if image is None:  # preprocess once for all teachers
                 volumes = preprocessing.prepare(case)
                 image = torch.cat([volumes[key] for key in settings["modalities"]])[None].to(device)
             with torch.no_grad():
-                writer.write(case, inferer(image, writer.answers)[0].half().cpu())
+                writer.write(case, inferer(image, writer.network)[0].half().cpu())
     for writer in writers:
         writer.finish(cases)
 
@@ -125,15 +126,15 @@ class _Writer:
         self, folder: Path, name: str, teacher: nn.Module, settings: Mapping[str, Any], taps: Mapping[str, Any]
     ) -> None:
         network = cast(nn.Module, teacher.network)
-        layers = {tap: layers_of(name, network, tap, table) for tap, table in taps.items()}
-        found = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
-        self.folder, self.name, self.answers = folder, name, _Answers(teacher, found)
-        self.outputs = [LOGITS, *found]
+        layers = {tap: layers_for(name, network, tap, table) for tap, table in taps.items()}
+        maps = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
+        self.folder, self.name, self.network = folder, name, _LogitsAndMaps(teacher, maps)
+        self.outputs = [LOGITS, *maps]
         self.head = {"format": FORMAT, **settings, "weights_sha256": teacher.sha256, "outputs": self.outputs}
         self.manifest = folder / name / "manifest.json"
 
-    def claim(self, rebuild: bool) -> None:
-        """Refuse a cache of something else, or take its manifest away before its files are replaced."""
+    def require_same_cache(self, rebuild: bool) -> None:
+        """Reject a cache made with other settings or, with ``rebuild``, remove its manifest before its files change."""
         if not self.manifest.is_file():
             return
         try:
@@ -148,38 +149,37 @@ class _Writer:
             self.manifest.unlink()
 
     def _identity(self, case: Case) -> str:
-        return json.dumps({**self.head, "sources": source_states(case)}, sort_keys=True)
+        return json.dumps({**self.head, "sources": source_fingerprint(case)}, sort_keys=True)
 
     def has(self, case: Case) -> bool:
-        """Whether the case's file is there, of this teacher, preprocessing and images, and undamaged (every CRC)."""
+        """Return whether the case's file exists, is undamaged, and fits teacher, preprocessing and images."""
         path = case_path(self.folder, self.name, case)
         return is_whole(path) and load_plain(path).get("made_of") == self._identity(case)
 
-    def write(self, case: Case, said: torch.Tensor) -> None:
-        """Keep what the teacher said of a case, in fp16."""
+    def write(self, case: Case, prediction: torch.Tensor) -> None:
+        """Save a case's logits and attention maps (channels first, fp16)."""
         path = case_path(self.folder, self.name, case)
-        if not bool(said.isfinite().all()):
+        if not bool(prediction.isfinite().all()):
             raise ValueError(
-                f"What would go into {path} is not finite in half precision: check that teacher's weights."
+                f"{path} was not written: the prediction is not finite in half precision. Check that teacher's weights."
             )
-        parts = said.split([self.head["channels"], *[1] * (len(self.outputs) - 1)])
+        parts = prediction.split([self.head["channels"], *[1] * (len(self.outputs) - 1)])
         tensors = {output: part.clone() for output, part in zip(self.outputs, parts, strict=True)}
         write_atomically({**tensors, "made_of": self._identity(case)}, path)
 
     def finish(self, cases: Sequence[Case]) -> None:
-        """Write the manifest; entries of cases that were not asked for this time stay."""
-        kept = (
-            json.loads(self.manifest.read_text(encoding="utf-8"))["cases"] if self.manifest.is_file() else {}
-        )  # of the same head
+        """Write the manifest; entries of other cases from earlier runs with the same settings are kept."""
+        earlier = json.loads(self.manifest.read_text(encoding="utf-8"))["cases"] if self.manifest.is_file() else {}
         entries = {str(case["case_id"]): self._entry(case) for case in cases}
-        approximate = "under flips, rotations and scaling: training applies them to what the teacher said"
+        approximate = "flips, rotations and scaling: training applies them to the cached prediction"
         notes = {"version": code_version(), "approximate": approximate}
-        write_json({**self.head, **notes, "cases": {**kept, **entries}}, self.manifest)
+        write_json({**self.head, **notes, "cases": {**earlier, **entries}}, self.manifest)
         size = sum(entry["bytes"] for entry in entries.values()) / 1e6
         logger.info("%s: %d cases, %.1f MB", self.manifest.parent, len(entries), size)
 
     def _entry(self, case: Case) -> dict[str, Any]:
-        """A case's line in the manifest."""
+        """Return a case's entry of the manifest."""
         path = case_path(self.folder, self.name, case)
         shape = list(load_plain(path, mmap=True)[LOGITS].shape)
-        return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": source_states(case)}
+        sources = source_fingerprint(case)
+        return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": sources}

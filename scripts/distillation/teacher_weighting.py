@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each teacher counts, per sample."""
+"""Weights of the teachers for each sample."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ MODES = ("mean", "static", "confidence", "entropy")
 
 
 def available_teachers(presence: torch.Tensor, channels: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Which teachers can be asked: those all of whose modalities are present.
+    """Find the teachers that can be used for each sample: those whose modalities are all present.
 
     Args:
         presence: B x M, bool.
-        channels: per teacher the channels that it sees.
+        channels: for each teacher the channels of the image that it uses.
 
     Returns:
         B x K, bool.
     """
-    return torch.stack([presence[:, list(seen)].all(dim=1) for seen in channels], dim=1)
+    return torch.stack([presence[:, list(used)].all(dim=1) for used in channels], dim=1)
 
 
 def _cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy per sample, (B,); a single channel is a sigmoid head."""
+    """Mean cross-entropy of each sample, (B,); logits with a single channel are those of a sigmoid."""
     if logits.shape[1] == 1:
         loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     else:
@@ -34,7 +34,7 @@ def _cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Mean predictive entropy per sample, (B,)."""
+    """Mean predictive entropy of each sample, (B,)."""
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
     log_p = functional.log_softmax(logits, dim=1)
@@ -42,11 +42,11 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _confidence(losses: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-    """(1 - softmax(CE)) / (K - 1) over each sample's available teachers; 1 where there is but one."""
+    """(1 - softmax(CE)) / (K - 1) over each sample's available teachers; 1 if there is only one."""
     share = losses.masked_fill(~available, float("-inf")).softmax(dim=1).nan_to_num(0.0)
     others = (available.sum(dim=1, keepdim=True) - 1).clamp_min(1)
-    single = available.sum(dim=1, keepdim=True) == 1
-    return torch.where(single, torch.ones_like(share), (1 - share) / others)
+    only_one = available.sum(dim=1, keepdim=True) == 1
+    return torch.where(only_one, torch.ones_like(share), (1 - share) / others)
 
 
 def teacher_weights(
@@ -56,28 +56,28 @@ def teacher_weights(
     label: torch.Tensor | None = None,
     static: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Weights of K teachers for each sample, B x K, non-negative.
+    """Compute the weights of K teachers for each sample, B x K, non-negative.
 
-    Rows sum to 1, or to 0 where no teacher (``static``: none of a weight above 0) is available.
+    A row sums to 1, or to 0 if no teacher (``static``: none with a weight above 0) is available for that sample.
 
-    Source: [ours]. ``mean`` 1/K; ``static`` the given values; ``confidence``
+    Source: [ours]. ``mean`` 1/K; ``static`` the weights passed as ``static``; ``confidence``
     ``(1 - softmax_k(CE_k)) / (K - 1)`` with the teacher's cross-entropy CE_k on the sample's label; ``entropy``
     ``softmax_k`` of minus the mean predictive entropy, which needs no label. Unavailable teachers get 0 and the
-    rest is renormalised. No gradient flows.
+    remaining weights are renormalised. No gradient flows.
 
     Args:
         mode: one of ``MODES``.
-        logits: per teacher ``B C H W [D]``.
+        logits: for each teacher ``B C H W [D]``.
         available: B x K, bool, see ``available_teachers``.
         label: ``B 1 H W [D]``, for ``confidence``.
         static: K weights >= 0, not all 0, for ``static``.
 
     Raises:
-        ValueError: an unknown mode, or one whose label or static weights are missing or do not fit.
+        ValueError: the mode is unknown, or its label or static weights are missing or do not fit.
     """
     if mode not in MODES:
         raise ValueError(f"Unknown weighting {mode!r}: choose one of {', '.join(MODES)}.")
-    scores = [z.detach().float() for z in logits]
+    detached = [z.detach().float() for z in logits]
     if mode == "mean":
         weights = torch.ones_like(available, dtype=torch.float32)
     elif mode == "static":
@@ -87,10 +87,10 @@ def teacher_weights(
     elif mode == "confidence":
         if label is None:
             raise ValueError("confidence weighting needs the label.")
-        weights = _confidence(torch.stack([_cross_entropy(z, label) for z in scores], dim=1), available)
+        weights = _confidence(torch.stack([_cross_entropy(z, label) for z in detached], dim=1), available)
     else:
-        # Unavailable teachers must not enter the softmax: one that sees zeros may be very sure of itself.
-        entropies = torch.stack([_entropy(z) for z in scores], dim=1).masked_fill(~available, float("inf"))
+        # Unavailable teachers must not enter the softmax: a teacher whose input is zeros may have a very low entropy.
+        entropies = torch.stack([_entropy(z) for z in detached], dim=1).masked_fill(~available, float("inf"))
         weights = (-entropies).softmax(dim=1).nan_to_num(0.0)
     weights = weights * available
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -13,6 +13,7 @@ from scripts.evaluation.summary_table import markdown_summary
 from scripts.metrics import read_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
+from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_text
 from scripts.utils.run_manifest import write_manifest
 
@@ -63,7 +64,7 @@ def compare(
         runs,
         case_overlays(scored_cases, last["rows"], last["predictions"], intensity, labels) if scored_cases else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
-        write_manifest(output_dir, list(cases)),
+        write_manifest(output_dir, list(cases), **torch_usage()),
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

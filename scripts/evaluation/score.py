@@ -26,6 +26,7 @@ from scripts.image_io.reader import read_itk
 from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
+from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_json
 from scripts.utils.run_manifest import write_manifest
 
@@ -165,7 +166,7 @@ def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
     if path.is_file() and cases_in_manifest(path) == json.loads(json.dumps(list(cases), default=str)):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return manifest
-    return write_manifest(output_dir, list(cases))
+    return write_manifest(output_dir, list(cases), **torch_usage())
 
 
 def _seconds_per_case(manifest: Mapping[str, Any], cases: Sequence[Case]) -> float | None:

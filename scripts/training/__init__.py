@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training does beside its steps."""
+"""Handlers and inferers of a training: checkpoints, learning curves, tracking, mixed precision."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers that MONAI does not have: learning curves as a table, one progress bar per run, the manifest."""
+"""Handlers that MONAI and ignite do not have: one progress bar per run, seeds per epoch, the manifest."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
 from monai.utils import CommonKeys
@@ -16,11 +17,14 @@ from scripts.utils.run_manifest import write_manifest
 
 
 class Progress:
-    """One bar for the whole run, with the time left: epochs of a training, cases of an inference.
+    """One progress bar for the whole run, with the remaining time: epochs of a training, or cases of an inference.
+
+    ignite's ``ProgressBar`` does not fit: it opens only after the first epoch, and after resuming it counts the earlier
+    epochs as done in this run, so that the remaining time is far too short.
 
     Args:
         name: text before the bar.
-        epochs: count epochs rather than iterations.
+        epochs: count epochs instead of iterations.
     """
 
     def __init__(self, name: str, epochs: bool = False) -> None:
@@ -33,13 +37,13 @@ class Progress:
         engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
 
     def start(self, engine: Engine) -> None:
-        """Open the bar where the run (or its resumption) begins."""
+        """Open the bar at the epoch where the run starts or resumes."""
         total = engine.state.max_epochs if self.epochs else engine.state.epoch_length
-        done = engine.state.epoch if self.epochs else 0
-        self.bar = tqdm(total=total, initial=done, desc=self.name, unit="epoch" if self.epochs else "case")
+        completed = engine.state.epoch if self.epochs else 0
+        self.bar = tqdm(total=total, initial=completed, desc=self.name, unit="epoch" if self.epochs else "case")
 
     def step(self, engine: Engine) -> None:
-        """Move the bar on, with the last loss of a training."""
+        """Advance the bar and, in a training, show the last loss."""
         output: Any = engine.state.output
         output = output[0] if isinstance(output, list) else output
         if isinstance(output, dict) and CommonKeys.LOSS in output:
@@ -48,12 +52,13 @@ class Progress:
 
 
 class SeedEpochs:
-    """Seed every global generator at the start of each epoch by the run's seed, the epoch and the process.
+    """Seed every global random generator at the start of each epoch from the run's seed, the epoch and the process.
 
-    So an epoch's dropout and masks do not depend on how many runs it took to come to it, and processes differ.
+    Dropout and random masks of an epoch then do not depend on how often the training was resumed. Processes get
+    different seeds.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -64,7 +69,7 @@ class SeedEpochs:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Seed them."""
+        """Seed the generators."""
         manual_seed(mixed_seed(self.seed, engine.state.epoch, engine.state.rank))
 
 
@@ -73,9 +78,9 @@ class ManifestWriter:
 
     Args:
         output_dir: folder of the manifest.
-        cases: the data list, or lists by name.
-        teachers: name -> teacher, whose checksums are noted.
-        name: of the file.
+        cases: the data list, or data lists by name.
+        teachers: name -> teacher; the manifest holds the checksums of their weights.
+        name: file name.
     """
 
     def __init__(
@@ -91,8 +96,15 @@ class ManifestWriter:
 
     def start(self, engine: Engine) -> None:
         """Start the clock."""
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
 
     def write(self, engine: Engine) -> None:
         """Write the file."""
-        write_manifest(self.output_dir, self.cases, self.checksums, time.perf_counter() - self.began, self.name)
+        seconds = time.perf_counter() - self.start_time
+        write_manifest(self.output_dir, self.cases, self.checksums, seconds, self.name, **torch_usage())
+
+
+def torch_usage() -> dict[str, Any]:
+    """Return the arguments of ``write_manifest`` that only PyTorch knows: ``threads`` and ``accelerator_mib``."""
+    mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"threads": torch.get_num_threads(), "accelerator_mib": mib}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed precision on any device: the networks run in bfloat16 or float16, the losses see float32."""
+"""Mixed precision on any device: networks run in bfloat16 or float16, losses get float32."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 class AutocastInferer(SimpleInferer):
-    """Call the network under autocast and give back float32, of one tensor or of a dict of tensors.
+    """Call the network under autocast and return its output, a tensor or a dict of tensors, in float32.
 
     Args:
-        device: that the network is on; MONAI's trainers know autocast on CUDA only.
+        device: device of the network. MONAI's trainers use autocast on CUDA only.
         precision: one of ``PRECISIONS``; ``float32`` changes nothing.
 
     Raises:
-        ValueError: an unknown precision, or bfloat16 on the CPU: there PyTorch 2.13's weight gradients of convolutions
-            on small grids (seen at 2 x 2 x 1 and 2 x 2 x 2 cells, in the student's deepest stage) read memory that was
-            never written, so that now and then they are not finite.
+        ValueError: an unknown precision, or bfloat16 on the CPU: PyTorch 2.13's weight gradients of convolutions on
+            small grids (seen at 2 x 2 x 1 and 2 x 2 x 2 cells, in the student's deepest stage) read uninitialised
+            memory there, so that they are sometimes NaN or infinite.
     """
 
     def __init__(self, device: str | torch.device, precision: str = "float32") -> None:
@@ -31,27 +31,28 @@ class AutocastInferer(SimpleInferer):
             raise ValueError(f"Unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}.")
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         if self.device.type == "cpu" and precision == "bfloat16":
-            raise ValueError("On the CPU bfloat16 gives gradients that are not finite: train in float32, or on a GPU.")
+            raise ValueError("bfloat16 can give NaN or infinite gradients on the CPU: train in float32, or on a GPU.")
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
         enabled = self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             outputs = network(inputs, *args, **kwargs)
-        return {k: _full(v) for k, v in outputs.items()} if isinstance(outputs, dict) else _full(outputs)
+        return {k: _float32(v) for k, v in outputs.items()} if isinstance(outputs, dict) else _float32(outputs)
 
 
-def _full(value: torch.Tensor) -> torch.Tensor:
+def _float32(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
 class GradientScaling:
-    """Handler: scale the loss so that float16 gradients do not vanish; attach it before the checkpoint's handler.
+    """Handler: scale the loss, so that float16 gradients do not underflow. Attach it before the checkpoint's handler.
 
-    A trainer with ``amp`` scales by its ``scaler``; MONAI's is for CUDA only, this one is for the device.
+    A MONAI trainer with ``amp`` scales the loss with its ``scaler``, which works on CUDA only. This handler replaces it
+    by a scaler for the training's device.
 
     Args:
-        device: of the training.
+        device: device of the training.
         initial: first scale; it halves after each overflow and doubles after 2000 steps without one.
     """
 
@@ -63,5 +64,5 @@ class GradientScaling:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Put the scaler in place."""
+        """Replace the trainer's scaler."""
         engine.scaler = torch.amp.GradScaler(self.device.type, init_scale=self.initial)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps that are not finite change nothing, and soon end the run."""
+"""Skip training steps whose loss or gradient is NaN or infinite, and stop the run after a few of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class FiniteSteps:
-    """Handler: leave out steps whose loss or gradient is NaN or infinite, and end the run at the third.
+    """Handler: skip steps whose loss or gradient is NaN or infinite, and stop the run at the third such step.
 
-    The weights, the network's buffers (running means of normalisations) and the optimizer stay as they were before such
-    a step, so that no later checkpoint holds what it would have made of them. With a gradient scaler (float16) infinite
-    gradients are the scaler's own business; only the loss is looked at, and the scaler leaves the step out.
+    A skipped step changes nothing: the weights, the network's buffers (running means of normalisation layers) and the
+    optimizer keep their values, so no later checkpoint contains NaN. With a gradient scaler (float16) infinite
+    gradients are normal and the scaler skips them; the handler then checks only the loss.
 
     Args:
-        most: number of such steps that ends the run.
-        checkpoint: file of the training state, which the end of the run points to where it is there.
+        most: number of skipped steps that stops the run.
+        checkpoint: file of the training state; if it exists, the error that stops the run mentions it.
     """
 
     def __init__(self, most: int = 3, checkpoint: str = "") -> None:
@@ -35,18 +35,18 @@ class FiniteSteps:
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.ITERATION_STARTED, self.keep)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.copy_buffers)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def keep(self, engine: Any) -> None:
-        """Copy the buffers, which the forward pass writes to before anyone knows what it gives."""
+    def copy_buffers(self, engine: Any) -> None:
+        """Copy the buffers, because the forward pass changes them before its result can be checked."""
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in engine.network.buffers()]
 
     def __call__(self, engine: Any) -> None:
-        """Judge the step between its gradients and the optimizer.
+        """Check the step after its gradients are computed and before the optimizer uses them.
 
         Raises:
-            ValueError: the last of the steps that are allowed; the cases of all of them are named.
+            ValueError: this was the last step that may be skipped; the message names the cases of all of them.
         """
         loss = engine.state.output[CommonKeys.LOSS].detach()
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -66,11 +66,11 @@ class FiniteSteps:
         self.cases += cases
         self.steps += 1
         where = f"epoch {engine.state.epoch}, step {engine.state.iteration}: {', '.join(cases) or 'unnamed cases'}"
-        logger.warning("a step that is not finite was left out (%s)", where)
+        logger.warning("skipped a training step with a NaN or infinite loss or gradient (%s)", where)
         if self.steps >= self.most:
             names = ", ".join(dict.fromkeys(self.cases)) or "unnamed cases"
-            saved = "; the last checkpoint is from before" if Path(self.checkpoint).is_file() else ""
+            saved = " The last checkpoint is not affected." if Path(self.checkpoint).is_file() else ""
             raise ValueError(
-                f"Loss or gradient was not finite in {self.steps} steps, of the cases {names}: look at these images "
-                f"and labels, and lower the learning rate{saved}."
+                f"Loss or gradient was NaN or infinite in {self.steps} training steps, with the cases {names}: check "
+                f"these images and labels, and lower the learning rate.{saved}"
             )

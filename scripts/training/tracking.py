@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's tracking handlers, which take a run's curves as they are in its table, and an overlay per validation.
+"""MONAI's TensorBoard and MLflow handlers for resumed runs, and one overlay picture per validation.
 
-MONAI's handlers track what ``CurveWriter`` puts into ``engine.state.metrics``. What is added here is
-that no tracker holds an epoch twice, however often a training was stopped and went on, or began anew in its folder.
-Attach them after ``TrainingCheckpoint``, which knows the epoch where a run goes on.
+MONAI's handlers record what ``CurveWriter`` stores in ``engine.state.metrics``. The classes here make sure that a
+tracker holds each epoch once, even if the training was resumed several times or restarted in the same folder. Attach
+them after ``TrainingCheckpoint``, which sets the epoch where a run resumes.
 
-``is_not_rank0``, ``experiment_name``, ``run_name`` and ``save_execute_config`` in configs/train.json are the names that
-``monai.bundle run --tracking mlflow`` looks for, so that the handlers it appends keep to the same run and rank.
+``monai.bundle run --tracking mlflow`` looks for ``is_not_rank0``, ``experiment_name``, ``run_name`` and
+``save_execute_config`` in configs/train.json, so that the handlers which it appends use the same run and rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scripts.utils.atomic_files import atomic_file
 
 
 class TensorBoard:
-    """A ``SummaryWriter`` that opens its file when something is first written: building a config leaves no file.
+    """A ``SummaryWriter`` that creates its file at the first write, so that parsing a config creates no file.
 
     Args:
         log_dir: folder of the event files.
@@ -40,7 +40,7 @@ class TensorBoard:
 
     @cached_property
     def writer(self) -> SummaryWriter:
-        """The writer; epochs from ``purge_step`` on that earlier runs left in the folder no longer count."""
+        """The writer; it hides epochs from ``purge_step`` on that earlier runs wrote to the folder."""
         return SummaryWriter(self.log_dir, purge_step=self.purge_step)
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +48,7 @@ class TensorBoard:
 
 
 class TensorBoardCurves(TensorBoardStatsHandler):
-    """MONAI's handler, which voids those epochs of earlier runs in the same folder that this run trains again."""
+    """MONAI's handler, which here hides epochs of earlier runs in the same folder if this run trains them again."""
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
@@ -57,18 +57,20 @@ class TensorBoardCurves(TensorBoardStatsHandler):
         engine.add_event_handler(Events.COMPLETED, lambda: self._writer.close())
 
     def start(self, engine: Engine) -> None:
-        """Say where this run begins, before anything is written."""
+        """Set the first epoch of this run before anything is written."""
         self._writer.purge_step = engine.state.epoch + 1
 
 
 class MLflowCurves(MLFlowHandler):
-    """MONAI's handler, which begins an MLflow run at every start, with the earlier epochs of a resumed training.
+    """MONAI's handler, which here starts a new MLflow run each time and copies the earlier epochs into a resumed one.
 
-    MONAI's own would go on in a run that was stopped, where the epochs since the last checkpoint would stand twice.
+    MONAI's own handler continues the stopped MLflow run, which would then hold the epochs since the last checkpoint
+    twice.
 
     Args:
-        output_dir: of the training: it holds ``curves.csv``, and is given ``mlruns.db`` and ``mlruns``.
-        settings: of ``MLFlowHandler``, in place of or beside those given here.
+        output_dir: folder of the training. The handler reads ``curves.csv`` there and creates ``mlruns.db`` and
+            ``mlruns``.
+        settings: further arguments of ``MLFlowHandler``; they override the defaults set here.
 
     Raises:
         RuntimeError: MLflow is not installed.
@@ -78,16 +80,16 @@ class MLflowCurves(MLFlowHandler):
         require_mlflow()
         folder = Path(output_dir)
         self.curves = folder / "curves.csv"
-        own: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "tracking_uri": path_to_sqlite_uri(folder / "mlruns.db"),
             "artifacts": [folder / "overlays", self.curves, folder / "manifest.json"],
             "iteration_log": False,
             "close_on_complete": True,
         }
-        super().__init__(**{**own, **settings})
+        super().__init__(**{**defaults, **settings})
 
     def start(self, engine: Engine) -> None:
-        """Begin the run."""
+        """Start the MLflow run."""
         self._set_experiment()
         assert self.experiment is not None
         self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)
@@ -100,39 +102,40 @@ class MLflowCurves(MLFlowHandler):
 
 
 def require_mlflow() -> None:
-    """Raise a RuntimeError that says what to install where MLflow is missing."""
+    """Raise a RuntimeError that says what to install if MLflow is missing."""
     if find_spec("mlflow") is None:
-        raise RuntimeError("Tracking by MLflow needs MLflow: install the extra 'mlflow', or leave --tracking out.")
+        raise RuntimeError('MLflow is not installed: run pip install ".[mlflow]", or omit --tracking.')
 
 
 class LossOnly:
-    """Keep a step's loss alone in ``engine.state.output``, in a list as from a trainer that decollates.
+    """Replace ``engine.state.output`` by a list with the step's loss only, like the output of a decollating trainer.
 
-    There the MLflow handlers that ``monai.bundle run --tracking mlflow`` appends look for it; and what the networks
-    answered need not stay in memory until the next step ends. Attach it after all that reads the output otherwise.
+    The MLflow handlers that ``monai.bundle run --tracking mlflow`` appends read the loss from such a list. It also
+    frees the networks' outputs before the next step. Attach this handler after all handlers that need the full output.
     """
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep_loss)
 
-    def keep(self, engine: Engine) -> None:
-        """Drop the rest."""
+    def keep_loss(self, engine: Engine) -> None:
+        """Drop everything but the loss."""
         state: Any = engine.state
         output = state.output
         state.output = [{CommonKeys.LOSS: output[CommonKeys.LOSS]}]
 
 
 class OverlayWriter:
-    """Draw one picture per validation: label and prediction outlined on each modality of the first case.
+    """Draw one picture per validation: outlines of label and prediction on each modality of the first case.
 
-    It is the axial slice with the most label, in ``overlays/epoch_0010.png``. Attach it to the validation's evaluator.
+    The picture shows the axial slice with the largest label area and is saved as ``overlays/epoch_0010.png``. Attach
+    this handler to the validation's evaluator.
 
     Args:
-        output_dir: of the training.
+        output_dir: folder of the training.
         modalities: names of the image's channels.
-        spacing: of the image's axes in mm; they run to the right, to anterior, to superior.
-        summary_writer: TensorBoard's, which gets the pictures too.
+        spacing: spacing of the image's axes in mm. The axes run to the right, to anterior and to superior.
+        summary_writer: TensorBoard's writer, which also gets the pictures.
     """
 
     def __init__(
@@ -142,11 +145,11 @@ class OverlayWriter:
         self.spacing, self.writer = tuple(spacing), summary_writer
 
     def attach(self, engine: Engine) -> None:
-        """Register with an evaluator, whose iterations are counted anew in every validation."""
+        """Register with an evaluator, whose iterations start at 1 in every validation."""
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self.draw)
 
     def draw(self, engine: Engine) -> None:
-        """Write the picture beside its place, then rename; MONAI gives the evaluator the trainer's epoch."""
+        """Write the picture atomically. MONAI sets the evaluator's epoch to the trainer's."""
         output: Any = engine.state.output
         epoch = engine.state.epoch
         figure = slice_figure(self._overlay(output[0], f"epoch {epoch}"))
@@ -155,17 +158,17 @@ class OverlayWriter:
         self.writer.add_figure("overlay", figure, epoch)
 
     def _overlay(self, item: dict[str, Tensor], title: str) -> Overlay:
-        """The slice alone, as volumes of one slice: a whole case would be in memory a second time."""
+        """Return volumes that hold the one slice only, because a copy of the whole case would need too much memory."""
         image, reference, prediction = (item[k] for k in (CommonKeys.IMAGE, CommonKeys.LABEL, CommonKeys.PRED))
         reference, prediction = reference[0] > 0, prediction[0] > 0
         sizes = int(reference.sum()), int(prediction.sum())
         dice = 2 * int((reference & prediction).sum()) / sum(sizes) if any(sizes) else float("nan")
-        area = (reference if sizes[0] else prediction).sum((0, 1))
-        at = int(area.argmax()) if any(sizes) else len(area) // 2
+        areas = (reference if sizes[0] else prediction).sum((0, 1))
+        index = int(areas.argmax()) if any(sizes) else len(areas) // 2
         reference, prediction, *channels = (
-            volume[..., at : at + 1].cpu().numpy() for volume in (reference, prediction, *image)
+            volume[..., index : index + 1].cpu().numpy() for volume in (reference, prediction, *image)
         )
-        # An autoencoder of masks, for one, sees other channels than the modalities.
+        # Some networks, such as an autoencoder of masks, have other channels than the modalities.
         fits = len(channels) == len(self.modalities)
         names = self.modalities if fits else [f"channel {i}" for i in range(len(channels))]
         images = dict(zip(names, channels, strict=True))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole files, locks, processes and manifests."""
+"""Files, locks, processes and run manifests: helpers that know neither images nor networks."""

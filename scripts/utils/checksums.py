@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SHA-256 checksums of files, and those that lie beside them."""
+"""SHA-256 checksums of files, and ``.sha256`` files next to them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from pathlib import Path
 
 
 def sha256(path: str | Path) -> str:
-    """Checksum of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 checksum of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_beside(path: str | Path) -> str | None:
-    """The sha256 in ``<path>.sha256``, as ``sha256sum`` writes it; None where there is no such file.
+    """Read the checksum from ``<path>.sha256``, the format that ``sha256sum`` writes.
+
+    Args:
+        path: the file that the checksum belongs to.
+
+    Returns:
+        The checksum in lower case, or None if there is no such file.
 
     Raises:
-        ValueError: the file holds no sha256.
+        ValueError: ``<path>.sha256`` contains no checksum.
     """
-    beside = Path(f"{path}.sha256")
-    if not beside.is_file():
+    checksum_file = Path(f"{path}.sha256")
+    if not checksum_file.is_file():
         return None
-    with open(beside, "rb") as file:
-        found = re.match(rb"\s*([0-9a-fA-F]{64})(?:\s|$)", file.read(1000))
-    if found is None:
+    with open(checksum_file, "rb") as file:
+        match = re.match(rb"\s*([0-9a-fA-F]{64})(?:\s|$)", file.read(1000))
+    if match is None:
         raise ValueError(
-            f"{beside} holds no sha256 of 64 hexadecimal digits: write it again by sha256sum, or remove it."
+            f"{checksum_file} contains no SHA-256 checksum (64 hexadecimal digits): create it again with sha256sum, "
+            "or remove it."
         )
-    return found[1].decode().lower()
+    return match[1].decode().lower()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table.
+    """Return a Markdown table.
 
     Args:
         head: the column titles.

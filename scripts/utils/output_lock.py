@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time on one output."""
+"""Lock an output, so that only one run at a time writes to it."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -19,90 +20,109 @@ from scripts.utils.atomic_files import write_json
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 30.0  # seconds that a killed run's own processes may take to notice its end
-_held: dict[Path, tuple[FileLock, Path]] = {}
+TAKEOVER_SECONDS = 30.0  # how long the child processes of a killed run may need to notice its end
+_locks: dict[Path, tuple[FileLock, Path]] = {}  # output -> its lock and the file that names its owner
 
 
-def hold(path: str | Path) -> None:
-    """Take an output for this process until it ends or calls ``release``; the operating system frees it in any case.
+def acquire(path: str | Path) -> None:
+    """Lock an output until this process ends or calls ``release``.
 
-    What a killed run left is taken over, with a word in the log, and its half-written ``.part`` files are removed.
+    The operating system releases the lock of a killed process. The next run takes over such an output, logs a warning
+    and removes the ``.part`` files that the killed run left.
 
     Args:
-        path: folder of a run's output, or the one mask (.nii.gz) that it writes.
+        path: folder of a run's output, or the single mask (.nii.gz) that the run writes.
 
     Raises:
-        ValueError: another process holds it; it is named.
-        OSError: its folder takes no files.
+        ValueError: another process holds the lock; the message names that process.
+        OSError: no file can be created in the folder.
     """
     target = Path(path).absolute()
-    if target in _held:
+    if target in _locks:
         return
-    single = target.name.endswith(".nii.gz")
-    folder = target.parent if single else target
+    is_mask = target.name.endswith(".nii.gz")
+    folder = target.parent if is_mask else target
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f".{target.name}" if single else ""
-    owner = folder / f"{stem}.run.json"
-    lock = FileLock(folder / f"{stem}.lock")
+    prefix = f".{target.name}" if is_mask else ""
+    owner_file = folder / f"{prefix}.run.json"
+    lock = FileLock(folder / f"{prefix}.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        _require_files(target, lock.lock_file)
-        found = _owner(owner)
-        if _alive(found):
-            raise ValueError(_busy(target, found)) from None
+        _require_writable(target, lock.lock_file)
+        owner = _read_owner(owner_file)
         try:
-            lock.acquire(timeout=PATIENCE)
+            lock.acquire(timeout=0 if _is_alive(owner) else TAKEOVER_SECONDS)
         except Timeout:
-            raise ValueError(_busy(target, found)) from None
-    before = _owner(owner)
-    if before and before.get("pid") != os.getpid():
-        logger.warning("%s was left by process %s, which has ended: taken over", target, before.get("pid"))
-        own = folder.glob(f".{target.name}.*.part" if single else ".*.part")
-        below = () if single else folder.rglob(f".*.{before.get('pid')}.part")  # as masks; other runs may go on there
-        for leftover in [*own, *below]:
-            leftover.unlink(missing_ok=True)
-    write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner)
-    _held[target] = lock, owner
+            raise ValueError(_in_use(target, owner)) from None
+    previous = _read_owner(owner_file)
+    if previous and previous.get("pid") != os.getpid():
+        pid = previous.get("pid")
+        logger.warning("%s was left by process %s, which has ended: this run takes it over", target, pid)
+        own_parts = folder.glob(f".{target.name}.*.part" if is_mask else ".*.part")
+        # Masks lie in a folder of their own, where other runs may still be writing.
+        nested_parts = () if is_mask else folder.rglob(f".*.{pid}.part")
+        for part in [*own_parts, *nested_parts]:
+            part.unlink(missing_ok=True)
+    write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner_file)
+    _locks[target] = lock, owner_file
     atexit.register(release, os.getpid())
 
 
-def _require_files(target: Path, lock: str) -> None:
-    """filelock takes a folder where no file can be made, as /proc, for a lock that somebody holds."""
-    try:
-        os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o644))
-    except OSError as error:
-        what = f"{target} cannot be written, since its folder takes no files ({error.strerror}): name another output."
-        raise OSError(error.errno, what) from error
-
-
 def release(pid: int | None = None) -> None:
-    """Let go of everything that this process holds.
+    """Release every output that this process has locked, and remove the lock's files.
 
     Args:
-        pid: of the process that took it, where one that it forked may come here as well.
+        pid: the process that acquired the locks; in any other process, such as a forked child, nothing is released.
     """
-    while _held and pid in (None, os.getpid()):
-        _, (lock, owner) = _held.popitem()
-        owner.unlink(missing_ok=True)
+    while _locks and pid in (None, os.getpid()):
+        _, (lock, owner_file) = _locks.popitem()
+        owner_file.unlink(missing_ok=True)
+        _remove_lock_file(lock)
         lock.release()
 
 
-def _owner(path: Path) -> dict[str, Any]:
-    """Who says to hold it; nothing where there is nobody, or the file is damaged."""
+def _remove_lock_file(lock: FileLock) -> None:
+    """Remove a lock's empty file while the lock is still held.
+
+    Two processes never both get the lock. A process may have opened this file before and lock it after the release, but
+    filelock (from 4 on) then sees that the file has no name any more and opens the path again. Removal after the
+    release would be wrong: the path could already be another process's lock. On a file system without flock, filelock
+    writes the owner into the file, and removes it itself.
+    """
+    with contextlib.suppress(OSError):
+        lock_file = Path(lock.lock_file)
+        if lock_file.stat().st_size == 0:
+            lock_file.unlink()
+
+
+def _require_writable(target: Path, lock_file: str) -> None:
+    """Raise OSError if no file can be created in a folder such as /proc; filelock reports such a lock as taken."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        os.close(os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644))
+    except OSError as error:
+        message = (
+            f"{target} cannot be written, because no file can be created in its folder ({error.strerror}): choose "
+            "another output."
+        )
+        raise OSError(error.errno, message) from error
+
+
+def _read_owner(owner_file: Path) -> dict[str, Any]:
+    """Read which process owns an output: ``pid``, ``host``, ``since``; empty if the file is missing or damaged."""
+    try:
+        owner = json.loads(owner_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    named = isinstance(found, dict) and {"host", "since"} <= set(found) and isinstance(found.get("pid"), int)
-    return found if named else {}
+    is_complete = isinstance(owner, dict) and {"host", "since"} <= set(owner) and isinstance(owner.get("pid"), int)
+    return owner if is_complete else {}
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the process that took it is still there, as far as that can be seen from here."""
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Return whether the owner may still run; processes of another host cannot be checked and count as alive."""
     return owner.get("host") != platform.node() or psutil.pid_exists(owner["pid"])
 
 
-def _busy(target: Path, owner: dict[str, Any]) -> str:
-    who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
-    return f"{target} is in use by {who}: wait until it has ended, or name another output."
+def _in_use(target: Path, owner: dict[str, Any]) -> str:
+    process = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+    return f"{target} is in use by {process}: wait until it has ended, or choose another output."

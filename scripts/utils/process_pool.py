@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in several processes, of which one may die: it takes its own job with it and no other."""
+"""Run jobs in several processes. A process that dies loses its own job, and no other."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-DIED = "its process died: killed, or out of memory"
+PROCESS_DIED = "its process died: killed, or out of memory"
 
 
-def survive(
+def run_jobs(
     work: Callable[[Job], Result],
     jobs: Mapping[str, Job],
     workers: int,
-    died: Callable[[str], Result],
-    done: Callable[[str, Result], object] = lambda name, result: None,
+    on_death: Callable[[str], Result],
+    on_result: Callable[[str, Result], object] = lambda name, result: None,
     **options: Any,
 ) -> dict[str, Result]:
-    """The result of every job, in their order.
+    """Run ``work`` on every job and return the results in the order of the jobs.
 
-    A dead process breaks its whole pool and does not say at which job; what is left is then done one by one.
+    A process that dies breaks its whole pool without telling which job it had. The unfinished jobs then run one at a
+    time until the job that kills its process is found; after that they run in parallel again.
 
     Args:
-        work: of one job; what it raises is raised here.
-        jobs: by name.
-        workers: processes.
-        died: what stands for a job's result, by its name, where its process died.
-        done: called with the name and the result of every job, as soon as it is there.
-        options: of ``ProcessPoolExecutor``.
+        work: called with one job; its exceptions are raised here.
+        jobs: name -> job.
+        workers: number of processes.
+        on_death: returns the result, given the job's name, for a job whose process died.
+        on_result: called with each job's name and result as soon as the result is available.
+        options: further arguments of ``ProcessPoolExecutor``.
     """
-    found: dict[str, Result] = {}
-    left, at_once = list(jobs), max(1, workers)
-    while left:
-        with ProcessPoolExecutor(min(at_once, len(left)), **options) as pool:
+    results: dict[str, Result] = {}
+    pending, processes = list(jobs), max(1, workers)
+    while pending:
+        with ProcessPoolExecutor(min(processes, len(pending)), **options) as pool:
             futures: dict[Future[Result], str] = {}
-            with contextlib.suppress(BrokenProcessPool):  # a process may die before all are submitted
-                for name in left:
+            with contextlib.suppress(BrokenProcessPool):  # a process may die before all jobs are submitted
+                for name in pending:
                     futures[pool.submit(work, jobs[name])] = name
             for future in as_completed(futures):
                 with contextlib.suppress(BrokenProcessPool):
                     name = futures[future]
-                    found[name] = future.result()
-                    done(name, found[name])
-        left = [name for name in left if name not in found]
-        if left and at_once == 1:  # alone in the pool: the first of those left is the one that died
-            name = left.pop(0)
-            found[name] = died(name)
-            done(name, found[name])
-            at_once = max(1, workers)
+                    results[name] = future.result()
+                    on_result(name, results[name])
+        pending = [name for name in pending if name not in results]
+        if pending and processes == 1:  # jobs run in order: the first pending one killed the process
+            name = pending.pop(0)
+            results[name] = on_death(name)
+            on_result(name, results[name])
+            processes = max(1, workers)
         else:
-            at_once = 1
-    return {name: found[name] for name in jobs}
+            processes = 1
+    return {name: results[name] for name in jobs}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was made of: config, versions, commit, data, teachers, time and memory."""
+"""The manifest of a run: config, versions, commit, data, teachers, time and memory."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 import resource
@@ -15,9 +14,6 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
-from monai.bundle import ConfigWorkflow
 
 from scripts import bundle_root
 from scripts.utils.atomic_files import write_json
@@ -35,25 +31,31 @@ def set_command(command: str) -> None:
 
 
 def running_config() -> dict[str, Any] | None:
-    """The merged config of the bundle workflow that is running, or None.
+    """Return the merged config, as written, of the bundle workflow that is running; None if there is none.
 
-    ``monai.bundle`` hands a running component nothing of its config, so the workflow is looked for on the stack.
+    MONAI gives a component of a config no access to the config or its parser: an expression sees only the values that
+    it references, and a macro (``%``) of the whole config would contain itself. The workflow is a local variable of
+    ``monai.bundle.run``, so this function looks for it on the call stack. That also works for plain
+    ``python -m monai.bundle run``.
     """
-    for frame in inspect.stack():
-        owner = frame.frame.f_locals.get("self")
-        if isinstance(owner, ConfigWorkflow):
-            return json.loads(json.dumps(dict(owner.parser.get()), default=str))  # type: ignore[no-any-return]
+    bundle = sys.modules.get("monai.bundle")  # if it is not loaded, no workflow is running
+    frame = sys._getframe() if bundle else None
+    while frame is not None:
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, bundle.ConfigWorkflow):  # type: ignore[union-attr]
+            return json.loads(json.dumps(workflow.parser.get(), default=str))  # type: ignore[no-any-return]
+        frame = frame.f_back
     return None
 
 
 def _commit() -> str | None:
-    """The commit of the code, "+" behind it where tracked files differ; None outside of a checkout."""
+    """Return the commit of the code, with "+" if tracked files differ from it; None outside of a git checkout."""
     git = ["git", "-C", bundle_root()]
     try:
-        asked = [*git, "rev-parse", "--show-toplevel", "HEAD"]
-        top, head = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        command = [*git, "rev-parse", "--show-toplevel", "HEAD"]
+        top, head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         if Path(top).resolve() != Path(bundle_root()).resolve():
-            return None  # unpacked in another repository
+            return None  # the bundle was unpacked inside another repository
         clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, capture_output=True).returncode == 0
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
@@ -61,26 +63,20 @@ def _commit() -> str | None:
 
 
 def code_version() -> str:
-    """The bundle's version and commit."""
-    version_ = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
-    return f"{version_} ({_commit() or 'no checkout'})"
+    """Return the bundle's version and commit."""
+    metadata = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    return f"{metadata['version']} ({_commit() or 'no checkout'})"
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    found = {}
+    """Return the versions of those packages that are installed."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
-
-
-def _peak_mib() -> float:
-    """Peak resident memory of this process in MiB, and of the accelerator's allocator where there is one."""
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 1024 + (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
+    return versions
 
 
 def write_manifest(
@@ -89,31 +85,36 @@ def write_manifest(
     teachers: dict[str, str | None] | None = None,
     seconds: float | None = None,
     name: str = "manifest.json",
+    threads: int | None = None,
+    accelerator_mib: float = 0.0,
 ) -> dict[str, Any]:
-    """Write a manifest into ``output_dir`` and return its content.
+    """Write a manifest and return its content.
 
     Args:
         output_dir: folder of the run's output.
-        cases: the data list (or lists by name); its hash identifies it.
-        teachers: name -> sha256 of the weights.
-        seconds: wall time.
-        name: of the file.
+        cases: the data list, or data lists by name; the manifest also holds its SHA-256.
+        teachers: name -> SHA-256 of the weights.
+        seconds: wall time of the run.
+        name: file name.
+        threads: number of threads per operation, see ``scripts.training.handlers.torch_usage``.
+        accelerator_mib: peak memory of the accelerator in MiB. It is added to this process's peak resident memory.
     """
     config = running_config()
-    listed = json.dumps(cases, sort_keys=True, default=str)
-    meta = (config or {}).pop("_meta_", None) or {}
+    data = json.dumps(cases, sort_keys=True, default=str)
+    metadata = (config or {}).pop("_meta_", None) or {}
+    resident_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     manifest = {
-        "bundle_version": meta.get("version"),
+        "bundle_version": metadata.get("version"),
         "git_commit": _commit(),
         "command": _command or shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "seed": (config or {}).get("seed"),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "wall_seconds": None if seconds is None else round(seconds, 1),
-        "peak_mib": round(_peak_mib(), 1),
+        "peak_mib": round(resident_mib + accelerator_mib, 1),
         "teachers_sha256": teachers or {},
-        "data_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-        "data": json.loads(listed),
+        "data_sha256": hashlib.sha256(data.encode()).hexdigest(),
+        "data": json.loads(data),
         "config": config,
     }
     write_json(manifest, Path(output_dir) / name)

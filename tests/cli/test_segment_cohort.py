@@ -92,11 +92,11 @@ def table(phantoms: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Path]
 def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One case after the other in this process, whose log is afterwards as it was."""
 
-    def survive(work: Any, jobs: Any, workers: int, died: Any, done: Any, **_: Any) -> None:
+    def run_jobs(work: Any, jobs: Any, workers: int, died: Any, done: Any, **_: Any) -> None:
         for name, job in jobs.items():
             done(name, work(job))
 
-    monkeypatch.setattr(batch, "survive", survive)
+    monkeypatch.setattr(batch, "run_jobs", run_jobs)
     level, propagates = logging.root.manager.disable, logging.getLogger("scripts").propagate
     yield
     logging.disable(level)

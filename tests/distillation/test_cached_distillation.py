@@ -100,12 +100,12 @@ def damage(tmp_path: Path) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("truncated", "PHANTOM_004.pt is damaged: run cache-teachers again, it makes what is not whole anew."),
-        ("flipped", "PHANTOM_004.pt is damaged: run cache-teachers again"),
-        ("deleted", "PHANTOM_004.pt is missing: run cache-teachers again"),
-        ("case", "The cache of the teacher dynunet_pet lacks 1 case(s): PHANTOM_004: run cache-teachers again"),
-        ("format", "its format is 99, this run's 1. Make it again by cache-teachers --rebuild."),
-        ("manifest", "manifest.json cannot be read: make the cache again by cache-teachers --rebuild."),
+        ("truncated", "PHANTOM_004.pt is damaged. Run cache-teachers again; it replaces missing and damaged files."),
+        ("flipped", "PHANTOM_004.pt is damaged. Run cache-teachers again"),
+        ("deleted", "PHANTOM_004.pt is missing. Run cache-teachers again"),
+        ("case", "The cache of the teacher dynunet_pet lacks 1 case(s): PHANTOM_004. Run cache-teachers again"),
+        ("format", "its format is 99, this run's is 1. Rebuild it with cache-teachers --rebuild."),
+        ("manifest", "manifest.json cannot be read. Rebuild the cache with cache-teachers --rebuild."),
     ],
 )
 def test_a_damaged_cache_is_refused(distill: Any, damage: Any, how: str, words: str) -> None:
@@ -115,21 +115,21 @@ def test_a_damaged_cache_is_refused(distill: Any, damage: Any, how: str, words: 
 
 def test_a_cache_of_something_else_is_refused(distill: Any, weights: list[Path], tmp_path: Path) -> None:
     hinton = ("--method", "hinton")
-    stale = "The cache of the teacher dynunet_pet is stale: its "
+    stale = "The cache of the teacher dynunet_pet is outdated: its "
     assert f"{stale}weights sha256 is " in distill(*hinton, teacher=f"dynunet:pet={weights[1]}")
-    assert "this run's None" in distill(*hinton, teacher="dynunet:pet=random")
-    assert f"{stale}spacing is [12.0, 12.0, 12.0], this run's [12.0, 12.0, 14.0]" in distill(
+    assert "this run's is None" in distill(*hinton, teacher="dynunet:pet=random")
+    assert f"{stale}spacing is [12.0, 12.0, 12.0], this run's is [12.0, 12.0, 14.0]" in distill(
         *hinton, "--set", "spacing=[12,12,14]"
     )
     for key, value in (("modalities", ["mr"]), ("architecture", "segresnet")):
         spec = {"architecture": "dynunet", "modalities": ["pet"], "weights": str(weights[0]), key: value}
         error = distill(*hinton, "--set", f"teacher_specs={json.dumps({'dynunet_pet': spec})}")
         assert f"{stale}{key} is " in error
-        assert f"this run's {value}" in error
-    assert "There is no cache of the teacher dynunet_pet at" in distill(*hinton, folder=tmp_path / "nowhere")
-    assert "There is no cache of the teacher dynunet_ct at" in distill(*hinton, teacher="dynunet:ct=random")
+        assert f"this run's is {value}" in error
+    assert "No cache of the teacher dynunet_pet at" in distill(*hinton, folder=tmp_path / "nowhere")
+    assert "No cache of the teacher dynunet_ct at" in distill(*hinton, teacher="dynunet:ct=random")
     error = distill("--method", "hint")
-    assert "needs features of the teacher 'dynunet_pet', whose cache holds logits, coarse, fine" in error
+    assert "needs features of the teacher 'dynunet_pet', but its cache contains only logits, coarse, fine" in error
     assert "train without the cache" in error
 
 

@@ -137,7 +137,7 @@ def test_teachers_are_available_by_the_presence_of_their_modalities():
 
 @pytest.mark.parametrize("layers", [{"student": "body", "Net": "tail"}, {"student": "body", "Net": "blocks"}])
 def test_an_unknown_layer_is_refused_by_naming_the_network_and_what_it_has(layers):
-    match = r"ct \(Net\) has no layer '(tail|blocks)' to tap; it has: body, body.0, body.1, blocks.0, head"
+    match = r"ct \(Net\) has no layer '(tail|blocks)' to tap\. Its layers are: body, body.0, body.1, blocks.0, head"
     with pytest.raises(ValueError, match=match):
         build(taps={"deep": layers})
     with pytest.raises(ValueError, match=match.replace("ct", "student")):
@@ -145,7 +145,7 @@ def test_an_unknown_layer_is_refused_by_naming_the_network_and_what_it_has(layer
 
 
 def test_bad_wiring_of_the_distiller_is_refused():
-    with pytest.raises(ValueError, match=r"Tap 'deep' names no layer for petmr \(Net\); it knows \['ct', 'student'\]"):
+    with pytest.raises(ValueError, match=r"Tap 'deep' has no layer for petmr \(Net\)\. It has layers for: ct, student"):
         build(taps={"deep": {"student": "body", "ct": "body"}})
     with pytest.raises(ValueError, match="rename it"):
         build(taps={"logits": TAPS["body"]})
@@ -157,7 +157,7 @@ def test_bad_wiring_of_the_distiller_is_refused():
 
 @pytest.mark.parametrize("adapters", [{"bodies": {"ct": nn.Identity()}}, {"body": {"mr": nn.Identity()}}])
 def test_an_adapter_for_an_unknown_tap_or_teacher_is_refused(adapters):
-    with pytest.raises(ValueError, match=r"fits nothing: taps are \['body'\], teachers \['ct', 'petmr'\]"):
+    with pytest.raises(ValueError, match=r"matches nothing: taps are \['body'\], teachers \['ct', 'petmr'\]"):
         build(taps=TAPS, adapters=adapters)
 
 
@@ -294,7 +294,7 @@ def test_bad_wiring_of_the_loss_is_refused():
     distiller = build(taps=TAPS, adapters={"body": {"ct": ChannelAdapter(4, 5)}})
     with pytest.raises(ValueError, match=r"No term uses the adapters of \['body'\]"):
         criterion(distiller)
-    with pytest.raises(ValueError, match="Term 'x' wants the tap 'deep'; there are logits, body"):
+    with pytest.raises(ValueError, match=r"Term 'x' uses the unknown tap 'deep'\. Known taps are: logits, body"):
         DistillationLoss(magnitude, distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
     with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
         criterion(build(), mixing="sum")
@@ -356,10 +356,13 @@ def test_a_tap_may_be_for_some_teachers_only_and_its_term_then_counts_in_full():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"taps": {"body": {"student": "body", "Net": None}}}, "Tap 'body' is for no teacher of this run"),
-        ({"taps": {"body": {"student": None, "Net": "body"}}}, "takes None of the student"),
+        (
+            {"taps": {"body": {"student": "body", "Net": None}}},
+            "No teacher in this run provides a layer for tap",
+        ),
+        ({"taps": {"body": {"student": None, "Net": "body"}}}, "uses None of the student"),
         ({"taps": {"body": {"student": ["body", "head"], "Net": "body"}}}, "name one layer, or add an adapter"),
-        ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs the window's shape"),
+        ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs the shape of the window"),
         ({"taps": TAPS, "adapters": {"head": Fuse}, "window": (3, *SIZE)}, "adapter of tap 'head'"),
     ],
 )

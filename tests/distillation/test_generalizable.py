@@ -13,7 +13,7 @@ from torch import Tensor
 from scripts.distillation.alignment_training import (
     AlignmentLoss,
     HeaderTrainer,
-    header_of,
+    build_header,
     intensity_view,
     mask_batch,
     semantic_codes,
@@ -156,7 +156,7 @@ def test_headers_are_loaded_strictly_by_the_networks_names(tmp_path: Path) -> No
 
 
 def test_a_network_without_halves_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="UNETR has no encoder and decoder that can be called apart"):
+    with pytest.raises(ValueError, match="UNETR has no separate encoder and decoder"):
         GeneralizableDistiller(student(), {"one": teacher("unetr")}, window=WINDOW)
     with pytest.raises(ValueError, match="at least one view"):
         distiller(views=0)
@@ -219,9 +219,9 @@ def test_the_aligned_prediction_decodes_the_reconstruction(aligned: tuple[Header
     assert outputs["code"].shape == outputs["view"].shape == outputs["semantic"].shape
 
 
-def test_the_header_of_a_network_fits_its_deepest_features_and_leaves_its_mode() -> None:
+def test_the_build_header_a_network_fits_its_deepest_features_and_leaves_its_mode() -> None:
     network = student().train()
-    header = header_of(network, WINDOW, code=1)
+    header = build_header(network, WINDOW, code=1)
     code, reconstruction = header(network.encode(image())[-1])
     assert code.shape == (2, 256, 1)
     assert reconstruction.shape == network.encode(image())[-1].shape
@@ -236,7 +236,7 @@ def test_the_mask_is_input_and_target_of_the_auto_encoder() -> None:
 
 def test_the_codes_of_other_images_are_farther_away_than_those_of_more_of_the_same() -> None:
     network = student().eval()
-    header = header_of(network, WINDOW, code_channels=4, code=1)
+    header = build_header(network, WINDOW, code_channels=4, code=1)
     generator = torch.Generator().manual_seed(6)
     first, second = (torch.rand(40, *WINDOW, generator=generator).split(8) for _ in range(2))
     codes, more = semantic_codes(network, header, first), semantic_codes(network, header, second)

@@ -118,7 +118,8 @@ def test_dual_distillation_is_refused_without_a_cnn_by_naming_one() -> None:
     while error is not None:
         causes.append(str(error))
         error = error.__cause__
-    assert any("Tap 'local' is for no teacher of this run: add one of NNUNet, SegResNet, UXNet" in c for c in causes)
+    remedy = "layer for tap 'local'. Add a teacher with one of these networks: NNUNet, SegResNet, UXNet"
+    assert any(remedy in cause for cause in causes)
 
 
 def test_the_list_of_methods_has_a_line_for_each_with_its_losses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.distillation.staged_training import finished, gkd_stages
+from scripts.distillation.staged_training import gkd_stages, is_finished
 
 TEACHERS = {
     "one": {"architecture": "hdenseformer", "modalities": ["ct", "pet"], "weights": "one.pt"},
@@ -36,9 +36,9 @@ def test_one_epoch_cannot_be_shared() -> None:
         gkd_stages(Path("s"), TEACHERS, 1)
 
 
-def test_a_training_is_finished_when_its_manifest_is_there(tmp_path: Path) -> None:
-    assert not finished(tmp_path)
+def test_a_training_finished_when_its_manifest_is_there(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path)
     (tmp_path / "model.pt").write_text("")
-    assert not finished(tmp_path)
+    assert not is_finished(tmp_path)
     (tmp_path / "manifest.json").write_text("")
-    assert finished(tmp_path)
+    assert is_finished(tmp_path)

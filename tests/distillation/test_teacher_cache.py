@@ -242,7 +242,7 @@ def test_cached_teachers_hold_no_weights_and_cannot_be_asked(make_case: Any, tmp
     image, _, named = batch_of(case, cache)
     outputs = distiller.train()(image, **named)
     assert torch.equal(outputs["both.logits"], named["cached"]["both.logits"])
-    with pytest.raises(ValueError, match="A cached teacher cannot be asked"):
+    with pytest.raises(ValueError, match="A cached teacher cannot predict"):
         distiller(image)
     assert distiller.eval()(image).shape == (1, 2, *PATCH)  # the student alone needs no cache
 

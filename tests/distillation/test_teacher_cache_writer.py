@@ -220,13 +220,13 @@ def test_a_later_call_for_more_cases_adds_them(cases: Any, tmp_path: Path) -> No
     [
         (
             {"asked": {"pair": Fake([1, 0], sha256="c" * 64)}},
-            "its weights sha256 is aaaaaaaaaaaa..., this run's cccccc",
+            "its weights sha256 is aaaaaaaaaaaa..., this run's is cccccc",
         ),
         (
             {"transform": pipeline(spacing=[8.0, 9.0, 9.0])},
-            r"its spacing is \[9.0, 9.0, 9.0\], this run's \[8.0, 9.0, 9.0\]",
+            r"its spacing is \[9.0, 9.0, 9.0\], this run's is \[8.0, 9.0, 9.0\]",
         ),
-        ({"taps": TAPS}, r"its outputs is \['logits'\], this run's \['logits', 'deep'\]"),
+        ({"taps": TAPS}, r"its outputs is \['logits'\], this run's is \['logits', 'deep'\]"),
     ],
 )
 def test_another_cache_is_refused_unless_it_is_to_be_rebuilt(
@@ -257,7 +257,7 @@ def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, t
     for value in (float("nan"), 1e5):  # the largest half is 65504
         teacher = Fake([2])
         nn.init.constant_(teacher.network[2].bias, value)
-        with pytest.raises(ValueError, match=r"PHANTOM_001\.pt is not finite in half precision"):
+        with pytest.raises(ValueError, match=r"PHANTOM_001\.pt was not written: the prediction is not finite"):
             write(cases[:1], tmp_path, {"mr": teacher})
         assert list(tmp_path.rglob("*.pt")) == []
         assert list(tmp_path.rglob("manifest.json")) == []
@@ -305,7 +305,9 @@ def test_the_command_writes_what_it_is_told_and_refuses_in_one_sentence(
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits"]
     assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: The cache of the teacher dynunet_pet is stale: its spacing is [12.0, 12.0, 12.0], ")
+    assert error.startswith(
+        "error: The cache of the teacher dynunet_pet is outdated: its spacing is [12.0, 12.0, 12.0], "
+    )
     assert main([*arguments, "--set", "spacing=[14,12,12]", "--rebuild", "--maps"]) == 0
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits", "coarse", "fine"]
     assert manifest(folder, "dynunet_pet")["spacing"] == [14, 12, 12]

@@ -133,7 +133,7 @@ def test_a_longer_schedule_than_the_one_that_came_down_is_refused(tmp_path):
     Run(tmp_path, 2).start()
     longer = Run(tmp_path, 6, resume=True)
     longer.scheduler.total_iters = 6
-    with pytest.raises(ValueError, match="is of a run of 4 epochs, here there are 6: go on with 4, or"):
+    with pytest.raises(ValueError, match="is from a run of 4 epochs, this run has 6: resume with 4 epochs, or"):
         longer.start()
 
 
@@ -172,7 +172,7 @@ def test_without_resume_the_states_of_an_earlier_run_are_refused_and_stay(lost, 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run, epoch = Run(tmp_path, 1, seed=9), 2 if lost == "checkpoint.pt" else 4
     with pytest.raises(
-        ValueError, match=rf"holds the state of an earlier run \(epoch {epoch}\): go on with it by --res"
+        ValueError, match=rf"already contains a checkpoint \(epoch {epoch}\)\. Use --resume to continue"
     ):
         run.start()
     assert run.epochs == []
@@ -182,11 +182,11 @@ def test_without_resume_the_states_of_an_earlier_run_are_refused_and_stay(lost, 
 def test_without_resume_states_that_cannot_be_read_are_refused_and_one_that_tells_no_epoch_is_too(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"PK cut off")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: remove them to start anew"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: remove it to start a new run"):
         Run(tmp_path, 1).start()
     assert path.read_bytes() == b"PK cut off"
     write_atomically({"model": {}}, path)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt holds the state of an earlier run: go on with it"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt already contains a checkpoint\. Use --resume"):
         Run(tmp_path, 1).start()
 
 
@@ -199,19 +199,19 @@ def test_resuming_without_a_file_warns_and_starts_at_epoch_one(tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         run = Run(tmp_path, 1, resume=True).start()
     assert run.epochs == [1]
-    assert f"nothing to resume at {tmp_path / 'checkpoint.pt'}" in caplog.text
+    assert f"No checkpoint at {tmp_path / 'checkpoint.pt'}" in caplog.text
 
 
 def test_a_state_of_another_kind_of_run_is_refused_by_name(tmp_path):
     state = Run(tmp_path, 1).start().saved()
     del state["lr_scheduler"]
     write_atomically(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt holds no state of lr_scheduler"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt contains no state of lr_scheduler"):
         Run(tmp_path, 2, resume=True).start()
 
 
 def test_objects_without_the_network_are_refused():
-    with pytest.raises(ValueError, match=r"must name the network as 'model', got \['optimizer'\]"):
+    with pytest.raises(ValueError, match=r"must contain the network as 'model', got \['optimizer'\]"):
         TrainingCheckpoint("a.pt", "b.pt", {"optimizer": nn.Identity()})
 
 
@@ -282,7 +282,9 @@ def test_a_checksum_in_upper_case_is_the_same(weights):
 @pytest.mark.parametrize("content", [b"", b"\n", b"\x80\xff\x00", b"none", b"a" * 63, b"a" * 65, b"g" * 64])
 def test_a_file_of_no_checksum_beside_the_weights_is_refused_by_name(content, weights):
     weights.with_name("model.pt.sha256").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pt\.sha256 holds no sha256 of 64 hexadecimal digits: write it again"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt\.sha256 contains no SHA-256 checksum \(64 hexadecimal digits\): create it again"
+    ):
         load_weights(nn.Conv2d(1, 1, 1), weights)
 
 

@@ -70,5 +70,5 @@ def test_a_compiled_student_that_must_be_tapped_is_refused_in_one_sentence(
     compiled = ["--set", "compile=true", "--set", "compile_backend=counted"]
     assert distil(cohort, tmp_path, "hint", *compiled) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert errors == ["error: A compiled student cannot be tapped: train it without compile, or with terms on logits."]
+    assert errors == ["error: Taps do not work on a compiled student: train without compile, or use terms on logits."]
     assert not (tmp_path / "model.pt").exists()

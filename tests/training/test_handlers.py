@@ -188,6 +188,7 @@ def test_the_manifest_is_written_when_the_run_ends(tmp_path: Path, fake_git: Any
     assert manifest["config"] is None  # no workflow of MONAI runs
     assert manifest["teachers_sha256"] == {"teacher_ct": "ab" * 32}
     assert manifest["data"] == cases
+    assert manifest["threads"] == torch.get_num_threads()
     assert 0 <= manifest["wall_seconds"] < 60
 
 

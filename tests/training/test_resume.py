@@ -162,7 +162,7 @@ def test_a_broken_newest_state_falls_back_to_the_one_before_and_says_so(
     path.write_bytes(bytes(damaged))
     finish(cohort, tmp_path, "--epochs", str(EPOCHS))
     log = (tmp_path / "log.txt").read_text()
-    assert f"{path} is broken: falling back to the state before it" in log
+    assert f"{path} is damaged: trying the checkpoint before it" in log
     assert "checkpoint.previous.pt after epoch 3" in log
     assert_same_run(whole, tmp_path)
 
@@ -172,5 +172,5 @@ def test_no_readable_state_is_refused_rather_than_started_anew(cohort: Path, tmp
     process = start(cohort, tmp_path, "--epochs", "2")
     process.join(120)
     assert process.exitcode == 1
-    assert "cannot be read: remove them to start anew" in (tmp_path / "log.txt").read_text()
+    assert "cannot be read: remove it to start a new run" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "model.pt").exists()

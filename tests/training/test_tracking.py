@@ -180,7 +180,7 @@ def test_tracking_without_mlflow_ends_in_one_sentence(
 ) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     assert main(["train", "--tracking", "mlflow", "--output-dir", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: Tracking by MLflow needs MLflow: install")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: MLflow is not installed: run pip install")
 
 
 def test_every_stage_of_gkd_is_tracked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

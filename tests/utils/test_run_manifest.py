@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from monai.bundle import run
 
 from scripts.utils.run_manifest import running_config, write_manifest
@@ -29,13 +28,14 @@ def strict(path: Path) -> dict[str, Any]:
 
 
 def test_the_manifest_is_written_and_returned_alike(tmp_path: Path) -> None:
-    returned = write_manifest(tmp_path / "new" / "run", CASES, {"teacher_ct": "ab" * 32}, seconds=12.345)
+    teachers: dict[str, str | None] = {"teacher_ct": "ab" * 32}
+    returned = write_manifest(tmp_path / "new" / "run", CASES, teachers, seconds=12.345, threads=3)
     written = strict(tmp_path / "new" / "run" / "manifest.json")
     assert written == returned
     assert written["data"] == CASES
     assert written["teachers_sha256"] == {"teacher_ct": "ab" * 32}
     assert written["wall_seconds"] == 12.3
-    assert written["threads"] == torch.get_num_threads()
+    assert written["threads"] == 3
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
@@ -53,6 +53,7 @@ def test_peak_memory_is_that_of_this_process_in_mib(tmp_path: Path) -> None:
     resident = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")]
     assert 50 < peak < 1e6
     assert all(peak > 0.9 * mib for mib in resident)
+    assert write_manifest(tmp_path, CASES, accelerator_mib=1e5)["peak_mib"] >= peak + 1e5
 
 
 @pytest.mark.parametrize(("clean", "mark"), [(True, ""), (False, "+")])

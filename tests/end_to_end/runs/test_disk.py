@@ -175,7 +175,7 @@ def test_what_the_disk_kept_otherwise_never_gets_its_name(
         patch.setattr(
             scripts.utils.atomic_files, "open", lambda p, mode: io.BufferedWriter(kind(p, mode)), raising=False
         )
-        with pytest.raises(OSError, match=rf"{path} could not be written \(what was read again is not") as error:
+        with pytest.raises(OSError, match=rf"{path} could not be written \(the file read back differs from") as error:
             WRITERS[writer](path)
     assert error.value.errno
     assert path.read_bytes() == b"old"

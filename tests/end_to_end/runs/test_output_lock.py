@@ -17,7 +17,7 @@ import pytest
 
 from scripts.cli.main import main
 from scripts.utils.atomic_files import write_json
-from scripts.utils.output_lock import hold, release
+from scripts.utils.output_lock import acquire, release
 
 
 def wait_for(path: Path) -> None:
@@ -34,7 +34,7 @@ def holder(child: Any, tmp_path: Path) -> Callable[[Path], Any]:
         mark = tmp_path / "held"
 
         def work() -> int:
-            hold(output)
+            acquire(output)
             mark.touch()
             signal.pause()
             return 0
@@ -69,12 +69,14 @@ def test_a_second_run_is_refused_and_told_the_first_ones_process_and_works_when_
     first = holder(output)
     error = refused(*arguments)
     assert f"{output} is in use by process {first.pid} on " in error
-    assert "wait until it has ended, or name another output" in error
+    assert "wait until it has ended, or choose another output" in error
     assert not [path for path in (output.parent if output.suffix else output).rglob("*") if path.name[0] != "."]
     first.kill()
     first.end()
     assert main(arguments) == 0
-    assert f"{output} was left by process {first.pid}, which has ended: taken over" in capfd.readouterr().err
+    assert (
+        f"{output} was left by process {first.pid}, which has ended: this run takes it over" in capfd.readouterr().err
+    )
     assert result.is_file()
     assert main(arguments) == 0  # in one process one after the other
     assert "was left by process" not in capfd.readouterr().err
@@ -97,7 +99,7 @@ def test_two_processes_that_start_at_once_do_not_both_get_it(child: Any, tmp_pat
     def work() -> int:
         wait_for(go)
         try:
-            hold(tmp_path / "out")
+            acquire(tmp_path / "out")
         except ValueError:
             return 3
         wait_for(tmp_path / "end")
@@ -115,8 +117,8 @@ def test_two_processes_that_start_at_once_do_not_both_get_it(child: Any, tmp_pat
 
 FORKING = """
 import os, sys
-from scripts.utils.output_lock import hold, release
-hold(sys.argv[1])
+from scripts.utils.output_lock import acquire, release
+acquire(sys.argv[1])
 if (pid := os.fork()) == 0:
     if sys.argv[2] == "release":
         release(os.getppid())
@@ -133,26 +135,26 @@ def test_a_forked_child_that_ends_does_not_free_what_its_parent_holds(way: str, 
         assert parent.stdout is not None
         assert parent.stdout.readline() == "0\n"  # the child has ended
         with pytest.raises(ValueError, match=f"in use by process {parent.pid} "):
-            hold(tmp_path / "out")
+            acquire(tmp_path / "out")
         parent.communicate("\n")
     assert parent.returncode == 0
-    hold(tmp_path / "out")
+    acquire(tmp_path / "out")
 
 
 def test_letting_go_removes_the_owners_note_and_another_process_gets_it_without_a_word(
     child: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert child(lambda: hold(tmp_path) or release() or 0).end()[0] == 0
+    assert child(lambda: acquire(tmp_path) or release() or 0).end()[0] == 0
     assert not (tmp_path / ".run.json").exists()
     with caplog.at_level(logging.WARNING):
-        hold(tmp_path)
+        acquire(tmp_path)
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1, "host": "elsewhere"}'])
 def test_a_damaged_note_of_an_owner_that_is_gone_stops_nobody(content: str, tmp_path: Path) -> None:
     (tmp_path / ".run.json").write_text(content)
-    hold(tmp_path)
+    acquire(tmp_path)
     assert f'"pid": {os.getpid()}' in (tmp_path / ".run.json").read_text()
 
 
@@ -160,11 +162,11 @@ def test_a_damaged_note_of_an_owner_that_is_gone_stops_nobody(content: str, tmp_
 def test_a_damaged_note_of_an_owner_that_is_there_is_still_a_refusal(
     content: str, holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scripts.utils.output_lock.PATIENCE", 0.1)
+    monkeypatch.setattr("scripts.utils.output_lock.TAKEOVER_SECONDS", 0.1)
     process = holder(tmp_path / "out")
     (tmp_path / "out" / ".run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"out is in use by .*: wait until it has ended, or name another output"):
-        hold(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is in use by .*: wait until it has ended, or choose another output"):
+        acquire(tmp_path / "out")
     assert process.alive()
 
 
@@ -175,7 +177,7 @@ def test_only_a_dead_runs_own_half_files_are_removed(holder: Any, tmp_path: Path
     mine, other = tmp_path / f".a.nii.gz.{first.pid}.part", tmp_path / f".b.nii.gz.{first.pid}.part"
     mine.touch()
     other.touch()
-    hold(tmp_path / "a.nii.gz")
+    acquire(tmp_path / "a.nii.gz")
     assert not mine.exists()
     assert other.exists()
 
@@ -184,9 +186,9 @@ def test_only_a_dead_runs_own_half_files_are_removed(holder: Any, tmp_path: Path
 @pytest.mark.parametrize("output", ["/proc", "/proc/mask.nii.gz"])
 def test_a_place_that_takes_no_files_is_not_said_to_be_in_use(output: str) -> None:
     with pytest.raises(
-        FileNotFoundError, match=rf"{output} cannot be written, since its folder takes no files \(No such"
+        FileNotFoundError, match=rf"{output} cannot be written, because no file can be created in its folder \(No such"
     ):
-        hold(output)
+        acquire(output)
 
 
 def test_the_command_says_that_a_mask_cannot_be_written_where_no_file_can_be(
@@ -194,11 +196,11 @@ def test_the_command_says_that_a_mask_cannot_be_written_where_no_file_can_be(
 ) -> None:
     error = refused(*segment_arguments(noise_case(tmp_path, 16), Path("/proc/mask.nii.gz")))
     assert "/proc/mask.nii.gz cannot be written" in error
-    assert "name another output" in error
+    assert "choose another output" in error
     assert "in use" not in error
 
 
 def test_the_note_names_host_and_time(tmp_path: Path) -> None:
     write_json({"pid": 1}, tmp_path / ".run.json")
-    hold(tmp_path)
+    acquire(tmp_path)
     assert os.uname().nodename in (tmp_path / ".run.json").read_text()

@@ -28,7 +28,7 @@ def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_wit
     assert main([*arguments, "--resume"]) == 0
     told = capfd.readouterr().err
     previous = f"resumed {tmp_path / 'checkpoint.previous.pt'} after epoch 2"
-    nothing = f"nothing to resume at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
+    nothing = f"No checkpoint at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
     assert (previous in told, nothing in told) == (lost == "newest", lost == "both")
     again = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -43,7 +43,7 @@ def test_a_training_started_again_without_resume_is_refused_and_loses_nothing_an
     assert main(arguments) == 0
     kept = ("checkpoint.pt", "checkpoint.previous.pt", "model.pt", "curves.csv", "manifest.json")
     before = {name: (tmp_path / name).read_bytes() for name in kept}
-    told = f"{tmp_path / 'checkpoint.pt'} holds the state of an earlier run (epoch 2): go on with it by --resume, or"
+    told = f"{tmp_path / 'checkpoint.pt'} already contains a checkpoint (epoch 2). Use --resume to continue, or"
     assert told in refused(*arguments)
     assert {name: (tmp_path / name).read_bytes() for name in kept} == before
     assert main([*arguments, "--epochs", "1", "--set", "overwrite=true"]) == 0

@@ -74,8 +74,11 @@ def test_the_third_such_step_ends_the_run_names_the_cases_and_leaves_finite_weig
     names = list(dict.fromkeys(name for batch in trap.bad for name in batch))
     assert len(trap.bad) == 3
     assert BAD in names
-    assert f"Loss or gradient was not finite in 3 steps, of the cases {', '.join(names)}: look at these" in error
-    assert error.endswith("lower the learning rate; the last checkpoint is from before.")
+    assert (
+        f"Loss or gradient was NaN or infinite in 3 training steps, with the cases {', '.join(names)}: check these"
+        in error
+    )
+    assert error.endswith("lower the learning rate. The last checkpoint is not affected.")
     assert not (tmp_path / "model.pt").exists()
     epochs = len(trap.batches) // 2  # of two steps each: the last one was not finished, or not saved
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -100,7 +103,7 @@ def test_two_such_steps_are_left_out_with_a_word_and_the_training_goes_on(
     assert main(train(tmp_path)) == 0
     assert len(trap.batches) == 10
     assert finite(tmp_path / "model.pt")
-    told = [line for line in capfd.readouterr().err.splitlines() if "a step that is not finite was left out" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "skipped a training step" in line]
     assert [line.rsplit(": ", 1)[1].rstrip(")") for line in told] == [", ".join(batch) for batch in trap.bad]
 
 
@@ -231,7 +234,7 @@ def test_the_last_allowed_step_raises_before_the_optimizer_moves(most: int, capl
     names = ", ".join(f"case {i}" for i in range(1, most + 1))
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=f"in {most} steps, of the cases {names}: "):
         small.trainer.run()
-    assert caplog.text.count("a step that is not finite was left out") == most
+    assert caplog.text.count("skipped a training step") == most
     assert _same(small.states[0], _state(small.trainer))
 
 

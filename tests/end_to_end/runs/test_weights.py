@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from scripts.cli.main import main
-from scripts.distillation.staged_training import FINISHED
+from scripts.distillation.staged_training import FINAL_FILES
 from scripts.networks.teacher import Teacher
 
 BIG = ["--set", "patch=[32,32,32]", "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}']
@@ -62,10 +62,10 @@ def spoil(marker: Path) -> Callable[[str, Path], Path]:
 
 
 WORDS = {
-    "code": "is not a file of plain weights, and nothing else is loaded",
-    "pickle": "is not a file of plain weights, and nothing else is loaded",
+    "code": "is not a file of plain weights. Other files are not loaded",
+    "pickle": "is not a file of plain weights. Other files are not loaded",
     "another network": "do not fit",
-    "cut off": "is not a file of plain weights, and nothing else is loaded",
+    "cut off": "is not a file of plain weights. Other files are not loaded",
     "not finite": "holds NaN or infinite values in 1 of its 2 tensors: take weights from an earlier checkpoint",
 }
 
@@ -139,7 +139,7 @@ def test_a_state_to_resume_from_is_refused_and_never_run(
     error = refused(*line("train", *TRAINING, "--resume"))
     assert str(bad) in error
     whole = kind in ("another network", "not finite")
-    assert ("holds no state of" if whole else "cannot be read: remove them to start anew") in error
+    assert ("contains no state of" if whole else "cannot be read: remove it to start a new run") in error
     assert not marker.exists()
     assert not (tmp_path / "out" / "model.pt").exists()
 
@@ -154,7 +154,7 @@ def test_gkds_stages_headers_and_auto_encoder_are_loaded_as_plainly(
         if name == "header_student" and stage in ("autoencoder", "student"):
             continue  # so that it is trained, from those two
         (stages / name).mkdir(parents=True)
-        for file in FINISHED:
+        for file in FINAL_FILES:
             (stages / name / file).touch()
     if stage == "autoencoder":
         _plain_student(stages / "student" / "model.pt")
@@ -178,11 +178,11 @@ def _plain_student(path: Path) -> None:
 
 
 def _plain_header(path: Path) -> None:
-    from scripts.distillation.alignment_training import header_of
+    from scripts.distillation.alignment_training import build_header
     from scripts.networks import Student
 
     student = Student(3, 2, (4, 8, 8, 8), norm=("group", {"num_groups": 4}))
-    torch.save({"model": header_of(student, [3, 32, 32, 32]).state_dict()}, path)
+    torch.save({"model": build_header(student, [3, 32, 32, 32]).state_dict()}, path)
 
 
 @pytest.mark.parametrize("entrance", ["segment", *ENTRANCES])
@@ -217,7 +217,7 @@ def test_code_in_a_cached_prediction_is_not_run_even_where_the_manifest_vouches_
         entry |= {"bytes": bad.stat().st_size, "sha256": hashlib.sha256(bad.read_bytes()).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     error = refused(*line("distill", *TRAINING, *asked, "--method", "hinton", "--cache-dir", folder.parent))
-    assert "is not a file of plain weights, and nothing else is loaded" in error
+    assert "is not a file of plain weights. Other files are not loaded" in error
     assert str(folder) in error
     assert not marker.exists()
     assert not list(tmp_path.rglob("model.pt"))

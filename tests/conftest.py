@@ -136,7 +136,7 @@ def start_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base
     context = multiprocessing.get_context("forkserver")
     bundle = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py")]
     modules = [".".join(path.parts) for path in bundle if path.name not in ("__init__", "__main__")]
-    context.set_forkserver_preload(["fire", "monai.bundle", "torch.utils.tensorboard", *modules])
+    context.set_forkserver_preload(["fire", "monai.bundle", "torch._dynamo", "torch.utils.tensorboard", *modules])
     with contextlib.chdir(ROOT):  # the server imports the bundle from its working directory
         forkserver.ensure_running()
 

@@ -7,6 +7,7 @@ The fixture runs this file with ``runpy.run_path`` and passes the global variabl
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import sys
@@ -42,6 +43,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, output:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     warnings.simplefilter("ignore")
+    multiprocessing.set_start_method(None, force=True)  # the platform's default instead of the forkserver
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with processes that may be killed while they hold it
     try:
         _interpret(arguments, environment, folder)

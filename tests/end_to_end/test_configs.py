@@ -100,9 +100,11 @@ def test_the_network_has_the_inputs_and_outputs_of_metadata() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_composes_with_every_data_set(data: str, method: str) -> None:
+# A method depends on the data set only through the modalities, so each is composed once per method and per data set.
+@pytest.mark.parametrize(
+    ("data", "method"), [("sts", method) for method in METHODS] + [(data, METHODS[0]) for data in DATA if data != "sts"]
+)
+def test_every_method_and_every_data_set_compose(data: str, method: str) -> None:
     parser = _composed(
         "train", f"data/{data}", "scale/small", "distill", f"methods/{method}", patch=[64, 32, 32], **SMALLEST
     )

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes with one case each learn what one process with two learns (gloo, on the CPU)."""
+"""Two processes with one case each learn the same as one process with two cases (gloo, on the CPU)."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ class Recorder:
 
     def attach(self, engine):
         engine.add_event_handler(Events.STARTED, self.validate)
-        engine.add_event_handler(Events.ITERATION_STARTED, self.note)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.add_cases)
         engine.add_event_handler(Events.COMPLETED, self.save)
 
     def validate(self, engine):
         self.evaluator.run()  # before the first step: on the very same weights whatever the number of processes
         self.dice = self.evaluator.state.metrics["val_dice"]
 
-    def note(self, engine):
+    def add_cases(self, engine):
         self.seen.append((engine.state.epoch, list(engine.state.batch["case_id"])))
 
     def save(self, engine):
@@ -51,8 +53,8 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each process of a run with two processes, and a run with one, saw and learnt."""
+def records(tmp_path_factory: pytest.TempPathFactory, start_ranks: Any) -> dict[str, Any]:
+    """The cases and weights of each process, in a run with two processes and in a run with one."""
     root = tmp_path_factory.mktemp("ddp")
     cases = [case["patient_id"] for case in write_phantoms(root / "data", cases=11, seed=3, progress=False)]
     (root / "splits.json").write_text(json.dumps({"seed": 0, "folds": [cases[:3], cases[3:]]}))
@@ -81,18 +83,44 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = {}
     for name, processes in (("two", 2), ("one", 1)):
         (root / name).mkdir()
-        _run(root, name, processes)
+        _run(root, name, processes, start_ranks)
         for rank in range(processes):
             found[f"{name}{rank}"] = torch.load(root / name / f"rank{rank}.pt", weights_only=True)
         found[name] = root / name
     return found
 
 
-def _run(root: Path, name: str, processes: int) -> None:
-    """``monai.bundle run``, by torchrun where there is more than one process."""
+@pytest.fixture(scope="module")
+def start_ranks(start_python: Any) -> Callable[..., str]:
+    """``start_ranks(number, output, *arguments)``: run a command in processes with the variables that torchrun sets.
+
+    Returns what they printed. The manifest in ``output`` shows that they succeeded: gloo may fail at exit, after
+    everything is written.
+    """
+
+    def run(number: int, output: Path, *arguments: object, **env: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        env |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        logs = [output.with_name(f"{output.name}_rank{rank}") for rank in range(number)]
+        processes = [
+            start_python(*arguments, output=log, **env, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.join(240)
+        printed = "".join(log.with_suffix(".err").read_text() for log in logs)
+        assert (output / "manifest.json").is_file(), printed[-3000:]
+        return printed
+
+    return run
+
+
+def _run(root: Path, name: str, processes: int, start_ranks: Any) -> None:
+    """``python -m monai.bundle run`` in one process or several."""
     configs = [*CONFIGS, *(["multi_gpu_train"] if processes > 1 else [])]
     files = [*(str(ROOT / "configs" / f"{config}.json") for config in configs), str(root / "overlay.json")]
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     settings = {
         "dataset_dir": root / "data", "splits_file": root / "splits.json", "output_dir": root / name, "threads": 1,
         "batch_size": 2 // processes, "max_epochs": EPOCHS, "val_interval": 1, "spacing": [12, 12, 12],
@@ -101,13 +129,8 @@ def _run(root: Path, name: str, processes: int) -> None:
         "meta_file": ROOT / "configs/metadata.json", "logging_file": ROOT / "configs/logging.conf",
     }  # fmt: skip
     flags = [x for key, value in settings.items() for x in (f"--{key}", str(value).replace("'", '"'))]
-    command = [sys.executable, "-W", "ignore", "-m", *(launcher if processes > 1 else []), "monai.bundle", "run"]
-    done = subprocess.run(
-        [*command, "--config_file", json.dumps(files), *flags], cwd=ROOT, text=True, capture_output=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    # Gloo's teardown may fail after everything is written: what was written is what counts.
-    assert (root / name / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
+    command = ["-m", "monai.bundle", "run", "--config_file", json.dumps(files), *flags]
+    start_ranks(processes, root / name, *command, PYTHONPATH=str(root))
 
 
 def test_student_and_adapters_are_identical_on_both_ranks(records: dict[str, Any]) -> None:
@@ -147,7 +170,7 @@ def test_only_the_first_rank_writes(records: dict[str, Any]) -> None:
 
 
 def test_the_command_shares_preprocessing_among_ranks_reads_the_cache_and_resumes(
-    records: dict[str, Any], tmp_path: Path
+    records: dict[str, Any], start_ranks: Any, tmp_path: Path
 ) -> None:
     root = records["two"].parent
     common = [
@@ -162,25 +185,16 @@ def test_the_command_shares_preprocessing_among_ranks_reads_the_cache_and_resume
         "--volumes-dir", str(tmp_path / "volumes"), "--output-dir", str(tmp_path / "out"), "--epochs", "3",
         "--set", "batch_size=1", "--set", "save_interval=1",
     ]  # fmt: skip
-    launcher = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-    ]
-    for more in ([], ["--resume"]):
-        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
-        done = subprocess.run(
-            [*launcher, "scripts", *distill, *more], cwd=ROOT, text=True, capture_output=True, timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
-        assert (tmp_path / "out" / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
-        if not more:  # as if it had been killed after the second epoch
-            os.replace(tmp_path / "out" / "checkpoint.previous.pt", tmp_path / "out" / "checkpoint.pt")
-    assert "resumed" in done.stdout + done.stderr
-    assert [row["epoch"] for row in read_curves(tmp_path / "out" / "curves.csv")] == [1, 2, 3]
-    assert len(list((tmp_path / "volumes").iterdir())) == 8  # one file for each training case, and no half ones
+    output = tmp_path / "out"
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "scripts", *distill], cwd=ROOT, text=True, capture_output=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert (output / "manifest.json").is_file(), (done.stdout + done.stderr)[-3000:]
+    # Restore the state of a run that was killed after its second epoch.
+    (output / "manifest.json").unlink()
+    os.replace(output / "checkpoint.previous.pt", output / "checkpoint.pt")
+    assert "resumed" in start_ranks(2, output, "-m", "scripts", *distill, "--resume")
+    assert [row["epoch"] for row in read_curves(output / "curves.csv")] == [1, 2, 3]
+    assert len(list((tmp_path / "volumes").iterdir())) == 8  # one complete file for each training case

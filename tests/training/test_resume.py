@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training that is killed at random moments ends with the same bits as one that never was."""
+"""A training that is killed at random moments ends with the same bits as one that was never interrupted."""
 
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.job_queue import use_own_progress_lock
-from scripts.cli.main import main
-
-EPOCHS, KILLS = 26, 20
+KILLS, EPOCHS, FEW_EPOCHS = 20, 26, 5
 SETTINGS = [
     "--data", "phantom", "--threads", "1", "--seed", "5", "--modality-dropout", "0.3",
     "--method", "hint", "--teacher", "dynunet=random",
@@ -30,32 +25,62 @@ SETTINGS = [
     "--set", 'student_norm=["group",{"num_groups":4}]', "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]}}',
     "--set", "val_interval=100", "--set", "save_interval=1",
 ]  # fmt: skip
+Start = Callable[..., BaseProcess]
+
+# Python code that runs before the training and kills it later.
+DIE_IN_THE_THIRD_SAVE = """
+import os, signal, torch
+save, calls = torch.save, []
+def save_half(state, file):
+    calls.append(1)
+    save(state, file)
+    if len(calls) == 3:
+        file.flush()
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+"""
+DIE_AFTER_THE_FOURTH_CHECKPOINT = """
+import os, signal
+replace, names = os.replace, []
+def replace_and_die(source, target):
+    replace(source, target)
+    names.append(os.path.basename(target))
+    if names.count("checkpoint.pt") == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_and_die
+"""
+MAIN = "\nimport sys\nfrom scripts.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
 
 
-def _child(arguments: list[str], log: Path, sabotage: Callable[[], None] | None) -> None:
-    with open(log, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        use_own_progress_lock()
-        if sabotage:
-            sabotage()
-        os._exit(main(arguments))
+@pytest.fixture(scope="module")
+def start(start_python: Any, cohort: Path) -> Start:
+    """``start(output, *arguments, sabotage="")``: the training as a process; it logs to ``output``/log.err."""
+
+    def run(output: Path, *more: object, sabotage: str = "") -> BaseProcess:
+        output.mkdir(parents=True, exist_ok=True)
+        arguments = ["distill", *SETTINGS, "--dataset-dir", cohort, "--output-dir", output, "--resume", *more]
+        process: BaseProcess = start_python("-c", sabotage + MAIN, *arguments, output=output / "log")
+        return process
+
+    return run
 
 
-def start(cohort: Path, output: Path, *more: str, sabotage: Callable[[], None] | None = None) -> ForkProcess:
-    """The training as a process of its own (forked, so that nothing is imported again)."""
-    output.mkdir(parents=True, exist_ok=True)
-    arguments = ["distill", *SETTINGS, "--dataset-dir", str(cohort), "--output-dir", str(output), "--resume", *more]
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(arguments, output / "log.txt", sabotage))
-    process.start()
-    return process
+@pytest.fixture(scope="module")
+def finish(start: Start) -> Callable[..., None]:
+    """``finish(output, *arguments)``: run the training to its end."""
+
+    def run(output: Path, *more: object) -> None:
+        process = start(output, *more)
+        process.join(240)
+        assert process.exitcode == 0, (output / "log.err").read_text()[-2000:]
+
+    return run
 
 
-def finish(cohort: Path, output: Path, *more: str) -> None:
-    process = start(cohort, output, *more)
-    process.join(240)
-    assert process.exitcode == 0, (output / "log.txt").read_text()[-2000:]
+def kill(process: BaseProcess) -> None:
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
 
 
 def leaves(x: Any, path: str = "") -> dict[str, Any]:
@@ -78,10 +103,10 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody interrupts."""
-    output = tmp_path_factory.mktemp("whole")
-    finish(cohort, output, "--epochs", str(EPOCHS))
+def uninterrupted(finish: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that nobody interrupts."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    finish(output, "--epochs", FEW_EPOCHS)
     return output
 
 
@@ -89,88 +114,79 @@ def _epochs_done(checkpoint: Path) -> int:
     return torch.load(checkpoint, weights_only=True)["trainer"]["iteration"] // 2 if checkpoint.is_file() else 0
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(cohort: Path, whole: Path, tmp_path: Path) -> None:
-    chance, kills, checkpoint = random.Random(0), 0, tmp_path / "checkpoint.pt"
+def test_twenty_kills_at_random_moments_change_no_bit(
+    start: Start, finish: Callable[..., None], tmp_path: Path
+) -> None:
+    finish(tmp_path / "uninterrupted", "--epochs", EPOCHS)
+    output = tmp_path / "killed"
+    chance, kills, checkpoint = random.Random(0), 0, output / "checkpoint.pt"
     while kills < 200:
-        # On a fast machine the epochs could run out before the kills: then it is killed while it starts.
+        # On a fast machine the epochs could run out before the kills. Then the process is killed while it starts.
         scarce = EPOCHS - _epochs_done(checkpoint) <= KILLS - kills
-        process = start(cohort, tmp_path, "--epochs", str(EPOCHS))
-        saves, born = 0 if scarce else chance.choice([0, 1, 1, 2]), time.monotonic()
+        process = start(output, "--epochs", EPOCHS)
+        saves, started = 0 if scarce else chance.choice([0, 1, 1, 2]), time.monotonic()
         seen = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
-        while saves and process.is_alive() and time.monotonic() - born < 60:
+        while saves and process.is_alive() and time.monotonic() - started < 60:
             now = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
             saves, seen = saves - (now != seen), now
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1))
-        if not process.is_alive():
+        if kills >= KILLS or not process.is_alive():
             break
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
+        kill(process)
         kills += 1
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    process.join(240)
+    assert process.exitcode == 0, (output / "log.err").read_text()[-2000:]
     print(f"{kills} kills")
     assert kills >= KILLS
-    assert_same_run(whole, tmp_path)
-    assert [path.name for path in tmp_path.glob(".checkpoint*")] == []
+    assert_same_run(tmp_path / "uninterrupted", output)
+    assert [path.name for path in output.glob(".checkpoint*")] == []
 
 
-def test_workers_do_not_change_a_run_and_a_kill_does_not_either(cohort: Path, tmp_path: Path) -> None:
-    few = ("--epochs", "3")
-    finish(cohort, tmp_path / "none", *few)
-    process = start(cohort, tmp_path / "two", *few, "--set", "num_workers=2")
-    while process.is_alive() and not (tmp_path / "two" / "checkpoint.pt").is_file():
-        time.sleep(0.01)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    finish(cohort, tmp_path / "two", *few, "--set", "num_workers=2")
-    assert_same_run(tmp_path / "none", tmp_path / "two")
-
-
-def test_a_kill_in_the_middle_of_saving_leaves_the_state_before(
-    cohort: Path, whole: Path, tmp_path: Path, die_in_save: Callable[[int], None]
+def test_neither_workers_nor_a_kill_change_a_run(
+    start: Start, finish: Callable[..., None], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    process = start(cohort, tmp_path, "--epochs", str(EPOCHS), sabotage=lambda: die_in_save(3))
+    workers = ("--epochs", FEW_EPOCHS, "--set", "num_workers=2")
+    process = start(tmp_path, *workers)
+    while process.is_alive() and not (tmp_path / "checkpoint.pt").is_file():
+        time.sleep(0.01)
+    kill(process)
+    finish(tmp_path, *workers)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_the_checkpoint_before(
+    start: Start, finish: Callable[..., None], uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--epochs", FEW_EPOCHS, sabotage=DIE_IN_THE_THIRD_SAVE)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 4  # 2 epochs of 2 steps
-    finish(cohort, tmp_path, "--epochs", str(EPOCHS))
-    assert_same_run(whole, tmp_path)
+    finish(tmp_path, "--epochs", FEW_EPOCHS)
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def _die_after_saving() -> None:
-    """Be killed when the fourth checkpoint is there."""
-    replace, calls = os.replace, []
-
-    def last(source: Any, target: Any) -> None:
-        replace(source, target)
-        calls.append(Path(target).name)
-        if calls.count("checkpoint.pt") == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = last
-
-
-def test_a_broken_newest_state_falls_back_to_the_one_before_and_says_so(
-    cohort: Path, whole: Path, tmp_path: Path
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    start: Start, finish: Callable[..., None], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    process = start(cohort, tmp_path, "--epochs", str(EPOCHS), sabotage=_die_after_saving)
+    process = start(tmp_path, "--epochs", FEW_EPOCHS, sabotage=DIE_AFTER_THE_FOURTH_CHECKPOINT)
     process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     path = tmp_path / "checkpoint.pt"
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1  # one flipped bit
     path.write_bytes(bytes(damaged))
-    finish(cohort, tmp_path, "--epochs", str(EPOCHS))
-    log = (tmp_path / "log.txt").read_text()
+    finish(tmp_path, "--epochs", FEW_EPOCHS)
+    log = (tmp_path / "log.err").read_text()
     assert f"{path} is damaged: trying the checkpoint before it" in log
     assert "checkpoint.previous.pt after epoch 3" in log
-    assert_same_run(whole, tmp_path)
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def test_no_readable_state_is_refused_rather_than_started_anew(cohort: Path, tmp_path: Path) -> None:
+def test_without_a_readable_checkpoint_a_resumed_training_is_refused(start: Start, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    process = start(cohort, tmp_path, "--epochs", "2")
+    process = start(tmp_path, "--epochs", 2)
     process.join(120)
     assert process.exitcode == 1
-    assert "cannot be read: remove it to start a new run" in (tmp_path / "log.txt").read_text()
+    assert "cannot be read: remove it to start a new run" in (tmp_path / "log.err").read_text()
     assert not (tmp_path / "model.pt").exists()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -35,10 +36,11 @@ def test_exit_codes_tracebacks_and_exit_handlers(code: str, expected: int, print
     assert printed in done.stderr
 
 
-def test_modules_are_preloaded_from_this_checkout_and_nothing_has_run(run_python: Any) -> None:
-    code = "import sys, random; print('monai.bundle' in sys.modules, sys.modules['scripts.cli.main'].__file__)"
-    root = Path(__file__).parents[2]
-    assert run_python("-c", code).stdout == f"True {root / 'scripts/cli/main.py'}\n"
+def test_modules_are_preloaded_from_this_checkout_and_processes_start_as_usual(run_python: Any) -> None:
+    code = """import multiprocessing, sys
+print("monai.bundle" in sys.modules, multiprocessing.get_start_method(), sys.modules["scripts.cli.main"].__file__)"""
+    expected = f"True {multiprocessing.get_start_method()} {Path(__file__).parents[2] / 'scripts/cli/main.py'}\n"
+    assert run_python("-c", code).stdout == expected
 
 
 def test_a_module_runs_like_a_command_and_a_started_process_can_be_killed(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation from a cache through the commands that a user types: what does not fit is refused with its reason."""
+"""Distillation from a cache with the commands that a user types: a cache that does not fit is rejected."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cache_dir(cohort: Path, weights: list[Path], tmp_path_factory: pytest.TempPa
 def distill(
     cohort: Path, weights: list[Path], cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Distil for an epoch from a cache, a fresh copy by default; returns the one sentence of the error, if any."""
+    """Distil for an epoch from a cache, by default a fresh copy; return the error message, or an empty string."""
     shutil.copytree(cache_dir, tmp_path / "cache")
 
     def run(*more: str, folder: Path | None = None, teacher: str = "", data: Path | None = None) -> str:
@@ -113,18 +113,18 @@ def test_a_damaged_cache_is_refused(distill: Any, damage: Any, how: str, words: 
     assert words in distill("--method", "hinton")
 
 
-def test_a_cache_of_something_else_is_refused(distill: Any, weights: list[Path], tmp_path: Path) -> None:
+def test_a_cache_made_with_other_settings_is_refused(distill: Any, weights: list[Path], tmp_path: Path) -> None:
     hinton = ("--method", "hinton")
-    stale = "The cache of the teacher dynunet_pet is outdated: its "
-    assert f"{stale}weights sha256 is " in distill(*hinton, teacher=f"dynunet:pet={weights[1]}")
+    outdated = "The cache of the teacher dynunet_pet is outdated: its "
+    assert f"{outdated}weights sha256 is " in distill(*hinton, teacher=f"dynunet:pet={weights[1]}")
     assert "this run's is None" in distill(*hinton, teacher="dynunet:pet=random")
-    assert f"{stale}spacing is [12.0, 12.0, 12.0], this run's is [12.0, 12.0, 14.0]" in distill(
+    assert f"{outdated}spacing is [12.0, 12.0, 12.0], this run's is [12.0, 12.0, 14.0]" in distill(
         *hinton, "--set", "spacing=[12,12,14]"
     )
     for key, value in (("modalities", ["mr"]), ("architecture", "segresnet")):
         spec = {"architecture": "dynunet", "modalities": ["pet"], "weights": str(weights[0]), key: value}
         error = distill(*hinton, "--set", f"teacher_specs={json.dumps({'dynunet_pet': spec})}")
-        assert f"{stale}{key} is " in error
+        assert f"{outdated}{key} is " in error
         assert f"this run's is {value}" in error
     assert "No cache of the teacher dynunet_pet at" in distill(*hinton, folder=tmp_path / "nowhere")
     assert "No cache of the teacher dynunet_ct at" in distill(*hinton, teacher="dynunet:ct=random")

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Expert(nn.Module):
-    """What Distiller asks of a teacher: ``network``, ``channels`` and a forward on the whole image."""
+    """The parts of a teacher that Distiller uses: ``network``, ``channels`` and a forward on the whole image."""
 
     def __init__(self, channels: Sequence[int], features: int = 5) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_teachers_are_available_by_the_presence_of_their_modalities():
 
 
 @pytest.mark.parametrize("layers", [{"student": "body", "Net": "tail"}, {"student": "body", "Net": "blocks"}])
-def test_an_unknown_layer_is_refused_by_naming_the_network_and_what_it_has(layers):
+def test_an_unknown_layer_is_refused_and_the_error_names_the_network_and_its_layers(layers):
     match = r"ct \(Net\) has no layer '(tail|blocks)' to tap\. Its layers are: body, body.0, body.1, blocks.0, head"
     with pytest.raises(ValueError, match=match):
         build(taps={"deep": layers})
@@ -144,7 +144,7 @@ def test_an_unknown_layer_is_refused_by_naming_the_network_and_what_it_has(layer
         build(taps={"deep": {**layers, "student": layers["Net"], "Net": "body"}})
 
 
-def test_bad_wiring_of_the_distiller_is_refused():
+def test_wrong_taps_names_and_teachers_are_refused():
     with pytest.raises(ValueError, match=r"Tap 'deep' has no layer for petmr \(Net\)\. It has layers for: ct, student"):
         build(taps={"deep": {"student": "body", "ct": "body"}})
     with pytest.raises(ValueError, match="rename it"):
@@ -235,7 +235,7 @@ def test_the_total_is_the_sum_computed_by_hand(weighting, static, rows):
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("mixing", ["loss", "probability"])
-def test_both_mixings_have_one_gradient_and_two_values(mixing, channels):
+def test_both_mixings_have_the_same_gradient_but_different_values(mixing, channels):
     distiller = build()
     loss = criterion(distiller, weight=1.0, weighting="static", static=[1.0, 3.0], mixing=mixing)
     outputs = {k: v if k == "available" else v[:, :channels] for k, v in distiller(image()).items()}
@@ -260,7 +260,7 @@ def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
 @pytest.mark.parametrize("mixing", ["loss", "probability"])
 @pytest.mark.parametrize("weighting", ["mean", "static", "confidence", "entropy"])
 @pytest.mark.parametrize("present", [[[1, 0, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]])  # petmr in none, in one
-def test_an_absent_teacher_contributes_nothing_even_if_it_says_nan(mixing, weighting, present):
+def test_an_unavailable_teacher_contributes_nothing_even_if_it_predicts_nan(mixing, weighting, present):
     distiller = build()
     loss = criterion(distiller, weight=1.0, weighting=weighting, static=[1.0, 1.0], mixing=mixing)
     outputs = distiller(image(), torch.tensor(present).bool())
@@ -281,7 +281,7 @@ def test_a_batch_without_any_teacher_has_the_segmentation_loss_alone():
 
 
 @pytest.mark.parametrize("weighting", ["mean", "confidence"])
-def test_a_term_that_takes_the_label_gets_its_samples_own(weighting):
+def test_a_term_with_a_label_gets_the_label_of_its_own_sample(weighting):
     distiller = build()
     loss, outputs, y = criterion(distiller, Labelled(), weighting=weighting), distiller(image()), label()
     loss({**outputs, "available": torch.tensor([[True, False], [False, True]])}, y)
@@ -290,7 +290,7 @@ def test_a_term_that_takes_the_label_gets_its_samples_own(weighting):
     assert loss.logged["soft"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_bad_wiring_of_the_loss_is_refused():
+def test_wrong_terms_and_mixings_are_refused():
     distiller = build(taps=TAPS, adapters={"body": {"ct": ChannelAdapter(4, 5)}})
     with pytest.raises(ValueError, match=r"No term uses the adapters of \['body'\]"):
         criterion(distiller)
@@ -301,7 +301,7 @@ def test_bad_wiring_of_the_loss_is_refused():
 
 
 class Fuse(nn.Module):
-    """Stands for an adapter that is built from the channels: sums what it is given, then a 1x1 convolution."""
+    """An adapter that is built from the channels: sum of its inputs, then a 1x1 convolution."""
 
     def __init__(self, inputs: int | list[int], outputs: int) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class Fuse(nn.Module):
         return self.conv(x if isinstance(x, Tensor) else torch.stack(x).sum(0))
 
 
-def test_an_adapter_is_built_for_every_teacher_from_the_channels_that_are_there():
+def test_an_adapter_is_built_for_every_teacher_from_the_networks_channels():
     torch.manual_seed(0)
     teachers = {"ct": Expert([0], features=5), "petmr": Expert([2, 1], features=7)}
     distiller = Distiller(Net(3), teachers, TAPS, {"body": Fuse}, window=(3, *SIZE)).train()
@@ -341,7 +341,7 @@ def outputs_of_body(distiller: Distiller) -> Tensor:
     return distiller.student.body(image())
 
 
-def test_a_tap_may_be_for_some_teachers_only_and_its_term_then_counts_in_full():
+def test_a_term_on_a_tap_of_some_teachers_has_its_full_weight():
     taps = {"body": {"student": "body", "ct": "body", "petmr": None}}
     distiller = build(taps=taps)
     assert distiller.teachers_of("body") == ("ct",)
@@ -371,7 +371,7 @@ def test_bad_taps_and_adapters_are_refused_at_construction(options: dict[str, An
         build(**options)
 
 
-def test_a_tapped_layer_that_never_runs_is_named():
+def test_a_tapped_layer_that_is_never_called_is_refused_by_name():
     class Lazy(Net):
         def __init__(self) -> None:
             super().__init__(3)
@@ -383,7 +383,7 @@ def test_a_tapped_layer_that_never_runs_is_named():
         distiller(image())
 
 
-def test_what_a_term_logs_itself_is_logged_under_its_name():
+def test_the_logged_values_of_a_term_are_logged_under_its_name():
     class Talking(SoftPredictionLoss):
         def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
             self.logged = {"overlap": 0.25}

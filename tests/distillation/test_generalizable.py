@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Domain-generalisable distillation: what its codes are, and who learns from which term."""
+"""Domain-generalisable distillation: its codes, and which part of the student learns from which term."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_teachers_and_headers_never_receive_a_gradient_nor_change(term: str) -> 
     assert not any(m.training for part in (network.teachers, network.headers) for m in part.modules())
 
 
-def test_in_eval_it_is_the_plain_student() -> None:
+def test_in_eval_the_distiller_returns_the_students_logits() -> None:
     network = distiller().eval()
     with torch.no_grad():
         assert torch.equal(network(image()), network.student(image()))
@@ -155,14 +155,14 @@ def test_headers_are_loaded_strictly_by_the_networks_names(tmp_path: Path) -> No
         distiller(headers_dir=str(tmp_path))
 
 
-def test_a_network_without_halves_is_refused_by_name() -> None:
+def test_a_network_without_encoder_and_decoder_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="UNETR has no separate encoder and decoder"):
         GeneralizableDistiller(student(), {"one": teacher("unetr")}, window=WINDOW)
     with pytest.raises(ValueError, match="at least one view"):
         distiller(views=0)
 
 
-def test_a_view_differs_in_intensity_alone_and_keeps_an_absent_modality_absent() -> None:
+def test_a_view_changes_only_the_intensity_and_an_absent_modality_stays_zero() -> None:
     original = image()
     original[:, 1] = 0
     torch.manual_seed(3)
@@ -182,7 +182,7 @@ def aligned() -> tuple[HeaderTrainer, dict[str, Tensor]]:
     return trainer, trainer(image(), label())
 
 
-def test_only_the_header_learns_to_align(aligned: tuple[HeaderTrainer, dict[str, Tensor]]) -> None:
+def test_alignment_training_changes_only_the_header(aligned: tuple[HeaderTrainer, dict[str, Tensor]]) -> None:
     trainer, outputs = aligned
     AlignmentLoss()(outputs, label()).backward()
     assert all(p.grad is not None for p in trainer.header.parameters())
@@ -219,7 +219,7 @@ def test_the_aligned_prediction_decodes_the_reconstruction(aligned: tuple[Header
     assert outputs["code"].shape == outputs["view"].shape == outputs["semantic"].shape
 
 
-def test_the_build_header_a_network_fits_its_deepest_features_and_leaves_its_mode() -> None:
+def test_a_header_fits_the_networks_deepest_features_and_the_network_keeps_its_mode() -> None:
     network = student().train()
     header = build_header(network, WINDOW, code=1)
     code, reconstruction = header(network.encode(image())[-1])
@@ -228,13 +228,13 @@ def test_the_build_header_a_network_fits_its_deepest_features_and_leaves_its_mod
     assert network.training
 
 
-def test_the_mask_is_input_and_target_of_the_auto_encoder() -> None:
-    given, wanted = mask_batch({"label": label(), "image": image()}, "cpu")
-    assert torch.equal(given, label())
-    assert torch.equal(wanted, label())
+def test_the_mask_is_input_and_target_of_the_autoencoder() -> None:
+    inputs, target = mask_batch({"label": label(), "image": image()}, "cpu")
+    assert torch.equal(inputs, label())
+    assert torch.equal(target, label())
 
 
-def test_the_codes_of_other_images_are_farther_away_than_those_of_more_of_the_same() -> None:
+def test_codes_of_another_kind_of_image_are_farther_away_than_codes_of_the_same_kind() -> None:
     network = student().eval()
     header = build_header(network, WINDOW, code_channels=4, code=1)
     generator = torch.Generator().manual_seed(6)

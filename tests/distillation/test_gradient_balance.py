@@ -45,7 +45,7 @@ def total(logits: Tensor, label: Tensor) -> Tensor:
     return 3 * logits[:, 0].mean() + 4 * logits[:, 1].mean()
 
 
-def test_norms_are_those_of_the_students_gradients_averaged_over_batches() -> None:
+def test_norms_of_the_students_gradients_are_averaged_over_batches() -> None:
     distiller = Distiller(Scale((1.0, 1.0)), {"one": Scale((0.0, 0.0))})
     terms = {
         name: {"tap": "logits", "weight": 9.0, "loss": loss} for name, loss in (("a", FirstChannel()), ("b", Silent()))

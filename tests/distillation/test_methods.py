@@ -66,7 +66,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_epoch_teaches_the_student_and_leaves_the_teachers(method: str, cohort: Path, tmp_path: Path) -> None:
+def test_one_epoch_changes_the_student_and_not_the_teachers(method: str, cohort: Path, tmp_path: Path) -> None:
     parser = compose(
         method, dataset_dir=str(cohort), output_dir=str(tmp_path), max_epochs=1, val_interval=2,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def test_all_methods_together_add_up() -> None:
     assert math.isfinite(total.item())
 
 
-def test_no_two_methods_share_a_name_so_that_none_overrides_another() -> None:
+def test_no_two_methods_share_a_tap_adapter_or_term_name() -> None:
     owners: dict[str, str] = {}
     for method in METHODS:
         for key in json.loads((CONFIGS / "methods" / f"{method}.json").read_text()):
@@ -108,7 +108,7 @@ def test_no_two_methods_share_a_name_so_that_none_overrides_another() -> None:
                 assert owners.setdefault(key, method) == method
 
 
-def test_dual_distillation_is_refused_without_a_cnn_by_naming_one() -> None:
+def test_dual_distillation_without_a_cnn_is_refused_and_the_error_names_cnns() -> None:
     only = {"one": {"architecture": "hdenseformer", "modalities": MODALITIES}}
     with pytest.raises(RuntimeError) as caught:
         compose("dual", teacher_specs=only).get_parsed_content("trained")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers that run online cost no memory for the backward pass, counted byte by byte."""
+"""Online teachers need no memory for the backward pass, counted byte by byte."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def saved_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def student_alone(distiller: Distiller, image: Tensor, layer: str | None) -> list[Tensor]:
-    """The student's logits, and its layer's output behind every teacher's adapter; no Distiller takes part."""
-    heard: list[Tensor] = []
+    """The student's logits, and its layer's output after every teacher's adapter, computed without a Distiller."""
+    features: list[Tensor] = []
     handles = []
     if layer:
         module = distiller.student.get_submodule(layer)
-        handles.append(module.register_forward_hook(lambda module, inputs, output: heard.append(output)))
+        handles.append(module.register_forward_hook(lambda module, inputs, output: features.append(output)))
     outputs = [distiller.student(image)]
     for handle in handles:
         handle.remove()
     adapters = distiller.adapters["hint"].values() if layer else ()
-    return [*outputs, *(adapter(heard[0]) for adapter in adapters)]
+    return [*outputs, *(adapter(features[0]) for adapter in adapters)]
 
 
 @pytest.mark.parametrize(("method", "layer"), [("hinton", None), ("hint", "decoder.1")])

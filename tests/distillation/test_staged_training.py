@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule before domain-generalisable distillation."""
+"""The trainings before domain-generalisable distillation."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def test_each_stage_builds_on_weights_that_an_earlier_one_writes() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "half"), [(20, 10), (3, 1), (2, 1)])
-def test_the_students_epochs_are_shared_between_alone_and_distilled(epochs: int, half: int) -> None:
+def test_the_students_epochs_are_split_between_alone_and_distilled(epochs: int, half: int) -> None:
     stages = {stage.name: stage.overrides["max_epochs"] for stage in gkd_stages(Path("s"), TEACHERS, epochs)}
     assert stages["student"] == stages["header_one"] == stages["header_student"] == half
     assert stages["autoencoder"] == epochs
 
 
-def test_one_epoch_cannot_be_shared() -> None:
+def test_a_single_epoch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 epochs, one alone and one distilled, got 1"):
         gkd_stages(Path("s"), TEACHERS, 1)
 
 
-def test_a_training_finished_when_its_manifest_is_there(tmp_path: Path) -> None:
+def test_a_training_is_finished_when_its_manifest_exists(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
     (tmp_path / "model.pt").write_text("")
     assert not is_finished(tmp_path)

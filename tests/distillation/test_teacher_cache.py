@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with cached teachers: what they said rides along with the image, and what does not fit is refused."""
+"""Training with cached teachers: predictions are transformed like the image, and a wrong cache is refused."""
 
 from __future__ import annotations
 
@@ -56,33 +56,35 @@ def pipeline(cached: Any = None, **changed: Any) -> Pipeline:
     )
 
 
-def by_hand(folder: Path, teacher: str, said: dict[str, torch.Tensor], transform: Pipeline, case: Any) -> CachedTeacher:
-    """A cache of one case that was not written by the writer."""
+def write_cache(
+    folder: Path, teacher: str, outputs: dict[str, torch.Tensor], transform: Pipeline, case: Any
+) -> CachedTeacher:
+    """A cache of one case that the test writes itself."""
     path = folder / teacher / "A.pt"
     path.parent.mkdir(parents=True)
-    torch.save({**said, "made_of": ""}, path)
+    torch.save({**outputs, "made_of": ""}, path)
     files = {key: Path(case[key]).read_bytes() for key in ("ct", "image", "pet") if key in case}
     sources = {f"{key} bytes": len(content) for key, content in files.items()}
     sources |= {f"{key} sha256": hashlib.sha256(content).hexdigest() for key, content in files.items()}
-    entry = {"bytes": path.stat().st_size, "sha256": "", "shape": list(said["logits"].shape), "sources": sources}
-    head = {"format": 1, "channels": len(said["logits"]), "preprocessing": transform.settings}
+    entry = {"bytes": path.stat().st_size, "sha256": "", "shape": list(outputs["logits"].shape), "sources": sources}
+    head = {"format": 1, "channels": len(outputs["logits"]), "preprocessing": transform.settings}
     (path.parent / "manifest.json").write_text(json.dumps({**head, "cases": {"A": entry}}))
-    return CachedTeacher([0], list(said), "a" * 64)
+    return CachedTeacher([0], list(outputs), "a" * 64)
 
 
 def dice(a: Any, b: Any) -> float:
     return float(2 * (a & b).sum() / (a.sum() + b.sum()))
 
 
-def test_what_is_cached_takes_the_same_patch_flips_and_affine_as_image_and_label(
+def test_cached_predictions_get_the_same_patch_flips_and_affine_as_image_and_label(
     make_case: Any, tmp_path: Path
 ) -> None:
     case, plain = make_case(), pipeline()
     volumes = plain.prepare(case)
     ct, pet, label = (torch.as_tensor(volumes[key]).half() for key in ("ct", "pet", "label"))
     teachers = {
-        "one": by_hand(tmp_path, "one", {"logits": torch.cat([ct, label])}, plain, case),
-        "two": by_hand(tmp_path, "two", {"logits": torch.cat([1 - label, label]), "fine": pet}, plain, case),
+        "one": write_cache(tmp_path, "one", {"logits": torch.cat([ct, label])}, plain, case),
+        "two": write_cache(tmp_path, "two", {"logits": torch.cat([1 - label, label]), "fine": pet}, plain, case),
     }
     cache = TeacherCache(str(tmp_path), teachers, verify="size")
     riding = pipeline(cache)
@@ -121,8 +123,8 @@ def test_a_batch_gives_the_cached_outputs_by_name(make_case: Any, tmp_path: Path
     grid = plain.prepare(case)["ct"].shape[1:]
     number = [torch.full((1, *grid), float(i)).half() for i in range(6)]
     teachers = {
-        "one": by_hand(tmp_path, "one", {"logits": torch.cat(number[:3]), "deep": number[3]}, plain, case),
-        "two": by_hand(tmp_path, "two", {"logits": torch.cat(number[4:])}, plain, case),
+        "one": write_cache(tmp_path, "one", {"logits": torch.cat(number[:3]), "deep": number[3]}, plain, case),
+        "two": write_cache(tmp_path, "two", {"logits": torch.cat(number[4:])}, plain, case),
     }
     cache = TeacherCache(str(tmp_path), teachers, verify="size")
     data = training_set([case] * 2, pipeline(cache))
@@ -202,7 +204,7 @@ def total(distiller: Distiller, batch: Any, **terms: Any) -> tuple[float, dict[s
 SOFT = {"tap": "logits", "weight": 2.0, "loss": SoftPredictionLoss()}
 
 
-def test_the_first_loss_is_that_of_online_teachers_where_the_volume_is_one_window(
+def test_the_first_loss_equals_that_of_online_teachers_if_the_volume_is_one_window(
     make_case: Any, tmp_path: Path
 ) -> None:
     case, online = make_case(size=16), {"both": Online([0, 1]), "pet": Online([1], seed=1)}
@@ -232,7 +234,7 @@ def test_the_first_loss_is_that_of_online_teachers_where_the_volume_is_one_windo
     assert ran_logged["deep"] > 0.05
 
 
-def test_cached_teachers_hold_no_weights_and_cannot_be_asked(make_case: Any, tmp_path: Path) -> None:
+def test_cached_teachers_have_no_weights_and_cannot_predict(make_case: Any, tmp_path: Path) -> None:
     case = make_case(size=16)
     cache, found = cached(case, tmp_path / "cache", {"both": Online([0, 1])})
     distiller = Distiller(student(), found)
@@ -261,7 +263,7 @@ def test_a_teacher_whose_modality_is_absent_has_no_weight(make_case: Any, tmp_pa
     assert math.isnan(total(distiller, (image, label, present), soft=SOFT)[0])
 
 
-def test_another_box_of_the_same_files_is_another_source(make_case: Any, tmp_path: Path) -> None:
+def test_another_bounding_box_in_the_same_files_is_refused(make_case: Any, tmp_path: Path) -> None:
     case = {**make_case(), "bbox_mm": [-30.0, -30.0, 2.0, -2.0, -2.0, 30.0]}
     cache, _ = cached(case, tmp_path / "cache", {"both": Online([0, 1])})
     settings = pipeline().settings

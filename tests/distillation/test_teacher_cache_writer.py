@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing the cache: what the teachers say on whole volumes, once, whole or not at all."""
+"""Writing the cache: every teacher predicts each whole volume once, and no partial file gets a final name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INTENSITY = {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]}
 
 
 class Fake(nn.Module):
-    """A teacher of two convolutions that pad with zeros, so that every window's border shows in its answer."""
+    """A teacher of two convolutions that pad with zeros, so that every window's border shows in its prediction."""
 
     def __init__(self, channels: list[int], seed: int = 0, sha256: str = "a" * 64) -> None:
         super().__init__()
@@ -104,22 +104,22 @@ def slid(image: np.ndarray, network: Callable[[torch.Tensor], torch.Tensor]) -> 
             for z in starts[2]:
                 at = np.s_[:, x : x + PATCH[0], y : y + PATCH[1], z : z + PATCH[2]]
                 with torch.no_grad():
-                    said = network(torch.tensor(image[at])[None])[0].double().numpy()
+                    prediction = network(torch.tensor(image[at])[None])[0].double().numpy()
                 if isinstance(total, float):
-                    total = np.zeros((len(said), *image.shape[1:]))
-                total[at] += said * weight
+                    total = np.zeros((len(prediction), *image.shape[1:]))
+                total[at] += prediction * weight
                 norm[at[1:]] += weight
     return total / norm  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def images(cases: Any) -> list[np.ndarray]:
-    """The image as training's fixed part gives it: at the spacing, padded to at least a patch."""
+    """The image after the fixed part of the training pipeline: at the spacing, padded to at least a patch."""
     prepared = [pipeline().prepare(case) for case in cases]
     return [np.concatenate([volumes[key].numpy() for key in MODALITIES]) for volumes in prepared]
 
 
-def test_logits_and_maps_are_an_independent_sliding_window_to_half_precision(
+def test_logits_and_maps_equal_an_independent_sliding_window_in_half_precision(
     written: Path, cases: Any, images: Any
 ) -> None:
     for name, teacher in teachers().items():
@@ -177,7 +177,7 @@ def test_an_attention_map_is_the_root_of_the_channels_mean_square_and_gives_the_
     np.testing.assert_allclose(same[:, 0].numpy(), np.sqrt((teacher.numpy() ** 2).mean(1)), rtol=1e-6)
     loss = AttentionMapLoss()
     torch.testing.assert_close(loss(student, same), loss(student, teacher), rtol=1e-5, atol=1e-7)
-    # A smooth map on half the grid survives being brought to the window's grid, to the tolerance of interpolation.
+    # A smooth map on half the grid survives being interpolated to the window's grid, to the tolerance of interpolation.
     z, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (16, 16, 16)), indexing="ij")
     coarse = torch.stack([1 + x, 1 + y * z])[None]
     fine = torch.stack([2 - x, 1 + z])[None]
@@ -186,7 +186,7 @@ def test_an_attention_map_is_the_root_of_the_channels_mean_square_and_gives_the_
     assert wanted > 1e-3
 
 
-def test_what_is_whole_is_left_alone_and_what_is_broken_is_made_anew(cases: Any, tmp_path: Path) -> None:
+def test_undamaged_files_are_kept_and_damaged_ones_replaced(cases: Any, tmp_path: Path) -> None:
     write(cases, tmp_path)
     paths = [tmp_path / name / f"{case['case_id']}.pt" for name in SPECS for case in cases]
     content, times = [path.read_bytes() for path in paths], [path.stat().st_mtime_ns for path in paths]
@@ -229,7 +229,7 @@ def test_a_later_call_for_more_cases_adds_them(cases: Any, tmp_path: Path) -> No
         ({"taps": TAPS}, r"its outputs is \['logits'\], this run's is \['logits', 'deep'\]"),
     ],
 )
-def test_another_cache_is_refused_unless_it_is_to_be_rebuilt(
+def test_a_cache_with_other_settings_is_refused_without_rebuild(
     cases: Any, tmp_path: Path, changed: dict[str, Any], words: str
 ) -> None:
     write(cases[:1], tmp_path, {"pair": teachers()["pair"]})
@@ -243,7 +243,7 @@ def test_another_cache_is_refused_unless_it_is_to_be_rebuilt(
     write(cases[:1], tmp_path, **changed)  # and is now the cache of the other
 
 
-def test_a_rebuild_that_stops_half_way_does_not_pass_for_the_cache_before_it(cases: Any, tmp_path: Path) -> None:
+def test_an_interrupted_rebuild_leaves_no_manifest_of_the_old_cache(cases: Any, tmp_path: Path) -> None:
     write(cases, tmp_path, {"pair": teachers()["pair"]})
     other = Fake([1, 0], seed=9, sha256="c" * 64)
     calls: list[Any] = []
@@ -253,7 +253,7 @@ def test_a_rebuild_that_stops_half_way_does_not_pass_for_the_cache_before_it(cas
     assert not (tmp_path / "pair" / "manifest.json").exists()
 
 
-def test_an_answer_that_is_not_finite_in_half_precision_is_refused(cases: Any, tmp_path: Path) -> None:
+def test_a_prediction_that_is_not_finite_in_half_precision_is_refused(cases: Any, tmp_path: Path) -> None:
     for value in (float("nan"), 1e5):  # the largest half is 65504
         teacher = Fake([2])
         nn.init.constant_(teacher.network[2].bias, value)
@@ -289,7 +289,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_a_final_name(
             assert torch.equal(read(tmp_path, name, case)["logits"], read(written, name, case)["logits"])
 
 
-def test_the_command_writes_what_it_is_told_and_refuses_in_one_sentence(
+def test_the_command_writes_the_requested_outputs_and_refuses_in_one_sentence(
     tmp_path: Path, phantoms: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers' weights against arithmetic and a float64 NumPy computation."""
+"""Teachers' weights compared with a calculation by hand and with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def test_mean_gives_every_teacher_the_same():
     np.testing.assert_allclose(teacher_weights("mean", answers()[0], ALL).numpy(), np.full((2, 3), 1 / 3), atol=1e-7)
 
 
-def test_static_weights_are_brought_to_sum_one():
+def test_static_weights_are_normalised_to_sum_one():
     weights = teacher_weights("static", answers()[0], ALL, static=[1, 2, 5])
     np.testing.assert_allclose(weights.numpy(), [[0.125, 0.25, 0.625]] * 2, atol=1e-7)
 
 
-def test_confidence_of_two_teachers_is_each_others_share_of_the_probability():
+def test_confidence_of_one_of_two_teachers_is_the_others_share_of_the_softmax():
     # CE = -log p, so softmax(CE)_k = (1 / p_k) / sum(1 / p): with p = 0.8 and 0.2 it is 0.2 and 0.8.
     label = torch.zeros(1, 1, 2, 2, 2, dtype=torch.long)
     weights = teacher_weights("confidence", constant(0.8, 0.2), torch.ones(1, 2, dtype=torch.bool), label)
     np.testing.assert_allclose(weights.numpy(), [[0.8, 0.2]], atol=1e-6)
 
 
-def test_entropy_trusts_the_surer_teacher():
+def test_entropy_gives_the_more_certain_teacher_more_weight():
     # A coin toss has the entropy log 2; 0.9 has -0.9 log 0.9 - 0.1 log 0.1.
     sure = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
     expected = math.exp(-sure) / (math.exp(-sure) + 0.5)
@@ -133,7 +133,7 @@ def test_a_single_teacher_gets_one(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_only_teacher_that_is_left_gets_one(mode):
+def test_the_only_available_teacher_gets_one(mode):
     logits, label = answers()
     available = torch.tensor([[False, True, False], [True, True, True]])
     weights = teacher_weights(mode, logits, available, label, [1, 2, 5])
@@ -150,7 +150,7 @@ def test_no_available_teacher_gives_a_row_of_zeros(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_an_absent_teacher_says_has_no_influence(mode):
+def test_the_logits_of_an_unavailable_teacher_have_no_influence(mode):
     logits, label = answers()
     available = torch.tensor([[True, False, True]] * 2)
     clean = teacher_weights(mode, logits, available, label, [1, 2, 5])
@@ -166,7 +166,7 @@ def test_no_gradient_flows_into_the_weights(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_weighed_in_float32(dtype):
+def test_weights_of_half_precision_logits_are_computed_in_float32(dtype):
     logits, label = answers()
     halves = [z.to(dtype) for z in logits]
     expected = (1 - softmax(cross_entropies(halves, label))) / 2

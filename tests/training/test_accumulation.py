@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient accumulation through the bundle, against larger batches and against a loop written out here."""
+"""Gradient accumulation in the bundle, compared with larger batches and with a loop written in this test."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def by_hand(parser: ConfigParser, window: int) -> tuple[list[Tensor], list[float
     return [w.detach() for w in weights], means
 
 
-def test_two_steps_of_one_case_are_one_step_of_two(tiny_bundle: Callable[..., ConfigParser], tmp_path: Path) -> None:
+def test_two_accumulated_steps_of_one_case_equal_one_step_of_two(
+    tiny_bundle: Callable[..., ConfigParser], tmp_path: Path
+) -> None:
     pairs = learnt(tiny_bundle(tmp_path / "pairs", batch_size=2, **RECIPE))
     singles = learnt(tiny_bundle(tmp_path / "singles", batch_size=1, accumulation=2, **RECIPE))
     assert same(pairs, singles)
@@ -76,7 +78,7 @@ def test_two_steps_of_one_case_are_one_step_of_two(tiny_bundle: Callable[..., Co
     assert not same(pairs, each)  # the tolerance sees it
 
 
-def test_an_epoch_ends_with_a_step_of_what_is_left_and_its_records_count_every_batch(
+def test_an_epoch_ends_with_a_step_of_the_remaining_gradients_and_every_batch_is_recorded(
     tiny_bundle: Callable[..., ConfigParser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars: list[Bar] = []

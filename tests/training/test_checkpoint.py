@@ -120,16 +120,16 @@ def test_the_state_is_saved_every_interval_and_at_the_end(tmp_path):
     assert [*found, run.saved()["trainer"]["iteration"]] == [None, 2 * ITERATIONS, 2 * ITERATIONS, 3 * ITERATIONS]
 
 
-def test_a_finished_training_can_be_made_longer_and_is_else_left_as_it_is(tmp_path):
+def test_a_finished_training_can_be_extended_and_otherwise_stays_unchanged(tmp_path):
     first = Run(tmp_path, 2).start()
     again = Run(tmp_path, 2, seed=9, resume=True).start()
     assert again.epochs == []
     assert_identical(again.network.state_dict(), first.network.state_dict())
     assert_identical(torch.load(tmp_path / "model.pt", weights_only=True), first.network.state_dict())
-    assert Run(tmp_path, 3, seed=9, resume=True).start().epochs == [3]  # its schedule was made for four
+    assert Run(tmp_path, 3, seed=9, resume=True).start().epochs == [3]  # its schedule is for four epochs
 
 
-def test_a_longer_schedule_than_the_one_that_came_down_is_refused(tmp_path):
+def test_resuming_with_a_longer_schedule_is_refused(tmp_path):
     Run(tmp_path, 2).start()
     longer = Run(tmp_path, 6, resume=True)
     longer.scheduler.total_iters = 6
@@ -159,13 +159,13 @@ def test_the_saved_state_holds_tensors_and_plain_values_only(tmp_path):
     assert state["trainer"]["iteration"] == 2 * ITERATIONS
 
 
-def test_the_final_weights_are_those_of_the_last_epoch_with_no_key_around(tmp_path):
+def test_the_final_weights_are_a_plain_state_dict_of_the_last_epoch(tmp_path):
     run = Run(tmp_path, 3).start()
     assert_identical(torch.load(tmp_path / "model.pt", weights_only=True), run.network.state_dict())
 
 
 @pytest.mark.parametrize("lost", ["", "checkpoint.pt", "checkpoint.previous.pt"])
-def test_without_resume_the_states_of_an_earlier_run_are_refused_and_stay(lost, tmp_path):
+def test_without_resume_checkpoints_of_an_earlier_run_are_refused_and_kept(lost, tmp_path):
     Run(tmp_path, 4).start()
     if lost:
         (tmp_path / lost).unlink()
@@ -179,7 +179,7 @@ def test_without_resume_the_states_of_an_earlier_run_are_refused_and_stay(lost, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_without_resume_states_that_cannot_be_read_are_refused_and_one_that_tells_no_epoch_is_too(tmp_path):
+def test_without_resume_unreadable_checkpoints_and_those_without_an_epoch_are_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"PK cut off")
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: remove it to start a new run"):
@@ -190,7 +190,7 @@ def test_without_resume_states_that_cannot_be_read_are_refused_and_one_that_tell
         Run(tmp_path, 1).start()
 
 
-def test_resuming_goes_before_overwriting(tmp_path):
+def test_resume_takes_precedence_over_overwrite(tmp_path):
     Run(tmp_path, 2).start()
     assert Run(tmp_path, 4, seed=9, resume=True, overwrite=True).start().epochs == [3, 4]
 
@@ -215,7 +215,7 @@ def test_objects_without_the_network_are_refused():
         TrainingCheckpoint("a.pt", "b.pt", {"optimizer": nn.Identity()})
 
 
-def test_writing_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+def test_writing_replaces_the_file_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "new" / "state.pt"
     for value in (1.0, 2.0):
         write_atomically({"model": torch.tensor(value)}, path)
@@ -224,7 +224,7 @@ def test_writing_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("failure", ["full disk", "unpicklable", "rename"])
-def test_a_failed_writing_leaves_the_old_file_and_nothing_else(failure, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_other(failure, tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
     write_atomically({"model": torch.ones(3)}, path)
     before = path.read_bytes()
@@ -280,7 +280,7 @@ def test_a_checksum_in_upper_case_is_the_same(weights):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\x80\xff\x00", b"none", b"a" * 63, b"a" * 65, b"g" * 64])
-def test_a_file_of_no_checksum_beside_the_weights_is_refused_by_name(content, weights):
+def test_a_sha256_file_without_a_checksum_is_refused_by_name(content, weights):
     weights.with_name("model.pt.sha256").write_bytes(content)
     with pytest.raises(
         ValueError, match=r"model\.pt\.sha256 contains no SHA-256 checksum \(64 hexadecimal digits\): create it again"
@@ -301,18 +301,18 @@ def test_weights_that_are_not_finite_are_refused_and_the_network_stays(around, v
     assert_identical(network.state_dict(), before)
 
 
-def test_a_given_checksum_goes_before_the_one_beside_the_file(weights):
+def test_an_explicit_checksum_takes_precedence_over_the_sha256_file(weights):
     weights.with_name("model.pt.sha256").write_text(f"{'0' * 64}  model.pt\n")
     started(WeightsLoader(nn.Conv2d(1, 1, 1), str(weights), sha256(weights)))
 
 
-def test_weights_are_asked_for_only_when_the_engine_starts(tmp_path):
+def test_weights_are_not_read_before_the_engine_starts(tmp_path):
     loader = WeightsLoader(nn.Conv2d(1, 1, 1), str(tmp_path / "later.pt"))
     with pytest.raises(FileNotFoundError, match=r"No weights at .*later\.pt"):
         started(loader)
 
 
-def test_no_flipped_bit_passes_for_whole_and_reads_as_something_else(tmp_path: Path) -> None:
+def test_no_file_with_a_flipped_bit_is_accepted_with_other_values(tmp_path: Path) -> None:
     path, values = tmp_path / "x.pt", torch.arange(1.0, 257.0)
     write_atomically({"values": values, "name": "abc"}, path)
     content = path.read_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled student learns the same; the graphs run as PyTorch captured them, so that no compiler is needed."""
+"""A compiled student learns the same. The captured graphs run uncompiled, so that no compiler is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = [
 
 @register_backend(name="counted")
 def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Run a captured graph as it is, and note that it ran."""
+    """Run a captured graph uncompiled, and record that it ran."""
 
     def run(*arguments: Any) -> Any:
         CALLS.append("train" if torch.is_grad_enabled() else "eval")
@@ -64,7 +64,7 @@ def test_a_compiled_student_learns_the_same_and_its_weights_fit_the_plain_one(co
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4), name
 
 
-def test_a_compiled_student_that_must_be_tapped_is_refused_in_one_sentence(
+def test_taps_on_a_compiled_student_are_refused_in_one_sentence(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = ["--set", "compile=true", "--set", "compile_backend=counted"]

@@ -140,7 +140,7 @@ def test_student_and_adapters_are_identical_on_both_ranks(records: dict[str, Any
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_both_ranks_cases_together_are_one_epoch(records: dict[str, Any]) -> None:
+def test_the_cases_of_both_ranks_together_are_one_epoch(records: dict[str, Any]) -> None:
     for epoch in range(1, EPOCHS + 1):
         ranks = [[c for e, cases in records[f"two{rank}"]["seen"] if e == epoch for c in cases] for rank in (0, 1)]
         together = sorted(ranks[0] + ranks[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning curves, progress and manifest, on engines that run."""
+"""Learning curves, progress bar, seeds and manifest, on running engines."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def training(folder: Path, epochs: int, resume: bool = False, interval: int = 2)
     return table(folder / "curves.csv")
 
 
-def test_validation_dice_stands_only_in_epochs_that_validate(tmp_path: Path) -> None:
+def test_only_epochs_with_a_validation_have_a_validation_dice(tmp_path: Path) -> None:
     rows = training(tmp_path, 5)
     assert [row.get("val_dice") for row in rows] == ["", "2.5", "", "4.5", ""]
 
@@ -204,7 +204,7 @@ def test_a_run_that_fails_leaves_no_manifest(tmp_path: Path, fake_git: Any) -> N
 
 
 def drawn(seed: int, rank: int, first: int, history: int) -> dict[int, tuple[float, ...]]:
-    """What every global generator gives first in each epoch up to 3, in a run that begins after ``first`` epochs."""
+    """The first number of every global generator in each epoch up to 3, in a run that starts after ``first`` epochs."""
     found: dict[int, tuple[float, ...]] = {}
 
     def step(engine: Any, value: float) -> None:
@@ -224,7 +224,7 @@ def drawn(seed: int, rank: int, first: int, history: int) -> dict[int, tuple[flo
     return found
 
 
-def test_an_epochs_random_numbers_depend_on_seed_epoch_and_process_alone() -> None:
+def test_random_numbers_of_an_epoch_depend_only_on_seed_epoch_and_process() -> None:
     whole = drawn(seed=5, rank=0, first=0, history=1)
     assert list(whole) == [1, 2, 3]
     again = drawn(seed=5, rank=0, first=1, history=7)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed precision on the CPU, by trainings of the bundle: what the networks compute in, and float16's scaling."""
+"""Mixed precision on the CPU, in trainings of the bundle: the precision of the networks, and the scaling of float16."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The same epoch of a distillation in every precision: its loss, and what convolutions gave and losses took."""
+    """One epoch of a distillation in every precision: its loss, the types of convolution outputs and loss inputs."""
     found: dict[str, dict[str, Any]] = {}
     for precision in ("float32", *HALVES):
         seen: dict[str, set[torch.dtype]] = {"convolutions": set(), "losses": set()}
@@ -59,7 +59,7 @@ def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize("precision", ["float32", *HALVES])
-def test_networks_run_in_the_precision_and_losses_see_float32(
+def test_networks_run_in_the_chosen_precision_and_losses_get_float32(
     epochs: dict[str, dict[str, Any]], precision: str
 ) -> None:
     assert epochs[precision]["convolutions"] == {HALVES.get(precision, torch.float32)}
@@ -87,7 +87,7 @@ def trainer_of(parser: ConfigParser) -> Any:
     return parser.get_parsed_content("train#trainer")
 
 
-def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
+def test_an_overflow_is_skipped_and_a_resumed_run_keeps_the_scale(
     tiny_bundle: Callable[..., ConfigParser], tmp_path: Path
 ) -> None:
     recipe = {"precision": "float16", "save_interval": 1, "lr_scheduler#total_iters": 2}
@@ -124,7 +124,7 @@ def test_an_overflow_is_skipped_and_the_scale_outlives_the_process(
     assert (state["scale"], state["_growth_tracker"]) == (INITIAL / 2, 3)
 
 
-def test_dicts_come_back_in_float32_and_masks_as_they_are() -> None:
+def test_dicts_are_returned_in_float32_and_masks_unchanged() -> None:
     outputs = AutocastInferer("cpu", "float16")(
         torch.ones(2, 3), lambda x: {"logits": x @ x.T, "available": torch.ones(2, 1, dtype=torch.bool)}
     )

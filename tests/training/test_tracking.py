@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard, MLflow and the overlays hold what the run did, each epoch once, and on the first rank only."""
+"""TensorBoard, MLflow and the overlays hold each epoch once, and only the first rank writes them."""
 
 from __future__ import annotations
 
@@ -101,8 +101,10 @@ def test_every_validation_leaves_one_picture(distilled: Path) -> None:
         assert picture[~orange].std() > 0.1
 
 
-def test_other_ranks_train_and_write_no_track(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where MONAI's handler writes that is given no writer
+def test_other_ranks_train_and_write_no_tracking_files(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where MONAI's handler writes if it has no writer
     output = _train("train", cohort, tmp_path / "out", "--epochs", "1", rank=1, world=2, val_interval=1)
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint.pt", "model.pt", "splits.json"]
     assert list(tmp_path.iterdir()) == [output]
@@ -111,7 +113,7 @@ def test_other_ranks_train_and_write_no_track(cohort: Path, tmp_path: Path, monk
 
 
 def _epochs(folder: Path, losses: list[float], *handlers: Any, done: int = 0) -> None:
-    """An epoch of one step per loss, after the epochs that a checkpoint has already."""
+    """An epoch of one step per loss, after the epochs that a checkpoint already holds."""
 
     def resume(engine: Engine) -> None:
         engine.state.epoch = engine.state.iteration = done
@@ -135,14 +137,14 @@ def test_tensorboard_shows_a_resumed_epoch_once(tmp_path: Path) -> None:
     assert _scalars(tmp_path)["loss"] == {1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0}
 
 
-def test_tensorboard_forgets_an_earlier_run_in_the_same_folder(tmp_path: Path) -> None:
+def test_tensorboard_hides_an_earlier_run_in_the_same_folder(tmp_path: Path) -> None:
     _epochs(tmp_path, [9.0, 9.0, 9.0], _board(tmp_path))
     time.sleep(1.1)
     _epochs(tmp_path, [4.0, 3.0], _board(tmp_path))
     assert _scalars(tmp_path)["loss"] == {1: 4.0, 2: 3.0}
 
 
-def test_the_overlay_is_the_slice_with_the_most_label_and_names_the_cases_dice(
+def test_the_overlay_is_the_slice_with_the_most_label_and_shows_the_cases_dice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     label, prediction = torch.zeros(1, 6, 5, 4), torch.zeros(1, 6, 5, 4)
@@ -165,7 +167,7 @@ def test_the_overlay_is_the_slice_with_the_most_label_and_names_the_cases_dice(
     assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["epoch_0001.png"]
 
 
-def test_without_any_mask_the_middle_is_drawn_and_other_channels_are_not_called_modalities(tmp_path: Path) -> None:
+def test_without_any_mask_the_middle_slice_is_drawn_and_other_channels_are_numbered(tmp_path: Path) -> None:
     empty = torch.zeros(1, 6, 5, 4)
     image = torch.arange(2 * 120.0).reshape(2, 6, 5, 4)
     writer = OverlayWriter(str(tmp_path), ["ct", "pet", "mr"], [2.0, 2.0, 3.0], SimpleNamespace())
@@ -237,7 +239,7 @@ def test_a_resumed_training_is_an_mlflow_run_with_every_epoch_once(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_monais_own_tracking_finds_the_same_columns_and_the_first_rank_only(
+def test_monais_own_tracking_records_the_same_columns_on_the_first_rank_only(
     rank: int, cohort: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("mlflow")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are whole or not there, whatever fails on the way."""
+"""Files are complete or absent, no matter which step fails."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8")) == {"x": None, "y": [1.5]}
 
 
-def test_a_failure_while_renaming_leaves_the_old_file_and_no_remains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_rename_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text("old", tmp_path / "a.txt")
 
     def full_disk(*_: object) -> None:
@@ -36,7 +34,7 @@ def test_a_failure_while_renaming_leaves_the_old_file_and_no_remains(
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_an_error_half_way_leaves_the_old_file_and_no_remains(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     write_text("old", tmp_path / "a.txt")
     with pytest.raises(TypeError, match="bytes"), atomic_file(tmp_path / "a.txt") as file:
         file.writelines([b"ne", "w"])

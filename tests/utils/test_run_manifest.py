@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's manifest: what it was made of, found from within the run."""
+"""The manifest of a run, written while the run is active."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strict(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(), parse_constant=refuse)  # type: ignore[no-any-return]
 
 
-def test_the_manifest_is_written_and_returned_alike(tmp_path: Path) -> None:
+def test_the_written_and_the_returned_manifest_are_equal(tmp_path: Path) -> None:
     teachers: dict[str, str | None] = {"teacher_ct": "ab" * 32}
     returned = write_manifest(tmp_path / "new" / "run", CASES, teachers, seconds=12.345, threads=3)
     written = strict(tmp_path / "new" / "run" / "manifest.json")
@@ -39,7 +39,7 @@ def test_the_manifest_is_written_and_returned_alike(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
-def test_versions_are_those_installed(tmp_path: Path) -> None:
+def test_versions_are_the_installed_ones(tmp_path: Path) -> None:
     versions = write_manifest(tmp_path, CASES)["versions"]
     assert versions["python"] == platform.python_version()
     assert {name: versions[name] for name in ("torch", "monai", "numpy")} == {
@@ -47,7 +47,7 @@ def test_versions_are_those_installed(tmp_path: Path) -> None:
     }
 
 
-def test_peak_memory_is_that_of_this_process_in_mib(tmp_path: Path) -> None:
+def test_peak_memory_is_the_peak_of_this_process_in_mib(tmp_path: Path) -> None:
     peak = write_manifest(tmp_path, CASES)["peak_mib"]
     lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").is_file() else []
     resident = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")]
@@ -57,14 +57,12 @@ def test_peak_memory_is_that_of_this_process_in_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("clean", "mark"), [(True, ""), (False, "+")])
-def test_the_commit_is_noted_with_a_plus_where_files_differ(
-    tmp_path: Path, fake_git: Any, clean: bool, mark: str
-) -> None:
+def test_the_commit_has_a_plus_if_files_differ(tmp_path: Path, fake_git: Any, clean: bool, mark: str) -> None:
     fake_git("c0ffee" + "0" * 34, clean)
     assert write_manifest(tmp_path, CASES)["git_commit"] == "c0ffee" + "0" * 34 + mark
 
 
-def test_outside_of_a_checkout_or_without_git_there_is_no_commit(
+def test_without_a_checkout_or_git_there_is_no_commit(
     tmp_path: Path, fake_git: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin" / "git").write_text("#!/bin/sh\nexit 128\n")

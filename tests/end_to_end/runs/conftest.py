@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny cases and weights, commands in processes of their own that can be killed or starved, and their sentences."""
+"""Tiny cases and weights, commands in forked processes that can be killed or limited, and their error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Child:
-    """Work in a forked process, with all that it prints; nothing is imported again."""
+    """A function in a forked process, and what it prints. Forking avoids importing MONAI again."""
 
     def __init__(self, work: Callable[[], int]) -> None:
         self.source, sink = os.pipe()
@@ -61,17 +61,17 @@ class Child:
             os._exit(code)
 
     def kill(self) -> None:
-        """Signal 9, wherever it is."""
+        """Send signal 9."""
         os.kill(self.pid, signal.SIGKILL)
 
     def alive(self) -> bool:
-        """Whether it has not ended yet."""
+        """Return whether the process is still running."""
         if self.code is None and os.waitpid(self.pid, os.WNOHANG)[0]:
             self.code = 0  # waited for; its code is not asked for
         return self.code is None
 
     def end(self) -> tuple[int, str]:
-        """Wait; its exit code (negative: the signal that ended it) and what it printed."""
+        """Wait for the process; return its exit code (negative: the signal that ended it) and what it printed."""
         with os.fdopen(self.source, "rb") as pipe:
             printed = pipe.read().decode()
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -80,7 +80,7 @@ class Child:
 
 @pytest.fixture
 def child() -> Iterator[Callable[[Callable[[], int]], Child]]:
-    """``child(work)`` starts ``work`` in a process of its own; what still runs when the test ends is ended."""
+    """``child(work)`` runs ``work`` in a forked process, which is killed when the test ends."""
     started: list[Child] = []
 
     def start(work: Callable[[], int]) -> Child:
@@ -95,7 +95,7 @@ def child() -> Iterator[Callable[[Callable[[], int]], Child]]:
 
 
 def sentence_in(printed: str) -> str:
-    """The one sentence that a user is told, and no traceback."""
+    """Return the one error message in the output, which must not contain a traceback."""
     assert "Traceback" not in printed, printed
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, printed
@@ -104,13 +104,13 @@ def sentence_in(printed: str) -> str:
 
 @pytest.fixture(scope="session")
 def sentence() -> Callable[[str], str]:
-    """``sentence(printed)``: the one line that begins with error:."""
+    """``sentence(printed)``: the one line that starts with error:."""
     return sentence_in
 
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``refused(*arguments)``: the command ends with exit code 1 and one sentence, which is returned."""
+    """``refused(*arguments)``: run a command that must end with exit code 1, and return its error message."""
 
     def run(*arguments: object) -> str:
         capfd.readouterr()
@@ -128,7 +128,7 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of that student, random, with both classes equally likely: masks of noise are noise."""
+    """Random weights of that student with both classes equally likely, so that its masks are noise."""
     torch.manual_seed(3)
     student = Student(3, 2, FEATURES, norm=NORM).eval()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def noise_case(write_nifti: Callable[..., Path]) -> Callable[..., dict[str, Path]]:
-    """``noise_case(folder, size)``: ct, pet and mr of seeded noise on one grid of 1 mm, so that masks barely shrink."""
+    """``noise_case(folder, size)``: ct, pet and mr of seeded noise on one grid of 1 mm; their masks hardly compress."""
 
     def make(folder: Path, size: int = 32, seed: int = 0) -> dict[str, Path]:
         chance = np.random.default_rng(seed)

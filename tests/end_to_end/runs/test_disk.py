@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is full, or lies: the old file survives, nothing half gets its name, and the system's error is told."""
+"""A full or faulty disk: the old file is kept, no partial file gets its name, and the system's error is shown."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)
 
 
 def limit_files(size: int = LIMIT) -> None:
-    """No file of this process may become larger; the signal that would end it is ignored by Python already."""
+    """Limit the size of this process's files. Python ignores the signal that would end the process."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def mount_small_disk(folder: Path, size: int) -> None:
-    """A file system of ``size`` bytes that only this process sees; OSError where the system does not let it."""
+    """Mount a file system of ``size`` bytes that only this process sees; OSError if that is not permitted."""
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if libc.unshare(NEW_USER | NEW_MOUNTS):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -45,7 +45,7 @@ def mount_small_disk(folder: Path, size: int) -> None:
 
 @pytest.fixture
 def small_disk(child: Callable[..., Any], tmp_path: Path) -> Callable[[Path, int], None]:
-    """``small_disk(folder, size)`` mounts one, in a process of its own; skips where that is not allowed."""
+    """``small_disk(folder, size)`` mounts a small file system in a child process; skips if that is not permitted."""
 
     def attempt() -> int:
         try:
@@ -62,7 +62,7 @@ def small_disk(child: Callable[..., Any], tmp_path: Path) -> Callable[[Path, int
 
 
 @pytest.mark.parametrize("old", [b"the mask before", None])
-def test_a_mask_over_the_limit_of_the_system_leaves_the_one_before_and_names_the_error(
+def test_a_mask_above_the_file_size_limit_leaves_the_old_mask_and_names_the_error(
     old: bytes | None, child: Any, sentence: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     files, mask = noise_case(tmp_path), tmp_path / "out" / "mask.nii.gz"
@@ -79,7 +79,7 @@ def test_a_mask_over_the_limit_of_the_system_leaves_the_one_before_and_names_the
     assert mask.stat().st_size > LIMIT  # so that it was the mask that did not fit
 
 
-def test_a_mask_on_a_full_disk_leaves_the_one_before_and_names_the_error(
+def test_a_mask_on_a_full_disk_leaves_the_old_mask_and_names_the_error(
     child: Any, sentence: Any, small_disk: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     files, disk, after = noise_case(tmp_path), tmp_path / "disk", tmp_path / "after"
@@ -101,7 +101,7 @@ def test_a_mask_on_a_full_disk_leaves_the_one_before_and_names_the_error(
     assert (after / "mask.nii.gz").read_bytes() == b"the mask before"
 
 
-def test_a_checkpoint_over_the_limit_leaves_the_one_before_from_which_the_run_goes_on(
+def test_after_a_checkpoint_above_the_size_limit_the_run_resumes_from_the_one_before(
     child: Any, sentence: Any, tiny: list[str], cohort: Path, tmp_path: Path
 ) -> None:
     arguments = ["train", *tiny, "--dataset-dir", str(cohort), "--epochs", "2", "--set", "spacing=[12,12,12]"]
@@ -134,7 +134,7 @@ def test_a_checkpoint_over_the_limit_leaves_the_one_before_from_which_the_run_go
 
 
 class Lossy(io.FileIO):
-    """A file whose system says that everything was written, and keeps half of it."""
+    """A file of which the system keeps only half, although it reports success."""
 
     def write(self, data: Any) -> int:
         super().write(bytes(data)[: len(data) // 2])
@@ -142,7 +142,7 @@ class Lossy(io.FileIO):
 
 
 class Flipping(io.FileIO):
-    """A file whose system turns one bit of all that is written at once."""
+    """A file in which the system flips one bit of each write."""
 
     def write(self, data: Any) -> int:
         turned = bytearray(data)
@@ -166,7 +166,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("kind", [Lossy, Flipping])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_the_disk_kept_otherwise_never_gets_its_name(
+def test_a_file_that_reads_back_differently_never_gets_its_name(
     writer: str, kind: type[io.FileIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file.nii.gz"
@@ -184,13 +184,13 @@ def test_what_the_disk_kept_otherwise_never_gets_its_name(
     assert path.read_bytes() != b"old"
 
 
-def test_a_written_mask_is_whole_by_another_reader(tmp_path: Path) -> None:
+def test_another_reader_reads_the_written_mask_completely(tmp_path: Path) -> None:
     _mask(tmp_path / "mask.nii.gz")
     expected = np.random.default_rng(0).integers(0, 2, (8, 8, 8))
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj), expected)
 
 
-def test_an_error_that_names_another_file_is_passed_on_as_it_is(tmp_path: Path) -> None:
+def test_an_error_that_names_another_file_is_passed_on_unchanged(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError) as error, scripts.utils.atomic_files.atomic_file(tmp_path / "a") as file:
         file.write(missing.read_bytes())

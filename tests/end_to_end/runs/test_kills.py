@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signal 9 while masks are being saved: what has its name is whole."""
+"""Signal 9 while masks are being saved: a mask under its final name is complete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def evaluate(tiny: list[str], weights: Path, cohort: Path) -> Evaluate:
 
 @pytest.fixture(scope="module")
 def undisturbed(evaluate: Evaluate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The masks of a run that nobody kills."""
+    """The masks of a run that is not killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert evaluate(folder) == 0
     masks = _masks(folder)
@@ -53,7 +53,7 @@ def _earlier(folder: Path, names: Any) -> None:
         (folder / "masks" / name).write_bytes(OLD)
 
 
-def test_twenty_kills_while_masks_are_saved_leave_each_old_or_new_and_the_next_run_ends_as_the_first(
+def test_twenty_kills_while_masks_are_saved_leave_old_or_new_masks_and_the_next_run_completes(
     evaluate: Evaluate, undisturbed: dict[str, bytes], child: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     chance, kills, counts = random.Random(20), 0, []

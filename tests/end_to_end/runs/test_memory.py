@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Huge volumes are refused by their heads, with an estimate; the estimate is above what a case really takes."""
+"""Huge volumes are refused by their headers with an estimate, which exceeds the memory that a case really needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIDE = 2000
 
 @pytest.fixture(params=["sparse", "compressed"])
 def huge(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """2000^3 zeros: a file that is there with every byte and takes no room, or a header that a small file claims."""
+    """2000^3 zeros: a sparse file with all bytes, or a small file whose header claims that size."""
     header = nib.Nifti1Header()
     header.set_data_dtype(np.uint8)
     header.set_data_shape((SIDE, SIDE, SIDE))
@@ -44,7 +44,7 @@ def huge(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def test_more_voxels_than_the_cap_are_refused_whatever_the_memory(
+def test_more_voxels_than_the_maximum_are_refused_regardless_of_memory(
     huge: Path, refused: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     mask = tmp_path / "out" / "mask.nii.gz"
@@ -54,7 +54,7 @@ def test_more_voxels_than_the_cap_are_refused_whatever_the_memory(
     assert [path for path in mask.parent.iterdir() if path.name[0] != "."] == []
 
 
-def test_a_case_beyond_the_limit_of_the_process_is_refused_with_the_estimate_before_it_is_read(
+def test_a_case_above_the_memory_limit_of_the_process_is_refused_before_it_is_read(
     huge: Path, child: Any, sentence: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     mask = tmp_path / "out" / "mask.nii.gz"
@@ -94,7 +94,7 @@ def test_nothing_is_read_before_the_estimate_is_accepted(
 
 
 @pytest.mark.parametrize("pass_gib", [0.05, 1.25])
-def test_the_refusal_begins_where_the_estimate_passes_what_is_there(
+def test_a_case_is_refused_once_the_estimate_exceeds_the_available_memory(
     pass_gib: float, noise_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = {key: read_header(path) for key, path in noise_case(tmp_path, 16).items()}
@@ -111,7 +111,7 @@ def test_the_refusal_begins_where_the_estimate_passes_what_is_there(
 
 
 @pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
-def test_limits_of_the_process_count_as_what_is_available(limit: int, child: Any) -> None:
+def test_limits_of_the_process_bound_the_available_memory(limit: int, child: Any) -> None:
     def work() -> int:
         info = psutil.Process().memory_info()
         used = info.vms if limit == resource.RLIMIT_AS else info.data
@@ -121,7 +121,7 @@ def test_limits_of_the_process_count_as_what_is_available(limit: int, child: Any
     assert child(work).end()[0] == 0
 
 
-def test_the_limit_of_a_control_group_counts_and_one_without_limit_does_not(
+def test_the_limit_of_a_control_group_bounds_the_available_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
@@ -139,7 +139,7 @@ def test_the_limit_of_a_control_group_counts_and_one_without_limit_does_not(
     [(48, 3, 1, 9), (96, 1, 2, 9), (192, 1, 3, 4)],
     ids=["network finer", "network coarser", "large"],
 )
-def test_the_peak_of_a_real_run_stays_below_the_estimate_and_not_far(
+def test_the_peak_of_a_real_run_is_below_the_estimate_but_close_to_it(
     whole: bool, size: int, voxel: int, spacing: int, most: float, child: Any, write_nifti: Callable[..., Path],
     segment_arguments: Any, tmp_path: Path,
 ) -> None:  # fmt: skip

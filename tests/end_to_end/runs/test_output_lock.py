@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time on one output: the second is told who holds it, and what a killed run left is taken over."""
+"""One run at a time on one output: the second is refused, and the output of a killed run is taken over."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from scripts.utils.output_lock import acquire, release
 
 
 def wait_for(path: Path) -> None:
-    """Until a file is there; the test's own time limit ends it otherwise."""
+    """Wait until a file exists; otherwise the test's time limit ends the test."""
     while not path.exists():
         time.sleep(0.002)
 
 
 @pytest.fixture
 def holder(child: Any, tmp_path: Path) -> Callable[[Path], Any]:
-    """``holder(output)``: a process that holds it until it is ended."""
+    """``holder(output)``: a process that keeps the output locked until it ends."""
 
     def start(output: Path) -> Any:
         mark = tmp_path / "held"
@@ -49,7 +49,7 @@ def holder(child: Any, tmp_path: Path) -> Callable[[Path], Any]:
 
 @pytest.fixture(params=["train", "evaluate", "segment"])
 def command(request: pytest.FixtureRequest, tiny: list[str], weights: Path, cohort: Path, tmp_path: Path) -> Any:
-    """A command line, its output, and a file that it would leave there."""
+    """A command line, its output, and a file that the command writes there."""
     output, common = tmp_path / "out", [*tiny, "--set", "spacing=[12,12,12]"]
     if request.param == "segment":
         case, mask = cohort / "PHANTOM_001", output / "mask.nii.gz"
@@ -62,7 +62,7 @@ def command(request: pytest.FixtureRequest, tiny: list[str], weights: Path, coho
     return [*map(str, [*line, *more])], output, output / ("model.pt" if request.param == "train" else "summary.json")
 
 
-def test_a_second_run_is_refused_and_told_the_first_ones_process_and_works_when_that_was_killed(
+def test_a_second_run_is_refused_until_the_first_one_is_killed(
     command: Any, holder: Any, refused: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output, result = command
@@ -82,7 +82,7 @@ def test_a_second_run_is_refused_and_told_the_first_ones_process_and_works_when_
     assert "was left by process" not in capfd.readouterr().err
 
 
-def test_different_masks_of_one_folder_are_segmented_side_by_side_and_the_same_one_is_refused(
+def test_different_masks_in_one_folder_can_be_written_at_once_but_not_the_same_mask(
     holder: Any, refused: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     files, first = noise_case(tmp_path / "in", 16), tmp_path / "out" / "first.nii.gz"
@@ -93,7 +93,7 @@ def test_different_masks_of_one_folder_are_segmented_side_by_side_and_the_same_o
     assert first.with_name("second.nii.gz").is_file()
 
 
-def test_two_processes_that_start_at_once_do_not_both_get_it(child: Any, tmp_path: Path) -> None:
+def test_of_six_processes_that_start_at_once_one_gets_the_lock(child: Any, tmp_path: Path) -> None:
     go = tmp_path / "go"
 
     def work() -> int:
@@ -129,7 +129,7 @@ sys.stdin.readline()
 
 
 @pytest.mark.parametrize("way", ["_exit", "exit", "release"])
-def test_a_forked_child_that_ends_does_not_free_what_its_parent_holds(way: str, tmp_path: Path) -> None:
+def test_a_forked_child_that_ends_does_not_release_its_parents_lock(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORKING, str(tmp_path / "out"), way]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -141,7 +141,7 @@ def test_a_forked_child_that_ends_does_not_free_what_its_parent_holds(way: str, 
     acquire(tmp_path / "out")
 
 
-def test_letting_go_removes_the_owners_note_and_another_process_gets_it_without_a_word(
+def test_after_a_release_another_process_gets_the_lock_without_a_warning(
     child: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert child(lambda: acquire(tmp_path) or release() or 0).end()[0] == 0
@@ -152,14 +152,14 @@ def test_letting_go_removes_the_owners_note_and_another_process_gets_it_without_
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1, "host": "elsewhere"}'])
-def test_a_damaged_note_of_an_owner_that_is_gone_stops_nobody(content: str, tmp_path: Path) -> None:
+def test_a_damaged_owner_file_of_an_ended_process_is_ignored(content: str, tmp_path: Path) -> None:
     (tmp_path / ".run.json").write_text(content)
     acquire(tmp_path)
     assert f'"pid": {os.getpid()}' in (tmp_path / ".run.json").read_text()
 
 
 @pytest.mark.parametrize("content", ['{"pid": "x"}', '{"pid": 1}', "[]"])
-def test_a_damaged_note_of_an_owner_that_is_there_is_still_a_refusal(
+def test_a_damaged_owner_file_of_a_running_process_still_means_a_refusal(
     content: str, holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scripts.utils.output_lock.TAKEOVER_SECONDS", 0.1)
@@ -170,7 +170,7 @@ def test_a_damaged_note_of_an_owner_that_is_there_is_still_a_refusal(
     assert process.alive()
 
 
-def test_only_a_dead_runs_own_half_files_are_removed(holder: Any, tmp_path: Path) -> None:
+def test_only_the_part_files_of_the_killed_run_are_removed(holder: Any, tmp_path: Path) -> None:
     first = holder(tmp_path / "a.nii.gz")
     first.kill()
     first.end()
@@ -182,16 +182,16 @@ def test_only_a_dead_runs_own_half_files_are_removed(holder: Any, tmp_path: Path
     assert other.exists()
 
 
-@pytest.mark.skipif(not Path("/proc/version").is_file(), reason="no /proc, where no file can be made")
+@pytest.mark.skipif(not Path("/proc/version").is_file(), reason="no /proc, where no file can be created")
 @pytest.mark.parametrize("output", ["/proc", "/proc/mask.nii.gz"])
-def test_a_place_that_takes_no_files_is_not_said_to_be_in_use(output: str) -> None:
+def test_a_folder_without_write_access_is_not_reported_as_in_use(output: str) -> None:
     with pytest.raises(
         FileNotFoundError, match=rf"{output} cannot be written, because no file can be created in its folder \(No such"
     ):
         acquire(output)
 
 
-def test_the_command_says_that_a_mask_cannot_be_written_where_no_file_can_be(
+def test_the_command_reports_a_mask_that_cannot_be_written(
     refused: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     error = refused(*segment_arguments(noise_case(tmp_path, 16), Path("/proc/mask.nii.gz")))
@@ -200,7 +200,7 @@ def test_the_command_says_that_a_mask_cannot_be_written_where_no_file_can_be(
     assert "in use" not in error
 
 
-def test_the_note_names_host_and_time(tmp_path: Path) -> None:
+def test_the_owner_file_names_the_host(tmp_path: Path) -> None:
     write_json({"pid": 1}, tmp_path / ".run.json")
     acquire(tmp_path)
     assert os.uname().nodename in (tmp_path / ".run.json").read_text()

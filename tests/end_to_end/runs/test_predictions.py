@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions that cannot be read are counted as the worst value and named; scoring goes on."""
+"""Predictions that cannot be read count as the worst value and are named; scoring continues."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cube(shift: int = 0) -> Any:
 
 @pytest.fixture
 def cases(tmp_path: Path, write_nifti: Callable[..., Path]) -> list[dict[str, Any]]:
-    """Three cases, each predicted as it is."""
+    """Three cases, each with a perfect prediction."""
     found = []
     for name in ("A", "B", "C"):
         label = write_nifti(tmp_path / name / "label.nii.gz", cube())
@@ -60,7 +60,7 @@ def scored(cases: Any, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_prediction_that_cannot_be_read_counts_as_the_worst_and_is_named_and_the_others_are_scored(
+def test_an_unreadable_prediction_counts_as_the_worst_value_and_the_others_are_scored(
     damage: str, cases: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, words = DAMAGES[damage]
@@ -84,7 +84,7 @@ def test_a_prediction_that_cannot_be_read_counts_as_the_worst_and_is_named_and_t
     assert [line.split(",")[0] for line in rows[1:]] == ["A", "B", "C"]
 
 
-def test_missing_and_unreadable_are_told_apart(cases: Any, tmp_path: Path) -> None:
+def test_missing_and_unreadable_predictions_are_distinguished(cases: Any, tmp_path: Path) -> None:
     (tmp_path / "masks" / "A.nii.gz").unlink()
     (tmp_path / "masks" / "C.nii.gz").write_bytes(b"")
     summary = scored(cases, tmp_path)
@@ -101,7 +101,7 @@ def test_a_reference_that_cannot_be_read_is_refused_by_name(cases: Any, tmp_path
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_the_command_scores_what_can_be_read_and_ends_well(
+def test_the_command_scores_readable_predictions_and_succeeds(
     tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     masks = tmp_path / "masks"

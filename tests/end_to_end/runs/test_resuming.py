@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training's newest state has gone: the one before is taken, and it is said which."""
+"""Resuming without the newest checkpoint, and starting a training in the folder of an earlier one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.cli.main import main
 
 
 @pytest.mark.parametrize("lost", ["newest", "both"])
-def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_without_any_says_that_it_begins(
+def test_a_resumed_training_uses_the_previous_checkpoint_or_reports_that_it_starts_at_epoch_1(
     lost: str, tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     line = ["train", *tiny, "--dataset-dir", cohort, "--output-dir", tmp_path, "--epochs", 3]
@@ -26,15 +26,15 @@ def test_without_its_newest_state_a_training_goes_on_from_the_one_before_and_wit
         (tmp_path / "checkpoint.previous.pt").unlink()
     capfd.readouterr()
     assert main([*arguments, "--resume"]) == 0
-    told = capfd.readouterr().err
+    log = capfd.readouterr().err
     previous = f"resumed {tmp_path / 'checkpoint.previous.pt'} after epoch 2"
     nothing = f"No checkpoint at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
-    assert (previous in told, nothing in told) == (lost == "newest", lost == "both")
+    assert (previous in log, nothing in log) == (lost == "newest", lost == "both")
     again = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_a_training_started_again_without_resume_is_refused_and_loses_nothing_and_anew_where_that_is_said(
+def test_without_resume_an_earlier_run_is_kept_unless_overwrite_is_set(
     tiny: list[str], cohort: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     line = ["train", *tiny, "--dataset-dir", cohort, "--output-dir", tmp_path, "--epochs", 2]
@@ -43,8 +43,8 @@ def test_a_training_started_again_without_resume_is_refused_and_loses_nothing_an
     assert main(arguments) == 0
     kept = ("checkpoint.pt", "checkpoint.previous.pt", "model.pt", "curves.csv", "manifest.json")
     before = {name: (tmp_path / name).read_bytes() for name in kept}
-    told = f"{tmp_path / 'checkpoint.pt'} already contains a checkpoint (epoch 2). Use --resume to continue, or"
-    assert told in refused(*arguments)
+    message = f"{tmp_path / 'checkpoint.pt'} already contains a checkpoint (epoch 2). Use --resume to continue, or"
+    assert message in refused(*arguments)
     assert {name: (tmp_path / name).read_bytes() for name in kept} == before
     assert main([*arguments, "--epochs", "1", "--set", "overwrite=true"]) == 0
     assert not (tmp_path / "checkpoint.previous.pt").exists()  # one epoch of a run of its own

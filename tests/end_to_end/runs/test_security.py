@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing from files is executed, shown as markup or told of a patient; dependencies have safe floors."""
+"""Nothing from files is executed or shown as markup, no patient is named, and minimum versions are safe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME, NUMBER = "Doe^Secret", "SECRET-4711"
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every call by its dotted name, with its keywords."""
+    """Every call: its dotted name and its keywords."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             keywords = {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg}
@@ -36,7 +36,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def unsafe(text: str) -> list[str]:
-    """What of a source could execute what a file holds."""
+    """The calls of a source that could execute the content of a file."""
     tree, found = ast.parse(text), []
     for node in ast.walk(tree):
         names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
@@ -52,7 +52,7 @@ def unsafe(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_no_source_could_execute_what_a_file_holds(path: Path) -> None:
+def test_no_source_can_execute_the_content_of_a_file(path: Path) -> None:
     assert unsafe(path.read_text(encoding="utf-8")) == []
 
 
@@ -63,12 +63,12 @@ def test_no_source_could_execute_what_a_file_holds(path: Path) -> None:
         "torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "subprocess.run(x, shell=True)",
     ],
 )  # fmt: skip
-def test_the_search_finds_what_it_looks_for(text: str) -> None:
+def test_the_search_finds_unsafe_calls(text: str) -> None:
     assert unsafe(text) != []
     assert unsafe("torch.load(x, weights_only=True); np.load(x); network.eval(); yaml.safe_load(x)") == []
 
 
-def test_weights_are_loaded_somewhere_and_always_plainly() -> None:
+def test_weights_are_always_loaded_with_weights_only() -> None:
     found = [
         keys
         for path in SOURCES
@@ -80,7 +80,7 @@ def test_weights_are_loaded_somewhere_and_always_plainly() -> None:
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "&lt;b&gt;"])
-def test_a_case_id_a_patient_and_a_file_name_are_text_in_the_report(
+def test_case_ids_patients_and_file_names_are_escaped_in_the_report(
     hostile: str, tmp_path: Path, write_nifti: Callable[..., Path]
 ) -> None:
     mask = np.zeros((12, 10, 8), np.uint8)
@@ -122,7 +122,7 @@ def dicom(tmp_path: Path) -> Path:
     return folder
 
 
-def test_no_patients_name_or_id_leaves_a_dicom_header(
+def test_no_patients_name_or_id_is_copied_from_a_dicom_header(
     dicom: Path, segment_arguments: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first = (dicom / "0.dcm").read_bytes()
@@ -138,7 +138,7 @@ def test_no_patients_name_or_id_leaves_a_dicom_header(
         assert [name for name, content in files.items() if secret.encode() in content] == []
 
 
-def test_series_of_different_patients_are_refused_without_telling_who_they_are(
+def test_series_of_different_patients_are_refused_without_naming_them(
     dicom: Path, refused: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -161,7 +161,7 @@ def test_series_of_different_patients_are_refused_without_telling_who_they_are(
         ("requirements-dicom.txt", "pydicom", "3.0.1", "3.0.2"),
     ],
 )
-def test_versions_with_known_vulnerabilities_are_below_the_floor(
+def test_versions_with_known_vulnerabilities_are_below_the_minimum(
     file: str, package: str, unsafe_version: str, safe_version: str
 ) -> None:
     lines = (ROOT / file).read_text().splitlines()
@@ -170,7 +170,7 @@ def test_versions_with_known_vulnerabilities_are_below_the_floor(
     assert safe_version in wanted.specifier
 
 
-def test_every_requirements_file_is_an_extra_that_can_be_asked_for() -> None:
+def test_every_requirements_file_is_an_installable_extra() -> None:
     dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
     named = {
         *dynamic["dependencies"]["file"],
@@ -181,7 +181,7 @@ def test_every_requirements_file_is_an_extra_that_can_be_asked_for() -> None:
     assert dynamic["optional-dependencies"]["dicom"]["file"] == ["requirements-dicom.txt"]
 
 
-def test_the_policy_names_the_private_way_and_the_promise() -> None:
+def test_the_security_policy_names_the_private_channel_and_the_response_time() -> None:
     text = (ROOT / "SECURITY.md").read_text()
     for words in ("weights_only=True", "security advisories", "Supported versions", "sha256"):
         assert words in text

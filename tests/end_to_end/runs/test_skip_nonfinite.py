@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps whose loss or gradient is no number: they change nothing, the cases are named, and the third ends the run."""
+"""Steps whose loss or gradient is NaN or infinite change nothing, name their cases, and the third stops the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RATE = 0.1
 
 
 class Trap:
-    """A loss that is NaN for a case, by what MONAI hands the trainer; it notes the batches."""
+    """A loss that is NaN for one case of MONAI's batches; it records the batches."""
 
     def __init__(self, patch: pytest.MonkeyPatch, most: int = 99) -> None:
         self.batches: list[list[str]] = []
@@ -66,7 +66,7 @@ def finite(path: Path) -> bool:
     return all(bool(value.isfinite().all()) for value in torch.load(path, weights_only=True).values())
 
 
-def test_the_third_such_step_ends_the_run_names_the_cases_and_leaves_finite_weights(
+def test_the_third_nonfinite_step_stops_the_run_and_the_checkpoint_is_finite(
     train: Any, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trap = Trap(monkeypatch)
@@ -86,7 +86,7 @@ def test_the_third_such_step_ends_the_run_names_the_cases_and_leaves_finite_weig
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
-def test_a_run_that_ends_so_before_its_first_checkpoint_speaks_of_none(
+def test_a_run_that_stops_before_its_first_checkpoint_does_not_mention_one(
     train: Any, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = DiceCELoss.forward
@@ -96,19 +96,19 @@ def test_a_run_that_ends_so_before_its_first_checkpoint_speaks_of_none(
     assert error.endswith("look at these images and labels, and lower the learning rate.")
 
 
-def test_two_such_steps_are_left_out_with_a_word_and_the_training_goes_on(
+def test_two_nonfinite_steps_are_skipped_with_a_warning_and_the_training_continues(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trap = Trap(monkeypatch, most=2)
     assert main(train(tmp_path)) == 0
     assert len(trap.batches) == 10
     assert finite(tmp_path / "model.pt")
-    told = [line for line in capfd.readouterr().err.splitlines() if "skipped a training step" in line]
-    assert [line.rsplit(": ", 1)[1].rstrip(")") for line in told] == [", ".join(batch) for batch in trap.bad]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "skipped a training step" in line]
+    assert [line.rsplit(": ", 1)[1].rstrip(")") for line in warnings] == [", ".join(batch) for batch in trap.bad]
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_weights_and_optimizer_of_a_bundle_are_bit_by_bit_those_before_the_bad_step(
+def test_a_nonfinite_step_changes_no_bit_of_weights_and_optimizer(
     precision: str, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trap = Trap(monkeypatch, most=1)
@@ -181,13 +181,13 @@ class Small:
 
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("how", ["loss", "infinite", "image", "gradient"])
-def test_nothing_of_a_bad_step_stays_not_even_in_a_running_mean(how: str, scaler: bool) -> None:
+def test_a_nonfinite_step_changes_nothing_not_even_a_running_mean(how: str, scaler: bool) -> None:
     small = Small(how, scaler=scaler, norm=how != "gradient")
     assert small.changed() == [True, True, False, True]
     assert all(bool(value.isfinite().all()) for value in small.states[-1])
 
 
-def test_an_overflow_with_a_scaler_is_the_scalers_business_and_is_not_counted() -> None:
+def test_an_overflow_that_the_scaler_skips_is_not_counted() -> None:
     small = Small("gradient", scaler=True, norm=False)
     with_handler = small.trainer._event_handlers[IterationEvents.BACKWARD_COMPLETED]
     judge = next(each[0] for each in with_handler if isinstance(each[0], FiniteSteps))
@@ -197,7 +197,7 @@ def test_an_overflow_with_a_scaler_is_the_scalers_business_and_is_not_counted() 
 
 
 @pytest.mark.parametrize(("bad", "kept"), [(1, [2]), (2, [])])
-def test_of_accumulated_steps_what_comes_after_the_bad_one_counts_and_what_came_before_goes_with_it(
+def test_gradients_accumulated_before_a_nonfinite_step_are_dropped_and_later_ones_count(
     bad: int, kept: list[int]
 ) -> None:
     small = Small("loss", bad=bad, accumulation=2, norm=False, steps=2)
@@ -216,13 +216,13 @@ def test_of_accumulated_steps_what_comes_after_the_bad_one_counts_and_what_came_
         torch.testing.assert_close(found, expected.detach())
 
 
-def test_a_scaler_leaves_out_all_that_was_accumulated_with_a_bad_step() -> None:
+def test_a_scaler_skips_everything_accumulated_with_a_nonfinite_step() -> None:
     small = Small("loss", bad=1, accumulation=2, scaler=True, norm=False)
     assert small.changed() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_the_last_allowed_step_raises_before_the_optimizer_moves(most: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_allowed_step_raises_before_the_optimizer_steps(most: int, caplog: pytest.LogCaptureFixture) -> None:
     small = Small("loss", norm=False)
     small.trainer.loss_function = lambda pred, label: nn.functional.mse_loss(pred, label) * math.nan
     (judge,) = [
@@ -238,7 +238,7 @@ def test_the_last_allowed_step_raises_before_the_optimizer_moves(most: int, capl
     assert _same(small.states[0], _state(small.trainer))
 
 
-def test_batches_without_names_are_counted_as_well() -> None:
+def test_batches_without_case_ids_are_counted_as_well() -> None:
     small = Small("loss", norm=False)
     for batch in small.data:
         del batch["case_id"]

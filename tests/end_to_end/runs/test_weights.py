@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights that hold code, are of another network, are cut off or not the expected ones: at every entrance."""
+"""Weights that hold code, belong to another network, are truncated or have another checksum, at every entry point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = ("autoencoder", "student", "header_student", "header_dynunet_pet")
 
 
 class Code:
-    """Pickled, it writes a file when it is loaded."""
+    """An object whose pickle writes a file when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -35,13 +35,13 @@ class Code:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """What is there when code has been run."""
+    """The file that exists if the code was executed."""
     return tmp_path / "code has been run"
 
 
 @pytest.fixture
 def spoil(marker: Path) -> Callable[[str, Path], Path]:
-    """``spoil(kind, path)`` writes such a file of weights."""
+    """``spoil(kind, path)`` writes a bad file of weights."""
 
     def write(kind: str, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ WORDS = {
 
 
 @pytest.mark.parametrize("kind", ["code", "pickle"])
-def test_the_code_in_these_files_works_where_it_is_let(kind: str, spoil: Any, marker: Path, tmp_path: Path) -> None:
-    """What a pickle names is called by hand: nothing is loaded unsafely here, either."""
+def test_the_code_in_these_files_works(kind: str, spoil: Any, marker: Path, tmp_path: Path) -> None:
+    """The test calls the pickle's function itself, so that nothing is loaded unsafely here either."""
     assert str(marker).encode() in spoil(kind, tmp_path / "bad.pt").read_bytes()
     function, arguments = Code(marker).__reduce__()
     assert not marker.exists()
@@ -107,10 +107,10 @@ ENTRANCES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_bad_weights_are_refused_by_name_at_every_entrance_and_never_run(
+def test_bad_weights_are_refused_by_name_at_every_entry_point_and_never_executed(
     entrance: str, kind: str, spoil: Any, line: Any, refused: Any, marker: Path, tmp_path: Path
 ) -> None:
-    bad = spoil(kind, tmp_path / "given" / "bad.pt")
+    bad = spoil(kind, tmp_path / "weights" / "bad.pt")
     error = refused(*line(*ENTRANCES[entrance](bad)))
     assert str(bad) in error
     assert WORDS[kind] in error
@@ -132,7 +132,7 @@ def test_segment_refuses_bad_weights_and_writes_no_mask(
 
 
 @pytest.mark.parametrize("kind", WORDS)
-def test_a_state_to_resume_from_is_refused_and_never_run(
+def test_a_bad_checkpoint_is_refused_and_never_executed(
     kind: str, spoil: Any, line: Any, refused: Any, marker: Path, tmp_path: Path
 ) -> None:
     bad = spoil(kind, tmp_path / "out" / "checkpoint.pt")
@@ -146,7 +146,7 @@ def test_a_state_to_resume_from_is_refused_and_never_run(
 
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_gkds_stages_headers_and_auto_encoder_are_loaded_as_plainly(
+def test_headers_and_autoencoder_of_gkd_are_loaded_as_safely(
     stage: str, kind: str, spoil: Any, line: Any, refused: Any, marker: Path, tmp_path: Path
 ) -> None:
     stages = tmp_path / "stages"
@@ -186,23 +186,23 @@ def _plain_header(path: Path) -> None:
 
 
 @pytest.mark.parametrize("entrance", ["segment", *ENTRANCES])
-def test_weights_other_than_the_checksum_beside_them_are_refused(
+def test_weights_that_do_not_match_their_sha256_file_are_refused(
     entrance: str, weights: Path, line: Any, refused: Any, noise_case: Any, segment_arguments: Any, tmp_path: Path
 ) -> None:
-    given = tmp_path / "model.pt"
-    given.write_bytes(weights.read_bytes())
-    given.with_name("model.pt.sha256").write_text(f"{'0' * 64}  model.pt\n")
+    path = tmp_path / "model.pt"
+    path.write_bytes(weights.read_bytes())
+    path.with_name("model.pt.sha256").write_text(f"{'0' * 64}  model.pt\n")
     mask = tmp_path / "out" / "mask.nii.gz"
-    arguments = segment_arguments(noise_case(tmp_path, 16), mask, "--weights", given) if entrance == "segment" else None
-    error = refused(*(arguments or line(*ENTRANCES[entrance](given))))
+    arguments = segment_arguments(noise_case(tmp_path, 16), mask, "--weights", path) if entrance == "segment" else None
+    error = refused(*(arguments or line(*ENTRANCES[entrance](path))))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    assert f"{given} has the sha256 {digest}..., not {'0' * 12}...: it is not the expected file" in error
+    assert f"{path} has the sha256 {digest}..., not {'0' * 12}...: it is not the expected file" in error
     assert {path.name for path in tmp_path.rglob("*.pt")} == {"model.pt"}
     assert not list(tmp_path.glob("out/**/[!.]*.gz"))
 
 
 @pytest.mark.parametrize("kind", ["code", "pickle"])
-def test_code_in_a_cached_prediction_is_not_run_even_where_the_manifest_vouches_for_it(
+def test_code_in_a_cached_prediction_is_not_executed_even_if_the_manifest_matches(
     kind: str, spoil: Any, line: Any, refused: Any, marker: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "teacher.pt"

@@ -68,9 +68,9 @@ class FiniteSteps:
         where = f"epoch {engine.state.epoch}, step {engine.state.iteration}: {', '.join(cases) or 'unnamed cases'}"
         logger.warning("skipped a training step with a NaN or infinite loss or gradient (%s)", where)
         if self.steps >= self.most:
-            names = ", ".join(dict.fromkeys(self.cases)) or "unnamed cases"
+            names = ", ".join(dict.fromkeys(self.cases)) or "unnamed"
             saved = " The last checkpoint is not affected." if Path(self.checkpoint).is_file() else ""
             raise ValueError(
-                f"Loss or gradient was NaN or infinite in {self.steps} training steps, with the cases {names}: check "
+                f"Loss or gradient was NaN or infinite in {self.steps} training steps (cases: {names}): check "
                 f"these images and labels, and lower the learning rate.{saved}"
             )

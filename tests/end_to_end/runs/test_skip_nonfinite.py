@@ -74,10 +74,7 @@ def test_the_third_nonfinite_step_stops_the_run_and_the_checkpoint_is_finite(
     names = list(dict.fromkeys(name for batch in trap.bad for name in batch))
     assert len(trap.bad) == 3
     assert BAD in names
-    assert (
-        f"Loss or gradient was NaN or infinite in 3 training steps, with the cases {', '.join(names)}: check these"
-        in error
-    )
+    assert f"Loss or gradient was NaN or infinite in 3 training steps (cases: {', '.join(names)}): check these" in error
     assert error.endswith("lower the learning rate. The last checkpoint is not affected.")
     assert not (tmp_path / "model.pt").exists()
     epochs = len(trap.batches) // 2  # of two steps each: the last one was not finished, or not saved
@@ -93,7 +90,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_does_not_mention_one(
     monkeypatch.setattr(DiceCELoss, "forward", lambda *arguments: forward(*arguments) * math.nan)
     error = refused(*train(tmp_path), "--set", "save_interval=5")
     assert not (tmp_path / "checkpoint.pt").exists()
-    assert error.endswith("look at these images and labels, and lower the learning rate.")
+    assert error.endswith("check these images and labels, and lower the learning rate.")
 
 
 def test_two_nonfinite_steps_are_skipped_with_a_warning_and_the_training_continues(
@@ -163,7 +160,7 @@ class Small:
         if how == "gradient":
             handlers = self.trainer._event_handlers[IterationEvents.BACKWARD_COMPLETED]
             self.trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._spoil, bad)
-            handlers.insert(0, handlers.pop())  # before the step is judged
+            handlers.insert(0, handlers.pop())  # before the handler checks the step
         self.states = [_state(self.trainer)]
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda each: self.states.append(_state(each)))
         self.data = data
@@ -190,9 +187,9 @@ def test_a_nonfinite_step_changes_nothing_not_even_a_running_mean(how: str, scal
 def test_an_overflow_that_the_scaler_skips_is_not_counted() -> None:
     small = Small("gradient", scaler=True, norm=False)
     with_handler = small.trainer._event_handlers[IterationEvents.BACKWARD_COMPLETED]
-    judge = next(each[0] for each in with_handler if isinstance(each[0], FiniteSteps))
+    handler = next(each[0] for each in with_handler if isinstance(each[0], FiniteSteps))
     small.trainer.run()
-    assert judge.steps == 0
+    assert handler.steps == 0
     assert small.trainer.scaler.get_scale() == 1.0  # half of 2
 
 
@@ -225,14 +222,17 @@ def test_a_scaler_skips_everything_accumulated_with_a_nonfinite_step() -> None:
 def test_the_last_allowed_step_raises_before_the_optimizer_steps(most: int, caplog: pytest.LogCaptureFixture) -> None:
     small = Small("loss", norm=False)
     small.trainer.loss_function = lambda pred, label: nn.functional.mse_loss(pred, label) * math.nan
-    (judge,) = [
+    (handler,) = [
         each[0]
         for each in small.trainer._event_handlers[IterationEvents.BACKWARD_COMPLETED]
         if isinstance(each[0], FiniteSteps)
     ]
-    judge.most = most
+    handler.most = most
     names = ", ".join(f"case {i}" for i in range(1, most + 1))
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=f"in {most} steps, of the cases {names}: "):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match=f"in {most} training steps, with the cases {names}: "),
+    ):
         small.trainer.run()
     assert caplog.text.count("skipped a training step") == most
     assert _same(small.states[0], _state(small.trainer))
@@ -243,5 +243,5 @@ def test_batches_without_case_ids_are_counted_as_well() -> None:
     for batch in small.data:
         del batch["case_id"]
     small.trainer.loss_function = lambda pred, label: pred.sum() * math.nan
-    with pytest.raises(ValueError, match="in 3 steps, of the cases unnamed cases: look at"):
+    with pytest.raises(ValueError, match=r"in 3 training steps \(cases: unnamed\): check"):
         small.trainer.run()

@@ -21,7 +21,7 @@ class TrainingCheckpoint:
     """Handler: save the training state every few epochs, resume from it, and write the final weights.
 
     A resumed run ends with the same bits as an uninterrupted one: the state is saved at the end of an epoch, and all
-    random numbers of an epoch depend on the seed and the epoch's number (``SeedEpochs``, ``scripts.data.CaseSampler``). The
+    random numbers of an epoch depend only on the seed and the epoch (``SeedEpochs``, ``scripts.data.CaseSampler``). The
     last two states are kept. If the newest is damaged, the one before is used and a warning is logged. The final
     weights are those of the last epoch, so that no network is selected on the validation cases. With several processes
     all of them load the state, and the first one saves it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def distill(
         arguments += ["--set", f"splits_file={cache_dir / 'splits.json'}", *more]
         capsys.readouterr()
         code = main(arguments)
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        errors = re.findall(r"^.*?(error: .*)$", capsys.readouterr().err, re.MULTILINE)  # a progress bar may precede it
         assert code == len(errors) <= 1
         assert (tmp_path / "out" / "model.pt").exists() == (code == 0)
         return errors[0] if errors else ""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -97,7 +98,7 @@ def child() -> Iterator[Callable[[Callable[[], int]], Child]]:
 def sentence_in(printed: str) -> str:
     """Return the one error message in the output, which must not contain a traceback."""
     assert "Traceback" not in printed, printed
-    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    errors: list[str] = re.findall(r"^.*?(error: .*)$", printed, re.MULTILINE)  # a progress bar may precede it
     assert len(errors) == 1, printed
     return errors[0]
 

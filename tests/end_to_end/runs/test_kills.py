@@ -54,7 +54,7 @@ def _earlier(folder: Path, names: Any) -> None:
 
 
 def test_twenty_kills_while_masks_are_saved_leave_old_or_new_masks_and_the_next_run_completes(
-    evaluate: Evaluate, undisturbed: dict[str, bytes], child: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    evaluate: Evaluate, undisturbed: dict[str, bytes], child: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chance, kills, counts = random.Random(20), 0, []
     for number in range(KILLS):
@@ -78,7 +78,7 @@ def test_twenty_kills_while_masks_are_saved_leave_old_or_new_masks_and_the_next_
     assert evaluate(output) == 0
     assert _masks(output) == undisturbed
     assert [path.name for path in output.glob("masks/.*.part")] == [".half.nii.gz.1.part"]
-    assert f"{output} was left by process" in capfd.readouterr().err
+    assert f"{output} was left by process" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["half written", "written", "flushed", "named"])

@@ -63,7 +63,7 @@ def command(request: pytest.FixtureRequest, tiny: list[str], weights: Path, coho
 
 
 def test_a_second_run_is_refused_until_the_first_one_is_killed(
-    command: Any, holder: Any, refused: Any, capfd: pytest.CaptureFixture[str]
+    command: Any, holder: Any, refused: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments, output, result = command
     first = holder(output)
@@ -74,12 +74,11 @@ def test_a_second_run_is_refused_until_the_first_one_is_killed(
     first.kill()
     first.end()
     assert main(arguments) == 0
-    assert (
-        f"{output} was left by process {first.pid}, which has ended: this run takes it over" in capfd.readouterr().err
-    )
+    assert f"{output} was left by process {first.pid}, which has ended: this run takes it over" in caplog.text
     assert result.is_file()
+    caplog.clear()
     assert main(arguments) == 0  # in one process one after the other
-    assert "was left by process" not in capfd.readouterr().err
+    assert "was left by process" not in caplog.text
 
 
 def test_different_masks_in_one_folder_can_be_written_at_once_but_not_the_same_mask(

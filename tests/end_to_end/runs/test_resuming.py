@@ -14,7 +14,7 @@ from scripts.cli.main import main
 
 @pytest.mark.parametrize("lost", ["newest", "both"])
 def test_a_resumed_training_uses_the_previous_checkpoint_or_reports_that_it_starts_at_epoch_1(
-    lost: str, tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    lost: str, tiny: list[str], cohort: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = ["train", *tiny, "--dataset-dir", cohort, "--output-dir", tmp_path, "--epochs", 3]
     line += ["--set", "spacing=[12,12,12]", "--set", "val_interval=100", "--set", "save_interval=1"]
@@ -24,9 +24,9 @@ def test_a_resumed_training_uses_the_previous_checkpoint_or_reports_that_it_star
     (tmp_path / "checkpoint.pt").unlink()
     if lost == "both":
         (tmp_path / "checkpoint.previous.pt").unlink()
-    capfd.readouterr()
+    caplog.clear()
     assert main([*arguments, "--resume"]) == 0
-    log = capfd.readouterr().err
+    log = caplog.text
     previous = f"resumed {tmp_path / 'checkpoint.previous.pt'} after epoch 2"
     nothing = f"No checkpoint at {tmp_path / 'checkpoint.pt'}: training starts at epoch 1"
     assert (previous in log, nothing in log) == (lost == "newest", lost == "both")

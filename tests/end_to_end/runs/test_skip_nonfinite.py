@@ -94,13 +94,13 @@ def test_a_run_that_stops_before_its_first_checkpoint_does_not_mention_one(
 
 
 def test_two_nonfinite_steps_are_skipped_with_a_warning_and_the_training_continues(
-    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trap = Trap(monkeypatch, most=2)
     assert main(train(tmp_path)) == 0
     assert len(trap.batches) == 10
     assert finite(tmp_path / "model.pt")
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "skipped a training step" in line]
+    warnings = [line for line in caplog.text.splitlines() if "skipped a training step" in line]
     assert [line.rsplit(": ", 1)[1].rstrip(")") for line in warnings] == [", ".join(batch) for batch in trap.bad]
 
 

@@ -63,12 +63,13 @@ def run(args: argparse.Namespace) -> None:
         return
     methods = args.method or [DEFAULT_METHOD]
     configs = ["train", *context_configs(args), "distill", *(f"methods/{method}" for method in methods)]
+    if args.cache_dir:
+        configs.append("cached")
     config = resolved_config(args, configs, training_overrides(args))
     overrides = {**training_overrides(args), **teachers_overrides(args, config["modalities"])}
     if STAGED_METHOD in methods:
         overrides = _train_stages(args, config, overrides)
     if args.cache_dir:
-        configs.append("cached")
         overrides["cache_dir"] = args.cache_dir
     configs += multi_gpu_configs(args)
     if args.balance is not None and not args.dry_run:

@@ -19,13 +19,11 @@ from scripts import bundle_root
 from scripts.utils.atomic_files import write_json
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "scipy", "pytorch-ignite", "itk-io", "SimpleITK")
-
-
 _command: str | None = None
 
 
 def set_command(command: str) -> None:
-    """Note the ``monai.bundle run`` command of this process, for its manifests."""
+    """Set the ``monai.bundle run`` command that this process's manifests contain; by default its command line."""
     global _command
     _command = command
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,7 @@ class Child:
             os.dup2(sink, 2)
             sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             use_own_progress_lock()
+            logging.basicConfig(level=logging.WARNING, force=True)  # print the log instead of passing it to pytest
             code = work()
         except BaseException:
             traceback.print_exc()

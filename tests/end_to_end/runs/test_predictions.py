@@ -102,7 +102,7 @@ def test_a_reference_that_cannot_be_read_is_refused_by_name(cases: Any, tmp_path
 
 
 def test_the_command_scores_readable_predictions_and_succeeds(
-    tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: list[str], cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -112,9 +112,8 @@ def test_the_command_scores_readable_predictions_and_succeeds(
     broken.write_bytes(broken.read_bytes()[:-20])
     arguments = ["evaluate", *tiny, "--dataset-dir", cohort, "--predictions", masks, "--output-dir", tmp_path / "out"]
     assert main([str(each) for each in arguments]) == 0
-    printed = capfd.readouterr()
-    assert f"unreadable: {broken} is truncated or damaged" in printed.err
-    assert "Traceback" not in printed.err
+    assert f"unreadable: {broken} is truncated or damaged" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["aggregate"]["counts"]["ok"], summary["aggregate"]["counts"]["error"]) == (5, 1)
     assert (tmp_path / "out" / "report.html").is_file()

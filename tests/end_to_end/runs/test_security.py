@@ -94,7 +94,7 @@ def test_case_ids_patients_and_file_names_are_escaped_in_the_report(
     score(f"network {hostile}", [case], [[0], [1]], *folders, {"ct": [0, 1]}, workers=1)
     page = (tmp_path / "out" / "report.html").read_text()
     assert hostile not in page
-    assert hostile.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;") in page
+    assert hostile.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&#34;") in page
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_the_last_allowed_step_raises_before_the_optimizer_steps(most: int, capl
     names = ", ".join(f"case {i}" for i in range(1, most + 1))
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(ValueError, match=f"in {most} training steps, with the cases {names}: "),
+        pytest.raises(ValueError, match=rf"in {most} training steps \(cases: {names}\): "),
     ):
         small.trainer.run()
     assert caplog.text.count("skipped a training step") == most

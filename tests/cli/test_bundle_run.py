@@ -176,7 +176,7 @@ def test_a_case_id_that_is_no_name_is_refused(
     files = [str(cohort / "PHANTOM_001" / name) for name in IMAGES.values()]
     write_table(here / "cases.csv", [CODE, "@one", files[0], *files])
     assert main([*arguments, "--data-list", "cases.csv", "--allow-outside", "--output-dir", "out"]) == 1
-    assert "cannot be a file's name" in capsys.readouterr().err
+    assert "cannot be a file name" in capsys.readouterr().err
     assert not list(here.rglob("RAN"))
 
 

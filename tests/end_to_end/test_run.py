@@ -179,7 +179,7 @@ def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
         assert summary["name"] == name
     assert main(["evaluate", "--data", "phantom", "--dataset-dir", str(cohort), "--present", "ct", "adc"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "error: present is ['ct', 'adc']: name one or more of ct, pet, mr."
+    assert error == "error: present is ['ct', 'adc']. Name one or more of ct, pet, mr."
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_the_summary_names_the_modalities_that_were_used(cohort: Any, tmp_path: 
     part = run(cohort, tmp_path, intensity=intensity, present=["pet"])
     assert (part["name"], part["present"]) == ("network <X> (pet only)", ["pet"])
     assert read_json(tmp_path / "out" / "summary.json")["present"] == ["pet"]
-    with pytest.raises(ValueError, match="present is \\['mr'\\]: name one or more of ct, pet"):
+    with pytest.raises(ValueError, match=r"present is \['mr'\]\. Name one or more of ct, pet"):
         run(cohort, tmp_path, intensity=intensity, present=["mr"])
 
 

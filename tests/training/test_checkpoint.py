@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 
-from scripts.networks.weights import WeightsLoader, load_weights
 from scripts.training.checkpoint import TrainingCheckpoint
-from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 ITERATIONS = 3
@@ -239,77 +236,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(failure, tmp_path, monk
         write_atomically(state, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    torch.manual_seed(3)
-    write_atomically({"model": nn.Conv2d(1, 1, 1).state_dict()}, tmp_path / "model.pt")
-    return tmp_path / "model.pt"
-
-
-def started(loader: WeightsLoader) -> None:
-    engine = Engine(lambda engine, batch: None)
-    loader.attach(engine)
-    engine.run([0])
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_weights_are_loaded_when_the_engine_starts(beside, weights):
-    if beside:
-        weights.with_name("model.pt.sha256").write_text(f"{sha256(weights)}  model.pt\n")
-    network = nn.Conv2d(1, 1, 1)
-    started(WeightsLoader(network, str(weights)))
-    assert_identical(network.state_dict(), torch.load(weights, weights_only=True)["model"])
-
-
-def test_weights_other_than_the_checksum_beside_them_are_refused(weights):
-    weights.with_name("model.pt.sha256").write_text(f"{'0' * 64}  model.pt\n")
-    network = nn.Conv2d(1, 1, 1)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match=r"has the sha256 .* not 000000000000"):
-        started(WeightsLoader(network, str(weights)))
-    assert_identical(network.state_dict(), before)
-
-
-def test_a_checksum_in_upper_case_is_the_same(weights):
-    weights.with_name("model.pt.sha256").write_text(f"{sha256(weights).upper()}  model.pt\n")
-    assert load_weights(nn.Conv2d(1, 1, 1), weights) == sha256(weights)
-    weights.with_name("model.pt.sha256").unlink()
-    assert load_weights(nn.Conv2d(1, 1, 1), weights, sha256(weights).upper()) == sha256(weights)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\x80\xff\x00", b"none", b"a" * 63, b"a" * 65, b"g" * 64])
-def test_a_sha256_file_without_a_checksum_is_refused_by_name(content, weights):
-    weights.with_name("model.pt.sha256").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"model\.pt\.sha256 contains no SHA-256 checksum \(64 hexadecimal digits\): create it again"
-    ):
-        load_weights(nn.Conv2d(1, 1, 1), weights)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("around", [True, False])
-def test_weights_that_are_not_finite_are_refused_and_the_network_stays(around, value, tmp_path):
-    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))  # 2 + 5 tensors, one of them an integer
-    before = {name: each.clone() for name, each in network.state_dict().items()}
-    state = {name: each.clone() for name, each in before.items()}
-    state["0.weight"][0], state["1.running_mean"][1] = value, value
-    write_atomically({"model": state} if around else state, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad\.pt holds NaN or infinite values in 2 of its 7 tensors: take weights"):
-        load_weights(network, tmp_path / "bad.pt")
-    assert_identical(network.state_dict(), before)
-
-
-def test_an_explicit_checksum_takes_precedence_over_the_sha256_file(weights):
-    weights.with_name("model.pt.sha256").write_text(f"{'0' * 64}  model.pt\n")
-    started(WeightsLoader(nn.Conv2d(1, 1, 1), str(weights), sha256(weights)))
-
-
-def test_weights_are_not_read_before_the_engine_starts(tmp_path):
-    loader = WeightsLoader(nn.Conv2d(1, 1, 1), str(tmp_path / "later.pt"))
-    with pytest.raises(FileNotFoundError, match=r"No weights at .*later\.pt"):
-        started(loader)
 
 
 def test_no_file_with_a_flipped_bit_is_accepted_with_other_values(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def start_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base
     """
     folder, numbers = tmp_path_factory.mktemp("start_python"), count()
     context = multiprocessing.get_context("forkserver")
+    forkserver._forkserver._stop()  # `segment` of many cases starts the same server with fewer modules
     bundle = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py")]
     modules = [".".join(path.parts) for path in bundle if path.name not in ("__init__", "__main__")]
     context.set_forkserver_preload(["fire", "monai.bundle", "torch._dynamo", "torch.utils.tensorboard", *modules])

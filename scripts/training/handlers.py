@@ -29,12 +29,20 @@ class Progress:
 
     def __init__(self, name: str, epochs: bool = False) -> None:
         self.name, self.epochs = name, epochs
+        self.bar: Any = None
 
     def attach(self, engine: Engine) -> None:
         """Register with an engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED if self.epochs else Events.ITERATION_COMPLETED, self.step)
         engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def fail(self, engine: Engine, error: Exception) -> None:
+        """Close the bar, so that the error starts on a line of its own, and raise the error again."""
+        if self.bar is not None:
+            self.bar.close()
+        raise error
 
     def start(self, engine: Engine) -> None:
         """Open the bar at the epoch where the run starts or resumes."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import ast
 import csv
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +137,14 @@ def test_a_mask_may_have_any_name(arguments: list[str], expected: Any, cohort: P
 
 
 def test_the_printed_line_of_strange_paths_does_the_same(
-    arguments: list[str], expected: Any, cohort: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: Any, cohort: Path, here: Path, run_python: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = here / f"{CODE} #1 it's"
     shutil.copytree(cohort / "PHANTOM_001", folder)
     command = [*arguments, *images(folder), "--output", str(folder / "m.nii.gz"), "--dry-run"]
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "monai.bundle" in line]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(
-        [sys.executable, *shlex.split(line)[1:]], check=True, capture_output=True, timeout=200, env=environment
-    )
+    run_python(*shlex.split(line)[1:], cwd=here).check_returncode()
     np.testing.assert_array_equal(nib.load(folder / "m.nii.gz").dataobj, expected)
     assert not (here / "RAN").exists()
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -116,7 +115,7 @@ def test_a_teacher_is_evaluated_by_the_same_command(trained: Path, cohort: Path,
 
 
 def test_segment_writes_the_mask_on_the_reference_grid_and_its_line_can_be_pasted(
-    trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, cohort: Path, tmp_path: Path, run_python: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = cohort / "PHANTOM_001"
     files = ["--ct", case / "CT_image.nii.gz", "--pet", case / "PET_image.nii.gz", "--mr", case / "MR_T1_image.nii.gz"]
@@ -131,7 +130,7 @@ def test_segment_writes_the_mask_on_the_reference_grid_and_its_line_can_be_paste
     _run(*arguments, "--dry-run")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m monai.bundle"))
     output.unlink()
-    subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True, capture_output=True, timeout=200)
+    run_python(*shlex.split(line)[1:], cwd=Path.cwd()).check_returncode()
     np.testing.assert_array_equal(np.asarray(nib.load(output).dataobj), first)
 
 

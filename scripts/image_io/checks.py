@@ -7,8 +7,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -20,11 +21,13 @@ logger = logging.getLogger(__name__)
 ERROR, WARNING, NOTE = "error", "warning", "note"
 CONSTANT = "constant"
 LABEL = "label"
+MASK = "mask"
 FLOAT32_MAX = float(np.finfo(np.float32).max)  # larger values become infinite on their way to the network
 MAX_PLAUSIBLE = 1e9  # no scanner stores larger values, in any unit
 CT_MAX_AIR_HU = -200.0  # a CT shows air (about -1000 HU), so its minimum lies below this
 PET_MIN_SUV, PET_MAX_SUV = -10.0, 200.0  # g/mL; tumours rarely exceed 50
 MR_MIN = -500.0  # MR signals and parameter maps stay above this, HU do not
+MAX_SHIFT = 0.5  # distance in voxels up to which two grids of one shape count as the same
 
 
 class Finding(NamedTuple):
@@ -193,6 +196,76 @@ def grids_overlap(first: Header, second: Header) -> bool:
     spans = [points @ normals.T for points in corners]
     separated = (spans[0].max(0) <= spans[1].min(0)) | (spans[1].max(0) <= spans[0].min(0))
     return not separated.any()
+
+
+def check_mask(reference: Header, mask: Header) -> list[Finding]:
+    """Compare the grid of a predicted mask with the grid of its reference mask.
+
+    Returns:
+        An error if the two do not overlap, or if they have one shape and their voxels lie more than ``MAX_SHIFT``
+        voxels apart anywhere (axes that are stored in another order or direction do not count). Warnings about the
+        mask's header, and where the mask covers only a part of the reference. A note on the distance and the voxel
+        sizes of any other difference between the grids.
+    """
+    findings = [Finding(WARNING, text, key=MASK) for text in mask.warnings]
+    differences = _compare_with_reference(reference, mask, MASK)
+    if not differences:
+        return findings
+    shift = _largest_shift(reference, mask) if differences[0].level == NOTE else None
+    if shift is not None and shift[0] > MAX_SHIFT:
+        text = (
+            f"{mask.path} has the shape of {reference.path}, but another affine: its voxels lie up to {shift[1]:.1f} "
+            f"mm ({shift[0]:.1f} voxels) away. Save the mask with the affine of its image."
+        )
+        differences = [Finding(ERROR, text, key=MASK)]
+    elif differences[0].level == NOTE and (fraction := _covered_fraction(reference, mask)) < 1:
+        percent = min(99, max(1, round(100 * fraction)))
+        text = (
+            f"{mask.path} covers {percent}% of the extent of {reference.path}: all voxels outside count as background"
+        )
+        findings.append(Finding(WARNING, text, key=MASK))
+    return [*findings, *differences]
+
+
+def _largest_shift(reference: Header, other: Header) -> tuple[float, float] | None:
+    """The largest distance between the same voxel of two grids, in voxels and in mm; None if their shapes differ."""
+    pairs = [(reference, other), (_canonical(reference), _canonical(other))]
+    shifts = []
+    for first, second in pairs:
+        if first.shape[:3] == second.shape[:3]:
+            corners = np.array(np.meshgrid(*([0, size - 1] for size in first.shape[:3]), [1])).reshape(4, -1)
+            distances = (second.affine - first.affine) @ corners
+            voxels = (np.linalg.inv(first.affine) @ distances)[:3]
+            shifts.append((float(np.abs(voxels).max()), float(np.linalg.norm(distances[:3], axis=0).max())))
+    return min(shifts) if shifts else None
+
+
+def _canonical(header: Header) -> Header:
+    """The same grid with axes that run to the right, to anterior and to superior, as far as it can be."""
+    orientation = nib.orientations.io_orientation(header.affine)
+    shape = header.shape[:3]
+    affine = header.affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    return header._replace(affine=affine, shape=tuple(shape[int(axis)] for axis in np.argsort(orientation[:, 0])))
+
+
+def _covered_fraction(reference: Header, mask: Header) -> float:
+    """Fraction of a reference's voxels that lie on the grid of a mask; half a voxel of the mask is tolerated.
+
+    The fraction is counted on at most 64 evenly spaced voxels per axis, which include the first and the last one.
+    """
+    axes = [np.linspace(0, size - 1, min(size, 64)) for size in reference.shape[:3]]
+    to_mask = np.linalg.inv(mask.affine) @ reference.affine
+    size = np.array(mask.shape[:3])[:, None]
+
+    def inside(points: Affine, margin: float) -> Any:
+        index = to_mask[:3, :3] @ points + to_mask[:3, 3:]
+        return ((index >= -0.5 - margin) & (index <= size - 0.5 + margin)).all(0)
+
+    corners = np.array(np.meshgrid(*([axis[0], axis[-1]] for axis in axes))).reshape(3, -1)
+    if inside(corners, 0.5).all():  # a grid is convex
+        return 1.0
+    points = np.array(np.meshgrid(*axes)).reshape(3, -1)
+    return min(float(inside(points, 1e-3).mean()), 1 - 1e-9)
 
 
 def check_intensities(volume: MetaTensor, key: str, rules: Rules) -> list[Finding]:

@@ -16,6 +16,7 @@ import SimpleITK as sitk  # noqa: N813
 from numpy.typing import NDArray
 
 from scripts.image_io.metaimage import check_metaimage
+from scripts.image_io.nrrd import NRRD, read_nrrd_header
 
 Affine = NDArray[np.floating[Any]]
 
@@ -60,7 +61,9 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
-    """Read and check the header of a NIfTI file (.nii, .nii.gz) or a MetaImage (.mha).
+    """Read and check the header of a NIfTI file (.nii, .nii.gz), a MetaImage (.mha) or a NRRD file (.nrrd).
+
+    The ending may be written in upper case.
 
     Args:
         path: the file.
@@ -73,12 +76,14 @@ def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
             singular, sheared or not finite.
     """
     name = str(path)
-    if name.endswith(NIFTI):
+    if name.lower().endswith(NIFTI):
         header = _read_nifti_header(Path(path), max_voxels)
-    elif name.endswith(METAIMAGE):
+    elif name.lower().endswith(METAIMAGE):
         header = _read_metaimage_header(Path(path), max_voxels)
+    elif name.lower().endswith(NRRD):
+        header = _read_nrrd_header(Path(path), max_voxels)
     else:
-        raise ValueError(f"{path} has an unknown format. Give .nii.gz, .nii, .mha, or a folder of DICOM files.")
+        raise ValueError(f"{path} has an unknown format. Give .nii.gz, .nii, .mha, .nrrd, or a folder of DICOM files.")
     check_affine(header.affine, name)
     return header
 
@@ -129,14 +134,14 @@ def _read_start(path: Path) -> bytes:
     if raw.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the image. Run: git lfs pull.")
     packed = raw.startswith(b"\x1f\x8b")
-    if path.name.endswith(".gz") and packed:
+    if path.name.lower().endswith(".gz") and packed:
         try:
             return zlib.decompressobj(wbits=31).decompress(raw, max(NIFTI_HEADERS))
         except zlib.error as error:
             raise ValueError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
-    if _is_text(raw) and not raw.startswith(b"ObjectType"):
+    if _is_text(raw) and not raw.startswith((b"ObjectType", b"NRRD000")):
         raise ValueError(f"{path} is a text file, not an image. Copy or download it again.")
-    if packed or path.name.endswith(".gz"):
+    if packed or path.name.lower().endswith(".gz"):
         actual = "compressed with gzip" if packed else "not compressed with gzip"
         raise ValueError(f"{path} is {actual}, unlike its name says. Rename it.")
     return raw
@@ -180,7 +185,7 @@ def _read_nifti_header(path: Path, max_voxels: int) -> Header:
     _check_voxel_type(stored_type, path)
     shape = _drop_trailing_ones(dims[1 : dims[0] + 1])
     end = int(offset) + math.prod(shape) * stored_type.itemsize
-    _check_size(path, shape, end // MAX_DEFLATE_RATIO if path.name.endswith(".gz") else end, max_voxels)
+    _check_size(path, shape, end // MAX_DEFLATE_RATIO if path.name.lower().endswith(".gz") else end, max_voxels)
     affine, warnings = _nifti_affine(header, path, shape)
     return Header(str(path), shape, affine, stored_type, end, warnings)
 
@@ -227,6 +232,7 @@ def _read_metaimage_header(path: Path, max_voxels: int) -> Header:
     voxels = check_metaimage(path)
     _check_size(path, voxels.shape, voxels.size // MAX_DEFLATE_RATIO if voxels.packed else voxels.size, max_voxels)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO")  # otherwise ITK does not know the ending .MHA
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -234,6 +240,17 @@ def _read_metaimage_header(path: Path, max_voxels: int) -> Header:
         raise ValueError(f"{path} has a damaged MetaImage header. Copy or convert it again.") from error
     warning = f"{path} has no position in space (no Offset or no TransformMatrix): 0 and its own axes are used"
     return itk_header(reader, str(path))._replace(warnings=() if voxels.placed else (warning,))
+
+
+def _read_nrrd_header(path: Path, max_voxels: int) -> Header:
+    _read_start(path)
+    nrrd = read_nrrd_header(path)
+    end = nrrd.start + (nrrd.size // MAX_DEFLATE_RATIO if nrrd.packed else nrrd.size)
+    _check_size(path, nrrd.shape, end, max_voxels)
+    warning = f"{path} has no position in space (no space, directions or origin): 0 and its own axes are used"
+    return Header(
+        str(path), nrrd.shape, nrrd.affine, nrrd.kind.newbyteorder("="), warnings=() if nrrd.placed else (warning,)
+    )
 
 
 def itk_header(reader: sitk.ImageFileReader, path: str) -> Header:

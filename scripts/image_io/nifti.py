@@ -47,7 +47,7 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
         ValueError: the gzip stream is truncated or damaged, or followed by anything but zeros.
     """
     size = -1 if limit is None else limit + 1
-    if not str(path).endswith(".gz"):
+    if not str(path).lower().endswith(".gz"):
         with open(path, "rb") as file:
             return file.read(size)
     module = gzip_module()

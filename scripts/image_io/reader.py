@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a volume from a path: NIfTI, MetaImage, or a folder of DICOM files."""
+"""Read a volume from a path: NIfTI, MetaImage, NRRD, or a folder of DICOM files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from scripts.image_io.dicom_suv import series_suv_factor
 from scripts.image_io.headers import LPS_TO_RAS, METAIMAGE, NIFTI, VOXEL_TYPES, Header, read_header
 from scripts.image_io.metaimage import check_metaimage_voxels
 from scripts.image_io.nifti import read_nifti, to_meta_tensor
+from scripts.image_io.nrrd import NRRD, read_nrrd_voxels
 
 
 def header_of(path: str | Path, rules: Rules) -> Header:
@@ -47,15 +48,23 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
 
 
 def _read_voxels(header: Header) -> MetaTensor:
-    if header.path.endswith(NIFTI):
+    name = header.path.lower()
+    if name.endswith(NIFTI):
         return read_nifti(header.path, header)
-    if header.path.endswith(METAIMAGE):
+    if name.endswith(NRRD):
+        return _from_array(read_nrrd_voxels(Path(header.path)), header)
+    if name.endswith(METAIMAGE):
         check_metaimage_voxels(Path(header.path))
-        image = _execute(sitk.ImageFileReader(), header.path, header.path)
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("MetaImageIO")
+        image = _execute(reader, header.path, header.path)
     else:
         image = _execute(sitk.ImageSeriesReader(), header.slices, header.path)
         image = image * series_suv_factor(header.slices, header.path) if is_pet(header.slices[0]) else image
-    voxels = sitk.GetArrayFromImage(image).T
+    return _from_array(sitk.GetArrayFromImage(image).T, header)
+
+
+def _from_array(voxels: np.ndarray, header: Header) -> MetaTensor:
     if voxels.dtype not in VOXEL_TYPES:
         voxels = voxels.astype(np.float32)
     return to_meta_tensor(torch.from_numpy(voxels.reshape(header.shape)), header)

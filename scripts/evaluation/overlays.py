@@ -9,9 +9,9 @@ from typing import Any
 
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.evaluation.masks import foreground_mask, read_prediction
+from scripts.evaluation.mask_files import find_masks
+from scripts.evaluation.masks import foreground_mask, read_prediction, read_reference
 from scripts.image_io.checks import Rules
-from scripts.image_io.reader import read_itk
 from scripts.metrics import Row
 from scripts.report.case_images import load_overlay
 from scripts.report.overlay import Overlay
@@ -45,20 +45,20 @@ def case_overlays(
     Args:
         cases: data list, with ``label``; cases that it does not list are left out.
         rows: case table of the evaluation.
-        predictions: folder of ``<case_id>.nii.gz``; cases without a file are left out.
+        predictions: folder of the masks, as for ``score``; cases without a file are left out.
         intensity: the modalities to draw, each with its intensity range.
         labels: per class the values of the reference mask; by default every value but 0 is foreground.
         rules: which files are accepted; by default all.
     """
     cases_by_id, rules, overlays = {case["case_id"]: case for case in cases}, rules or Rules(), []
+    paths = find_masks(predictions, cases_by_id).paths if Path(predictions).is_dir() else {}
     for kind, case_id in pick_cases(rows).items():
-        path = Path(predictions) / f"{case_id}.nii.gz"
-        if case_id not in cases_by_id or not path.is_file():
+        if case_id not in paths:
             continue
-        case = cases_by_id[case_id]
-        label = read_itk(case["label"], rules)
+        case, path = cases_by_id[case_id], paths[case_id]
+        header, label = read_reference(case["label"], rules)
         reference = foreground_mask(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
-        prediction = sitk.GetArrayFromImage(read_prediction(path, label, rules)) > 0
+        prediction = sitk.GetArrayFromImage(read_prediction(path, header, label, rules)[0]) > 0
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
         title = f"{kind}: {case_id}, Dice {dice:.3f}"

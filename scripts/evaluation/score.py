@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
-from scripts.evaluation.masks import foreground_mask, read_prediction
+from scripts.evaluation.mask_files import find_masks, no_masks_message
+from scripts.evaluation.masks import foreground_mask, read_prediction, read_reference
 from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
-from scripts.image_io.checks import Rules
-from scripts.image_io.reader import read_itk
+from scripts.image_io.checks import NOTE, WARNING, Finding, Rules
 from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
@@ -56,7 +56,7 @@ def score(
         name: display name of the network in tables and reports.
         cases: data list. Cases without ``label`` are not scored; a warning names them.
         labels: per class the values of the reference masks.
-        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
+        predictions: folder of ``<case_id>.nii.gz`` (or .nii, .mha, .nrrd), whose values are class indices.
         output_dir: folder of the results.
         intensity: the network's modalities, each with its intensity range; the report draws them so.
         network: its parameters and operations are counted.
@@ -71,8 +71,9 @@ def score(
         The summary.
 
     Raises:
-        ValueError: an unknown modality, no case with a reference mask, a mask with values that ``labels`` does not
-            list, or a reference mask that cannot be read.
+        ValueError: an unknown modality, no case with a reference mask, a reference mask that cannot be read or has
+            values that ``labels`` does not list, several masks of one case, no mask at all, or (after everything is
+            written) no mask that can be scored.
         FileNotFoundError: the folder of masks does not exist.
     """
     scored_cases = [case for case in cases if "label" in case]
@@ -83,11 +84,28 @@ def score(
     used = modalities_used(list(intensity), present)
     if len(used) < len(intensity):
         name = f"{name} ({', '.join(used)} only)"
-    work = partial(score_case, predictions=predictions, labels=labels, rules=checks or Rules())
+    case_ids = [str(case["case_id"]) for case in scored_cases]
+    masks = find_masks(predictions, [str(case["case_id"]) for case in cases])
+    if not masks.paths.keys() & set(case_ids):
+        raise ValueError(no_masks_message(predictions, masks, case_ids))
+    work = partial(score_case, paths=masks.paths, labels=labels, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases))) as pool:
-        rows = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
-    problems = {row["case_id"]: row.pop("problem") for row in rows if "problem" in row}
-    expected_names = {f"{case['case_id']}.nii.gz" for case in cases}
+        results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
+    rows = [row for row, _, _ in results]
+    problems = {str(row["case_id"]): problem for row, problem, _ in results if problem}
+    findings = {str(row["case_id"]): case_findings for row, _, case_findings in results}
+    missing = [case_id for case_id in case_ids if case_id not in masks.paths]
+    texts = {
+        case_id: [
+            *(["no mask was found"] if case_id in missing else []),
+            *([masks.hints[case_id]] if case_id in masks.hints else []),
+            *([problems[case_id]] if case_id in problems else []),
+            *(finding.what for finding in findings[case_id]),
+        ]
+        for case_id in case_ids
+    }
+    for row in rows:
+        row["findings"] = "; ".join(texts[str(row["case_id"])])
     manifest = _manifest(output_dir, cases)
     summary = {
         "name": name,
@@ -95,17 +113,19 @@ def score(
         "aggregate": aggregate(rows, seed=seed),
         **network_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
-        "missing": sorted(
-            row["case_id"] for row in rows if row["status"] == "error" and row["case_id"] not in problems
-        ),
+        "missing": sorted(missing),
         "unreadable": [problems[case_id] for case_id in sorted(problems)],
         "without_reference": sorted(str(case["case_id"]) for case in cases if "label" not in case),
-        "extra_files": sorted(p.name for p in Path(predictions).glob("*.nii*") if p.name not in expected_names),
+        "extra_files": masks.extra,
+        "findings": {case_id: texts[case_id] for case_id in sorted(texts) if texts[case_id]},
         "predictions": str(predictions),
     }
-    for kind in ("missing", "unreadable", "without_reference", "extra_files"):
+    for kind in ("missing", "without_reference", "extra_files"):
         if summary[kind]:
             logger.warning("%s: %s", kind.replace("_", " "), ", ".join(summary[kind]))
+    for problem in summary["unreadable"]:
+        logger.warning("unreadable: %s", problem)
+    _log_findings(findings, list(masks.hints.values()))
     write_rows(rows, Path(output_dir) / "cases.csv")
     write_json(summary, Path(output_dir) / "summary.json")
     write_report(
@@ -117,26 +137,31 @@ def score(
         manifest,
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
+    if len(problems) + len(missing) == len(rows):
+        raise ValueError(f"None of the {len(rows)} masks could be scored. {next(iter(problems.values()))}")
     return summary
 
 
-def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], rules: Rules) -> Row:
+def score_case(
+    case: Case, paths: Mapping[str, Path], labels: Sequence[Sequence[float]], rules: Rules
+) -> tuple[Row, str, list[Finding]]:
     """Compare one mask with its reference, on the grid of the reference.
 
     Args:
         case: an item of the data list, with ``label``.
-        predictions: folder of ``<case_id>.nii.gz``, whose values are class indices.
+        paths: the masks by case; their values are class indices.
         labels: per class the values of the reference mask.
         rules: which files are accepted.
 
     Returns:
-        A row of the case table. ``status`` is ``error`` where the mask is missing or cannot be read, which counts as
-        the worst value; ``problem`` then says why it cannot be read.
+        A row of the case table, the reason why the mask cannot be scored (else empty), and what is unusual about both
+        masks. ``status`` is ``error`` where the mask is missing or cannot be scored, which counts as the worst value.
 
     Raises:
-        ValueError: the reference cannot be read, or one of the masks holds unknown values.
+        ValueError: the reference cannot be read or contains unknown values.
     """
-    label = read_itk(case["label"], rules)
+    header, label = read_reference(case["label"], rules)
+    findings = [Finding(WARNING, text) for text in header.warnings]
     reference = foreground_mask(label, labels, str(case["label"]))
     spacing = label.GetSpacing()[::-1]
     voxel_ml = float(np.prod(spacing)) / 1000
@@ -146,17 +171,27 @@ def score_case(case: Case, predictions: str, labels: Sequence[Sequence[float]], 
         "reference_volume_ml": float(reference.sum()) * voxel_ml,
         "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
     }
-    path = Path(predictions) / f"{case['case_id']}.nii.gz"
     error_row: Row = {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
-    if not path.is_file():
-        return error_row
+    path = paths.get(str(case["case_id"]))
+    if path is None:
+        return error_row, "", findings
     try:
-        mask = read_prediction(path, label, rules)
+        mask, mask_findings = read_prediction(path, header, label, rules)
+        prediction = foreground_mask(mask, [[i] for i in range(len(labels))], str(path))
     except (ValueError, OSError) as error:
-        return {**error_row, "problem": str(error)}
-    prediction = foreground_mask(mask, [[i] for i in range(len(labels))], str(path))
+        return error_row, str(error), findings
     row["volume_ml"] = float(prediction.sum()) * voxel_ml
-    return {**row, **surface_metrics(prediction, reference, spacing)}
+    return {**row, **surface_metrics(prediction, reference, spacing)}, "", [*findings, *mask_findings]
+
+
+def _log_findings(findings: Mapping[str, Sequence[Finding]], hints: Sequence[str]) -> None:
+    """Log every warning, and the number of masks on another grid than their reference."""
+    warnings = [finding.what for each in findings.values() for finding in each if finding.level == WARNING]
+    for text in dict.fromkeys([*hints, *warnings]):
+        logger.warning("%s", text)
+    resampled = sum(any(finding.level == NOTE for finding in each) for each in findings.values())
+    if resampled:
+        logger.info("%d masks were resampled to the grid of their reference; cases.csv lists them", resampled)
 
 
 def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:

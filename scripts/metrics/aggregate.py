@@ -22,7 +22,9 @@ METRICS = ("dice", "hd95_mm", "assd_mm")
 FAILURES = ("missed", "false_positive", "error")
 STATUSES = ("ok", "missed", "false_positive", "true_negative", "error")
 _NUMBERS = ("dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml", "diagonal_mm")
-COLUMNS = ("case_id", "patient_id", *_NUMBERS[:5], "status", "diagonal_mm")
+_FIRST_COLUMNS = ("case_id", "patient_id", *_NUMBERS[:5], "status", "diagonal_mm")  # of tables up to version 0.6
+_TEXTS = ("findings", "trained_on")
+COLUMNS = (*_FIRST_COLUMNS, *_TEXTS)
 
 _DEFINITIONS = {
     "dice": DICE_DEFINITION,
@@ -145,24 +147,29 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> None:
         if unknown:
             raise ValueError(f"case {row.get('case_id')!r}: unknown columns {unknown}, expected some of {COLUMNS}.")
         numbers = {name: _finite(row, name) for name in _NUMBERS}
-        writer.writerow({"case_id": row["case_id"], "patient_id": _patient(row), "status": row["status"], **numbers})
+        texts = {name: row.get(name, "") for name in ("case_id", "status", *_TEXTS)}
+        writer.writerow({**texts, "patient_id": _patient(row), **numbers})
     write_text(buffer.getvalue(), path)
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read a file of `write_rows`: ids and status as text, numbers as float, an empty cell as ``None``.
+    """Read a file of `write_rows`: numbers as float, or ``None`` for an empty cell; all other columns as text.
+
+    Tables of versions up to 0.6 lack the last two columns, which are empty then.
 
     Raises:
         ValueError: the columns are not `COLUMNS`, a row has too few or too many cells, or a number is not finite.
     """
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        columns = tuple(reader.fieldnames or ())
+        if columns not in (COLUMNS, _FIRST_COLUMNS):
             raise ValueError(f"{path}: columns {reader.fieldnames}, expected {list(COLUMNS)}.")
         rows: list[Row] = [dict(row) for row in reader]
     for line, row in enumerate(rows, start=2):
-        if len(row) != len(COLUMNS) or None in row.values():
-            raise ValueError(f"{path}: row {line} does not have {len(COLUMNS)} cells. The file may be truncated.")
+        if len(row) != len(columns) or None in row.values():
+            raise ValueError(f"{path}: row {line} does not have {len(columns)} cells. The file may be truncated.")
+        row.update(dict.fromkeys(_TEXTS, "") | row)
         row.update({name: _finite({**row, name: row[name] or None}, name) for name in _NUMBERS})
     return rows
 

@@ -16,6 +16,7 @@ DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
 _VOLUMES = (("volume_ml", "Volume ml", 2), ("reference_volume_ml", "Reference ml", 2))
+_TEXTS = (("trained_on", "Trained on"), ("findings", "Findings"))
 _COSTS = (("parameters", "Parameters", 0), ("gflops", "GFLOPs", 1), ("seconds_per_case", "s per case", 2))
 
 
@@ -128,7 +129,9 @@ def _bootstrap_settings(run: Run) -> dict[str, Any]:
 def case_table(runs: Sequence[Run]) -> Table:
     """Every case of every network, sortable by every column."""
     numbers = (*_METRICS, *_VOLUMES)
-    has_centres = any(row.get("centre") for run in runs for row in run["rows"])
+    all_rows = [row for run in runs for row in run["rows"]]
+    has_centres = any(row.get("centre") for row in all_rows)
+    texts_after = [(key, title) for key, title in _TEXTS if any(row.get(key) for row in all_rows)]
     names = ("Network", "Case", "Patient", *(("Centre",) if has_centres else ()), "Status")
     rows = []
     for name, row in ((run["name"], row) for run in runs for row in run["rows"]):
@@ -139,8 +142,16 @@ def case_table(runs: Sequence[Run]) -> Table:
         for key, _, digits in numbers:
             exact = "" if row.get(key) is None else repr(float(row[key]))
             values.append(Cell(_format(row.get(key), digits), css_class="number", sort_value=exact))
-        rows.append([*(Cell(str(text)) for text in texts), status, *values])
+        rows.append(
+            [
+                *(Cell(str(text)) for text in texts),
+                status,
+                *values,
+                *(Cell(str(row.get(key) or "")) for key, _ in texts_after),
+            ]
+        )
     columns = [*(Column(name) for name in names), *(Column(title, number=True) for _, title, _ in numbers)]
+    columns += [Column(title) for _, title in texts_after]
     return Table("Every case", columns, rows, "Press a column title to sort by it.", sortable=True)
 
 

@@ -189,15 +189,46 @@ def test_a_folder_of_masks_that_does_not_exist_is_named(cohort: Any, tmp_path: P
         run(cohort, tmp_path, predictions=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("which", ["label", "mask"])
-def test_values_outside_of_labels_are_refused_with_the_path(
-    cohort: Any, tmp_path: Path, write_nifti: Any, which: str
-) -> None:
-    path = Path(cohort[0]["label"]) if which == "label" else tmp_path / "masks" / "A_same.nii.gz"
-    write_nifti(path, cube() * 7, AFFINE)
-    with pytest.raises(ValueError, match=rf"{path.name} contains the values 7, which"):
-        run(cohort[:1], tmp_path)
+def test_unknown_values_of_a_reference_are_refused_with_the_path(cohort: Any, tmp_path: Path, write_nifti: Any) -> None:
+    write_nifti(Path(cohort[0]["label"]), cube() * 7, AFFINE)
+    with pytest.raises(ValueError, match=r"label\.nii\.gz contains the values 7, which"):
+        run(cohort[:2], tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [7, 0.5, np.nan])
+def test_unknown_values_of_a_mask_count_its_case_as_an_error(
+    cohort: Any, tmp_path: Path, write_nifti: Any, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_nifti(tmp_path / "masks" / "A_same.nii.gz", (cube() * value).astype(np.float32), AFFINE)
+    with caplog.at_level(logging.WARNING):
+        summary = run(cohort[:2], tmp_path)
+    rows = read(tmp_path / "out" / "cases.csv")
+    assert [rows[name]["status"] for name in rows] == ["error", "ok"]
+    assert [rows["A_same"][key] for key in ("dice", "hd95_mm", "assd_mm", "volume_ml")] == [""] * 4
+    assert f"A_same.nii.gz contains the values {value:.7g}, which are not in" in rows["A_same"]["findings"]
+    assert rows["A_same"]["findings"] in caplog.text
+    assert summary["unreadable"] == [rows["A_same"]["findings"]]
+    assert summary["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"] == 0.375  # of 0 and 0.75
+
+
+def test_undefined_values_stay_empty_in_every_output(cohort: Any, tmp_path: Path, capsys: Any) -> None:
+    """Empty references with empty masks have no Dice and no distances, alone and on average."""
+    run(cohort[4:5], tmp_path)
+    row = read(tmp_path / "out" / "cases.csv")["E_empty"]
+    assert [row[key] for key in ("dice", "hd95_mm", "assd_mm")] == [""] * 3
+    metrics = read_json(tmp_path / "out" / "summary.json")["aggregate"]["metrics"]
+    for name in ("dice", "hd95_mm", "assd_mm"):
+        for kind in ("defined", "worst_filled"):
+            assert metrics[name][kind]["n"] == 0
+            assert [metrics[name][kind][key] for key in ("mean", "median", "std", "ci95")] == [None] * 4
+    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[2:6]] == [
+        "undefined (0)", "undefined (0)", "undefined (0)", "0",
+    ]  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('<td class="number">\N{EN DASH} (0)<small>with failures<br>\N{EN DASH} (0)') == 3
+    assert page.count('<td class="number" data-value="">\N{EN DASH}</td>') == 3
+    assert not re.search(r"\bnan\b", re.sub(r"data:\S+", "", page), re.IGNORECASE)
 
 
 def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_last(
@@ -246,7 +277,11 @@ def test_a_folder_without_an_evaluation_is_refused(cohort: Any, tmp_path: Path) 
 def test_the_table_shows_the_failures_of_a_network_that_misses_everything(
     cohort: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    run(cohort[3:4], tmp_path, name="a|b \\ c\nd")
+    (tmp_path / "masks" / "D_missing.nii.gz").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"^None of the 1 masks could be scored\. .*D_missing\.nii\.gz is an empty file"
+    ):
+        run(cohort[3:4], tmp_path, name="a|b \\ c\nd")
     name, *cells = re.split(r" (?<!\\)\| ", capsys.readouterr().out.splitlines()[2].removeprefix("| "))
     assert name == r"a\|b \\ c d"
     worst = f"undefined (0); {DIAGONAL:.1f} with failures"
@@ -326,7 +361,7 @@ def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: An
         rows = re.findall(r'<th scope="row">(North|S&lt;ou&gt;th)<small>(\d) cases', page)
         assert rows == [("North", "2"), ("S&lt;ou&gt;th", "3")], folder
         assert "0.875 [0.750, 1.000] (2)" in page  # of North: 1 and 0.75
-    assert "centre" not in (tmp_path / "out" / "cases.csv").read_text()
+    assert "centre" not in read(tmp_path / "out" / "cases.csv")["A_same"]
 
 
 def test_evaluations_with_different_modalities_are_compared(cohort: Any, tmp_path: Path) -> None:

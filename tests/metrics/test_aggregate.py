@@ -232,14 +232,25 @@ def test_paired_difference_resamples_patients_and_needs_two() -> None:
 
 
 def test_csv_round_trip_keeps_every_number_and_every_undefined_cell(tmp_path, mixed) -> None:
-    rows = [{"patient_id": r["case_id"], "volume_ml": 1 / 3, "reference_volume_ml": None} | r for r in mixed] + [
-        row('odd, "id"\nü', 0.1 + 0.2, patient="007") | {"volume_ml": 1e-12, "reference_volume_ml": 0.0}
-    ]
+    texts = {"findings": 'a, "b"; ü', "trained_on": "no"}
+    rows = [{"patient_id": r["case_id"], "volume_ml": 1 / 3, "reference_volume_ml": None, **texts} | r for r in mixed]
+    rows.append(
+        row('odd, "id"\nü', 0.1 + 0.2, patient="007")
+        | {"volume_ml": 1e-12, "reference_volume_ml": 0.0, "findings": "", "trained_on": ""}
+    )
     write_rows(rows, tmp_path / "new" / "cases.csv")
     assert read_rows(tmp_path / "new" / "cases.csv") == rows
     lines = (tmp_path / "new" / "cases.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "case_id,patient_id,dice,hd95_mm,assd_mm,volume_ml,reference_volume_ml,status,diagonal_mm"
-    assert lines[5] == "e,e,,,,0.3333333333333333,,true_negative,100.0"
+    columns = "case_id,patient_id,dice,hd95_mm,assd_mm,volume_ml,reference_volume_ml,status,diagonal_mm"
+    assert lines[0] == f"{columns},findings,trained_on"
+    assert lines[5] == 'e,e,,,,0.3333333333333333,,true_negative,100.0,"a, ""b""; ü",no'
+
+
+def test_a_table_without_the_last_two_columns_is_read(tmp_path, mixed) -> None:
+    write_rows(mixed, tmp_path / "cases.csv")
+    lines = (tmp_path / "cases.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "old.csv").write_text("\n".join(",".join(line.split(",")[:9]) for line in lines) + "\n")
+    assert read_rows(tmp_path / "old.csv") == read_rows(tmp_path / "cases.csv")
 
 
 def test_a_table_from_csv_gives_the_same_aggregate(tmp_path, mixed) -> None:
@@ -261,7 +272,7 @@ def test_a_bad_row_leaves_the_old_table_alone(tmp_path, bad, message) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("case,dice\na,1\n", "expected"), ("HEADER\na,a,0.5\n", "row 2 does not have 9 cells"), ("", "expected")],
+    [("case,dice\na,1\n", "expected"), ("HEADER\na,a,0.5\n", "row 2 does not have 11 cells"), ("", "expected")],
 )
 def test_a_foreign_or_truncated_table_is_refused(tmp_path, text, message) -> None:
     path = tmp_path / "cases.csv"

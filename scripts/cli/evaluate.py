@@ -15,6 +15,7 @@ from scripts.cli.options import (
     add_weights_option,
     context_configs,
     engine_overrides,
+    parse_set,
     profile_configs,
 )
 
@@ -26,7 +27,9 @@ EXAMPLE = (
 
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("--predictions", metavar="DIR", help="score the masks <case_id>.nii.gz in this folder")
+    parser.add_argument(
+        "--predictions", metavar="DIR", help="score the masks <case_id>.nii.gz (.nii, .mha, .nrrd) here"
+    )
     add_weights_option(parser)
     add_network_options(parser, architecture=None)
     parser.add_argument("--name", help="display name in tables and reports")
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
             "run": Expression("@score"),
             "score#network": Expression("$None"),
         }
+        if not args.weights and "weights" not in parse_set(args.set):  # the network that made the masks is unknown
+            overrides["score#weights"] = Expression("$None")
     configs = ["inference", *context_configs(args)]
     if args.architecture:
         configs.append("teacher")

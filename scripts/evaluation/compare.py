@@ -10,6 +10,7 @@ from typing import Any
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_summary
 from scripts.evaluation.summary_table import markdown_summary
+from scripts.evaluation.training_cases import training_notes
 from scripts.metrics import read_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
@@ -65,6 +66,7 @@ def compare(
         case_overlays(scored_cases, last["rows"], last["predictions"], intensity, labels) if scored_cases else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases), **torch_usage()),
+        training_notes(runs),
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

@@ -10,8 +10,9 @@ from typing import Any
 import SimpleITK as sitk  # noqa: N813
 
 from scripts.evaluation.mask_files import find_masks
-from scripts.evaluation.masks import foreground_mask, read_prediction, read_reference
+from scripts.evaluation.masks import foreground_mask, read_on_grid
 from scripts.image_io.checks import Rules
+from scripts.image_io.reader import read_itk
 from scripts.metrics import Row
 from scripts.report.case_images import load_overlay
 from scripts.report.overlay import Overlay
@@ -56,9 +57,9 @@ def case_overlays(
         if case_id not in paths:
             continue
         case, path = cases_by_id[case_id], paths[case_id]
-        header, label = read_reference(case["label"], rules)
+        label = read_itk(case["label"], rules)
         reference = foreground_mask(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
-        prediction = sitk.GetArrayFromImage(read_prediction(path, header, label, rules)[0]) > 0
+        prediction = sitk.GetArrayFromImage(read_on_grid(path, label, rules)) > 0
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
         title = f"{kind}: {case_id}, Dice {dice:.3f}"

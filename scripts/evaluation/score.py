@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
 from scripts.evaluation.mask_files import find_masks, no_masks_message
-from scripts.evaluation.masks import foreground_mask, read_prediction, read_reference
+from scripts.evaluation.masks import foreground_mask, read_on_grid
 from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
-from scripts.image_io.checks import NOTE, WARNING, Finding, Rules
+from scripts.evaluation.training_cases import NO, YES, trained_on, training_notes
+from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
+from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
@@ -47,6 +49,7 @@ def score(
     workers: int = 2,
     present: Sequence[str] | None = None,
     checks: Rules | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Score a folder of masks and write ``cases.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
 
@@ -66,6 +69,7 @@ def score(
         workers: number of processes.
         present: modalities that the network was given, by default all. A subset is appended to ``name``.
         checks: which files are accepted; by default all.
+        weights: file of the network's weights. The record beside it tells which cases trained them.
 
     Returns:
         The summary.
@@ -88,6 +92,7 @@ def score(
     masks = find_masks(predictions, [str(case["case_id"]) for case in cases])
     if not masks.paths.keys() & set(case_ids):
         raise ValueError(no_masks_message(predictions, masks, case_ids))
+    trained, trained_unknown = trained_on(weights, scored_cases)
     work = partial(score_case, paths=masks.paths, labels=labels, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases))) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
@@ -105,12 +110,14 @@ def score(
         for case_id in case_ids
     }
     for row in rows:
-        row["findings"] = "; ".join(texts[str(row["case_id"])])
+        row["trained_on"] = trained[str(row["case_id"])]
+        row["findings"] = "; ".join(text.rstrip(".") for text in texts[str(row["case_id"])])
     manifest = _manifest(output_dir, cases)
     summary = {
         "name": name,
         "present": used,
         "aggregate": aggregate(rows, seed=seed),
+        "trained_on": _training_summary(rows, seed),
         **network_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
         "missing": sorted(missing),
@@ -126,6 +133,11 @@ def score(
     for problem in summary["unreadable"]:
         logger.warning("unreadable: %s", problem)
     _log_findings(findings, list(masks.hints.values()))
+    notes = training_notes([summary])
+    for text in notes:
+        logger.warning("%s", text)
+    if trained_unknown:
+        logger.info("%s", trained_unknown)
     write_rows(rows, Path(output_dir) / "cases.csv")
     write_json(summary, Path(output_dir) / "summary.json")
     write_report(
@@ -135,6 +147,7 @@ def score(
         case_overlays(scored_cases, rows, predictions, intensity, labels, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
+        notes,
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
     if len(problems) + len(missing) == len(rows):
@@ -160,8 +173,8 @@ def score_case(
     Raises:
         ValueError: the reference cannot be read or contains unknown values.
     """
-    header, label = read_reference(case["label"], rules)
-    findings = [Finding(WARNING, text) for text in header.warnings]
+    header, label = header_of(case["label"], rules), read_itk(case["label"], rules)
+    findings = check_headers({LABEL: header}, LABEL)
     reference = foreground_mask(label, labels, str(case["label"]))
     spacing = label.GetSpacing()[::-1]
     voxel_ml = float(np.prod(spacing)) / 1000
@@ -176,12 +189,27 @@ def score_case(
     if path is None:
         return error_row, "", findings
     try:
-        mask, mask_findings = read_prediction(path, header, label, rules)
+        findings = check_mask(header, header_of(path, rules))
+        errors = [finding.what for finding in findings if finding.level == ERROR]
+        if errors:
+            return error_row, " ".join(errors), [finding for finding in findings if finding.level == WARNING]
+        mask = read_on_grid(path, label, rules)
         prediction = foreground_mask(mask, [[i] for i in range(len(labels))], str(path))
     except (ValueError, OSError) as error:
         return error_row, str(error), findings
     row["volume_ml"] = float(prediction.sum()) * voxel_ml
-    return {**row, **surface_metrics(prediction, reference, spacing)}, "", [*findings, *mask_findings]
+    return {**row, **surface_metrics(prediction, reference, spacing)}, "", findings
+
+
+def _training_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    """The cases that trained the network, and the aggregate of all others; None where that is unknown or needless."""
+    training = sorted(str(row["case_id"]) for row in rows if row["trained_on"] == YES)
+    unseen = [row for row in rows if row["trained_on"] == NO]
+    known = bool(training or unseen)
+    return {
+        "cases": training if known else None,
+        "unseen_aggregate": aggregate(unseen, seed=seed) if training and unseen else None,
+    }
 
 
 def _log_findings(findings: Mapping[str, Sequence[Finding]], hints: Sequence[str]) -> None:

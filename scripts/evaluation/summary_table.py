@@ -18,20 +18,30 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
 
     A metric is shown as mean [95% interval] (number of cases) over the cases where it is defined. Where there are
     failures the mean with failures at their worst value follows, since a network that misses cases can look better
-    without them.
+    without them. Where a network was trained on some of the cases its name says so, and a row of the others follows.
 
     Args:
         summaries: contents of ``summary.json`` files.
     """
     rows = []
     for summary in summaries:
-        counts, metrics = summary["aggregate"]["counts"], summary["aggregate"]["metrics"]
-        failures = sum(counts[status] for status in FAILURES)
-        cells = [_metric(metrics[name], digits, failures) for name, digits in _DIGITS.items()]
         parameters = None if summary["parameters"] is None else f"{summary['parameters'] / 1e6:.2f} M"
         costs = [None if summary[key] is None else f"{summary[key]:.1f}" for key in ("gflops", "seconds_per_case")]
-        rows.append([summary["name"], *cells, failures, parameters, *costs])
+        training = summary.get("trained_on") or {}
+        cases, unseen = training.get("cases"), training.get("unseen_aggregate")
+        name = summary["name"]
+        if cases:
+            name = f"{name} (trained on {len(cases)} of {summary['aggregate']['n']} cases)"
+        rows.append([name, *_metric_cells(summary["aggregate"]), parameters, *costs])
+        if unseen:
+            rows.append([f"{summary['name']}, {unseen['n']} unseen cases", *_metric_cells(unseen), parameters, *costs])
     return markdown_table(_HEAD, rows)
+
+
+def _metric_cells(aggregate: Mapping[str, Any]) -> list[Any]:
+    counts, metrics = aggregate["counts"], aggregate["metrics"]
+    failures = sum(counts[status] for status in FAILURES)
+    return [*(_metric(metrics[name], digits, failures) for name, digits in _DIGITS.items()), failures]
 
 
 def _metric(metric: Mapping[str, Any], digits: int, failures: int) -> str:

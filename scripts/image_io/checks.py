@@ -199,45 +199,52 @@ def grids_overlap(first: Header, second: Header) -> bool:
 
 
 def check_mask(reference: Header, mask: Header) -> list[Finding]:
-    """Compare the grid of a predicted mask with the grid of its reference mask.
+    """Compare the header of a predicted mask with the header of its reference mask.
 
     Returns:
-        An error if the two do not overlap, or if they have one shape and their voxels lie more than ``MAX_SHIFT``
-        voxels apart anywhere (axes that are stored in another order or direction do not count). Warnings about the
-        mask's header, and where the mask covers only a part of the reference. A note on the distance and the voxel
-        sizes of any other difference between the grids.
+        What ``check_headers`` finds in both. Besides, an error if they have one shape and their voxels lie more than
+        ``MAX_SHIFT`` voxels apart anywhere; axes that are stored in another order or direction draw a warning
+        instead, unless one of the headers states no position. A warning where the mask covers only a part of the
+        reference.
     """
-    findings = [Finding(WARNING, text, key=MASK) for text in mask.warnings]
-    differences = _compare_with_reference(reference, mask, MASK)
-    if not differences:
+    findings = check_headers({LABEL: reference, MASK: mask}, LABEL)
+    if any(finding.level == ERROR for finding in findings):
         return findings
-    shift = _largest_shift(reference, mask) if differences[0].level == NOTE else None
+    shift = _largest_shift(reference, mask)
     if shift is not None and shift[0] > MAX_SHIFT:
+        reordered = _largest_shift(_canonical(reference), _canonical(mask))
+        if reordered is None or reordered[0] > MAX_SHIFT or not (reference.placed and mask.placed):
+            advice = "Save the mask with the affine of its image."
+            if not reference.placed:
+                advice = "Correct the header of the reference: it states no position in space."
+            text = (
+                f"{mask.path} has the shape of {reference.path}, but another affine: its voxels lie up to "
+                f"{shift[1]:.1f} mm ({shift[0]:.1f} voxels) away. {advice}"
+            )
+            return [*findings, Finding(ERROR, text, key=MASK)]
+        codes = ["".join(nib.orientations.aff2axcodes(header.affine)) for header in (mask, reference)]
         text = (
-            f"{mask.path} has the shape of {reference.path}, but another affine: its voxels lie up to {shift[1]:.1f} "
-            f"mm ({shift[0]:.1f} voxels) away. Save the mask with the affine of its image."
+            f"{mask.path} stores its axes in another order or direction ({codes[0]}) than {reference.path} "
+            f"({codes[1]}): its header is believed"
         )
-        differences = [Finding(ERROR, text, key=MASK)]
-    elif differences[0].level == NOTE and (fraction := _covered_fraction(reference, mask)) < 1:
+        findings.append(Finding(WARNING, text, key=MASK))
+    if (fraction := _covered_fraction(reference, mask)) < 1:
         percent = min(99, max(1, round(100 * fraction)))
         text = (
             f"{mask.path} covers {percent}% of the extent of {reference.path}: all voxels outside count as background"
         )
         findings.append(Finding(WARNING, text, key=MASK))
-    return [*findings, *differences]
+    return findings
 
 
 def _largest_shift(reference: Header, other: Header) -> tuple[float, float] | None:
     """The largest distance between the same voxel of two grids, in voxels and in mm; None if their shapes differ."""
-    pairs = [(reference, other), (_canonical(reference), _canonical(other))]
-    shifts = []
-    for first, second in pairs:
-        if first.shape[:3] == second.shape[:3]:
-            corners = np.array(np.meshgrid(*([0, size - 1] for size in first.shape[:3]), [1])).reshape(4, -1)
-            distances = (second.affine - first.affine) @ corners
-            voxels = (np.linalg.inv(first.affine) @ distances)[:3]
-            shifts.append((float(np.abs(voxels).max()), float(np.linalg.norm(distances[:3], axis=0).max())))
-    return min(shifts) if shifts else None
+    if reference.shape != other.shape:
+        return None
+    corners = np.array(np.meshgrid(*([0, size - 1] for size in reference.shape[:3]), [1])).reshape(4, -1)
+    distances = (other.affine - reference.affine) @ corners
+    voxels = (np.linalg.inv(reference.affine) @ distances)[:3]
+    return float(np.abs(voxels).max()), float(np.linalg.norm(distances[:3], axis=0).max())
 
 
 def _canonical(header: Header) -> Header:

@@ -27,6 +27,7 @@ MIN_VOXEL_OFFSET = {348: 352, 540: 544}  # header and 4 bytes that announce exte
 MAX_DEFLATE_RATIO = 1032  # of a gzip or zlib stream
 MAX_COSINE = 1e-3  # between two axes that count as perpendicular
 UNITS = {1: "metres", 3: "micrometres"}  # NIfTI codes that are refused; 2 is mm, and 0 (unknown) is read as mm
+NO_PLACE = "has no position in space"  # in the warning about such a header
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # world axes of ITK and DICOM are LPS, of NIfTI and MONAI RAS
 VOXEL_TYPES = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # known to both torch and SimpleITK
 
@@ -58,6 +59,11 @@ class Header(NamedTuple):
     def voxels(self) -> int:
         """Number of voxels, as a Python integer: a damaged header can state any product."""
         return math.prod(self.shape)
+
+    @property
+    def placed(self) -> bool:
+        """Whether the file states where the image lies in space."""
+        return not any(NO_PLACE in text for text in self.warnings)
 
 
 def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:

@@ -62,8 +62,12 @@ def summary_table(runs: Sequence[Run]) -> Table:
     """One row per network: metrics, failures, costs."""
     rows = []
     for run in runs:
-        costs = (_number_cell(_format(run.get(key), digits)) for key, _, digits in _COSTS)
-        rows.append([_head(run["name"], run["aggregate"]), *_metric_cells(run["aggregate"]), *costs])
+        costs = [_number_cell(_format(run.get(key), digits)) for key, _, digits in _COSTS]
+        training = run.get("trained_on") or {}
+        note = f"trained on {len(training['cases'])} of them" if training.get("cases") else ""
+        rows.append([_head(run["name"], run["aggregate"], note), *_metric_cells(run["aggregate"]), *costs])
+        if unseen := training.get("unseen_aggregate"):
+            rows.append([_head(f"{run['name']}, unseen cases", unseen), *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
     note = (
         "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
@@ -190,8 +194,8 @@ def _number_cell(text: str, *notes: str) -> Cell:
     return Cell(text, notes, css_class="number")
 
 
-def _head(name: str, summary: Mapping[str, Any]) -> Cell:
-    """The head of a row: a name, and the numbers of cases and patients below it."""
+def _head(name: str, summary: Mapping[str, Any], note: str = "") -> Cell:
+    """The head of a row: a name, and below it the numbers of cases and patients, and a note."""
     counts = ((summary["n"], "case"), (summary["n_patients"], "patient"))
     size = ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in counts)
-    return Cell(name, (size,), header=True)
+    return Cell(name, (size, note) if note else (size,), header=True)

@@ -126,7 +126,8 @@ def test_a_mask_that_cannot_lie_on_its_reference_counts_as_unreadable(kind: str,
     assert [result.row[key] for key in ("dice", "hd95_mm", "assd_mm", "volume_ml")] == [""] * 4
     metrics = result.summary["aggregate"]["metrics"]["dice"]
     assert (metrics["defined"]["mean"], metrics["worst_filled"]["mean"]) == (1.0, 0.5)
-    for text in (result.row["findings"], result.summary["unreadable"][0], *result.summary["findings"]["P2"]):
+    assert result.row["findings"].startswith(result.summary["unreadable"][0].rstrip("."))
+    for text in (result.summary["unreadable"][0], result.summary["findings"]["P2"][0]):
         assert text.startswith(str(tmp_path / "masks" / "P2.nii.gz"))
         assert any(word in text for word in words.split("|"))
         assert text in result.log
@@ -134,11 +135,28 @@ def test_a_mask_that_cannot_lie_on_its_reference_counts_as_unreadable(kind: str,
     assert "P2.nii.gz" in result.page.partition("Every case")[2].partition("<h2>")[0]
 
 
-def test_the_refusal_of_a_mask_repeats_the_warning_about_its_header(evaluate: Any) -> None:
-    shifted = evaluate(image(cube(), REFERENCE, sform=moved(-9))).row["findings"]
-    assert "up to 18.0 mm (9.0 voxels) away" in shifted
-    assert "has an sform and a qform up to 18.0 mm apart: the sform is used" in shifted
-    assert "has no position in space" in evaluate(without_place(cube())).row["findings"]
+def test_the_findings_of_a_refused_mask_contain_the_warning_about_its_header(evaluate: Any) -> None:
+    shifted = evaluate(image(cube(), REFERENCE, sform=moved(-9)))
+    assert "up to 18.0 mm (9.0 voxels) away" in shifted.row["findings"]
+    no_place = evaluate(without_place(cube()))
+    for result, words in (
+        (shifted, "has an sform and a qform up to 18.0 mm apart: the sform is used"),
+        (no_place, "has no position in space"),
+    ):
+        assert words in result.row["findings"]
+        assert words in result.log
+
+
+@pytest.mark.parametrize("which", ["mask", "reference"])
+def test_a_guessed_place_that_mirrors_the_mask_is_refused(which: str, evaluate: Any) -> None:
+    """Without sform and qform nibabel centres the grid with axes to the left, anterior and superior."""
+    centred = np.diag([-2.0, -2.0, 3.0, 1.0])
+    centred[:3, 3] = [19, 15, -16.5]
+    images = without_place(cube()), image(cube(), centred)
+    result = evaluate(*(images if which == "mask" else images[::-1]))
+    assert result.row["status"] == "error"
+    advice = "Save the mask with the affine" if which == "mask" else "Correct the header of the reference"
+    assert f"its voxels lie up to 30.0 mm (15.0 voxels) away. {advice}" in result.row["findings"]
 
 
 def half_size() -> nib.Nifti1Image:
@@ -151,8 +169,8 @@ def half_size() -> nib.Nifti1Image:
 SCORED = {
     "less than half a voxel": (image(cube(), moved(0.4)), 1.0, "centre 0.80 mm from the reference's"),
     "rounding": (image(cube(), moved(1e-5)), 1.0, ""),
-    "axes reversed": (image(cube()[::-1, ::-1], REFERENCE @ REVERSED), 1.0, "centre 0.00 mm"),
-    "axes exchanged": (image(cube().transpose(1, 0, 2), REFERENCE[:, [1, 0, 2, 3]]), 1.0, "centre 0.00 mm"),
+    "axes reversed": (image(cube()[::-1, ::-1], REFERENCE @ REVERSED), 1.0, "another order or direction (RAS) than"),
+    "axes exchanged": (image(cube().transpose(1, 0, 2), REFERENCE[:, [1, 0, 2, 3]]), 1.0, "centre 0.00 mm from the"),
     "thick slices": (half_size(), None, "voxels of 2 x 2 x 6 mm (reference: 2 x 2 x 3 mm)"),
     "wrong qform": (
         image(cube(), REFERENCE, qform=moved(3)), 1.0, "has an sform and a qform up to 6.0 mm apart: the sform is used",
@@ -171,7 +189,7 @@ def test_a_mask_on_another_grid_is_resampled_with_a_note(kind: str, evaluate: An
     assert float(result.row["dice"]) == pytest.approx(dice)
     assert words in result.row["findings"]
     assert bool(words) <= bool(result.summary["findings"].get("P2"))
-    if "sform" in words:
+    if "sform" in words or "order" in words:
         assert words in result.log
 
 

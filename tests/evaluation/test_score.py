@@ -208,7 +208,7 @@ def test_unknown_values_of_a_mask_count_its_case_as_an_error(
     assert [rows["A_same"][key] for key in ("dice", "hd95_mm", "assd_mm", "volume_ml")] == [""] * 4
     assert f"A_same.nii.gz contains the values {value:.7g}, which are not in" in rows["A_same"]["findings"]
     assert rows["A_same"]["findings"] in caplog.text
-    assert summary["unreadable"] == [rows["A_same"]["findings"]]
+    assert summary["unreadable"] == [f"{rows['A_same']['findings']}."]
     assert summary["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"] == 0.375  # of 0 and 0.75
 
 

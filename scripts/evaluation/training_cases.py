@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cases of an evaluation the network was trained on, by the record beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.evaluation.records import Case
+from scripts.utils.checksums import sha256
+from scripts.utils.file_names import nfc
+
+YES, NO, UNKNOWN = "yes", "no", "unknown"
+
+
+def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[str, str], str]:
+    """Find the cases that the weights were trained on.
+
+    A case counts as trained on if the record lists its id or its patient's id. The record is ``<stem>.task.json``
+    beside the weights, which every training writes.
+
+    Args:
+        weights: file of the network's weights; None where they are not known, as for masks made elsewhere.
+        cases: data list.
+
+    Returns:
+        ``yes``, ``no`` or ``unknown`` by case, and the reason why it is unknown, else empty.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    unknown = {str(case["case_id"]): UNKNOWN for case in cases}
+    if weights is None:
+        return unknown, ""
+    path = Path(weights).with_name(f"{Path(weights).stem}.task.json")
+    if not path.is_file():
+        return unknown, f"{path} does not exist, so it is unknown which cases the network was trained on"
+    record = _read_record(path)
+    if record.get("weights_sha256") and Path(weights).is_file() and record["weights_sha256"] != sha256(weights):
+        return unknown, f"{path} describes other weights than {weights}, so it is unknown which cases trained them"
+    listed: dict[str, set[str]] = {"case_id": set(), "patient_id": set()}
+    for item in record["training_cases"]:
+        for key, ids in listed.items():
+            ids.add(nfc(str(item.get(key, item["case_id"]))))
+    result = {}
+    for case in cases:
+        names = {key: nfc(str(case.get(key, case["case_id"]))) for key in listed}
+        result[str(case["case_id"])] = YES if any(names[key] in listed[key] for key in listed) else NO
+    return result, ""
+
+
+def _read_record(path: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        valid = all("case_id" in item for item in record["training_cases"])
+    except (ValueError, TypeError, KeyError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} lists no training cases, or is damaged. Restore it, or remove it.")
+    return record  # type: ignore[no-any-return]
+
+
+def training_notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on every evaluation with cases that the network was trained on."""
+    notes = []
+    for summary in summaries:
+        training = (summary.get("trained_on") or {}).get("cases")
+        if training:
+            total = summary["aggregate"]["n"]
+            notes.append(
+                f"{summary['name']} was trained on {len(training)} of these {total} cases ({', '.join(training)}). "
+                "Results on them do not show how it does on new patients"
+                + (": read the row of the unseen cases." if len(training) < total else ".")
+            )
+    return notes

@@ -28,7 +28,10 @@ def compare(
     title: str = "Comparison",
     labels: Sequence[Sequence[float]] | None = None,
 ) -> str:
-    """Write one report about several evaluations, with overlays of the last one's best, median and worst case.
+    """Write one report about several evaluations.
+
+    It shows the best, the median and the worst case of the evaluation with the most modalities, of several such of the
+    first one.
 
     Args:
         evaluations: folders that ``score`` wrote.
@@ -56,14 +59,14 @@ def compare(
         rows = add_centres(read_rows(Path(folder) / "cases.csv"), [*evaluated_cases(folder), *cases])
         runs.append({**summary, "rows": rows})
     scored_cases = [case for case in cases if "label" in case]
-    last = runs[-1]
     intensity = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")
+    shown = max(runs, key=lambda run: len(run.get("present") or intensity))
     table = markdown_summary(runs)
     write_report(
         Path(output_dir) / "report.html",
         title,
         runs,
-        case_overlays(scored_cases, last["rows"], last["predictions"], intensity, labels) if scored_cases else [],
+        case_overlays(scored_cases, shown, intensity, labels) if scored_cases else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),

@@ -16,6 +16,7 @@ from scripts.image_io.reader import read_itk
 from scripts.metrics import Row
 from scripts.report.case_images import load_overlay
 from scripts.report.overlay import Overlay
+from scripts.report.tables import network_name
 
 
 def pick_cases(rows: Sequence[Row]) -> dict[str, str]:
@@ -35,8 +36,7 @@ def pick_cases(rows: Sequence[Row]) -> dict[str, str]:
 
 def case_overlays(
     cases: Sequence[Mapping[str, Any]],
-    rows: Sequence[Row],
-    predictions: str,
+    run: Mapping[str, Any],
     intensity: Mapping[str, Any],
     labels: Sequence[Sequence[float]] | None = None,
     rules: Rules | None = None,
@@ -45,13 +45,19 @@ def case_overlays(
 
     Args:
         cases: data list, with ``label``; cases that it does not list are left out.
-        rows: case table of the evaluation.
-        predictions: folder of the masks, as for ``score``; cases without a file are left out.
+        run: summary of the evaluation with its case table as ``rows``. Cases without a mask in its folder
+            ``predictions`` are left out.
         intensity: the modalities to draw, each with its intensity range.
         labels: per class the values of the reference mask; by default every value but 0 is foreground.
         rules: which files are accepted; by default all.
     """
     cases_by_id, rules, overlays = {case["case_id"]: case for case in cases}, rules or Rules(), []
+    rows, predictions = run["rows"], run["predictions"]
+    given = run.get("present") or list(intensity)
+    # The modalities are known if the network is, or if `--present` named them.
+    known = run.get("parameters") is not None or len(given) < len(intensity)
+    names = ", ".join(key.upper() for key in given)
+    source = f"{network_name({**run, 'present': given})}{f', given {names}' if known else ''}"
     paths = find_masks(predictions, cases_by_id).paths if Path(predictions).is_dir() else {}
     for kind, case_id in pick_cases(rows).items():
         if case_id not in paths:
@@ -63,5 +69,5 @@ def case_overlays(
         dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
         title = f"{kind}: {case_id}, Dice {dice:.3f}"
-        overlays.append(load_overlay(title, images, label, prediction, reference, intensity, rules))
+        overlays.append(load_overlay(title, images, label, prediction, reference, intensity, rules, source, given))
     return overlays

@@ -140,11 +140,12 @@ def score(
         logger.info("%s", trained_unknown)
     write_rows(rows, Path(output_dir) / "cases.csv")
     write_json(summary, Path(output_dir) / "summary.json")
+    run = {**summary, "rows": add_centres(rows, cases)}
     write_report(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
-        [{**summary, "rows": add_centres(rows, cases)}],
-        case_overlays(scored_cases, rows, predictions, intensity, labels, checks),
+        [run],
+        case_overlays(scored_cases, run, intensity, labels, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
         notes,

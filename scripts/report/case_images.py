@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from scripts.image_io.reader import read_itk
 from scripts.report.overlay import Overlay
 
 logger = logging.getLogger(__name__)
+
+NO_IMAGE = "no image"
 
 
 def resample_to_grid(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
@@ -40,6 +42,8 @@ def load_overlay(
     reference: np.ndarray | None = None,
     intensity: Mapping[str, Any] | None = None,
     rules: Rules | None = None,
+    source: str = "",
+    given: Sequence[str] | None = None,
 ) -> Overlay:
     """Read the images of a case onto the grid of its masks.
 
@@ -53,6 +57,8 @@ def load_overlay(
         reference: reference mask, as z y x.
         intensity: per modality the ends of the range that is shown; by default percentiles of the image.
         rules: which files are accepted; by default all.
+        source: what made the prediction.
+        given: modalities that the network was given; by default all.
     """
     volumes = {}
     for modality, (path, channel) in images.items():
@@ -62,9 +68,12 @@ def load_overlay(
             logger.warning("%s is not shown in the report: %s", modality, error)
             continue
         volumes[modality.upper()] = sitk.GetArrayFromImage(resample_to_grid(image, grid, sitk.sitkLinear)).T
-    volumes = volumes or {"no image": np.zeros_like(prediction.T, dtype=np.float32)}
+    volumes = volumes or {NO_IMAGE: np.zeros_like(prediction.T, dtype=np.float32)}
     axcodes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.GetDirection())
     # A modality that is normalised by its own statistics has a name instead of a range, such as "zscore".
     windows = {key.upper(): value for key, value in (intensity or {}).items() if not isinstance(value, str)}
     reference = None if reference is None else reference.T
-    return Overlay(title, volumes, reference, prediction.T, grid.GetSpacing(), axcodes, windows)
+    unused = [] if given is None else [name for name in volumes if name.lower() not in given and name != NO_IMAGE]
+    return Overlay(
+        title, volumes, reference, prediction.T, grid.GetSpacing(), axcodes, windows, source=source, unused=unused
+    )

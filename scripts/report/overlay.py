@@ -45,6 +45,8 @@ class Overlay:
         spacing: voxel size in mm, one value per array axis.
         axcodes: direction of each array axis, as from ``nibabel.aff2axcodes``. The letters in the pictures follow it.
         windows: per modality the values that are shown as black and as white; by default the 1st and 99th percentile.
+        source: what made the prediction: the network and the modalities that it was given. Empty if it is not known.
+        unused: modalities that the network was not given.
 
     Raises:
         ValueError: the volumes are not 3D, have different shapes, or ``spacing`` is not 3 finite positive values.
@@ -57,6 +59,8 @@ class Overlay:
     spacing: Sequence[float]
     axcodes: Sequence[str] = "RAS"
     windows: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    source: str = ""
+    unused: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(volume) for name, volume in {**self.images, **self.masks()}.items()}

@@ -85,9 +85,10 @@ class PlaneView:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One case."""
+    """One case; ``source`` says what made the prediction."""
 
     title: str
+    source: str
     volumes: str
     outlines: Sequence[OutlineKey]
     planes: Sequence[PlaneView]
@@ -104,12 +105,12 @@ def case_view(overlay: Overlay, element_id: str) -> CaseView:
     windows = {modality: overlay.window(modality) for modality in overlay.images}
     volumes = ", ".join(f"{mask} {value:,.2f} ml" for mask, value in overlay.volumes_ml().items())
     keys = [OutlineKey(mask, colour, style == "dashed") for mask, (colour, style) in OUTLINES.items() if mask in masks]
-    planes = [_plane_view(overlay.title, element_id, plane, masks, images, step, windows) for plane in PLANES]
-    return CaseView(overlay.title, volumes, keys, planes)
+    planes = [_plane_view(overlay, element_id, plane, masks, images, step, windows) for plane in PLANES]
+    return CaseView(overlay.title, overlay.source, volumes, keys, planes)
 
 
 def _plane_view(
-    title: str,
+    overlay: Overlay,
     element_id: str,
     plane: Plane,
     masks: Volumes,
@@ -124,12 +125,13 @@ def _plane_view(
     panels = []
     for modality, window in windows.items():
         slices = [np.take(images[modality], index, plane.axis).T for index in indices]
+        unused = ", not given to the network" if modality in overlay.unused else ""
         panels.append(
             PanelView(
                 modality,
-                f"{window[0]:.4g} to {window[1]:.4g}",
+                f"{window[0]:.4g} to {window[1]:.4g}{unused}",
                 grey_strip([grey_frame(image, window, size) for image in slices]),
-                f"{title}: {modality}, {plane.name}, outlines of {' and '.join(masks)}",
+                f"{overlay.title}: {modality}, {plane.name}, outlines of {' and '.join(masks)}",
             )
         )
     return PlaneView(

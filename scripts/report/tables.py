@@ -87,7 +87,7 @@ def modality_table(runs: Sequence[Run]) -> Table | None:
         present = [Cell("yes" if name in run["present"] else "no") for name in modalities]
         difference = _number_cell(_difference_to_most_modalities(run, runs))
         rows.append(
-            [_head(_network_name(run), run["aggregate"]), *present, difference, *_metric_cells(run["aggregate"])]
+            [_head(network_name(run), run["aggregate"]), *present, difference, *_metric_cells(run["aggregate"])]
         )
     columns = [Column("Network"), *(Column(name.upper()) for name in modalities)]
     note = (
@@ -97,13 +97,13 @@ def modality_table(runs: Sequence[Run]) -> Table | None:
     return Table("By modalities", [*columns, Column("Difference in Dice", number=True), *_metric_columns()], rows, note)
 
 
-def _network_name(run: Run) -> str:
+def network_name(run: Run) -> str:
     """The network's name without the modalities that ``evaluate --present`` appends to it."""
     return str(run["name"]).removesuffix(f" ({', '.join(run['present'])} only)")
 
 
 def _difference_to_most_modalities(run: Run, runs: Sequence[Run]) -> str:
-    same_network = [other for other in runs if _network_name(other) == _network_name(run)]
+    same_network = [other for other in runs if network_name(other) == network_name(run)]
     baseline = max(same_network, key=lambda other: len(other["present"]))
     if len(baseline["present"]) == len(run["present"]):
         return DASH

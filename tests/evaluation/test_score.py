@@ -231,7 +231,7 @@ def test_undefined_values_stay_empty_in_every_output(cohort: Any, tmp_path: Path
     assert not re.search(r"\bnan\b", re.sub(r"data:\S+", "", page), re.IGNORECASE)
 
 
-def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_last(
+def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_first(
     cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -258,6 +258,37 @@ def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_last(
     assert read_json(tmp_path / "both" / "manifest.json")["data"] == cohort
     page = (tmp_path / "both" / "report.html").read_text()
     assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "worst: B_shifted", "student"))
+
+
+@pytest.mark.parametrize("order", [("pet", "all", "again"), ("all", "again", "pet")])
+def test_a_comparison_shows_outlines_of_the_first_run_with_most_modalities(
+    order: tuple[str, ...], cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_nifti: Any
+) -> None:
+    """The masks of every run differ: the cube of 3.84 ml is moved by 0, 1 or 2 voxels."""
+    shift, intensity = {"all": 0, "again": 1, "pet": 2}, {"ct": [0, 100], "pet": [0, 10]}
+    case = {**cohort[0], "pet": cohort[0]["ct"]}
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
+        for name in order:
+            write_nifti(tmp_path / name / "masks" / "A_same.nii.gz", cube(shift[name]), AFFINE)
+            folders = {"predictions": str(tmp_path / name / "masks"), "output_dir": str(tmp_path / name)}
+            run([case], tmp_path, name=name, intensity=intensity, present=["pet"] if name == "pet" else None,
+                network=nn.Conv3d(2, 1, 1), **folders)  # fmt: skip
+    compare([str(tmp_path / name) for name in order], str(tmp_path / "both"), [case], intensity)
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert page.count("best: A_same, Dice 1.000<small>Prediction: all, given CT, PET</small>") == 1
+    assert "not given to the network" not in page
+
+
+def test_the_caption_of_outlines_names_the_network_and_what_it_was_given(cohort: Any, tmp_path: Path) -> None:
+    case, intensity = {**cohort[0], "pet": cohort[0]["ct"]}, {"ct": [0, 100], "pet": [0, 10]}
+    run([case], tmp_path, intensity=intensity, present=["pet"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<small>Prediction: network &lt;X&gt;, given PET</small>") == 3
+    assert page.count("<b>CT</b><small>0 to 100, not given to the network</small>") == 9
+    assert page.count("<b>PET</b><small>0 to 10</small>") == 9
+    run([case], tmp_path, intensity=intensity)  # masks of an unknown network
+    assert "<small>Prediction: network &lt;X&gt;</small>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort: Any, tmp_path: Path) -> None:

@@ -204,17 +204,26 @@ def check_mask(reference: Header, mask: Header) -> list[Finding]:
     Returns:
         What ``check_headers`` finds in both. Besides, an error if they have one shape and their voxels lie more than
         ``MAX_SHIFT`` voxels apart anywhere; axes that are stored in another order or direction draw a warning
-        instead, unless one of the headers states no position. A warning where the mask covers only a part of the
-        reference.
+        instead, unless one of the headers states no position. An error if the sizes of the axes are exchanged and
+        their directions are not. A warning where the mask covers only a part of the reference.
     """
     findings = check_headers({LABEL: reference, MASK: mask}, LABEL)
     if any(finding.level == ERROR for finding in findings):
         return findings
+    shapes = [each.shape for each in (mask, reference)]
+    if shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1]):
+        if _canonical(reference).shape != _canonical(mask).shape:
+            sizes = [" x ".join(map(str, shape)) for shape in shapes]
+            text = (
+                f"{mask.path} has {sizes[0]} voxels and {reference.path} has {sizes[1]}: the axes are in another order, "
+                "but the affine is not. Save the mask with the axes of the image."
+            )
+            return [*findings, Finding(ERROR, text, key=MASK)]
     shift = _largest_shift(reference, mask)
     if shift is not None and shift[0] > MAX_SHIFT:
         reordered = _largest_shift(_canonical(reference), _canonical(mask))
         if reordered is None or reordered[0] > MAX_SHIFT or not (reference.placed and mask.placed):
-            advice = "Save the mask with the affine of its image."
+            advice = "Save both with the affine of the image."
             if not reference.placed:
                 advice = "Correct the header of the reference: it states no position in space."
             text = (

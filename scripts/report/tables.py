@@ -135,7 +135,7 @@ def case_table(runs: Sequence[Run]) -> Table:
     numbers = (*_METRICS, *_VOLUMES)
     all_rows = [row for run in runs for row in run["rows"]]
     has_centres = any(row.get("centre") for row in all_rows)
-    texts_after = [(key, title) for key, title in _TEXTS if any(row.get(key) for row in all_rows)]
+    texts_after = [(key, title) for key, title in _TEXTS if {row.get(key) for row in all_rows} - {None, "", "unknown"}]
     names = ("Network", "Case", "Patient", *(("Centre",) if has_centres else ()), "Status")
     rows = []
     for name, row in ((run["name"], row) for run in runs for row in run["rows"]):

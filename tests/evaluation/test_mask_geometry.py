@@ -113,6 +113,7 @@ REFUSED = {
     "wrong flip": (image(cube(), REFERENCE @ np.diag([-1, 1, 1, 1])), "has the shape of"),
     "wrong axes": (image(cube(), REFERENCE[:, [1, 0, 2, 3]]), "has the shape of"),
     "wrong sform": (image(cube(), REFERENCE, sform=moved(-9)), "have the shape of|has the shape of"),
+    "axes of arrays": (image(cube().transpose(2, 1, 0), REFERENCE), "the axes are in another order, but the affine is"),
     "no place": (without_place(cube()), "do not overlap in space"),
 }
 
@@ -155,7 +156,7 @@ def test_a_guessed_place_that_mirrors_the_mask_is_refused(which: str, evaluate: 
     images = without_place(cube()), image(cube(), centred)
     result = evaluate(*(images if which == "mask" else images[::-1]))
     assert result.row["status"] == "error"
-    advice = "Save the mask with the affine" if which == "mask" else "Correct the header of the reference"
+    advice = "Save both with the affine of the image" if which == "mask" else "Correct the header of the reference"
     assert f"its voxels lie up to 30.0 mm (15.0 voxels) away. {advice}" in result.row["findings"]
 
 
@@ -203,6 +204,15 @@ def test_a_mask_of_a_part_of_the_reference_is_scored_with_a_warning(evaluate: An
     assert words in result.row["findings"]
     assert words in result.log
     assert words in result.page
+
+
+def test_a_cropped_mask_around_the_tumour_is_scored_with_a_warning(evaluate: Any) -> None:
+    """As 3D Slicer saves a segmentation: only the box around it."""
+    affine = REFERENCE.copy()
+    affine[:3, 3] = REFERENCE[:3, :3] @ [5, 3, 2] + REFERENCE[:3, 3]
+    result = evaluate(image(np.ascontiguousarray(cube()[5:13, 3:11, 2:10]), affine))
+    assert float(result.row["dice"]) == 1.0
+    assert "covers 13% of the extent of" in result.row["findings"]  # 8 x 8 x 8 of 20 x 16 x 12
 
 
 def test_a_reference_without_a_place_is_named_whatever_the_mask(evaluate: Any) -> None:

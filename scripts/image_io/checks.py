@@ -210,33 +210,9 @@ def check_mask(reference: Header, mask: Header) -> list[Finding]:
     findings = check_headers({LABEL: reference, MASK: mask}, LABEL)
     if any(finding.level == ERROR for finding in findings):
         return findings
-    shapes = [each.shape for each in (mask, reference)]
-    if shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1]):
-        if _canonical(reference).shape != _canonical(mask).shape:
-            sizes = [" x ".join(map(str, shape)) for shape in shapes]
-            text = (
-                f"{mask.path} has {sizes[0]} voxels and {reference.path} has {sizes[1]}: the axes are in another order, "
-                "but the affine is not. Save the mask with the axes of the image."
-            )
-            return [*findings, Finding(ERROR, text, key=MASK)]
-    shift = _largest_shift(reference, mask)
-    if shift is not None and shift[0] > MAX_SHIFT:
-        reordered = _largest_shift(_canonical(reference), _canonical(mask))
-        if reordered is None or reordered[0] > MAX_SHIFT or not (reference.placed and mask.placed):
-            advice = "Save both with the affine of the image."
-            if not reference.placed:
-                advice = "Correct the header of the reference: it states no position in space."
-            text = (
-                f"{mask.path} has the shape of {reference.path}, but another affine: its voxels lie up to "
-                f"{shift[1]:.1f} mm ({shift[0]:.1f} voxels) away. {advice}"
-            )
-            return [*findings, Finding(ERROR, text, key=MASK)]
-        codes = ["".join(nib.orientations.aff2axcodes(header.affine)) for header in (mask, reference)]
-        text = (
-            f"{mask.path} stores its axes in another order or direction ({codes[0]}) than {reference.path} "
-            f"({codes[1]}): its header is believed"
-        )
-        findings.append(Finding(WARNING, text, key=MASK))
+    findings += _check_axes(reference, mask)
+    if any(finding.level == ERROR for finding in findings):
+        return findings
     if (fraction := _covered_fraction(reference, mask)) < 1:
         percent = min(99, max(1, round(100 * fraction)))
         text = (
@@ -244,6 +220,41 @@ def check_mask(reference: Header, mask: Header) -> list[Finding]:
         )
         findings.append(Finding(WARNING, text, key=MASK))
     return findings
+
+
+def _check_axes(reference: Header, mask: Header) -> list[Finding]:
+    """An error or a warning if two masks have the same axes, in whatever order, and lie on different grids."""
+    if sorted(mask.shape) != sorted(reference.shape):
+        return []
+    canonical = _canonical(reference), _canonical(mask)
+    shift = _largest_shift(reference, mask)
+    if shift is None:
+        if canonical[0].shape == canonical[1].shape:
+            return []
+        sizes = [" x ".join(map(str, header.shape)) for header in (mask, reference)]
+        text = (
+            f"{mask.path} has {sizes[0]} voxels, but {reference.path} has {sizes[1]}: the axes are in another order, "
+            "but the affine is not. Save the mask with the axes of the image."
+        )
+        return [Finding(ERROR, text, key=MASK)]
+    if shift[0] <= MAX_SHIFT:
+        return []
+    reordered = _largest_shift(*canonical)
+    if reordered is None or reordered[0] > MAX_SHIFT or not (reference.placed and mask.placed):
+        advice = "Save both with the affine of the image."
+        if not reference.placed:
+            advice = "Correct the header of the reference: it states no position in space."
+        text = (
+            f"{mask.path} has the shape of {reference.path}, but another affine: its voxels lie up to "
+            f"{shift[1]:.1f} mm ({shift[0]:.1f} voxels) away. {advice}"
+        )
+        return [Finding(ERROR, text, key=MASK)]
+    codes = ["".join(nib.orientations.aff2axcodes(header.affine)) for header in (mask, reference)]
+    text = (
+        f"{mask.path} stores its axes in another order or direction ({codes[0]}) than {reference.path} "
+        f"({codes[1]}): its header is believed"
+    )
+    return [Finding(WARNING, text, key=MASK)]
 
 
 def _largest_shift(reference: Header, other: Header) -> tuple[float, float] | None:

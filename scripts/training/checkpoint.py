@@ -12,6 +12,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from scripts.training.training_record import write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class TrainingCheckpoint:
         resume: continue from ``path`` if it exists.
         seed: seed of the run; a state with another seed is rejected.
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
+        record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
+            written beside the final weights.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class TrainingCheckpoint:
         resume: bool = False,
         seed: int = 0,
         overwrite: bool = False,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
         self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
         self.interval, self.resume, self.seed, self.overwrite = interval, resume, seed, overwrite
+        self.record = dict(record or {})
 
     def attach(self, engine: Any) -> None:
         """Register with a trainer."""
@@ -129,13 +134,16 @@ class TrainingCheckpoint:
             except OSError:  # some network file systems do not support hard links
                 shutil.copyfile(self.path, temporary)
             os.replace(temporary, self.previous)
-        write_atomically({**state, "trainer": dict(engine.state_dict()), "seed": self.seed}, self.path)
+        run = {"trainer": dict(engine.state_dict()), "seed": self.seed, "record": self.record}
+        write_atomically({**state, **run}, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Write the training state, unless the last epoch already did, and the final weights."""
+        """Write the training state, unless the last epoch already did, the final weights and their record."""
         if engine.state.epoch % self.interval:
             self.save(engine)
         write_atomically(self.objects["model"].state_dict(), self.weights)
+        if self.record:
+            write_task(self.record, self.weights)
 
 
 def _epoch_note(state: Any) -> str:

@@ -23,6 +23,9 @@ from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
 
 SUFFIX = ".task.json"
+NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
+OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
+NAMES_SHOWN = 5  # cases that a sentence names
 Record = dict[str, Any]
 
 
@@ -118,6 +121,51 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare the record of a checkpoint with that of a run; a key that the older record does not know is not compared.
+
+    Returns:
+        One clause per difference, such as ``its fold is 0, this run's is 1``.
+    """
+    clauses = []
+    for key in dict.fromkeys([*current, *saved]):
+        known = key in saved and key in current
+        if key in NOT_COMPARED or not (known or key in OPTIONAL):
+            continue
+        one, two = saved.get(key), current.get(key)
+        clauses += _case_differences(key, one, two) if key.endswith("_cases") else value_differences(key, one, two)
+    return clauses
+
+
+def value_differences(name: str, first: Any, second: Any) -> list[str]:
+    """Compare two plain values, dicts by their keys: ``its <name> is <first>, this run's is <second>``."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        pairs = ((f"{name}#{key}", first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second]))
+        return [clause for pair in pairs for clause in value_differences(*pair)]
+    return [] if first == second else [f"its {name} is {_shown(first)}, this run's is {_shown(second)}"]
+
+
+def _case_differences(key: str, saved: Any, current: Any) -> list[str]:
+    name = key.replace("_", " ")
+    one, two = ({tuple(case.items()): case["case_id"] for case in cases} for cases in (saved, current))
+    only_saved, only_current = [one[i] for i in one if i not in two], [two[i] for i in two if i not in one]
+    clauses = [f"its {name} include {_listed(only_saved)}, this run's do not"] if only_saved else []
+    return clauses + ([f"this run's {name} include {_listed(only_current)}, its do not"] if only_current else [])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence: a component by the name of its class."""
+    if isinstance(value, Mapping):
+        return str(value["_target_"]).rsplit(".", 1)[-1] if "_target_" in value else f"{{{', '.join(value)}}}"
+    is_checksum = isinstance(value, str) and len(value) == 64
+    return "none" if value is None else f"{value[:12]}..." if is_checksum else str(value)
 
 
 def write_task(record: Mapping[str, Any], weights: str | Path) -> None:

@@ -9,7 +9,11 @@ command, inference compares it with the config, and ``evaluate`` finds training 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import logging
+import pydoc
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,13 @@ from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
 
+logger = logging.getLogger(__name__)
+
 SUFFIX = ".task.json"
 NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
+# Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
+FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
 NAMES_SHOWN = 5  # cases that a sentence names
 Record = dict[str, Any]
 
@@ -56,7 +64,7 @@ def training_record(
     record = {str(key): _plain(value) for key, value in settings.items()}
     parser = running_parser()
     if parser is not None:
-        record["network"] = definition(parser, "network_def")
+        record["network"] = network_definition(parser)
         record["segmentation_loss"] = definition(parser, "segmentation_loss")
         loss = _without(definition(parser, "loss"), "segmentation", "distiller")
         if loss != record["segmentation_loss"]:
@@ -69,7 +77,10 @@ def training_record(
 
 
 def _case_ids(cases: Sequence[Item]) -> list[dict[str, str]]:
-    ids = ({key: str(case.get(key, case.get("case_id"))) for key in ("case_id", "patient_id")} for case in cases)
+    ids = []
+    for case in cases:
+        case_id = str(case.get("case_id") or Path(str(case.get("image", ""))).name)  # MONAI Label gives no ids
+        ids.append({"case_id": case_id, "patient_id": str(case.get("patient_id", case_id))})
     return sorted(ids, key=lambda item: item["case_id"])
 
 
@@ -89,6 +100,13 @@ def definition(parser: ConfigParser, key: str) -> Any:
     config = copy.copy(parser.get())  # of one level: parsing replaces values, and the parser keeps its own
     reader = ConfigParser(config=_copied(config), globals=dict(parser.globals))
     return _resolved(reader, reader.get(key))
+
+
+def network_definition(parser: ConfigParser) -> Any:
+    """The definition of ``network_def``; where it is ``$@ID.to(...)``, which moves a network, that of ``ID``."""
+    found = definition(parser, "network_def")
+    moved = re.fullmatch(r"\$@(\w+)\.to\(.*\)", found) if isinstance(found, str) else None
+    return definition(parser, moved[1]) if moved else found
 
 
 def _copied(value: Any) -> Any:
@@ -189,3 +207,74 @@ def read_task(weights: str | Path) -> Record | None:
     if not isinstance(task, dict):
         raise ValueError(f"{path} is no description of weights: it holds no names. Restore it, or remove it.")
     return task
+
+
+def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: bool = False) -> None:
+    """Refuse a config that contradicts the record beside its weights: other input gives another mask without a word.
+
+    Modalities and their order, intensity, spacing and labels are compared, and the definition of the network in the
+    config that is being parsed. Patch and overlap may differ. Without a record nothing is compared.
+
+    Args:
+        weights: file of the weights.
+        settings: ``modalities``, ``intensity``, ``spacing`` in mm and ``labels`` of the config.
+        ignore: log the contradictions as a warning instead.
+
+    Raises:
+        ValueError: the config contradicts the record, which names every difference, or the record cannot be read.
+    """
+    task = read_task(weights)
+    if task is None:
+        return
+    path, current = task_path(weights), {str(key): _plain(value) for key, value in settings.items()}
+    if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
+        logger.warning("%s describes other weights than %s: its sha256 differs", path, weights)
+    clauses = []
+    for key in (key for key in current if key in task):
+        one, two = task[key], current[key]
+        if key == "intensity" and isinstance(one, dict) and isinstance(two, dict):
+            used = current.get("modalities", one)
+            one, two = ({name: value for name, value in each.items() if name in used} for each in (one, two))
+        clauses += value_differences(key, one, two)
+    parser = running_parser()
+    if parser is not None:
+        clauses += _network_differences(task.get("network"), network_definition(parser))
+    if not clauses:
+        return
+    found = f"{path} contradicts this run: {'; '.join(clauses)}"
+    if not ignore:
+        raise ValueError(
+            f"{found}. Use the settings that the weights were trained with, or --set ignore_task=true "
+            "(--ignore_task True)."
+        )
+    logger.warning("%s. ignore_task is set.", found)
+
+
+def _network_differences(saved: Any, current: Any) -> list[str]:
+    """Compare two definitions of networks; arguments that are left out have the defaults of the class."""
+    if not (isinstance(saved, dict) and isinstance(current, dict)):
+        both = isinstance(saved, str) and isinstance(current, str)
+        return value_differences("network", saved, current) if both else []
+    names = [str(each.get("_target_")).rsplit(".", 1)[-1] for each in (saved, current)]
+    if names[0] != names[1]:
+        return value_differences("network", *names)
+    defaults = _plain(_defaults(str(current["_target_"])))
+    arguments = [_arguments({**defaults, **each}) for each in (saved, current)]
+    return value_differences("network", *arguments)
+
+
+def _defaults(target: str) -> dict[str, Any]:
+    """The default arguments of a class, by its dotted name or its name in ``monai.networks.nets``."""
+    component = pydoc.locate(target if "." in target else f"monai.networks.nets.{target}")
+    if not callable(component):
+        return {}
+    parameters = inspect.signature(component).parameters
+    return {name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty}
+
+
+def _arguments(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that decide about the mask; of a teacher's ``options`` those of its own architecture."""
+    kept = {key: value for key, value in definition.items() if not (key[:1] == "_" or FREE_ARGUMENTS.search(key))}
+    if isinstance(kept.get("options"), Mapping) and "architecture" in kept:
+        kept["options"] = kept["options"].get(kept["architecture"]) or {}
+    return kept

@@ -150,7 +150,7 @@ def test_a_training_takes_its_cases_from_the_label_store(
     if absent:
         with pytest.raises(RuntimeError) as refused:
             parser.get_parsed_content("required")
-        assert f": {absent}): add the files" in str(refused.value.__cause__)
+        assert f": {absent}). Add the files" in str(refused.value.__cause__)
     else:
         parser.get_parsed_content("required")
         assert parser.get_parsed_content("split") == [stored, []]

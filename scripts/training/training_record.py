@@ -223,25 +223,66 @@ def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: 
     Raises:
         ValueError: the config contradicts the record, which names every difference, or the record cannot be read.
     """
-    task = read_task(weights)
+    task, parser = read_task(weights), running_parser()
     if task is None:
         return
-    path, current = task_path(weights), {str(key): _plain(value) for key, value in settings.items()}
     if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
-        logger.warning("%s describes other weights than %s: its sha256 differs", path, weights)
-    clauses = []
+        logger.warning("%s describes other weights than %s: its sha256 differs", task_path(weights), weights)
+    network = [] if parser is None else _network_differences(task.get("network"), network_definition(parser))
+    _refuse_contradictions(weights, [*_setting_differences(task, settings), *network], ignore)
+
+
+def require_same_teachers(
+    specs: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    split: Sequence[Sequence[Item]] = (),
+    ignore: bool = False,
+) -> None:
+    """Refuse teachers that were trained with other settings than they are used with; see ``require_same_task``.
+
+    A teacher that was trained on validation cases of this run is a warning: it tells the student about them.
+
+    Args:
+        specs: name of a teacher -> ``modalities`` and ``weights``; a teacher without weights or record is accepted.
+        settings: ``intensity``, ``spacing`` in mm and ``labels`` of this run.
+        split: training and validation cases of this run.
+        ignore: log the contradictions as a warning instead.
+    """
+    validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
+    for name, spec in specs.items():
+        task = read_task(spec["weights"]) if spec.get("weights") else None
+        if task is None:
+            continue
+        used = {**settings, "modalities": spec["modalities"]}
+        known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not of the teacher
+        _refuse_contradictions(spec["weights"], _setting_differences(known, used), ignore)
+        seen = sorted(validation & {case["case_id"] for case in task.get("training_cases", [])})
+        if seen:
+            logger.warning(
+                "The teacher %s was trained on %d of the %d validation cases of this run: %s. Their Dice is too high.",
+                name,
+                len(seen),
+                len(validation),
+                _listed(seen),
+            )
+
+
+def _setting_differences(task: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Compare the settings of a run with a record; of the intensities those of the modalities in use."""
+    current, clauses = {str(key): _plain(value) for key, value in settings.items()}, []
     for key in (key for key in current if key in task):
         one, two = task[key], current[key]
         if key == "intensity" and isinstance(one, dict) and isinstance(two, dict):
             used = current.get("modalities", one)
             one, two = ({name: value for name, value in each.items() if name in used} for each in (one, two))
         clauses += value_differences(key, one, two)
-    parser = running_parser()
-    if parser is not None:
-        clauses += _network_differences(task.get("network"), network_definition(parser))
+    return clauses
+
+
+def _refuse_contradictions(weights: str | Path, clauses: Sequence[str], ignore: bool) -> None:
     if not clauses:
         return
-    found = f"{path} contradicts this run: {'; '.join(clauses)}"
+    found = f"{task_path(weights)} contradicts this run: {'; '.join(clauses)}"
     if not ignore:
         raise ValueError(
             f"{found}. Use the settings that the weights were trained with, or --set ignore_task=true "

@@ -254,3 +254,23 @@ def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(
     assert main(["train", *TINY, *common, "--set", "intensity#ct=[-100,200]"]) == 0
     warning = f"{tmp_path / 'checkpoint.pt'} holds no record of its data and settings, because an older version wrote"
     assert caplog.text.count(warning) == 1
+
+
+def test_a_teacher_of_another_spacing_is_refused_and_one_that_saw_the_validation_cases_is_a_warning(
+    cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    small = ["--set", "patch=[16,16,16]", "--set", 'architectures={"segresnet":{"init_filters":8}}']
+    common = [*TINY, *small, "--dataset-dir", str(cohort)]
+    teacher, seen = ["teacher", *common, "--architecture", "segresnet", "--modalities", "pet"], tmp_path / "fold 1"
+    assert main([*teacher, "--fold", "1", "--output-dir", str(seen)]) == 0
+    (tmp_path / "s").mkdir()
+    shutil.copy(seen / "splits.json", tmp_path / "s")
+    student = ["distill", *common, "--method", "hinton", "--teacher", f"segresnet:pet={seen / 'model.pt'}"]
+    student += ["--output-dir", str(tmp_path / "s")]
+    assert main([*student, "--set", "spacing=[12,12,9]"]) == 1
+    error = capfd.readouterr().err
+    assert f"error: {seen / 'model.task.json'} contradicts this run: its spacing is [12, 12, 12], this run's" in error
+    assert main([*student, "--set", "intensity#ct=[0,1]"]) == 0  # it does not see the CT
+    assert "The teacher segresnet_pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text
+    assert main([*student, "--set", "spacing=[12,12,9]", "--set", "ignore_task=true", "--set", "overwrite=true"]) == 0
+    assert "this run's is [12, 12, 9]. ignore_task is set." in caplog.text

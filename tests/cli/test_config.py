@@ -56,7 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("qqqqqqqqqq=1", "no such id. To add"),
         ("overlap", "write ID=VALUE"),
         ("=3", "write ID=VALUE"),
-        ("+a#b#c=3", "nothing that could contain this id"),
+        ("+a#b#c=3", "the configs have no a#b that could hold it"),
     ],
 )
 def test_an_id_that_the_configs_do_not_hold_is_refused(

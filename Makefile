@@ -23,7 +23,7 @@ bench-env: env
 # The main job on phantoms: three teachers and the student alone, two at a time on one thread each, then the student
 # with its teachers, all five on phantoms that none has seen, one report.
 demo: env
-	@echo "demo: 5 to 10 minutes on two slow cores, environment included"
+	@echo "demo: 4 to 10 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/train
 	$(RUN) phantom --cases 8 --seed 2 --output-dir $(DEMO)/test
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(DEMO)/teacher_mr/model.pt $(DEMO)/teacher_pet/model.pt $(DEMO)/teacher_ct/model.pt $(DEMO)/alone/model.pt

@@ -45,7 +45,8 @@ def build_parser() -> Parser:
         prog="distill3d" if Path(sys.argv[0]).name == "distill3d" else "python -m scripts",
         usage="%(prog)s VERB [options]",
         description=_overview(),
-        epilog="%(prog)s VERB --help explains a verb. Exit codes: 0 done, 1 bad input or failed cases, 2 bad options.",
+        epilog="%(prog)s VERB --help explains a verb.\n"
+        "Exit codes: 0 done, 1 bad input or some case failed, 2 wrong options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

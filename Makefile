@@ -23,7 +23,7 @@ bench-env: env
 # The main job on phantoms: three teachers and the student alone, two at a time on one thread each, then the student
 # with its teachers, all five on phantoms that none has seen, one report.
 demo: env
-	@echo "demo: 5 to 10 minutes on two slow cores, environment included"
+	@echo "demo: 4 to 10 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/train
 	$(RUN) phantom --cases 8 --seed 2 --output-dir $(DEMO)/test
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(DEMO)/teacher_mr/model.pt $(DEMO)/teacher_pet/model.pt $(DEMO)/teacher_ct/model.pt $(DEMO)/alone/model.pt
@@ -63,7 +63,7 @@ test-real: env
 # Every fault of docs/reliability.md made for real, and 12,000 damaged files, counted by kind in docs/results/reliability/fuzz.json.
 test-faults: env
 	$(PY) -m pytest -m "faults or not faults" tests/end_to_end/runs tests/end_to_end/faults tests/end_to_end/fuzz
-	PYTHONPATH=. $(PY) -W ignore benchmarks/fuzz_readers.py --mutations 12000 --json docs/results/reliability/fuzz.json
+	$(PY) -W ignore -m benchmarks fuzz --mutations 12000 --json docs/results/reliability/fuzz.json
 
 # The environment of MONAI Label. torch is installed first, so that no other package chooses its build. The build
 # constraint is for sam2, which pip builds from source and which would otherwise install another torch for its build.
@@ -89,7 +89,7 @@ label: label-env
 label-test: env label-env
 	$(PY) -m pytest -m label tests/monai_label
 
-# The tests of the research instruments, which `make test` leaves out.
+# The tests of benchmarks/, which `make test` leaves out.
 benchmark-test: env
 	$(PY) -m pytest -m "not slow" tests/benchmarks
 

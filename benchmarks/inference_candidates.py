@@ -25,7 +25,8 @@ WINDOW, SPACING, OVERLAP = (96, 96, 96), (1.0, 1.0, 1.0), 0.5  # at this spacing
 WEIGHTS = Path(bundle_root()) / "models" / "model.pt"
 LIST_LENGTH = 10_000  # repeats of the case in the data list, more than any benchmark uses
 STUDENT = "student, "  # before the name of its engine
-STOCK, THREE_TEACHERS, SEGRESNET, NNUNET = f"{STUDENT}stock MONAI", "three teachers", "SegResNet-16", "nnU-Net v2"
+MONAI_BASELINE = f"{STUDENT}stock MONAI"  # MONAI's own transforms and sliding window
+THREE_TEACHERS, SEGRESNET, NNUNET = "three teachers", "SegResNet-16", "nnU-Net v2"
 WINDOWS = ", windows"  # after the name of an engine that uses the sliding window of the other candidates
 # Engines and precisions. Without WINDOWS they segment the volume in one pass; ONNX Runtime supports windows only.
 ENGINES = (
@@ -124,8 +125,8 @@ def prepare_volume(name: str, plan: InferencePlan) -> Volume:
 def all_candidates(volume: Volume, plan: InferencePlan) -> list[Candidate]:
     """Every candidate on a volume, the student's engines first."""
     data = ("inference", f"data/{plan.data}")
-    student, stock = (*data, "scale/small"), "benchmark/stock"
-    teachers = (*data, f"scale/{volume.teacher_scale}", stock)
+    student, baseline = (*data, "scale/small"), "benchmark/stock"
+    teachers = (*data, f"scale/{volume.teacher_scale}", baseline)
     random_weights: dict[str, Any] = {"handlers": []}  # no handler that loads weights
     segresnet = {
         "architecture": "segresnet",
@@ -134,7 +135,7 @@ def all_candidates(volume: Volume, plan: InferencePlan) -> list[Candidate]:
     }
     specs: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         *((STUDENT + name, student, _engine_overrides(name)) for name in ENGINES),
-        (STOCK, (*student, stock), {}),
+        (MONAI_BASELINE, (*student, baseline), {}),
         (THREE_TEACHERS, (*teachers, "benchmark/teachers"), random_weights),
         (SEGRESNET, (*teachers, "teacher"), {**random_weights, **segresnet}),
         (NNUNET, (*data, "benchmark/nnunet"), random_weights),
@@ -232,13 +233,13 @@ def _is_wanted(name: str, volume: str, only: Sequence[str], fastest_engine: str)
     if only:
         return any(_matches(name, part.lower()) for part in only)
     if volume in PLOT_SIZES:
-        return name in (STOCK, fastest_engine) or (not fastest_engine and is_engine(name))
-    return volume != PATIENT or is_engine(name) or name in (STOCK, THREE_TEACHERS)
+        return name in (MONAI_BASELINE, fastest_engine) or (not fastest_engine and is_engine(name))
+    return volume != PATIENT or is_engine(name) or name in (MONAI_BASELINE, THREE_TEACHERS)
 
 
 def _matches(name: str, part: str) -> bool:
     """Whether a word of ``--only`` names a candidate: its name, with or without ``STUDENT``, or else a part of it."""
-    names = [*ENGINES, *(STUDENT + engine for engine in ENGINES), STOCK, THREE_TEACHERS, SEGRESNET, NNUNET]
+    names = [*ENGINES, *(STUDENT + engine for engine in ENGINES), MONAI_BASELINE, THREE_TEACHERS, SEGRESNET, NNUNET]
     name = name.lower()
     if part in (each.lower() for each in names):
         return part in (name, name.removeprefix(STUDENT))

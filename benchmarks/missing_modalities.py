@@ -153,7 +153,7 @@ class MissingPlan:
 def table_entries(plan: MissingPlan) -> list[dict[str, Any]]:
     """One entry per student and subset: its metrics, and the change in Dice against all modalities (``loss``).
 
-    Differences are taken over the seeds that both sides have, so that an unfinished plan is compared fairly.
+    Differences are taken over the seeds that both students have, so that an unfinished plan is compared fairly.
     """
     entries = []
     for row in ROWS:

@@ -22,7 +22,7 @@ def _normalisation(key: str, rule: Sequence[float] | str) -> mt.Transform:
     return mt.ScaleIntensityRanged(key, low, high, 0.0, 1.0, clip=True)
 
 
-def stock_preprocessing(
+def monai_preprocessing(
     modalities: Sequence[str],
     intensity: Mapping[str, Sequence[float] | str],
     spacing: Sequence[float],
@@ -48,7 +48,7 @@ def stock_preprocessing(
     )
 
 
-def stock_postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str) -> mt.Compose:
+def monai_postprocessing(preprocessing: mt.Compose, reference: str, output_dir: str) -> mt.Compose:
     """Logits to labels on the grid of the reference image, written as ``<case_id>.nii.gz``."""
     saver: dict[str, Any] = {"output_ext": ".nii.gz", "output_postfix": "", "separate_folder": False}
     return mt.Compose(

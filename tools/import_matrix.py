@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw which room of scripts/ imports which: ``python -m tools.import_matrix docs/imports.png``.
+"""Draw which package of scripts/ imports which: ``python -m tools.import_matrix docs/imports.png``.
 
-The rooms stand in the order of the layers in pyproject.toml. A row imports the rooms of its filled cells; the number
-counts import statements. Imports go down only, so that no cell left of the diagonal is filled.
+The packages stand in the order of the layers in pyproject.toml. A row imports the packages of its filled cells; the
+number counts import statements. Imports go down only, so that no cell left of the diagonal is filled.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def layers() -> list[str]:
-    """The rooms from top to bottom, from the contract that ``make lint`` checks."""
+    """The packages from top to bottom, from the contract that ``make lint`` checks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
-    rooms: list[str] = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return rooms
+    packages: list[str] = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return packages
 
 
 def count_imports() -> Counter[tuple[str, str]]:
-    """Import statements from one room to another."""
+    """Import statements from one package to another."""
     graph = grimp.build_graph("scripts")
     counts: Counter[tuple[str, str]] = Counter()
     for importer in graph.modules:
@@ -44,8 +44,8 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rooms, counts = layers(), count_imports()
-    matrix = [[counts[row, column] for column in rooms] for row in rooms]
+    packages, counts = layers(), count_imports()
+    matrix = [[counts[row, column] for column in packages] for row in packages]
     figure, axes = plt.subplots(figsize=(7.5, 6.5))
     axes.imshow([[min(value, 8) for value in row] for row in matrix], cmap="Blues", vmin=0, vmax=12)
     for row, values in enumerate(matrix):
@@ -53,8 +53,8 @@ def draw(path: Path) -> None:
         for column, value in enumerate(values):
             if value:
                 axes.text(column, row, str(value), ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(rooms)), rooms, rotation=45, ha="left")
-    axes.set_yticks(range(len(rooms)), rooms)
+    axes.set_xticks(range(len(packages)), packages, rotation=45, ha="left")
+    axes.set_yticks(range(len(packages)), packages)
     axes.xaxis.tick_top()
     axes.set(xlabel="is imported", ylabel="imports")
     axes.xaxis.set_label_position("top")
@@ -65,7 +65,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     """Draw the picture of docs/architecture.md."""
-    parser = argparse.ArgumentParser(description="Draw which room of scripts/ imports which.")
+    parser = argparse.ArgumentParser(description="Draw which package of scripts/ imports which.")
     parser.add_argument("picture", type=Path)
     draw(parser.parse_args().picture)
 

@@ -16,16 +16,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.cli.config import CONFIGS, merge_configs, require_id, set_value
-from scripts.cli.options import common_overrides, parse_set
+from scripts.cli.config import CONFIGS, SEPARATOR, merge_configs, require_id, set_value
+from scripts.cli.options import MULTI_GPU, common_overrides, parse_set
 
 Overrides = dict[str, Any]
-MULTI_GPU = "multi_gpu_train"
 _SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
 
 
 class Expression(str):
-    """Config text that MONAI may evaluate: written by this program or given by ``--set``, never data."""
+    """Config text that MONAI may evaluate: written by this program or passed by ``--set``, never data."""
 
     __slots__ = ()
 
@@ -85,8 +84,8 @@ def shell_word(value: Any) -> str:
 def user_overrides(args: argparse.Namespace) -> Overrides:
     """The overrides of the options that every verb has, and of ``--set``."""
     device = {"device": Expression(f"$torch.device({args.device!r})")} if args.device else {}
-    given = {key.removeprefix("+"): interpreted(value) for key, value in parse_set(args.set).items()}
-    return {**common_overrides(args), **device, **given}
+    set_values = {key.removeprefix("+"): interpreted(value) for key, value in parse_set(args.set).items()}
+    return {**common_overrides(args), **device, **set_values}
 
 
 def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> dict[str, Any]:
@@ -103,7 +102,8 @@ def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides:
         try:
             set_value(config, key, value)
         except (KeyError, IndexError, ValueError, TypeError):
-            raise ValueError(f"--set {key}: the configs hold nothing that could contain this id.") from None
+            parent = key.rpartition(SEPARATOR)[0]
+            raise ValueError(f"--set {key}: the configs have no {parent} that could hold it. Check the id.") from None
     return config
 
 
@@ -158,7 +158,7 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
     from scripts.utils import run_manifest
     from scripts.utils.output_lock import release
 
-    # MONAI warns of every config that lies in a sub folder of configs/, and prints all overrides.
+    # MONAI warns about every config in a sub folder of configs/, and prints all overrides.
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     logging.getLogger("monai.bundle.scripts").setLevel(logging.INFO if args.verbose else logging.WARNING)
     run_manifest.set_command(command)

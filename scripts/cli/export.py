@@ -16,13 +16,13 @@ EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_weights_option(parser)
-    parser.add_argument("--fold", type=int, metavar="N", help="fold whose validation cases verify (default: 0)")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="default: all")
+    parser.add_argument("--fold", type=int, metavar="N", help="fold whose validation cases are compared (default: 0)")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="formats to write (default: all)")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=EXPORT_PRECISIONS,
-        help="of OpenVINO (default: fp32 bf16); int8 needs --dataset-dir",
+        help="precisions of the OpenVINO model (default: fp32 bf16); int8 needs --dataset-dir",
     )
     add_common_options(parser)
 

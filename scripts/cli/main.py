@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import runpy
 import sys
@@ -44,7 +45,8 @@ def build_parser() -> Parser:
         prog="distill3d" if Path(sys.argv[0]).name == "distill3d" else "python -m scripts",
         usage="%(prog)s VERB [options]",
         description=_overview(),
-        epilog="%(prog)s VERB --help explains a verb. Exit codes: 0 done, 1 bad input, 2 bad options.",
+        epilog="%(prog)s VERB --help explains a verb.\n"
+        "Exit codes: 0 done, 1 bad input or some case failed, 2 wrong options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -86,7 +88,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging(verbose: bool, debug: bool) -> None:
-    """Print the bundle's own messages and all warnings; the log of MONAI and ignite only where it is asked for."""
+    """Print the bundle's own messages and warnings; MONAI's log with ``verbose``, ignite's with ``debug``."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[ConsoleHandler()])
     logging.getLogger("scripts").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0, or 1 on bad input (one sentence on stderr). Bad options exit with 2.
+        The exit code: 0, or 1 after an error (one sentence on stderr). Wrong options exit with 2.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["benchmark"]:
@@ -120,10 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _forward_benchmark(arguments: list[str]) -> int:
     """Run ``python -m benchmarks``; the verb ``benchmark`` will be removed in the next release."""
     print("`benchmark` has moved: use python -m benchmarks", file=sys.stderr)
-    sys.argv[1:] = arguments
-    try:
-        runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
-    except ModuleNotFoundError:
-        print("error: The benchmarks are part of the repository, not of the released bundle.", file=sys.stderr)
+    if importlib.util.find_spec("benchmarks") is None:
+        print(
+            "error: The released bundle has no benchmarks. Run python -m benchmarks in a clone of the repository.",
+            file=sys.stderr,
+        )
         return 1
+    sys.argv[1:] = arguments
+    runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
     return 0

@@ -11,11 +11,15 @@ from typing import Any
 from scripts.cli.config import config_names, read_config
 
 Parser = argparse.ArgumentParser
+MULTI_GPU = "multi_gpu_train"  # the config of several processes
 
 
 def positive_int(text: str) -> int:
     """An option's whole number of at least 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small, use at least 1")
     return number
@@ -43,13 +47,15 @@ def add_common_options(parser: Parser) -> None:
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--scale", default="small", choices=config_names("scale"), help="small: CPU; full: one GPU")
+    group.add_argument(
+        "--scale", default="small", choices=config_names("scale"), help="small: CPU (default); full: one GPU"
+    )
     group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
     group.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")
-    group.add_argument("--dry-run", action="store_true", help="print the monai.bundle command and stop")
-    group.add_argument("--verbose", action="store_true", help="print the monai.bundle command and the full log")
+    group.add_argument("--dry-run", action="store_true", help="print the monai.bundle command, if any, and stop")
+    group.add_argument("--verbose", action="store_true", help="print the monai.bundle command, if any, and the log")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -179,7 +185,7 @@ def context_configs(args: argparse.Namespace) -> list[str]:
 
 
 def multi_gpu_configs(args: argparse.Namespace) -> list[str]:
-    """The config of several processes, where ``--multi-gpu`` asks for it.
+    """The config of several processes with ``--multi-gpu``, else none.
 
     Raises:
         ValueError: the process was not started by torchrun.
@@ -188,7 +194,7 @@ def multi_gpu_configs(args: argparse.Namespace) -> list[str]:
         return []
     if "RANK" not in os.environ and not args.dry_run:
         raise ValueError("--multi-gpu needs one process per GPU. Start it with torchrun --nproc_per_node=N -m scripts")
-    return ["multi_gpu_train"]
+    return [MULTI_GPU]
 
 
 def engine_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ EXAMPLE = "python -m scripts phantom --cases 24 --output-dir runs/phantom/data"
 
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("--cases", type=positive_int, default=24, help="number of cases (default: 24)")
+    parser.add_argument("--cases", type=positive_int, default=24, metavar="N", help="number of cases (default: 24)")
     add_common_options(parser)
 
 

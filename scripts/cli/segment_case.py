@@ -56,11 +56,11 @@ def mask_and_images(
     Args:
         args: options of ``segment``.
         modalities: input of the network, the reference first.
-        allow_missing: without the reference, the first modality that is there takes its place.
+        allow_missing: if the reference modality is missing, use the first modality that is present instead.
 
     Raises:
-        ValueError: no image or no mask is named, the mask would overwrite an image, an option is only for tables, or
-            the reference is missing.
+        ValueError: no image or no mask is named, the mask would overwrite an image, an option works with tables only,
+            or the reference is missing.
     """
     if not args.output:
         raise ValueError("No output. Name the mask with --output, or a table of cases with --data-list.")

@@ -45,8 +45,8 @@ def segment_cohort(args: argparse.Namespace) -> None:
     """Segment every case of ``args.data_list`` into ``args.output_dir`` and write ``segment.json``.
 
     Raises:
-        ValueError: an option is only for one case; the folder holds masks of other weights; a mask would overwrite an
-            image; or some cases failed (all others are segmented).
+        ValueError: an option works with one case only; the folder contains masks of other weights; a mask would
+            overwrite an image; or some cases failed (all others are segmented).
     """
     _refuse_options_of_one_case(args)
     configs = ["inference", *context_configs(args), *profile_configs(args)]
@@ -148,7 +148,7 @@ def _case_options(
 
 
 def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
-    """Segment the cases in a pool of processes and add what became of them to ``outcomes``."""
+    """Segment the cases in a pool of processes and add the outcome of each to ``outcomes``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # imported once, not by every process
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:

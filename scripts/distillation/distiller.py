@@ -55,7 +55,7 @@ class Distiller(nn.Module):
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False).eval()
         taps, adapters = taps or {}, adapters or {}
         if LOGITS in taps or "student" in teachers:
-            raise ValueError(f"A tap cannot be named {LOGITS!r}, and a teacher cannot be named 'student': rename it.")
+            raise ValueError(f"No tap can be named {LOGITS!r}, and no teacher 'student': rename it.")
         self._student_taps: dict[str, Tap] = {}
         # A tap is None for a cached teacher, which has no network.
         self._teacher_taps: dict[str, dict[str, Tap | None]] = {name: {} for name in teachers}
@@ -65,8 +65,9 @@ class Distiller(nn.Module):
             unknown = [] if callable(modules) else sorted(set(modules) - set(teachers))
             if tap not in taps or unknown:
                 raise ValueError(
-                    f"The adapter of tap {tap!r} for {unknown or 'any teacher'} matches nothing: "
-                    f"taps are {sorted(taps)}, teachers {sorted(teachers)}."
+                    f"No tap or teacher of this run fits the adapter of tap {tap!r}"
+                    f"{' for ' + ', '.join(unknown) if unknown else ''}. Taps are {sorted(taps)}, teachers are "
+                    f"{sorted(teachers)}."
                 )
         # Configs move the student to its device; the teachers and adapters follow it.
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
@@ -79,7 +80,8 @@ class Distiller(nn.Module):
         student_layers = layers_for("student", self.student, name, layers)
         if student_layers is None or not (isinstance(student_layers, str) or has_adapter):
             raise ValueError(
-                f"Tap {name!r} uses {student_layers} of the student: name one layer, or add an adapter that fuses them."
+                f"Tap {name!r} uses {student_layers} of the student. Name one layer, or add an adapter that fuses "
+                "several."
             )
         self._student_taps[name] = Tap("student", self.student, student_layers)
         for teacher_name, teacher in self.teachers.items():
@@ -111,11 +113,11 @@ class Distiller(nn.Module):
     def _build_adapters(
         self, adapters: Mapping[str, Any], window: Sequence[int] | None, device: torch.device
     ) -> dict[str, dict[str, nn.Module]]:
-        """Return the adapters as modules. Callables get the numbers of channels seen in one run of every network."""
+        """Return the adapters as modules. Callables get the numbers of channels, from one run of every network."""
         if not any(callable(modules) for modules in adapters.values()):
             return {tap: dict(modules) for tap, modules in adapters.items()}
         if window is None:
-            raise ValueError("An adapter given as a callable needs the shape of the window.")
+            raise ValueError("An adapter that is a callable needs `window`, the shape of an image for all networks.")
         image = torch.zeros(1, *window, device=device)
         training, built = self.student.training, {}
         with torch.no_grad(), record_outputs(self._student_taps.values()) as recorded:

@@ -13,7 +13,7 @@ from scripts.losses._common import check_channels, check_positive, kl_divergence
 class ChannelWiseDivergence(nn.Module):
     """Kullback-Leibler divergence between the spatial distributions of corresponding channels.
 
-    Source: CWD (Shu et al., ICCV 2021, arXiv 2011.13256), a baseline that belongs to none of the five methods:
+    Source: CWD (Shu et al., ICCV 2021, arXiv 2011.13256), a baseline:
     [paper] a softmax turns each channel into a probability map, and the KL divergence of corresponding channels is
     minimised; [ours] the 3D form and the common grid::
 

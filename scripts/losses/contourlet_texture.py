@@ -22,7 +22,7 @@ from scripts.losses._directional_filters import MIN_AXIS_SIZE, directional_bands
 
 # Added to every band energy, as a share of the root mean square of the features. Weaker texture has no meaningful
 # direction: in float32 it may be nothing but rounding errors.
-ENERGY_FLOOR = 1e-4
+ENERGY_OFFSET = 1e-4
 
 
 class ContourletTextureLoss(nn.Module):
@@ -36,14 +36,14 @@ class ContourletTextureLoss(nn.Module):
 
         d = x - upsample(downsample(x)),  y_k = D_k d
         D_k(w) = sqrt(5/6) (n_k . w / |w|)^2,  D_k(0) = 0,  sum over k of D_k^2 = 1
-        E_k = mean over channels of |y_k|, adaptive average pooling to at most grid cells per axis,  + floor
+        E_k = mean over channels of |y_k|, adaptive average pooling to at most grid cells per axis,  + offset
         p = E / sum over k of E,  r = sum over k of E / (mean over cells of sum over k of E)
         L = sum over levels of mean over cells of [KL(p_teacher || p_student) + |r_teacher - r_student|]
 
     L is averaged over the batch. The n_k are the six axes of the icosahedron in 3D; in 2D they are three directions at
     60 degrees, with sqrt(8/9) instead of sqrt(5/6). The frequency w is in cycles per mm, by ``spacing``. The low-pass
-    residual is not compared. floor is 1e-4 of the root mean square of a sample's channels: a map without texture has
-    p = 1/K and r = 1. Scaling a map does not change L.
+    residual is not compared. The offset is 1e-4 of the root mean square of a sample's channels: a map without texture
+    has p = 1/K and r = 1. Scaling a map does not change L.
 
     Only |y_k| is compared, so the texture may be shifted. With ``statistic="subband_mse"``, an ablation, L is the mean
     squared difference of all y_k, summed over levels. It is independent of direction: the bands are a tight frame, so
@@ -111,7 +111,7 @@ class ContourletTextureLoss(nn.Module):
 
     def _energies(self, features: torch.Tensor) -> list[torch.Tensor]:
         """Compute E of each level, ``B K cells``."""
-        floor = ENERGY_FLOOR * features.detach().square().flatten(1).mean(dim=1).sqrt() + EPS
+        offset = ENERGY_OFFSET * features.detach().square().flatten(1).mean(dim=1).sqrt() + EPS
         details, _ = laplacian_pyramid(features, self.levels, self.spacing[: features.dim() - 2])
         energies = []
         for detail, spacing in details:
@@ -119,7 +119,7 @@ class ContourletTextureLoss(nn.Module):
             bands = [
                 pool(y.abs().mean(dim=1, keepdim=True), cells).flatten(2) for y in directional_bands(detail, spacing)
             ]
-            energies.append(torch.cat(bands, dim=1) + floor.view(-1, 1, 1))
+            energies.append(torch.cat(bands, dim=1) + offset.view(-1, 1, 1))
         return energies
 
     def _orientation(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

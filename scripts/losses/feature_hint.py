@@ -12,7 +12,7 @@ from scripts.losses._common import check_channels, to_common_grid
 class FeatureHintLoss(nn.Module):
     """Mean squared error between two feature maps.
 
-    Source: FitNets (Romero et al., ICLR 2015, arXiv 1412.6550), a baseline that belongs to none of the five methods:
+    Source: FitNets (Romero et al., ICLR 2015, arXiv 1412.6550), a baseline:
     [paper] the teacher's intermediate features are hints, and additional parameters map the student's features to
     them; [ours] the 3D form and the common grid. Here ``scripts.networks.ChannelAdapter`` is that mapping and trains
     with the student::

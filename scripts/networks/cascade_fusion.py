@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that reduce the redundancy of a student's features, in space and in channels, before the comparison."""
+"""Adapters that reduce the redundancy of a student's features in space and channels before the loss compares them."""
 
 from __future__ import annotations
 

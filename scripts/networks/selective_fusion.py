@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block of the student that weights local features against wider context; a different teacher can teach each."""
+"""A block of the student that weights local features against wider context. Each can have its own teacher."""
 
 from __future__ import annotations
 

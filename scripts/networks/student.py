@@ -70,7 +70,7 @@ class Student(nn.Module):
     works on the deepest grid. The last stage returns to full resolution: it concatenates ``full_features`` channels
     with the input image, so that borders follow the image and not the half-resolution grid.
 
-    Layers that can be tapped (see ``scripts.distillation.Tap``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16),
+    Layers that can be tapped (``scripts.distillation.feature_taps``): ``encoder.0`` .. ``encoder.3`` (stride 2 to 16),
     ``attention`` (features), ``attention.softmax`` (attention map), ``decoder.0`` .. ``decoder.2`` (stride 8 to 2) and
     ``full`` (stride 1); with ``selective_fusion`` also ``fusion.local`` and ``fusion.context`` (stride 4).
 
@@ -82,7 +82,7 @@ class Student(nn.Module):
         heads: number of attention heads.
         norm: name of the normalisation in MONAI. The default is group normalisation: with batches of two patches, the
             running statistics of batch normalisation gave a lower Dice than the statistics of each window
-            (docs/results.md). With large batches ``"batch"`` is faster, because it folds into the convolutions.
+            (docs/notes/training.md). With large batches ``"batch"`` is faster, because it folds into the convolutions.
         selective_fusion: insert a ``SelectiveFusion`` block after the decoder stage at stride 4, for dual distillation.
         modality_dropout: probability of dropping each modality in training, see ``ModalityDropout``. It has no weights
             and does nothing in eval().

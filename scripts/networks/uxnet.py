@@ -82,7 +82,7 @@ def _up(channels: int) -> UnetrUpBlock:
 class UXNet(nn.Module):
     """3D UX-Net (Lee et al., arXiv 2209.15076): large-kernel ConvNet encoder, residual convolutional decoder.
 
-    ``features`` = 48 is the published width (53.0 M parameters); 24 (13.4 M) and 16 (6.0 M) are light students.
+    ``features`` = 48 is the published width (53.0 M parameters); 24 (the default) has 13.4 M and 16 has 6.0 M.
 
     Layers that can be tapped, with f = ``features``:
 

@@ -19,11 +19,11 @@ from benchmarks.__main__ import main
 from benchmarks.inference_candidates import (
     ENGINES,
     MAIN,
+    MONAI_BASELINE,
     NNUNET,
     PATIENT,
     PLOT_SIZES,
     SEGRESNET,
-    STOCK,
     THREE_TEACHERS,
     InferencePlan,
     Volume,
@@ -58,7 +58,7 @@ TINY = {
         "hdenseformer": {"features": 4, "depth": 4}, "segresnet": {"init_filters": 8},
     },
 }  # fmt: skip
-NEED_NO_PACKAGE = (TORCH, STOCK, THREE_TEACHERS, SEGRESNET)
+NEED_NO_PACKAGE = (TORCH, MONAI_BASELINE, THREE_TEACHERS, SEGRESNET)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def segment(candidate: Candidate, seed: int = 0, **overrides: Any) -> nib.Nifti1
 def test_each_candidate_segments_one_case_per_round(
     candidates: dict[str, Candidate], volume: Volume, plan: InferencePlan
 ) -> None:
-    rows = time_candidates([candidates[TORCH], candidates[STOCK]], volume.name, rounds=2, slow_rounds=1)
-    assert [row["side"] for row in rows] == [TORCH, STOCK]
+    rows = time_candidates([candidates[TORCH], candidates[MONAI_BASELINE]], volume.name, rounds=2, slow_rounds=1)
+    assert [row["side"] for row in rows] == [TORCH, MONAI_BASELINE]
     for row in rows:
         assert list(row) == ["side", "what", "median_s", "ratio", "peak_mib", "n"]
         assert row["what"] == "48x40x36"
@@ -130,21 +130,21 @@ def test_rounds_are_interleaved_and_candidates_with_fewer_rounds_end_earlier(tmp
     assert {name: len(each.steps) for name, each in timings.items()} == {"a": 6, "b": 2, "c": 4}
 
 
-def test_stock_transforms_give_the_same_mask_as_those_of_the_bundle(
+def test_monai_transforms_give_the_same_mask_as_those_of_the_bundle(
     candidates: dict[str, Candidate], phantoms: list[Any]
 ) -> None:
     case = GatherModalitiesd(["ct", "pet", "mr"])(phantoms[0])
     overrides = {"case": case, "spacing": [6.0, 6.0, 6.0], "patch": [16, 16, 16]}
-    masks = [segment(candidates[name], **overrides) for name in (TORCH, STOCK)]
+    masks = [segment(candidates[name], **overrides) for name in (TORCH, MONAI_BASELINE)]
     assert masks[0].shape == masks[1].shape == nib.load(case["ct"]).shape
     np.testing.assert_array_equal(masks[0].affine, masks[1].affine)
     voxels = [np.asarray(mask.dataobj) for mask in masks]
     assert len(np.unique(voxels[0])) == 2  # both classes, although the weights are random
-    assert (voxels[0] != voxels[1]).mean() < 1e-3  # the stock transforms clip intensities before they interpolate
+    assert (voxels[0] != voxels[1]).mean() < 1e-3  # MONAI's transforms clip intensities before they interpolate
 
 
 @pytest.mark.parametrize("name", [THREE_TEACHERS, SEGRESNET])
-def test_other_networks_segment_with_stock_transforms(candidates: dict[str, Candidate], name: str) -> None:
+def test_other_networks_segment_with_monai_transforms(candidates: dict[str, Candidate], name: str) -> None:
     patch = [64, 32, 32]  # instance norm needs more than one voxel on SwinUNETR's deepest grid
     assert segment(candidates[name], patch=patch).shape == (48, 40, 36)
 
@@ -255,7 +255,7 @@ def test_the_numbers_of_the_lower_bound_on_known_cases(monkeypatch: pytest.Monke
 def test_every_candidate_has_existing_configs(plan: InferencePlan, volume: Volume) -> None:
     candidates = all_candidates(volume, plan)
     assert [each.name for each in candidates] == [
-        *(f"student, {engine}" for engine in ENGINES), STOCK, THREE_TEACHERS, SEGRESNET, NNUNET
+        *(f"student, {engine}" for engine in ENGINES), MONAI_BASELINE, THREE_TEACHERS, SEGRESNET, NNUNET
     ]  # fmt: skip
     for candidate in candidates:
         compose(candidate)
@@ -269,8 +269,8 @@ def test_candidates_are_selected_by_volume_and_by_name(plan: InferencePlan, volu
         return [each.name for each in chosen if each.name in NEED_NO_PACKAGE]
 
     assert selected(MAIN) == list(NEED_NO_PACKAGE)
-    assert selected(PLOT_SIZES[0], fastest_engine=TORCH) == [TORCH, STOCK]
-    assert selected(PATIENT) == [TORCH, STOCK, THREE_TEACHERS]
+    assert selected(PLOT_SIZES[0], fastest_engine=TORCH) == [TORCH, MONAI_BASELINE]
+    assert selected(PATIENT) == [TORCH, MONAI_BASELINE, THREE_TEACHERS]
     assert selected(MAIN, only=("segresnet", "TORCH FP32")) == [TORCH, SEGRESNET]
     only_torch = InferencePlan("sts", plan.output, only=("torch fp32",))
     assert [each.name for each in select_candidates(candidates, MAIN, only_torch)[0]] == [TORCH]  # without ", windows"
@@ -306,7 +306,7 @@ def test_the_patient_has_ct_and_mr_as_dicom_and_pet_as_nifti(tmp_path: Path) -> 
 
 
 def test_ratios_are_to_the_fastest_engine() -> None:
-    assert fastest({TORCH: 2.0, "student, openvino int8": 1.0, STOCK: 0.5}) == "student, openvino int8"
+    assert fastest({TORCH: 2.0, "student, openvino int8": 1.0, MONAI_BASELINE: 0.5}) == "student, openvino int8"
     assert fastest({NNUNET: 3.0, THREE_TEACHERS: 2.0}) == THREE_TEACHERS
 
 
@@ -341,4 +341,4 @@ def test_the_table_the_plot_and_the_list_of_candidates(plan: InferencePlan, tmp_
     write_plot(rows, tmp_path / "plot.svg")
     assert "voxels" in (tmp_path / "plot.svg").read_text()
     lines = list_candidates([MAIN, PATIENT], plan)
-    assert f"{MAIN}: {STOCK}: inference, data/sts, scale/small, benchmark/stock" in lines
+    assert f"{MAIN}: {MONAI_BASELINE}: inference, data/sts, scale/small, benchmark/stock" in lines

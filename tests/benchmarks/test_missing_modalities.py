@@ -176,7 +176,7 @@ def test_there_are_no_shares_without_a_result_of_the_plain_student(small_plan: M
     assert loss_shares(table_entries(small_plan), small_plan.modalities) == {}
 
 
-def test_an_unfinished_plan_compares_only_seeds_that_both_sides_have(small_plan: MissingPlan) -> None:
+def test_an_unfinished_plan_compares_only_seeds_that_both_students_have(small_plan: MissingPlan) -> None:
     write_result(small_plan, PLAIN, 0, "ct_pet", (0.8, 0.8))
     write_result(small_plan, PLAIN, 1, "ct_pet", (0.2, 0.2))
     write_result(small_plan, PLAIN, 0, "ct", (0.6, 0.6))  # seed 1 has not been scored on it

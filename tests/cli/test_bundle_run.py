@@ -97,7 +97,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "-dash"])
 @pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
-def test_any_folder_may_hold_the_images_the_weights_and_the_mask(
+def test_any_folder_may_contain_the_images_the_weights_and_the_mask(
     name: str, absolute: bool, arguments: list[str], expected: Any, cohort: Path, here: Path
 ) -> None:
     shutil.copytree(cohort / "PHANTOM_001", here / name)

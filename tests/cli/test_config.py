@@ -56,10 +56,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("qqqqqqqqqq=1", "no such id. To add"),
         ("overlap", "write ID=VALUE"),
         ("=3", "write ID=VALUE"),
-        ("+a#b#c=3", "nothing that could contain this id"),
+        ("+a#b#c=3", "the configs have no a#b that could hold it"),
     ],
 )
-def test_an_id_that_the_configs_do_not_hold_is_refused(
+def test_an_id_that_the_configs_do_not_have_is_refused(
     pair: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in refused(capsys, "train", "--set", pair, "--dry-run")
@@ -98,7 +98,7 @@ def test_null_reaches_the_workflow(tmp_path: Path, cohort: Path, capsys: pytest.
     assert "monai.bundle" not in printed.out + printed.err  # only with --verbose
 
 
-def test_teachers_and_start_weights_are_judged_before_any_case_is_read(
+def test_teachers_and_start_weights_are_checked_before_any_case_is_read(
     tmp_path: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read(*_: object, **__: object) -> None:

@@ -107,3 +107,17 @@ def test_the_old_verb_benchmark_runs_the_benchmarks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["scripts", "benchmark", "methods"])
     assert main(["benchmark", "methods", "--table"]) == 0
     assert seen == [("benchmarks", ["methods", "--table"])]
+
+
+def test_the_old_verb_benchmark_explains_that_the_release_has_no_benchmarks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    assert main(["benchmark", "methods"]) == 1
+    assert capsys.readouterr().err.endswith("Run python -m benchmarks in a clone of the repository.\n")
+
+
+def test_a_count_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["phantom", "--cases", "many"])
+    assert "argument --cases: many is not a whole number" in capsys.readouterr().err

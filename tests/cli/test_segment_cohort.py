@@ -233,11 +233,10 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
     command += [*TINY, "--workers", "2", "--data-list"]
     assert main([*command, str(table(pet=bad))]) == 1
-    told = capsys.readouterr()
-    assert "3 cases: 2 segmented, 0 already there, 1 failed" in told.out
-    assert (
-        f"1 of 3 cases failed. Correct them and run the command again. PHANTOM_002: {bad} is an empty file" in told.err
-    )
+    printed = capsys.readouterr()
+    assert "3 cases: 2 segmented, 0 already there, 1 failed" in printed.out
+    sentence = f"1 of 3 cases failed. Correct them and run the command again. PHANTOM_002: {bad} is an empty file"
+    assert sentence in printed.err
     assert sorted(path.name for path in output.glob("*.nii.gz")) == ["PHANTOM_001.nii.gz", "PHANTOM_003.nii.gz"]
     (output / "PHANTOM_003.nii.gz").write_bytes((output / "PHANTOM_003.nii.gz").read_bytes()[:-9])  # stopped half way
     kept = (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns

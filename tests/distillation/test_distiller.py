@@ -157,7 +157,9 @@ def test_wrong_taps_names_and_teachers_are_refused():
 
 @pytest.mark.parametrize("adapters", [{"bodies": {"ct": nn.Identity()}}, {"body": {"mr": nn.Identity()}}])
 def test_an_adapter_for_an_unknown_tap_or_teacher_is_refused(adapters):
-    with pytest.raises(ValueError, match=r"matches nothing: taps are \['body'\], teachers \['ct', 'petmr'\]"):
+    with pytest.raises(
+        ValueError, match=r"fits the adapter of tap .*\. Taps are \['body'\], teachers are \['ct', 'petmr'\]"
+    ):
         build(taps=TAPS, adapters=adapters)
 
 
@@ -361,8 +363,8 @@ def test_a_term_on_a_tap_of_some_teachers_has_its_full_weight():
             "No teacher in this run provides a layer for tap",
         ),
         ({"taps": {"body": {"student": None, "Net": "body"}}}, "uses None of the student"),
-        ({"taps": {"body": {"student": ["body", "head"], "Net": "body"}}}, "name one layer, or add an adapter"),
-        ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs the shape of the window"),
+        ({"taps": {"body": {"student": ["body", "head"], "Net": "body"}}}, "Name one layer, or add an adapter"),
+        ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs `window`, the shape of an image"),
         ({"taps": TAPS, "adapters": {"head": Fuse}, "window": (3, *SIZE)}, "adapter of tap 'head'"),
     ],
 )

@@ -16,12 +16,12 @@ TEACHERS = {
 
 
 def test_each_stage_builds_on_weights_that_an_earlier_one_writes() -> None:
-    folder, made = Path("stages"), {"one.pt", ""}
+    folder, written = Path("stages"), {"one.pt", ""}
     stages = gkd_stages(folder, TEACHERS, epochs=20)
     assert [stage.name for stage in stages] == ["autoencoder", "student", "header_student", "header_one", "header_two"]
     for stage in stages:
-        assert {stage.overrides.get(key, "") for key in ("weights", "autoencoder")} <= made, stage.name
-        made.add(str(folder / stage.name / "model.pt"))
+        assert {stage.overrides.get(key, "") for key in ("weights", "autoencoder")} <= written, stage.name
+        written.add(str(folder / stage.name / "model.pt"))
 
 
 @pytest.mark.parametrize(("epochs", "half"), [(20, 10), (3, 1), (2, 1)])

@@ -153,15 +153,15 @@ def test_one_file_per_case_and_teacher_and_a_complete_manifest(written: Path, ca
     names = [f"{case['case_id']}.pt" for case in cases]
     for name in ("pair", "mr"):
         assert sorted(path.name for path in (written / name).iterdir()) == [*names, "manifest.json"]
-        found = manifest(written, name)
-        assert found["weights_sha256"] == ("a" if name == "pair" else "b") * 64
-        assert (found["architecture"], found["modalities"]) == tuple(SPECS[name].values())
-        assert found["preprocessing_sha256"] == pipeline().fingerprint != pipeline(patch=[8, 8, 8]).fingerprint
-        assert (found["spacing"], found["outputs"], found["channels"]) == (SPACING, ["logits", "deep"], 2)
-        assert found["version"].startswith(json.loads(Path("configs/metadata.json").read_text())["version"])
-        assert "flips" in found["approximate"]
+        saved = manifest(written, name)
+        assert saved["weights_sha256"] == ("a" if name == "pair" else "b") * 64
+        assert (saved["architecture"], saved["modalities"]) == tuple(SPECS[name].values())
+        assert saved["preprocessing_sha256"] == pipeline().fingerprint != pipeline(patch=[8, 8, 8]).fingerprint
+        assert (saved["spacing"], saved["outputs"], saved["channels"]) == (SPACING, ["logits", "deep"], 2)
+        assert saved["version"].startswith(json.loads(Path("configs/metadata.json").read_text())["version"])
+        assert "flips" in saved["approximate"]
         for case, image in zip(cases, images, strict=True):
-            entry, path = found["cases"][case["case_id"]], written / name / f"{case['case_id']}.pt"
+            entry, path = saved["cases"][case["case_id"]], written / name / f"{case['case_id']}.pt"
             assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
             assert entry["bytes"] == path.stat().st_size
             assert entry["shape"] == [2, *image.shape[1:]]

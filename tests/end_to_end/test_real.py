@@ -28,9 +28,9 @@ def test_evaluation_of_the_validation_fold_gives_the_published_dice(tmp_path: Pa
     arguments = ["evaluate", "--data", "sts", "--dataset-dir", str(STS), "--fold", "0", "--output-dir", str(tmp_path)]
     assert main(arguments) == 0
     published = json.loads((ROOT / "docs/results/shipped/summary.json").read_text())["aggregate"]["metrics"]
-    found = json.loads((tmp_path / "summary.json").read_text())["aggregate"]["metrics"]
+    metrics = json.loads((tmp_path / "summary.json").read_text())["aggregate"]["metrics"]
     for metric in ("dice", "hd95_mm", "assd_mm"):
-        assert found[metric]["defined"]["mean"] == pytest.approx(published[metric]["defined"]["mean"], rel=0.02)
+        assert metrics[metric]["defined"]["mean"] == pytest.approx(published[metric]["defined"]["mean"], rel=0.02)
 
 
 @real

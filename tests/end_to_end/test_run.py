@@ -165,7 +165,7 @@ def test_a_case_without_ct_is_segmented_on_the_grid_of_its_pet(
     assert not np.allclose(mask.affine, ct.affine, atol=1e-4)
 
 
-def test_evaluate_reads_the_modalities_it_is_told_and_names_them(
+def test_evaluate_reads_only_the_modalities_of_present_and_names_them(
     trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for present, name in (["mr", "pet"], "student (pet, mr only)"), (["ct", "pet", "mr"], "student"):

@@ -80,7 +80,7 @@ def test_the_record_lists_files_measurements_cases_and_versions(exported: Path) 
     assert _names(folder.parent) == {"model.pt", "model_export"}
 
 
-def test_no_file_holds_a_path_of_this_machine(exported: Path, cohort: Path) -> None:
+def test_no_file_contains_a_path_of_this_machine(exported: Path, cohort: Path) -> None:
     assert cohort.is_relative_to(exported.parents[1])
     for path in exported.with_name("model_export").iterdir():
         content = path.read_bytes()
@@ -310,7 +310,7 @@ def test_nan_logits_have_no_largest_difference() -> None:
     assert Comparison([1e-6, float("nan"), 0.0], [1.0], [1.0], [1.0]).figures()["logits_max_abs"] is None
 
 
-def test_patches_are_reproducible_and_every_second_one_holds_foreground() -> None:
+def test_patches_are_reproducible_and_every_second_one_contains_foreground() -> None:
     label = torch.zeros(1, 40, 40, 10)
     label[0, 2:4, 30:33, 5] = 1
     cases = [{"image": torch.arange(16000.0).view(1, 40, 40, 10), "label": label}]

@@ -88,14 +88,14 @@ def reference(pooled: Callable[..., np.ndarray]) -> Callable[..., float]:
         s, t = (band_responses(x, loss.levels, loss.spacing) for x in maps)
         if loss.statistic == "subband_mse":
             return float(sum(np.mean((np.array(a) - np.array(b)) ** 2) for a, b in zip(s, t, strict=True)))
-        floors = [1e-4 * np.sqrt((x**2).reshape(len(x), -1).mean(axis=1)) + 1e-12 for x in maps]
+        offsets = [1e-4 * np.sqrt((x**2).reshape(len(x), -1).mean(axis=1)) + 1e-12 for x in maps]
         total = 0.0
         for level in zip(s, t, strict=True):
             p, r = [], []
-            for responses, floor in zip(level, floors, strict=True):
+            for responses, offset in zip(level, offsets, strict=True):
                 cells = [min(loss.grid, n) for n in responses[0].shape[2:]]
                 e = np.stack([pooled(np.abs(y).mean(axis=1, keepdims=True), cells)[:, 0] for y in responses], axis=1)
-                e = e.reshape(*e.shape[:2], -1) + floor[:, None, None]
+                e = e.reshape(*e.shape[:2], -1) + offset[:, None, None]
                 p.append(e / e.sum(axis=1, keepdims=True))
                 r.append(e.sum(axis=1) / e.sum(axis=1).mean(axis=1, keepdims=True))
             total += np.mean((p[1] * np.log(p[1] / p[0])).sum(axis=1) + np.abs(r[1] - r[0]))

@@ -108,7 +108,7 @@ def test_a_sample_with_one_class_counts_as_0_in_the_mean_and_gets_no_gradient(no
     assert student.grad[1].abs().sum() > 0
 
 
-def test_samples_may_hold_different_classes(normal, random_label, reference):
+def test_samples_may_contain_different_classes(normal, random_label, reference):
     student, teacher = normal((2, 3, 3, 3, 3), 0), normal((2, 3, 3, 3, 3), 1)
     label = torch.cat([random_label((1, 1, 3, 3, 3), 2), 1 + random_label((1, 1, 3, 3, 3), 3)])
     expected = reference(student, teacher, label)

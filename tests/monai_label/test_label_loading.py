@@ -114,10 +114,10 @@ def test_monai_label_gets_the_same_mask_as_segment(
     allowed = ["--allow-missing"] if absent else []
     plain = ["--engine", "torch", "--set", "network=$@network_def.to(@device)"]  # else the memory format is another
     assert main(["segment", *files, *allowed, *plain, "--output", str(output)]) == 0
-    own, found = nib.load(output), np.load(tmp_path / "mask.npz")
-    np.testing.assert_array_equal(found["mask"], np.asarray(own.dataobj))
-    np.testing.assert_allclose(found["affine"], own.affine, atol=1e-4)
-    assert found["mask"].any()
+    own, served = nib.load(output), np.load(tmp_path / "mask.npz")
+    np.testing.assert_array_equal(served["mask"], np.asarray(own.dataobj))
+    np.testing.assert_allclose(served["affine"], own.affine, atol=1e-4)
+    assert served["mask"].any()
 
 
 def _file(study: Path, key: str) -> str:

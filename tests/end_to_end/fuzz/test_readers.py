@@ -106,8 +106,8 @@ def test_a_file_is_read_by_several_threads_at_once(tmp_path: Path, name: str) ->
     else:
         nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(read, [tmp_path / name] * 40):
-            np.testing.assert_array_equal(found, voxels)
+        for read_voxels in pool.map(read, [tmp_path / name] * 40):
+            np.testing.assert_array_equal(read_voxels, voxels)
 
 
 @pytest.mark.parametrize("module", ["isal", "zlib"])

@@ -129,8 +129,8 @@ def test_after_a_checkpoint_above_the_size_limit_the_run_resumes_from_the_one_be
     assert not list(output.glob(".*.part"))
     assert main([*arguments, "--output-dir", str(output), "--resume"]) == 0
     assert main([*arguments, "--output-dir", str(tmp_path / "whole")]) == 0
-    found, expected = (torch.load(folder / "model.pt", weights_only=True) for folder in (output, tmp_path / "whole"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    weights, expected = (torch.load(folder / "model.pt", weights_only=True) for folder in (output, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 class Lossy(io.FileIO):

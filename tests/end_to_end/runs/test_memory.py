@@ -22,7 +22,7 @@ from scripts.image_io.headers import read_header
 
 GIB = 2**30
 ROOM = 2 * GIB
-SIDE = 2000
+LENGTH = 2000
 
 
 @pytest.fixture(params=["sparse", "compressed"])
@@ -30,16 +30,16 @@ def huge(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """2000^3 zeros: a sparse file with all bytes, or a small file whose header claims that size."""
     header = nib.Nifti1Header()
     header.set_data_dtype(np.uint8)
-    header.set_data_shape((SIDE, SIDE, SIDE))
+    header.set_data_shape((LENGTH, LENGTH, LENGTH))
     header.set_sform(np.eye(4), code=1)
     header["magic"], header["vox_offset"] = b"n+1", 352
     path = tmp_path / ("ct.nii" if request.param == "sparse" else "ct.nii.gz")
     if request.param == "sparse":
         path.write_bytes(header.binaryblock + bytes(4))
         with open(path, "r+b") as file:
-            file.truncate(352 + SIDE**3)
+            file.truncate(352 + LENGTH**3)
     else:
-        noise = np.random.default_rng(0).bytes(SIDE**3 // 900)  # gzip could have packed that many voxels into this
+        noise = np.random.default_rng(0).bytes(LENGTH**3 // 900)  # gzip could have packed that many voxels into this
         path.write_bytes(gzip.compress(header.binaryblock + noise, 1))
     return path
 
@@ -71,7 +71,7 @@ def test_a_case_above_the_memory_limit_of_the_process_is_refused_before_it_is_re
     assert f"{huge} (2000 x 2000 x 2000 voxels) needs about " in error
     needed, there = (float(each) for each in re.findall(r"([\d.]+) GiB", error))
     # At least the file's bytes, the tensor and the mask, one byte each, and the network's grid of 500^3 in float32.
-    assert needed > (3 * SIDE**3 + 4 * 500**3) / GIB
+    assert needed > (3 * LENGTH**3 + 4 * 500**3) / GIB
     assert 0 < there <= ROOM / GIB + 0.05
     assert "crop the images" in error
     assert [path for path in mask.parent.iterdir() if path.name[0] != "."] == []

@@ -109,7 +109,7 @@ def test_of_six_processes_that_start_at_once_one_gets_the_lock(child: Any, tmp_p
     codes = []
     while sum(code == 3 for code in codes) < 5:
         codes = [os.waitid(os.P_PID, p.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in processes]
-        codes = [found and found.si_status for found in codes]
+        codes = [status and status.si_status for status in codes]
     (tmp_path / "end").touch()
     assert sorted(process.end()[0] for process in processes) == [0, 3, 3, 3, 3, 3]
 

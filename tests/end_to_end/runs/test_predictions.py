@@ -44,13 +44,13 @@ def cube(shift: int = 0) -> Any:
 @pytest.fixture
 def cases(tmp_path: Path, write_nifti: Callable[..., Path]) -> list[dict[str, Any]]:
     """Three cases, each with a perfect prediction."""
-    found = []
+    cases = []
     for name in ("A", "B", "C"):
         label = write_nifti(tmp_path / name / "label.nii.gz", cube())
         (tmp_path / "masks").mkdir(exist_ok=True)
         shutil.copy(label, tmp_path / "masks" / f"{name}.nii.gz")
-        found.append({"case_id": name, "image": str(label), "ct": str(label), "label": str(label)})
-    return found
+        cases.append({"case_id": name, "image": str(label), "ct": str(label), "label": str(label)})
+    return cases
 
 
 def scored(cases: Any, tmp_path: Path) -> dict[str, Any]:

@@ -37,18 +37,18 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def unsafe(text: str) -> list[str]:
     """The calls of a source that could execute the content of a file."""
-    tree, found = ast.parse(text), []
+    tree, uses = ast.parse(text), []
     for node in ast.walk(tree):
         names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found += [name for name in names if name.split(".")[0] in MODULES]
+        uses += [name for name in names if name.split(".")[0] in MODULES]
     for name, keywords in calls(tree):
         last = name.rsplit(".", 1)[-1]
         if name in CALLS or keywords.get("allow_pickle", "False") != "False" or keywords.get("shell") == "True":
-            found.append(name)
+            uses.append(name)
         if (name == "torch.load" or last == "load_pt") and keywords.get("weights_only") != "True":
-            found.append(name)
-    return found
+            uses.append(name)
+    return uses
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
@@ -69,14 +69,14 @@ def test_the_search_finds_unsafe_calls(text: str) -> None:
 
 
 def test_weights_are_always_loaded_with_weights_only() -> None:
-    found = [
+    load_calls = [
         keys
         for path in SOURCES
         for name, keys in calls(ast.parse(path.read_text(encoding="utf-8")))
         if name == "torch.load"
     ]
-    assert found
-    assert all(keywords["weights_only"] == "True" for keywords in found)
+    assert load_calls
+    assert all(keywords["weights_only"] == "True" for keywords in load_calls)
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "&lt;b&gt;"])

@@ -209,8 +209,8 @@ def test_gradients_accumulated_before_a_nonfinite_step_are_dropped_and_later_one
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight -= RATE * gradient
-    for found, expected in zip(small.states[-1], weights, strict=True):
-        torch.testing.assert_close(found, expected.detach())
+    for state, expected in zip(small.states[-1], weights, strict=True):
+        torch.testing.assert_close(state, expected.detach())
 
 
 def test_a_scaler_skips_everything_accumulated_with_a_nonfinite_step() -> None:

@@ -98,6 +98,7 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
         stacked: modalities along the last axis, if each of them names the same 4D file.
     """
     findings = [Finding(WARNING, text, key=key) for key, header in headers.items() for text in header.warnings]
+    findings += [Finding(NOTE, text, key=key) for key, header in headers.items() for text in header.notes]
     for key, header in headers.items():
         extra_axes = expected_extra_axes(key, stacked)
         if header.shape[3:] != extra_axes:

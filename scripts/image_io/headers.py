@@ -42,6 +42,7 @@ class Header(NamedTuple):
         warnings: messages about unusual but usable headers.
         series: DICOM series UID, patient id and frame of reference; None for other formats.
         slices: DICOM files in the order of their positions.
+        notes: messages that are shown on request only.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Header(NamedTuple):
     warnings: tuple[str, ...] = ()
     series: tuple[str, str, str] | None = None
     slices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def voxels(self) -> int:

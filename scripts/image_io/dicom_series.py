@@ -6,7 +6,10 @@ Everything here goes through SimpleITK (GDCM), so that CT and MR series are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,7 @@ import SimpleITK as sitk  # noqa: N813
 from scripts.image_io.dicom_classes import ENHANCED, IMAGES, MODALITY_OF_CLASS, no_image, sop_class_of
 from scripts.image_io.dicom_enhanced import read_enhanced_header
 from scripts.image_io.dicom_geometry import MAX_ROUNDING, geometry_numbers, spacing_warning, stack_affine
+from scripts.image_io.dicom_structure import DamagedError, read_structure
 from scripts.image_io.dicom_values import Rescale, check_pixel_format, check_rescale
 from scripts.image_io.headers import Header, check_affine, check_max_voxels, itk_header
 
@@ -30,6 +34,7 @@ TAGS = {
     **{"SpacingBetweenSlices": "0018|0088", "SliceThickness": "0018|0050", "NumberOfSlices": "0054|0081"},
 }
 UIDS = ("SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID")
+UID_TEXT = re.compile(r"[0-9.]*")
 MAX_NAMES = 4  # files that a message lists
 
 
@@ -57,13 +62,23 @@ def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> SeriesF
 
     Raises:
         ValueError: no DICOM series; several series, of which ``series_uids`` does not name exactly one; a slice without
-            position, orientation or pixel size, which GDCM would guess; or a folder that GDCM cannot list.
+            position, orientation or pixel size, which GDCM would guess; or a damaged file.
     """
-    try:
-        series, listed_names = _list_series(folder, series_uids)
-    except (RuntimeError, TypeError) as error:  # raised by GDCM, or for a file name that is not text
-        raise ValueError(f"{folder} cannot be listed as DICOM. Export the series again, to another folder.") from error
-    heads = series.heads
+    images, notes = _image_files(Path(folder))
+    uids = sorted(images)
+    if not uids:
+        raise ValueError(f"{folder} contains no DICOM images. Give a file, or the folder of one series.")
+    chosen = [uid for uid in uids if uid in series_uids] if len(uids) > 1 else uids
+    read = {uid: _split_scouts(images[uid]) for uid in (chosen if len(chosen) == 1 else uids)}
+    volumes = [uid for uid, (heads, _) in read.items() if heads]
+    if not volumes:
+        raise ValueError(f"{folder} contains only LOCALIZER images (scouts). Give the series of the volume.")
+    if len(volumes) > 1:
+        raise ValueError(
+            f"{folder} contains {len(uids)} DICOM series ({', '.join(uids)}). Choose one with --series-uid."
+        )
+    heads = read[volumes[0]][0]
+    excess = [path for path, head in heads.items() if _has_excess_pixels(head, path, images[volumes[0]][path])]
     for path, head in heads.items():
         if not all(uid.isascii() and "\\" not in uid for uid in (_text(head, keyword) for keyword in UIDS)):
             raise ValueError(f"{path} is a damaged DICOM file: its UIDs cannot be parsed. Export it again.")
@@ -71,42 +86,77 @@ def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> SeriesF
             _require_geometry(head, path)
     if len(heads) > 1 and any(is_multiframe(head) for head in heads.values()):
         raise ValueError(f"{folder} contains several multi-frame files. Keep one of them.")
-    notes = _check_other_files(Path(folder), listed_names, _text(next(iter(heads.values())), "SOPClassUID"))
-    return series._replace(heads=_sort_by_position(heads), notes=series.notes + notes)
+    warnings = _scout_warning(folder, [path for _, scouts in read.values() for path in scouts])
+    if excess:
+        names = _first_names(Path(path).name for path in excess)
+        warnings += (f"{folder} contains more pixel data than the sizes in its headers, which are used ({names})",)
+    return SeriesFiles(_sort_by_position(heads), warnings, notes)
 
 
-def _list_series(folder: str | Path, series_uids: Sequence[str]) -> tuple[SeriesFiles, set[str]]:
-    """Headers of the chosen series by file, and the names of all files that GDCM recognises as images."""
-    with _no_itk_warnings():
-        uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-        paths = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
-    listed_names = {Path(path).name for files in paths.values() for path in files}
-    kinds = {uid: no_image(_text(_read_head(files[0]), "SOPClassUID")) for uid, files in paths.items()}
-    passed_over = {Path(path).name: kind for uid, kind in kinds.items() if kind for path in paths[uid]}
-    notes = _no_image_note(folder, passed_over)
-    candidates = [uid for uid in uids if not kinds[uid]]
-    if not candidates:
-        raise ValueError(f"{folder} contains no DICOM images. Give a file, or the folder of one series.")
-    chosen = [uid for uid in candidates if uid in series_uids] if len(candidates) > 1 else candidates
-    if len(chosen) == 1:
-        heads, scouts = _split_scouts({str(path): _read_head(str(path)) for path in paths[chosen[0]]})
-        if not heads:
-            raise ValueError(f"{folder} contains only LOCALIZER images (scouts). Give the series of the volume.")
-        return SeriesFiles(heads, _scout_warning(folder, scouts), notes), listed_names
-    every = {uid: _split_scouts({str(path): _read_head(str(path)) for path in paths[uid]}) for uid in candidates}
-    volumes = [uid for uid, (heads, _) in every.items() if heads]
-    if len(volumes) != 1:
-        raise ValueError(
-            f"{folder} contains {len(candidates)} DICOM series ({', '.join(candidates)}). Choose one with --series-uid."
-        )
-    scouts = [path for _, paths_of_scouts in every.values() for path in paths_of_scouts]
-    return SeriesFiles(every[volumes[0]][0], _scout_warning(folder, scouts), notes), listed_names
+def _image_files(folder: Path) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
+    """The image files of a folder by series, and a note about objects that are no images, such as structure sets.
+
+    Returns:
+        Bytes of pixel data by file by series UID (see ``Structure``); and the note, if there are such objects.
+
+    Raises:
+        ValueError: an image, or what may be one, is damaged: without it, the series would silently miss a slice.
+    """
+    images: dict[str, dict[str, int]] = defaultdict(dict)
+    passed_over = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        try:
+            structure = read_structure(path)
+        except DamagedError as error:
+            kind = no_image(sop_class_of(path) or "")
+            if not kind:
+                reason = f"is truncated or not a DICOM file (it {error})"
+                raise ValueError(f"{path} {reason}. Export the series again, or remove the file.") from None
+            passed_over[path.name] = kind
+            continue
+        if structure is None:
+            if path.suffix.lower() == ".dcm" or not path.stat().st_size:
+                reason = "is truncated or not a DICOM file"
+                raise ValueError(f"{path} {reason}. Export the series again, or remove the file.")
+        elif kind := no_image(structure.sop_class):
+            passed_over[path.name] = kind
+        elif structure.pixel_bytes:
+            if not UID_TEXT.fullmatch(structure.series_uid):
+                raise ValueError(f"{path} is a damaged DICOM file: its UIDs cannot be parsed. Export it again.")
+            images[structure.series_uid][_text_name(path)] = structure.pixel_bytes
+        elif structure.sop_class in IMAGES or not structure.sop_class:
+            raise ValueError(f"{path} has no pixel data. Export the series again, or remove the file.")
+        else:
+            passed_over[path.name] = "no pixel data"
+    return images, _no_image_note(folder, passed_over)
 
 
-def _split_scouts(
-    heads: dict[str, sitk.ImageFileReader],
-) -> tuple[dict[str, sitk.ImageFileReader], list[str]]:
+def _text_name(path: Path) -> str:
+    """A path as text; ValueError if it is not UTF-8, which ends ITK."""
+    try:
+        path.name.encode("utf-8")
+    except UnicodeEncodeError:
+        name = path.name.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise ValueError(f"{path.parent} contains a file whose name is not UTF-8 ({name}). Rename it.") from None
+    return str(path)
+
+
+def _has_excess_pixels(head: sitk.ImageFileReader, path: str, pixel_bytes: int) -> bool:
+    """Whether uncompressed pixel data are longer than the header states; ValueError if they are shorter."""
+    bits = _text(head, "BitsAllocated")
+    if pixel_bytes < 0 or not bits.isdecimal():
+        return False
+    stated = math.prod(head.GetSize()) * head.GetNumberOfComponents() * int(bits) // 8
+    if pixel_bytes < stated:
+        raise ValueError(f"{path} has {pixel_bytes} bytes of pixel data instead of {stated}. Export it again.")
+    return pixel_bytes > stated + 1
+
+
+def _split_scouts(paths: Iterable[str]) -> tuple[dict[str, sitk.ImageFileReader], list[str]]:
     """The headers of a series' slices, and the files of its scouts, which lie in other planes."""
+    heads = {path: _read_head(path) for path in paths}
     scouts = [path for path, head in heads.items() if "LOCALIZER" in _text(head, "ImageType").upper().split("\\")]
     return {path: head for path, head in heads.items() if path not in scouts}, scouts
 
@@ -124,7 +174,7 @@ def _no_image_note(folder: str | Path, kinds: Mapping[str, str]) -> tuple[str, .
     return (f"{folder}: passed over what is no image ({_first_names(f'{n}: {k}' for n, k in sorted(kinds.items()))})",)
 
 
-def _first_names(names: Iterator[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - MAX_NAMES} more" if len(listed) > MAX_NAMES else ""
     return ", ".join(listed[:MAX_NAMES]) + more
@@ -149,26 +199,6 @@ def _sort_by_position(heads: dict[str, sitk.ImageFileReader]) -> dict[str, sitk.
     normal = np.array(next(iter(heads.values())).GetDirection()).reshape(3, 3)[:, 2]
     along = {path: float(_position(head, path) @ normal) for path, head in heads.items()}
     return {path: heads[path] for path in sorted(along, key=lambda path: along[path])}
-
-
-def _check_other_files(folder: Path, listed_names: set[str], sop_class: str) -> tuple[str, ...]:
-    """Refuse a folder with truncated slices: GDCM skips them, and the series would silently miss slices.
-
-    Returns:
-        A note about objects that are no images, such as structure sets.
-    """
-    passed_over = {}
-    for path in sorted(folder.iterdir()):
-        if path.name in listed_names or path.name.startswith(".") or not path.is_file():
-            continue
-        found = sop_class_of(path)
-        if found and no_image(found):
-            passed_over[path.name] = no_image(found)
-        elif found == "" or found in {sop_class, *IMAGES} or path.suffix.lower() == ".dcm" or not path.stat().st_size:
-            raise ValueError(f"{path} is truncated or not a DICOM file. Export the series again, or remove the file.")
-        elif found:
-            passed_over[path.name] = f"SOP class {found}"
-    return _no_image_note(folder, passed_over)
 
 
 def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_voxels: int | None = None) -> Header:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from scripts.image_io.dicom_classes import ENHANCED, no_image
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.dicom_structure import read_structure
 
 DICOM_MODALITIES = {"ct": "CT", "pet": "PT", "mr": "MR"}  # by the config's modality
 TAGS = (
@@ -55,6 +56,8 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
         if not path.is_file() or path.name.startswith("."):
             continue
         try:
+            if read_structure(path) is None:
+                continue
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
             is_scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
             is_image = (

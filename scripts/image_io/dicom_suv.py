@@ -43,8 +43,8 @@ def series_suv_factor(files: Sequence[str], name: str) -> float:
         raise ValueError(f"{name} contains slices with different {differing[0]}. Export the series again.")
     try:
         return suv_factor(slices, name)
-    except ValueError as error:
-        if str(error).startswith(name):
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
 

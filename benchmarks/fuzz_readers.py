@@ -259,11 +259,11 @@ def outcome_of(path: Path, undamaged: Path, data: bytes) -> str:
 
 def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -> str:
     """Like ``outcome_of`` for a folder of DICOM files, which is also listed like a study."""
-    load, outcomes = LoadModalitiesd(["ct", "other"], rules=RULES), []
+    load, outcomes = LoadModalitiesd(["image", "other"], rules=RULES), []
     for read in (
         lambda: header_of(folder, RULES),
         lambda: read_volume(header_of(folder, RULES), RULES),
-        lambda: load({"ct": folder, "other": undamaged})["ct"],
+        lambda: load({"image": folder, "other": undamaged})["image"],
         lambda: find_series(folder),
     ):
         try:

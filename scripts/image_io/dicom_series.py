@@ -215,7 +215,7 @@ def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_
     if is_multiframe(heads[0]):
         (path,) = files.heads
         header = read_enhanced_header(path, str(folder), _modality(heads[0]), max_voxels)
-        header = header._replace(series=series, slices=(path,), notes=files.notes)
+        header = header._replace(series=series, slices=(path,), notes=files.notes, modality=_modality(heads[0]))
         return header._replace(warnings=files.warnings + header.warnings)
     for path, head in files.heads.items():
         check_pixel_format(lambda keyword, head=head: _text(head, keyword), path)  # type: ignore[misc]
@@ -232,6 +232,7 @@ def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_
         warnings.append(spacing_warning(_text(heads[0], "SpacingBetweenSlices"), affine, str(folder)))
     elif not (_text(heads[0], "SpacingBetweenSlices") or _text(heads[0], "SliceThickness")):
         warnings.append(f"{folder} is one slice without SliceThickness: {header.affine[:3, 2].max():.3g} mm is used")
+    header = header._replace(modality=_modality(heads[0]))
     warnings.append(_count_warning(heads, folder))
     if max_voxels is not None:
         check_max_voxels(folder, header.shape, max_voxels)

@@ -24,6 +24,7 @@ VRS = LONG_VRS | set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI 
 BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 MAX_DEPTH = 20  # of nested sequences
 MAX_INFLATED = 2**30  # bytes of a deflated data set
+PADDING = 64  # zeros after the pixel data that end a file
 KEPT_BYTES = 256  # of a UID that is returned
 
 
@@ -79,6 +80,8 @@ def _structure(data: mmap.mmap, start: int) -> Structure:
     meta = _Walk(data, "<", only_group=2)
     start = meta.dataset(start, len(data), 0)
     syntax = meta.text(SYNTAX)
+    if data[128:132] == b"DICM" and not syntax:
+        raise DamagedError("has no transfer syntax")
     body: mmap.mmap | bytes = data
     if syntax == DEFLATED:
         try:
@@ -117,6 +120,9 @@ class _Walk:
             raise DamagedError("has sequences that are nested too deeply")
         seen: set[int] = set()
         while start < end:
+            after_pixels = not depth and any(tag in seen for tag in PIXEL_DATA)
+            if after_pixels and not any(self.data[start : min(end, start + PADDING)]):
+                return end
             if end - start < 8:
                 raise DamagedError("ends within an element")
             group, element = self.tag(self.data, start)
@@ -126,9 +132,9 @@ class _Walk:
             if tag == ITEM_END and depth:
                 return start + 8
             if group == 0xFFFE:
-                if not depth and not any(self.data[start:end]):
-                    return end
                 raise DamagedError("has an item outside a sequence")
+            if after_pixels and tag <= max(PIXEL_DATA):
+                raise DamagedError("has more bytes than its pixel data")
             if tag in seen:
                 raise DamagedError(f"has the element ({group:04x},{element:04x}) twice")
             seen.add(tag)
@@ -142,8 +148,6 @@ class _Walk:
                 start = self._items(value, end if length == UNDEFINED else value + length, length, depth, fragments)
             else:
                 start = value + length
-            if not depth and tag in PIXEL_DATA:
-                return end  # what follows is padding
         return start
 
     def _head(self, start: int) -> tuple[bytes, int, int]:

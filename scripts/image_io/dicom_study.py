@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_classes import ENHANCED, no_image
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_structure import read_structure
 
-DICOM_MODALITIES = {"ct": "CT", "pet": "PT", "mr": "MR"}  # by the config's modality
 TAGS = (
     *("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType"),
     "SOPClassUID",
@@ -59,6 +59,7 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
             if read_structure(path) is None:
                 continue
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+            values = [str(head.get(tag, "")) for tag in TAGS]  # raises for values of another type than the element's
             is_scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
             is_image = (
                 head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in DICOM_MODALITIES.values()
@@ -67,7 +68,7 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
         # read.
         except Exception:
             continue
-        if is_image and not is_scout:
+        if values and is_image and not is_scout:
             yield path, head
 
 

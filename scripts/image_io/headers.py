@@ -43,6 +43,7 @@ class Header(NamedTuple):
         series: DICOM series UID, patient id and frame of reference; None for other formats.
         slices: DICOM files in the order of their positions.
         notes: messages that are shown on request only.
+        modality: DICOM's ``CT``, ``PT``, ``MR`` or another; empty for other formats.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Header(NamedTuple):
     series: tuple[str, str, str] | None = None
     slices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    modality: str = ""
 
     @property
     def voxels(self) -> int:

@@ -62,6 +62,15 @@ def test_frames_give_the_same_volume_as_single_slices(
     np.testing.assert_allclose(voxels, (STORED * slopes + intercepts) * factor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "ending"), [("CT", "2.2"), ("MR", "4.4"), ("PT", "128.1")])
+def test_legacy_converted_enhanced_files_are_read(kind: str, ending: str, tmp_path: Path) -> None:
+    dataset = enhanced(STORED, kind, ORDER, [(2, -3)])
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = f"1.2.840.10008.5.1.4.1.1.{ending}"
+    write_enhanced(tmp_path, dataset)
+    factor = SUV_FACTOR if kind == "PT" else 1
+    np.testing.assert_allclose(read(tmp_path)[1], (STORED * 2.0 - 3) * factor, rtol=1e-6)
+
+
 def test_an_mr_without_a_rescale_is_read_as_stored(tmp_path: Path) -> None:
     write_enhanced(tmp_path, enhanced(STORED, "MR", ORDER, None))
     np.testing.assert_array_equal(read(tmp_path)[1], STORED)

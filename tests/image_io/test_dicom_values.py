@@ -20,7 +20,7 @@ from pydicom.uid import (
 
 from benchmarks.dicom_samples import CLASSES, SUV_FACTOR, image, item, write_series
 from scripts.cli.main import main
-from scripts.image_io.checks import NOTE, WARNING, Rules, check_headers
+from scripts.image_io.checks import ERROR, NOTE, WARNING, Rules, check_headers
 from scripts.image_io.dicom_classes import no_image, sop_class_of
 from scripts.image_io.reader import header_of, read_volume
 
@@ -148,6 +148,16 @@ def test_what_a_header_contradicts_or_leaves_open_is_a_warning(tags: Any, words:
     write_series(tmp_path, STORED, **tags)
     (warning,) = warnings_of(tmp_path)
     assert words in warning
+
+
+@pytest.mark.parametrize(("kind", "key"), [("CT", "pet"), ("PT", "ct"), ("MR", "ct"), ("CT", "mr")])
+def test_a_series_given_as_another_modality_is_refused(kind: str, key: str, tmp_path: Path) -> None:
+    write_series(tmp_path, STORED, kind)
+    header = header_of(tmp_path, RULES)
+    errors = [finding.what for finding in check_headers({key: header}, key) if finding.level == ERROR]
+    assert len(errors) == 1
+    assert f"{tmp_path} is given as {key}, but its Modality is {kind}. Give a series of" in errors[0]
+    assert not check_headers({"t1": header}, "t1")
 
 
 def test_a_plain_series_draws_no_warning(tmp_path: Path) -> None:

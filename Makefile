@@ -60,10 +60,12 @@ test: env
 test-real: env
 	$(PY) -m pytest -m "real or slow"
 
-# Every fault of docs/reliability.md made for real, and 12,000 damaged files, counted by kind in docs/results/reliability/fuzz.json.
+# Every fault of docs/reliability.md made for real, and 12,000 damaged files and 5,000 damaged DICOM folders, counted by
+# kind in docs/results/reliability/fuzz.json.
 test-faults: env
 	$(PY) -m pytest -m "faults or not faults" tests/end_to_end/runs tests/end_to_end/faults tests/end_to_end/fuzz
-	$(PY) -W ignore -m benchmarks fuzz --mutations 12000 --json docs/results/reliability/fuzz.json
+	$(PY) -W ignore -m benchmarks fuzz --mutations 12000 --dicom-mutations 5000 \
+	  --json docs/results/reliability/fuzz.json
 
 # The environment of MONAI Label. torch is installed first, so that no other package chooses its build. The build
 # constraint is for sam2, which pip builds from source and which would otherwise install another torch for its build.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzz the image readers: every damaged file must be read completely, or refused with a one-line message.
 
-    python benchmarks/fuzz_readers.py [--mutations N] [--seed S] [--json FILE]
+    python benchmarks/fuzz_readers.py [--mutations N] [--dicom-mutations N] [--seed S] [--json FILE]
 
 Headers of NIfTI-1, NIfTI-2 and MetaImage get random bytes and boundary values in every field; gzip and zlib streams
-get flipped bits, cuts, inserted bytes, further members and bombs. Each file is read twice: with ``header_of`` and
-``read_volume``, and with ``LoadModalitiesd`` together with an undamaged file. Accepted outcomes are:
+get flipped bits, cuts, inserted bytes, further members and bombs; for DICOM files see ``benchmarks.fuzz_dicom``. Each
+file is read twice: with ``header_of`` and ``read_volume``, and with ``LoadModalitiesd`` together with an undamaged
+file. Accepted outcomes are:
 
 - a volume of the shape in the header (parsed here with ``struct``) whose stream Python's own gzip accepts;
 - a ValueError or OSError with a one-line message that names the file.
@@ -25,6 +26,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -41,7 +43,9 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
 
+from benchmarks import fuzz_dicom
 from scripts.image_io.checks import Rules
+from scripts.image_io.dicom_study import find_series
 from scripts.image_io.reader import LoadModalitiesd, header_of, read_volume
 
 SECONDS = 5
@@ -253,13 +257,41 @@ def outcome_of(path: Path, undamaged: Path, data: bytes) -> str:
     return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: the affine is not finite"
 
 
+def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -> str:
+    """Like ``outcome_of`` for a folder of DICOM files, which is also listed like a study."""
+    load, outcomes = LoadModalitiesd(["image", "other"], rules=RULES), []
+    for read in (
+        lambda: header_of(folder, RULES),
+        lambda: read_volume(header_of(folder, RULES), RULES),
+        lambda: load({"image": folder, "other": undamaged})["image"],
+        lambda: find_series(folder),
+    ):
+        try:
+            outcomes.append(read())
+        except (ValueError, OSError) as error:
+            text = str(error)
+            if str(folder) not in text or "\n" in text or not (isinstance(error, OSError) or text.endswith(".")):
+                return f"fault: not a one-line message that names the file: {text[:200]!r}"
+            outcomes.append(None)
+        except Exception as error:
+            return f"fault: {type(error).__name__}: {str(error)[:200]}"
+    header, volume, loaded, _ = outcomes
+    if volume is None:
+        return "refused" if loaded is None else "fault: only read together with another file"
+    if not header.warnings and not header.notes:
+        stated = fuzz_dicom.stated_shape(files)
+        if tuple(volume.shape) != (1, *stated):
+            return f"fault: shape {tuple(volume.shape)}, in the headers {stated}"
+    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: the affine is not finite"
+
+
 def _address_space(field: str) -> int:
     """``VmPeak`` or ``VmSize`` in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _run_mutations(first: int, last: int, seed: int, folder: Path, classify: Classify) -> None:
+def _run_mutations(first: int, last: int, seed: int, folder: Path, classify: Classify, dicom: bool) -> None:
     """Read mutations and write a line for each; runs in a child process."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
@@ -268,20 +300,30 @@ def _run_mutations(first: int, last: int, seed: int, folder: Path, classify: Cla
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     faulthandler.disable()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even in C code
-    undamaged = {source: _image(source, folder) for source in ("nifti1", "nifti2", "mha")}
     good = folder / "good.nii"
-    good.write_bytes(undamaged["nifti1"])
+    undamaged: Any = fuzz_dicom.samples() if dicom else {s: _image(s, folder) for s in ("nifti1", "nifti2", "mha")}
+    good.write_bytes(_image("nifti1", folder) if dicom else undamaged["nifti1"])
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise threads reserve address space of their own
-    classify(good, good, undamaged["nifti1"])  # starts all threads, which allocate their stacks
+    for sample in undamaged.values() if dicom else ():  # imports every decoder
+        content = [fuzz_dicom.joined(each, each.data) for each in sample]
+        assert classify(_written(folder / "good", content), good, content) == "read"
+        shutil.rmtree(folder / "good")
+    outcome_of(good, good, good.read_bytes())  # starts all threads, which allocate their stacks
     before = _address_space("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (before + 8 * MAX_MEMORY, resource.RLIM_INFINITY))
     with open(folder / "lines", "a", encoding="utf-8", buffering=1) as lines:
         for number in range(first, last):
             rng = random.Random(f"{seed} {number}")
-            kind = rng.choices(KINDS, SHARES)[0]
-            ending, data = mutate(kind, rng, undamaged)
-            path = folder / f"case_{number}.{ending}"
-            path.write_bytes(data)
+            data: Any
+            if dicom:
+                kind = rng.choices(fuzz_dicom.KINDS, fuzz_dicom.SHARES)[0]
+                data = fuzz_dicom.mutate(kind, rng, undamaged)
+                path = _written(folder / f"case_{number}", data)
+            else:
+                kind = rng.choices(KINDS, SHARES)[0]
+                ending, data = mutate(kind, rng, undamaged)
+                path = folder / f"case_{number}.{ending}"
+                path.write_bytes(data)
             lines.write(json.dumps([number, kind]) + "\n")
             peak = _address_space("VmPeak")
             signal.alarm(SECONDS)
@@ -291,12 +333,20 @@ def _run_mutations(first: int, last: int, seed: int, folder: Path, classify: Cla
             if now > peak and now - before > MAX_MEMORY and not outcome.startswith("fault"):
                 outcome = f"fault: {(now - before) >> 20} MiB of address space"
             if not outcome.startswith("fault"):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             lines.write(json.dumps([number, kind, outcome]) + "\n")
 
 
-def fuzz(mutations: int, seed: int, folder: Path, classify: Classify = outcome_of) -> list[tuple[int, str, str]]:
+def _written(folder: Path, files: fuzz_dicom.Mutated) -> Path:
+    folder.mkdir()
+    for number, content in enumerate(files):
+        (folder / f"{number}.dcm").write_bytes(content)
+    return folder
+
+
+def fuzz(mutations: int, seed: int, folder: Path, dicom: bool = False) -> list[tuple[int, str, str]]:
     """Number, kind and outcome of every mutation; files that cause faults stay in ``folder``."""
+    classify: Any = outcome_of_dicom if dicom else outcome_of
     done: dict[int, tuple[int, str, str]] = {}
     first = 0
     while first < mutations:
@@ -304,7 +354,7 @@ def fuzz(mutations: int, seed: int, folder: Path, classify: Classify = outcome_o
         child = os.fork()
         if child == 0:
             try:
-                _run_mutations(first, mutations, seed, folder, classify)
+                _run_mutations(first, mutations, seed, folder, classify, dicom)
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
@@ -321,10 +371,10 @@ def fuzz(mutations: int, seed: int, folder: Path, classify: Classify = outcome_o
 
 def summary(outcomes: list[tuple[int, str, str]], seed: int) -> dict[str, Any]:
     """Counts of outcomes by kind of mutation."""
-    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in [*KINDS, *fuzz_dicom.KINDS]}
     for _, kind, outcome in outcomes:
         kinds[kind].update(["mutations", outcome.partition(":")[0]])
-    table = {k: {n: c[n] for n in ("mutations", "refused", "read", "fault")} for k, c in kinds.items()}
+    table = {k: {n: c[n] for n in ("mutations", "refused", "read", "fault")} for k, c in kinds.items() if c}
     total = {n: sum(c[n] for c in table.values()) for n in ("mutations", "refused", "read", "fault")}
     limits = {"seconds": SECONDS, "address_space_mib": MAX_MEMORY >> 20}
     return {"seed": seed, "limits_per_mutation": limits, "total": total, "kinds": table}
@@ -333,6 +383,7 @@ def summary(outcomes: list[tuple[int, str, str]], seed: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the image readers with damaged files.")
     parser.add_argument("--mutations", type=int, default=12_000)
+    parser.add_argument("--dicom-mutations", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--keep", metavar="FOLDER", help="folder that keeps the files that cause faults")
@@ -340,7 +391,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = fuzz(options.mutations, options.seed, folder)
+        outcomes = []
+        for name, mutations in (("files", options.mutations), ("dicom", options.dicom_mutations)):
+            (folder / name).mkdir(exist_ok=True)
+            outcomes += fuzz(mutations, options.seed, folder / name, name == "dicom") if mutations else []
     counts = summary(outcomes, options.seed)
     for number, kind, outcome in outcomes:
         if outcome.startswith("fault"):

@@ -14,8 +14,9 @@ from scripts.cli.bundle_run import resolved_config
 from scripts.cli.config import read_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
+from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_packages import dicom_package
-from scripts.image_io.dicom_series import series_slices
+from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_study import DICOM_MODALITIES, Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, read_slices, write_rtstruct, write_seg
 from scripts.utils.run_manifest import code_version
@@ -28,7 +29,8 @@ def segment_study(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: the study lacks a series, holds several of a kind, or mixes patients or frames of reference; the
-            reference series is missing; an optional package is not installed; a table of cases is given.
+            reference series is missing, or is multi-frame and an RTSTRUCT is wanted; an optional package is not
+            installed; a table of cases is given.
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
@@ -42,11 +44,17 @@ def segment_study(args: argparse.Namespace) -> None:
         dicom_package(name)  # before anything is segmented
     chosen = choose_series(find_series(args.study), modalities, args.series_uid or ())
     _require_series(args, chosen, modalities)
+    reference = chosen[modalities[0]]
+    if args.rtstruct and reference.enhanced:
+        raise ValueError(
+            f"The series {reference.uid} is multi-frame (enhanced) DICOM, for which no RTSTRUCT can be written. Leave "
+            "out --rtstruct: the mask is written as NIfTI and DICOM SEG."
+        )
     uids = [series.uid for series in chosen.values()]
     with tempfile.TemporaryDirectory(prefix="series-") as links:
         folders = _series_folders(chosen, Path(links))
         segment_case(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
-    write_dicom(mask, chosen[modalities[0]], segment_label(), output, args.rtstruct, args.debug)
+    write_dicom(mask, reference, segment_label(), output, args.rtstruct, args.debug)
 
 
 def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], modalities: list[str]) -> None:
@@ -66,7 +74,9 @@ def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]
         if counts[folder] > 1:
             folder = links / key
             folder.mkdir()
-            for number, file in enumerate(series_slices(series.folder, [series.uid])):
+            files = series_files(series.folder, [series.uid])
+            report_findings(Finding(WARNING, text) for text in files.warnings)
+            for number, file in enumerate(files.heads):
                 (folder / f"{number:05d}").symlink_to(Path(file).resolve())
             print(f"{key}: series {series.uid} of {series.folder}")
         folders[key] = str(folder)
@@ -86,7 +96,7 @@ def write_dicom(mask: Path, reference: Series, label: str, output: Path, rtstruc
     """
     path = output / "seg.dcm"
     with _without_patient_data(path, reference, mask, debug):
-        slices = read_slices(list(series_slices(reference.folder, [reference.uid])))
+        slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
         write_seg(mask, slices, label, code_version(), path)
     print(f"DICOM SEG: {path}")
     if rtstruct:

@@ -22,6 +22,7 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 CONSTANT = "constant"
 LABEL = "label"
 MASK = "mask"
+DICOM_MODALITIES = {"ct": "CT", "pet": "PT", "mr": "MR"}  # by the config's modality
 FLOAT32_MAX = float(np.finfo(np.float32).max)  # larger values become infinite on their way to the network
 MAX_PLAUSIBLE = 1e9  # no scanner stores larger values, in any unit
 CT_MAX_AIR_HU = -200.0  # a CT shows air (about -1000 HU), so its minimum lies below this
@@ -101,6 +102,7 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
         stacked: modalities along the last axis, if each of them names the same 4D file.
     """
     findings = [Finding(WARNING, text, key=key) for key, header in headers.items() for text in header.warnings]
+    findings += [Finding(NOTE, text, key=key) for key, header in headers.items() for text in header.notes]
     for key, header in headers.items():
         extra_axes = expected_extra_axes(key, stacked)
         if header.shape[3:] != extra_axes:
@@ -109,7 +111,7 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
             )
             size = " x ".join(map(str, header.shape))
             findings.append(Finding(ERROR, f"{header.path} contains {size} voxels. Give {expected}.", key=key))
-    findings += _check_single_slices(headers) + _check_dicom_series(headers)
+    findings += _check_single_slices(headers) + _check_dicom_series(headers) + _check_dicom_modalities(headers)
     if reference in headers:
         for key, header in headers.items():
             if key != reference:
@@ -146,6 +148,17 @@ def _check_dicom_series(headers: Mapping[str, Header]) -> list[Finding]:
         elif frame != frame2:
             frames = f"{path} has the frame of reference {frame or 'unknown'}, {path2} has {frame2 or 'unknown'}"
             findings.append(Finding(ERROR, f"{frames}. Register one to the other first."))
+    return findings
+
+
+def _check_dicom_modalities(headers: Mapping[str, Header]) -> list[Finding]:
+    """Find series that are given as another modality than their headers state."""
+    findings = []
+    for key, header in headers.items():
+        expected = DICOM_MODALITIES.get(key)
+        if expected and header.modality in DICOM_MODALITIES.values() and header.modality != expected:
+            text = f"{header.path} is given as {key}, but its Modality is {header.modality}"
+            findings.append(Finding(ERROR, f"{text}. Give a series of {expected}.", key=key))
     return findings
 
 

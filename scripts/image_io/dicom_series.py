@@ -6,25 +6,55 @@ Everything here goes through SimpleITK (GDCM), so that CT and MR series are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.image_io.headers import LPS_TO_RAS, Header, check_affine, check_max_voxels, itk_header
+from scripts.image_io.dicom_classes import ENHANCED, IMAGES, MODALITY_OF_CLASS, no_image, sop_class_of
+from scripts.image_io.dicom_enhanced import read_enhanced_header
+from scripts.image_io.dicom_geometry import MAX_ROUNDING, geometry_numbers, spacing_warning, stack_affine
+from scripts.image_io.dicom_structure import DamagedError, read_structure
+from scripts.image_io.dicom_values import Rescale, check_pixel_format, check_rescale
+from scripts.image_io.headers import Header, check_affine, check_max_voxels, itk_header
 
-SERIES_UID, PATIENT_ID, FRAME_UID = "0020|000e", "0010|0020", "0020|0052"
-SOP_CLASS_UID, POSITION, MODALITY = "0008|0016", "0020|0032", "0008|0060"
-ORIENTATION, PIXEL_SPACING = "0020|0037", "0028|0030"
-MAX_UNEVENNESS = 0.02  # deviation of a slice distance, as a fraction of the median distance
-MAX_OFFSET = 0.1  # distance of a slice from its position on an even grid, as a fraction of the median distance
-MAX_ROUNDING = 1e-3  # differences between slices in direction (cosine) or voxel size (mm)
+TAGS = {
+    **{"SOPClassUID": "0008|0016", "SeriesInstanceUID": "0020|000e", "FrameOfReferenceUID": "0020|0052"},
+    **{"PatientID": "0010|0020", "Modality": "0008|0060", "ImageType": "0008|0008", "NumberOfFrames": "0028|0008"},
+    **{"ImagePositionPatient": "0020|0032", "ImageOrientationPatient": "0020|0037", "PixelSpacing": "0028|0030"},
+    **{"RescaleIntercept": "0028|1052", "RescaleSlope": "0028|1053", "RescaleType": "0028|1054"},
+    **{"BitsAllocated": "0028|0100", "BitsStored": "0028|0101", "HighBit": "0028|0102"},
+    **{"PixelRepresentation": "0028|0103", "PhotometricInterpretation": "0028|0004"},
+    **{"SpacingBetweenSlices": "0018|0088", "SliceThickness": "0018|0050", "NumberOfSlices": "0054|0081"},
+}
+UIDS = ("SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID")
+UID_TEXT = re.compile(r"[0-9.]*")
+MAX_NAMES = 4  # files that a message lists
 
 
-def series_slices(folder: str | Path, series_uids: Sequence[str] = ()) -> dict[str, sitk.ImageFileReader]:
+class SeriesFiles(NamedTuple):
+    """The files of one series in the order of their positions.
+
+    Attributes:
+        heads: headers by file.
+        warnings, notes: about files of the folder that are left out.
+    """
+
+    heads: dict[str, sitk.ImageFileReader]
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def series_files(folder: str | Path, series_uids: Sequence[str] = ()) -> SeriesFiles:
     """The files of the one series in a folder and their headers, in the order of their positions.
+
+    Scouts (``LOCALIZER`` images) and objects that are no images, such as structure sets, are left out.
 
     Args:
         folder: only files directly in this folder are read.
@@ -32,49 +62,134 @@ def series_slices(folder: str | Path, series_uids: Sequence[str] = ()) -> dict[s
 
     Raises:
         ValueError: no DICOM series; several series, of which ``series_uids`` does not name exactly one; a slice without
-            position, orientation or pixel size, which GDCM would guess; or a folder that GDCM cannot list.
+            position, orientation or pixel size, which GDCM would guess; or a damaged file.
     """
-    try:
-        slices, listed_names = _list_series(folder, series_uids)
-    except (RuntimeError, TypeError) as error:  # raised by GDCM, or for a file name that is not text
-        raise ValueError(f"{folder} cannot be listed as DICOM. Export the series again, to another folder.") from error
-    for path, head in slices.items():
-        uids = [_tag(head, key) for key in (SERIES_UID, FRAME_UID, SOP_CLASS_UID)]
-        if not all(uid.isascii() and "\\" not in uid for uid in uids):
+    images, notes = _image_files(Path(folder))
+    uids = sorted(images)
+    if not uids:
+        raise ValueError(f"{folder} contains no DICOM images. Give a file, or the folder of one series.")
+    chosen = [uid for uid in uids if uid in series_uids] if len(uids) > 1 else uids
+    read = {uid: _split_scouts(images[uid]) for uid in (chosen if len(chosen) == 1 else uids)}
+    volumes = [uid for uid, (heads, _) in read.items() if heads]
+    if not volumes:
+        raise ValueError(f"{folder} contains only LOCALIZER images (scouts). Give the series of the volume.")
+    if len(volumes) > 1:
+        raise ValueError(
+            f"{folder} contains {len(uids)} DICOM series ({', '.join(uids)}). Choose one with --series-uid."
+        )
+    heads = read[volumes[0]][0]
+    excess = [path for path, head in heads.items() if _has_excess_pixels(head, path, images[volumes[0]][path])]
+    for path, head in heads.items():
+        if not all(uid.isascii() and "\\" not in uid for uid in (_text(head, keyword) for keyword in UIDS)):
             raise ValueError(f"{path} is a damaged DICOM file: its UIDs cannot be parsed. Export it again.")
-        _require_geometry(head, path)
-    slices = _sort_by_position(slices)
-    _refuse_unreadable_slices(Path(folder), listed_names, _tag(next(iter(slices.values())), SOP_CLASS_UID))
-    return slices
+        if not is_multiframe(head):
+            _require_geometry(head, path)
+    if len(heads) > 1 and any(is_multiframe(head) for head in heads.values()):
+        raise ValueError(f"{folder} contains several multi-frame files. Keep one of them.")
+    warnings = _scout_warning(folder, [path for _, scouts in read.values() for path in scouts])
+    if excess:
+        names = _first_names(Path(path).name for path in excess)
+        warnings += (f"{folder} contains more pixel data than the sizes in its headers, which are used ({names})",)
+    return SeriesFiles(_sort_by_position(heads), warnings, notes)
 
 
-def _list_series(folder: str | Path, series_uids: Sequence[str]) -> tuple[dict[str, sitk.ImageFileReader], set[str]]:
-    """Headers of the chosen series by file, and the names of all files that GDCM recognises as DICOM."""
-    with _no_itk_warnings():
-        uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-        if not uids:
-            raise ValueError(f"{folder} contains no DICOM images. Give a file, or the folder of one series.")
-        chosen = [uid for uid in uids if uid in series_uids] if len(uids) > 1 else uids
-        if len(chosen) != 1:
-            raise ValueError(
-                f"{folder} contains {len(uids)} DICOM series ({', '.join(uids)}). Choose one with --series-uid."
-            )
-        paths = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
-    heads = {str(path): _read_head(str(path)) for path in paths[chosen[0]]}
-    return heads, {Path(path).name for files in paths.values() for path in files}
+def _image_files(folder: Path) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
+    """The image files of a folder by series, and a note about objects that are no images, such as structure sets.
+
+    Returns:
+        Bytes of pixel data by file by series UID (see ``Structure``); and the note, if there are such objects.
+
+    Raises:
+        ValueError: an image, or what may be one, is damaged: without it, the series would silently miss a slice.
+    """
+    images: dict[str, dict[str, int]] = defaultdict(dict)
+    passed_over = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        try:
+            structure = read_structure(path)
+        except DamagedError as error:
+            kind = no_image(sop_class_of(path) or "")
+            if not kind:
+                reason = f"is truncated or not a DICOM file (it {error})"
+                raise ValueError(f"{path} {reason}. Export the series again, or remove the file.") from None
+            passed_over[path.name] = kind
+            continue
+        if structure is None:
+            if path.suffix.lower() == ".dcm" or not path.stat().st_size:
+                reason = "is truncated or not a DICOM file"
+                raise ValueError(f"{path} {reason}. Export the series again, or remove the file.")
+        elif kind := no_image(structure.sop_class):
+            passed_over[path.name] = kind
+        elif structure.pixel_bytes:
+            if not UID_TEXT.fullmatch(structure.series_uid):
+                raise ValueError(f"{path} is a damaged DICOM file: its UIDs cannot be parsed. Export it again.")
+            images[structure.series_uid][_text_name(path)] = structure.pixel_bytes
+        elif structure.sop_class in IMAGES or not structure.sop_class:
+            raise ValueError(f"{path} has no pixel data. Export the series again, or remove the file.")
+        else:
+            passed_over[path.name] = "no pixel data"
+    return images, _no_image_note(folder, passed_over)
+
+
+def _text_name(path: Path) -> str:
+    """A path as text; ValueError if it is not UTF-8, which ends ITK."""
+    try:
+        path.name.encode("utf-8")
+    except UnicodeEncodeError:
+        name = path.name.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise ValueError(f"{path.parent} contains a file whose name is not UTF-8 ({name}). Rename it.") from None
+    return str(path)
+
+
+def _has_excess_pixels(head: sitk.ImageFileReader, path: str, pixel_bytes: int) -> bool:
+    """Whether uncompressed pixel data are longer than the header states; ValueError if they are shorter."""
+    bits = _text(head, "BitsAllocated")
+    if pixel_bytes < 0 or not bits.isdecimal():
+        return False
+    stated = math.prod(head.GetSize()) * head.GetNumberOfComponents() * int(bits) // 8
+    if pixel_bytes < stated:
+        raise ValueError(f"{path} has {pixel_bytes} bytes of pixel data instead of {stated}. Export it again.")
+    return pixel_bytes > stated + 1
+
+
+def _split_scouts(paths: Iterable[str]) -> tuple[dict[str, sitk.ImageFileReader], list[str]]:
+    """The headers of a series' slices, and the files of its scouts, which lie in other planes."""
+    heads = {path: _read_head(path) for path in paths}
+    scouts = [path for path, head in heads.items() if "LOCALIZER" in _text(head, "ImageType").upper().split("\\")]
+    return {path: head for path, head in heads.items() if path not in scouts}, scouts
+
+
+def _scout_warning(folder: str | Path, scouts: Sequence[str]) -> tuple[str, ...]:
+    if not scouts:
+        return ()
+    count = f"{len(scouts)} LOCALIZER {'images' if len(scouts) > 1 else 'image'}"
+    return (f"{folder}: left out {count} ({_first_names(Path(path).name for path in scouts)})",)
+
+
+def _no_image_note(folder: str | Path, kinds: Mapping[str, str]) -> tuple[str, ...]:
+    if not kinds:
+        return ()
+    return (f"{folder}: passed over what is no image ({_first_names(f'{n}: {k}' for n, k in sorted(kinds.items()))})",)
+
+
+def _first_names(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - MAX_NAMES} more" if len(listed) > MAX_NAMES else ""
+    return ", ".join(listed[:MAX_NAMES]) + more
+
+
+def is_multiframe(head: sitk.ImageFileReader) -> bool:
+    """Whether a file may contain many frames; their positions are in sequences, which SimpleITK does not show."""
+    frames = _text(head, "NumberOfFrames") or "1"
+    return _text(head, "SOPClassUID") in ENHANCED or frames != "1" or head.GetSize()[2:] not in ((), (1,))
 
 
 def _require_geometry(head: sitk.ImageFileReader, path: str) -> None:
-    """Refuse a file without position, orientation or pixel size: GDCM would use the origin, straight axes and 1 mm.
-
-    A multi-frame file stores them in sequences, which SimpleITK does not show, so only GDCM's result can be checked.
-    """
-    if head.GetSize()[2:] in ((), (1,)):
-        _numbers(head, path, PIXEL_SPACING, 2)
-        _numbers(head, path, ORIENTATION, 6)
-        _numbers(head, path, POSITION, 3)
-    elif (*head.GetOrigin(), *head.GetDirection(), *head.GetSpacing()[:2]) == (0, 0, 0, *np.eye(3).ravel(), 1, 1):
-        raise ValueError(f"{path} has no position and pixel size of its frames. Export it as single slices.")
+    """Refuse a slice without position, orientation or pixel size: GDCM would use the origin, straight axes and 1 mm."""
+    for keyword in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
+        geometry_numbers(_text(head, keyword), keyword, path)
 
 
 def _sort_by_position(heads: dict[str, sitk.ImageFileReader]) -> dict[str, sitk.ImageFileReader]:
@@ -86,85 +201,75 @@ def _sort_by_position(heads: dict[str, sitk.ImageFileReader]) -> dict[str, sitk.
     return {path: heads[path] for path in sorted(along, key=lambda path: along[path])}
 
 
-def _refuse_unreadable_slices(folder: Path, listed_names: set[str], sop_class: str) -> None:
-    """Refuse a folder with truncated slices: GDCM skips them, and the series would silently miss slices."""
-    uid = sop_class.strip("\0").encode()
-    for path in sorted(folder.iterdir()):
-        if path.name in listed_names or path.name.startswith(".") or not path.is_file():
-            continue
-        with open(path, "rb") as file:
-            start = file.read(4096)
-        not_dicom = path.suffix.lower() == ".dcm" and start[128:132] != b"DICM"
-        if not start or not_dicom or (uid and b"UI" + bytes([len(uid) + len(uid) % 2, 0]) + uid in start):
-            raise ValueError(f"{path} is truncated or not a DICOM file. Export the series again, or remove the file.")
-
-
 def read_series_header(folder: str | Path, series_uids: Sequence[str] = (), max_voxels: int | None = None) -> Header:
-    """Read the header of every slice and check that they form one volume.
+    """Read the header of every slice and check that they form one volume with values of a known unit.
 
     Raises:
-        ValueError: see ``series_slices``; slices of several patients, frames of reference or grids; missing or
-            duplicate slices, uneven distances, a tilted gantry, or more than ``max_voxels`` voxels.
+        ValueError: see ``series_files``, ``check_rescale``, ``check_pixel_format`` and ``read_enhanced_header``; slices
+            of several patients, frames of reference or grids; missing or duplicate slices, uneven distances, a tilted
+            gantry, or more than ``max_voxels`` voxels.
     """
-    slices = series_slices(folder, series_uids)
-    heads = list(slices.values())
-    tags = [{key: _tag(head, key) for key in (SERIES_UID, PATIENT_ID, FRAME_UID)} for head in heads]
+    files = series_files(folder, series_uids)
+    heads = list(files.heads.values())
+    series = _one_identity(heads, folder)
+    if is_multiframe(heads[0]):
+        (path,) = files.heads
+        header = read_enhanced_header(path, str(folder), _modality(heads[0]), max_voxels)
+        header = header._replace(series=series, slices=(path,), notes=files.notes, modality=_modality(heads[0]))
+        return header._replace(warnings=files.warnings + header.warnings)
+    for path, head in files.heads.items():
+        check_pixel_format(lambda keyword, head=head: _text(head, keyword), path)  # type: ignore[misc]
+    rescales = {
+        path: Rescale(*(_text(head, f"Rescale{part}") for part in ("Slope", "Intercept", "Type")))
+        for path, head in files.heads.items()
+    }
+    warnings = [*files.warnings, *check_rescale(rescales, _modality(heads[0]), str(folder))]
+    header = itk_header(heads[0], str(folder))._replace(series=series, slices=tuple(files.heads), notes=files.notes)
+    if len(heads) > 1:
+        positions = np.array([_position(head, path) for path, head in files.heads.items()])
+        affine = stack_affine(header.affine, positions, str(folder))
+        header = header._replace(affine=affine, shape=(*header.shape[:2], len(heads)))
+        warnings.append(spacing_warning(_text(heads[0], "SpacingBetweenSlices"), affine, str(folder)))
+    elif not (_text(heads[0], "SpacingBetweenSlices") or _text(heads[0], "SliceThickness")):
+        warnings.append(f"{folder} is one slice without SliceThickness: {header.affine[:3, 2].max():.3g} mm is used")
+    header = header._replace(modality=_modality(heads[0]))
+    warnings.append(_count_warning(heads, folder))
+    if max_voxels is not None:
+        check_max_voxels(folder, header.shape, max_voxels)
+    check_affine(header.affine, str(folder))
+    return header._replace(warnings=tuple(text for text in warnings if text))
+
+
+def _one_identity(heads: Sequence[sitk.ImageFileReader], folder: str | Path) -> tuple[str, str, str]:
+    """Series, patient and frame of reference; ValueError if slices have several, or several grids or modalities."""
+    identities = [tuple(_text(h, k) for k in ("SeriesInstanceUID", "PatientID", "FrameOfReferenceUID")) for h in heads]
     axes = np.array([head.GetDirection() for head in heads])
     spacings = np.array([head.GetSpacing()[:2] for head in heads])
     differing = {
-        "patients": len({tag[PATIENT_ID] for tag in tags}) > 1,
-        "frames of reference": len({tag[FRAME_UID] for tag in tags}) > 1,
+        "patients": len({patient for _, patient, _ in identities}) > 1,
+        "frames of reference": len({frame for _, _, frame in identities}) > 1,
+        "modalities": len({_modality(head) for head in heads}) > 1,
         "orientations": np.ptp(axes, axis=0).max() > MAX_ROUNDING,
         "sizes": len({head.GetSize() for head in heads}) > 1 or np.ptp(spacings, axis=0).max() > MAX_ROUNDING,
     }
     for what, differ in differing.items():
         if differ:
             raise ValueError(f"{folder} contains slices of several {what}. Keep those of one series.")
-    series = (tags[0][SERIES_UID], tags[0][PATIENT_ID], tags[0][FRAME_UID])
-    header = itk_header(heads[0], str(folder))._replace(series=series, slices=tuple(slices))
-    if len(slices) > 1:
-        if header.shape[2:] != (1,):
-            raise ValueError(f"{folder} contains several multi-frame files. Keep one of them.")
-        positions = np.array([_position(head, path) for path, head in slices.items()])
-        affine = _stack_affine(header.affine, positions, str(folder))
-        header = header._replace(affine=affine, shape=(*header.shape[:2], len(slices)))
-    if max_voxels is not None:
-        check_max_voxels(folder, header.shape, max_voxels)
-    check_affine(header.affine, str(folder))
-    return header
+    uid, patient, frame = identities[0]
+    return uid, patient, frame
 
 
-def _stack_affine(affine: np.ndarray, positions: np.ndarray, folder: str) -> np.ndarray:
-    """The affine (RAS) of a stack of slices.
+def _modality(head: sitk.ImageFileReader) -> str:
+    """DICOM's modality; that of the SOP class if the header has none."""
+    return _text(head, "Modality") or MODALITY_OF_CLASS.get(_text(head, "SOPClassUID"), "")
 
-    Args:
-        affine: of the first slice.
-        positions: of all slices in their order, N x 3, LPS.
-        folder: for error messages.
-    """
-    advice = "Export the whole series again, or resample it to even distances."
-    places = positions @ LPS_TO_RAS[:3, :3]
-    normal = np.cross(affine[:3, 0], affine[:3, 1])
-    distances = np.diff(np.sort(places @ (normal / np.linalg.norm(normal))))
-    median = float(np.median(distances))
-    if median == 0 or (distances < MAX_UNEVENNESS * median).any():
-        raise ValueError(f"{folder} contains several slices at one position. Keep one of each.")
-    uneven = np.abs(distances - median) > MAX_UNEVENNESS * median
-    if uneven.any():
-        gap = int(np.flatnonzero(uneven)[0])
-        missing = round(float(distances[gap]) / median) - 1
-        where = f"{distances[gap]:.2f} mm after slice {gap + 1} of {len(places)}, {median:.2f} mm elsewhere"
-        lacks_slices = missing > 0 and abs(distances[gap] / median - missing - 1) < 0.1
-        fault = "has missing slices" if lacks_slices else "has uneven slice distances"
-        raise ValueError(f"{folder} {fault} ({where}). {advice}")
-    stacked = affine.copy()
-    stacked[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
-    stacked[:3, 3] = places[0]
-    offsets = np.linalg.norm(places - places[0] - np.arange(len(places))[:, None] * stacked[:3, 2], axis=1)
-    if offsets.max() > MAX_OFFSET * median:
-        where = f"slice {int(offsets.argmax()) + 1} of {len(places)} lies {offsets.max():.2f} mm off the even grid"
-        raise ValueError(f"{folder} has uneven slice distances ({where}). {advice}")
-    return stacked
+
+def _count_warning(heads: Sequence[sitk.ImageFileReader], folder: str | Path) -> str:
+    """A warning if a PET states more slices than there are files."""
+    stated = _text(heads[0], "NumberOfSlices")
+    if not stated.isdecimal() or int(stated) <= len(heads):
+        return ""
+    return f"{folder} has {len(heads)} slices, but a NumberOfSlices of {stated}: are slices missing?"
 
 
 def _read_head(path: str) -> sitk.ImageFileReader:
@@ -179,29 +284,15 @@ def _read_head(path: str) -> sitk.ImageFileReader:
     return reader
 
 
-def _tag(head: sitk.ImageFileReader, key: str) -> str:
-    """A tag's text. Bytes that are not UTF-8 are escaped, so that different values stay different."""
-    text = str(head.GetMetaData(key)).strip() if head.HasMetaDataKey(key) else ""
+def _text(head: sitk.ImageFileReader, keyword: str) -> str:
+    """An element's text. Bytes that are not UTF-8 are escaped, so that different values stay different."""
+    key = TAGS[keyword]
+    text = str(head.GetMetaData(key)).strip(" \0") if head.HasMetaDataKey(key) else ""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _position(head: sitk.ImageFileReader, path: str) -> np.ndarray:
-    return _numbers(head, path, POSITION, 3)
-
-
-def _numbers(head: sitk.ImageFileReader, path: str, key: str, count: int) -> np.ndarray:
-    """The numbers of a tag; ValueError if there are none, or not ``count`` finite ones."""
-    keyword = {POSITION: "ImagePositionPatient", ORIENTATION: "ImageOrientationPatient", PIXEL_SPACING: "PixelSpacing"}
-    text = _tag(head, key)
-    if not text:
-        raise ValueError(f"{path} has no {keyword[key]}. Export the series as slices that contain it.")
-    try:
-        numbers = np.array([float(part) for part in text.split("\\") if part])
-    except ValueError:
-        numbers = np.array([])
-    if numbers.shape != (count,) or not np.isfinite(numbers).all() or (key == PIXEL_SPACING and (numbers <= 0).any()):
-        raise ValueError(f"{path} is a damaged DICOM file: its {keyword[key]} is not valid. Export it again.")
-    return numbers
+    return geometry_numbers(_text(head, "ImagePositionPatient"), "ImagePositionPatient", path)
 
 
 @contextmanager
@@ -216,5 +307,5 @@ def _no_itk_warnings() -> Iterator[None]:
 
 
 def is_pet(file: str) -> bool:
-    """Whether a slice belongs to a PET, whose stored values must still be converted to SUV."""
-    return _tag(_read_head(file), MODALITY) == "PT"
+    """Whether a file belongs to a PET, whose values must still be converted to SUV."""
+    return _modality(_read_head(file)) == "PT"

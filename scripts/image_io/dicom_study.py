@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.image_io.checks import DICOM_MODALITIES
+from scripts.image_io.dicom_classes import ENHANCED, no_image
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.dicom_structure import read_structure
 
-DICOM_MODALITIES = {"ct": "CT", "pet": "PT", "mr": "MR"}  # by the config's modality
 TAGS = (
     *("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType"),
-    *("NumberOfFrames", "SharedFunctionalGroupsSequence"),
+    "SOPClassUID",
 )
 
 
@@ -27,7 +29,7 @@ class Series(NamedTuple):
     frame: str
     description: str
     slices: int
-    multiframe: bool = False
+    enhanced: bool = False
 
 
 def find_series(study: str | Path) -> list[Series]:
@@ -54,16 +56,19 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
         if not path.is_file() or path.name.startswith("."):
             continue
         try:
+            if read_structure(path) is None:
+                continue
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+            values = [str(head.get(tag, "")) for tag in TAGS]  # raises for values of another type than the element's
             is_scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
             is_image = (
                 head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in DICOM_MODALITIES.values()
-            )
+            ) and not no_image(str(head.get("SOPClassUID", "")))
         # Not DICOM, or damaged: pydicom raises many exception types. The missing slice is noticed when the series is
         # read.
         except Exception:
             continue
-        if is_image and not is_scout:
+        if values and is_image and not is_scout:
             yield path, head
 
 
@@ -76,8 +81,8 @@ def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
     patient, frame, description = (
         str(head.get(tag, "") or "") for tag in ("PatientID", "FrameOfReferenceUID", "SeriesDescription")
     )
-    multiframe = any("SharedFunctionalGroupsSequence" in h or int(h.get("NumberOfFrames") or 1) > 1 for _, h in images)
-    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images), multiframe)
+    enhanced = any(str(h.get("SOPClassUID")) in ENHANCED for _, h in images)
+    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images), enhanced)
 
 
 def choose_series(
@@ -92,7 +97,7 @@ def choose_series(
 
     Raises:
         ValueError: DICOM cannot distinguish a modality; there are several series of one; a UID does not exist; a chosen
-            series is multi-frame or has no frame of reference; or the chosen series have different patients or frames
+            series has no frame of reference; or the chosen series have different patients or frames
             of reference. The messages do not contain patient ids.
     """
     unsupported = [key for key in modalities if key not in DICOM_MODALITIES]
@@ -121,11 +126,6 @@ def choose_series(
 def _refuse_unusable(chosen: Sequence[Series]) -> None:
     """Refuse series that cannot be read, or whose position relative to each other is unknown."""
     for series in chosen:
-        if series.multiframe:
-            raise ValueError(
-                f"The series {series.uid} is multi-frame (enhanced) DICOM, which is not supported. Export it as one "
-                "file per slice, or convert it to NIfTI and use `segment`."
-            )
         if not series.frame:
             raise ValueError(
                 f"The series {series.uid} has no FrameOfReferenceUID, so its position relative to other series is "

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from scripts.image_io.dicom_classes import ENHANCED
+from scripts.image_io.dicom_enhanced import pet_elements
 from scripts.image_io.dicom_packages import dicom_package
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ HALF_LIFE_S = (1.0, 1e9)
 # (half life 110 minutes). A longer time means another tracer than the network was trained on, or a wrong clock or date.
 MAX_UPTAKE = timedelta(hours=12)
 CORRECTIONS = {"ATTN": "attenuation", "DECY": "decay"}  # required by QIBA
+SAME_IN_ALL = ("Units", "SUVType", "DecayCorrection", "CorrectedImage", "PatientWeight")  # slices of a series
 UTC_OFFSET = r"[+-]\d{4}"
 
 
@@ -32,9 +35,18 @@ def series_suv_factor(files: Sequence[str], name: str) -> float:
         raise ValueError(f"{name} is a PET in DICOM: {error}") from error
     try:
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+        slices = [pet_elements(head) if str(head.SOPClassUID) in ENHANCED else head for head in slices]
+        differing = [keyword for keyword in SAME_IN_ALL if len({str(head.get(keyword)) for head in slices}) > 1]
     except Exception:  # pydicom raises many exception types on a damaged file, and quotes its content
         raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
-    return suv_factor(slices, name)
+    if differing:
+        raise ValueError(f"{name} contains slices with different {differing[0]}. Export the series again.")
+    try:
+        return suv_factor(slices, name)
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
 
 
 def suv_factor(slices: Sequence[Any], name: str) -> float:

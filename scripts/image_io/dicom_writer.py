@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from scripts.image_io.dicom_geometry import MAX_OFFSET
 from scripts.image_io.dicom_packages import dicom_package
-from scripts.image_io.dicom_series import MAX_OFFSET
 from scripts.image_io.headers import LPS_TO_RAS
 from scripts.utils.atomic_files import atomic_file
 
@@ -51,11 +51,11 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
 
     Args:
         mask_file: NIfTI, ``H W D`` (column, row, slice), on the grid of the series. A slice may lie off its plane as
-            far as ``scripts.image_io.dicom_series`` accepts.
-        slices: the series' images in any order.
+            far as ``scripts.image_io.dicom_geometry`` accepts.
+        slices: the series' images in any order, or one multi-frame image.
 
     Returns:
-        ``slices rows columns``, uint8.
+        ``slices rows columns``, uint8; the frames of a multi-frame image in the order of the file.
 
     Raises:
         RefusedError: the mask is not on the series' grid.
@@ -64,8 +64,7 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
     mask, affine = np.asanyarray(image.dataobj) > 0, image.affine
     planes = []
     inverse, max_offset = np.linalg.inv(affine), MAX_OFFSET * np.linalg.norm(affine[:3, 2])
-    for dataset in slices:
-        position = LPS_TO_RAS @ np.array([*dataset.ImagePositionPatient, 1.0], dtype=float)
+    for position, dataset in _positions(slices):
         index = inverse @ position
         number = round(float(index[2]))
         offset = np.linalg.norm(affine[:3, :3] @ (index[:3] - [0, 0, number]))
@@ -75,6 +74,14 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
             raise RefusedError(f"{mask_file} is not on the grid of the series {uid}. Segment that series again.")
         planes.append(mask[:, :, number].T)
     return np.stack(planes).astype(np.uint8)
+
+
+def _positions(slices: Sequence[Any]) -> Iterator[tuple[np.ndarray, Any]]:
+    """Position (mm, RAS, homogeneous) of each slice or frame, and its data set."""
+    for dataset in slices:
+        frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
+        for image in [frame.PlanePositionSequence[0] for frame in frames] or [dataset]:
+            yield LPS_TO_RAS @ np.array([*image.ImagePositionPatient, 1.0], dtype=float), dataset
 
 
 def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, path: Path) -> None:

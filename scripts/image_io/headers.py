@@ -44,6 +44,8 @@ class Header(NamedTuple):
         warnings: messages about unusual but usable headers.
         series: DICOM series UID, patient id and frame of reference; None for other formats.
         slices: DICOM files in the order of their positions.
+        notes: messages that are shown on request only.
+        modality: DICOM's ``CT``, ``PT``, ``MR`` or another; empty for other formats.
     """
 
     path: str
@@ -54,6 +56,8 @@ class Header(NamedTuple):
     warnings: tuple[str, ...] = ()
     series: tuple[str, str, str] | None = None
     slices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    modality: str = ""
 
     @property
     def voxels(self) -> int:

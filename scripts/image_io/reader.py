@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
 from scripts.image_io.checks import Rules, check_headers, check_images, report_findings
+from scripts.image_io.dicom_enhanced import is_enhanced, read_enhanced_voxels
 from scripts.image_io.dicom_series import is_pet, read_series_header
 from scripts.image_io.dicom_suv import series_suv_factor
 from scripts.image_io.headers import LPS_TO_RAS, METAIMAGE, NIFTI, VOXEL_TYPES, Header, read_header
@@ -53,6 +54,11 @@ def _read_voxels(header: Header) -> MetaTensor:
         return read_nifti(header.path, header)
     if name.endswith(NRRD):
         return _from_array(read_nrrd_voxels(Path(header.path)), header)
+    if header.slices and is_enhanced(header.slices[0]):
+        voxels = read_enhanced_voxels(header.slices[0])
+        if is_pet(header.slices[0]):
+            voxels *= series_suv_factor(header.slices, header.path)
+        return to_meta_tensor(torch.from_numpy(voxels.reshape(header.shape)), header)
     if name.endswith(METAIMAGE):
         check_metaimage_voxels(Path(header.path))
         reader = sitk.ImageFileReader()

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from scripts.cli import segment_dicom as clinic
 from scripts.cli.main import main
+from scripts.image_io.dicom_series import SeriesFiles
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ def test_whatever_fails_in_writing_is_told_without_its_words(
     def fail(*_: Any) -> None:
         raise kind("SECRET")
 
-    monkeypatch.setattr(clinic, "series_slices", lambda *_: [])
+    monkeypatch.setattr(clinic, "series_files", lambda *_: SeriesFiles({}))
     monkeypatch.setattr(clinic, "write_seg", fail)
     words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask was written to mask\.nii\.gz\."
     with pytest.raises(ValueError, match=words) as caught:

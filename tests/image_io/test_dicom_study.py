@@ -329,17 +329,15 @@ def test_headers_with_missing_optional_values_or_other_character_sets_are_copied
         assert written.StudyDate == ("" if "StudyDate" in changes else "20200102")
 
 
-@pytest.mark.parametrize("multi", [False, True], ids=["functional groups", "frames"])
-def test_a_multi_frame_series_is_refused_before_anything_is_segmented(
-    multi: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_frames_of_a_single_frame_class_are_refused_before_anything_is_segmented(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    groups = {"NumberOfFrames": 2} if multi else {"NumberOfFrames": 1, "SharedFunctionalGroupsSequence": [Dataset()]}
-    image = _slice("CT", "1.2.3", "1.2.4", "1.2.5", Rows=1, Columns=1, **groups, PixelData=b"\0\0" * (1 + multi))
-    image.save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    pixels = {"Rows": 1, "Columns": 1, "NumberOfFrames": 2, "PixelData": b"\0\0" * 2, "PixelSpacing": [1, 1]}
+    _slice("CT", "1.2.3", "1.2.4", "1.2.5", **pixels).save_as(tmp_path / "ct.dcm", enforce_file_format=True)
     command = ["dicom", "--study", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--allow-missing", *TINY]
-    assert main(command) == 1
-    assert "error: The series 1.2.3 is multi-frame (enhanced) DICOM" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert main([*command, "--weights", weights]) == 1
+    assert "ct.dcm has several frames, but is no enhanced CT, PET or MR" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.*"))
 
 
 @pytest.mark.parametrize("share", [0.09, 0.11])

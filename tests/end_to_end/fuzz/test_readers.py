@@ -27,7 +27,7 @@ from scripts.image_io.reader import header_of, read_volume
 
 ROOT = Path(__file__).parents[3]
 RULES = Rules()
-MUTATIONS = 1500
+MUTATIONS, DICOM_MUTATIONS = 1500, 300
 MHA = b"ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = False\nOffset = 1 2 3\n"
 MHA += b"ElementSpacing = 2 2 2\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + bytes(range(8))
 
@@ -58,6 +58,14 @@ def test_every_mutation_is_read_completely_or_refused_with_one_message(fuzz: Mod
     for kind, count in counts["kinds"].items():
         assert count["refused"] > 0, kind
         assert count["read"] > 0 or "cut" in kind or "bomb" in kind, kind  # most changes of a header are harmless
+
+
+def test_every_mutation_of_a_dicom_folder_is_read_completely_or_refused(fuzz: ModuleType, tmp_path: Path) -> None:
+    outcomes = fuzz.fuzz(DICOM_MUTATIONS, 7, tmp_path, dicom=True)
+    assert [each for each in outcomes if each[2] not in ("read", "refused")] == []
+    for kind, count in fuzz.summary(outcomes, 7)["kinds"].items():
+        assert count["refused"] > 0, kind
+        assert (count["read"] > 0) != ("cut" in kind), kind
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,8 @@ def test_a_metaimage_that_itk_would_misread_is_refused(tmp_path: Path, old: byte
 
 def test_the_published_record_contains_no_fault() -> None:
     record = json.loads((ROOT / "docs/results/reliability/fuzz.json").read_text())
-    assert record["total"]["mutations"] >= 12_000
+    assert record["total"]["mutations"] >= 17_000
+    assert sum(count["mutations"] for kind, count in record["kinds"].items() if kind.startswith("dicom")) >= 5000
     assert record["total"]["fault"] == 0
     for name, total in record["total"].items():
         assert total == sum(kind[name] for kind in record["kinds"].values())

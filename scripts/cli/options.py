@@ -40,6 +40,11 @@ def add_common_options(parser: Parser) -> None:
     group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
     group.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="replace NaN and infinite voxels")
     group.add_argument(
+        "--voxel-size",
+        choices=("affine", "pixdim"),
+        help="voxel sizes to believe where a header contradicts itself (default: reject such images)",
+    )
+    group.add_argument(
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
     group = parser.add_argument_group("run")
@@ -123,6 +128,7 @@ def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
         "checks#max_voxels": args.max_voxels,
         "checks#replace_nonfinite": args.replace_nonfinite,
         "checks#series_uids": args.series_uid or None,
+        "checks#voxel_size": args.voxel_size,
     }
     return {key: value for key, value in values.items() if value is not None}
 

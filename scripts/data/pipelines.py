@@ -190,6 +190,8 @@ def preprocessing(
         settings["series_uids"] = sorted(checks.series_uids)
     if stacked:
         settings["stacked"] = True
+    if checks and checks.voxel_size is not None:
+        settings["voxel_size"] = checks.voxel_size
     with_label = labels if mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from scripts.image_io.headers import MAX_VOXELS, Affine, Header
+from scripts.image_io.headers import MAX_VOXELS, VOXEL_SIZES, Affine, Header
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ CT_MAX_AIR_HU = -200.0  # a CT shows air (about -1000 HU), so its minimum lies b
 PET_MIN_SUV, PET_MAX_SUV = -10.0, 200.0  # g/mL; tumours rarely exceed 50
 MR_MIN = -500.0  # MR signals and parameter maps stay above this, HU do not
 MAX_SHIFT = 0.5  # distance in voxels up to which two grids of one shape count as the same
+MIN_VOXEL_MM, MAX_VOXEL_MM = 0.02, 50.0  # of clinical images; sizes in metres or micrometres lie outside
 
 
 class Finding(NamedTuple):
@@ -55,19 +56,25 @@ class Rules:
         max_voxels: refuse a file whose header states more voxels, before memory is allocated.
         replace_nonfinite: value that replaces NaN and infinite voxels; None refuses such files.
         series_uids: DICOM series to read from folders that contain several.
+        voxel_size: which voxel sizes to believe where a header contradicts itself by more than 1%: those of the
+            ``"affine"`` (the axes of the sform, ElementSpacing) or of ``"pixdim"`` (pixdim, ElementSize); None refuses
+            such files. See ``scripts.image_io.headers.reconcile_voxel_sizes``.
 
     Raises:
-        ValueError: ``replace_nonfinite`` is not finite in float32.
+        ValueError: ``replace_nonfinite`` is not finite in float32, or ``voxel_size`` is unknown.
     """
 
     max_voxels: int = MAX_VOXELS
     replace_nonfinite: float | None = None
     series_uids: Sequence[str] = field(default=())
+    voxel_size: str | None = None
 
     def __post_init__(self) -> None:
         value = self.replace_nonfinite
         if value is not None and not (isinstance(value, int | float) and abs(value) <= FLOAT32_MAX):
             raise ValueError(f"--replace-nonfinite is {value}: give a number that is finite in float32, such as 0.")
+        if self.voxel_size is not None and self.voxel_size not in VOXEL_SIZES:
+            raise ValueError(f"--voxel-size is {self.voxel_size!r}. Choose {' or '.join(VOXEL_SIZES)}.")
 
 
 def report_findings(findings: Iterable[Finding], log_notes: bool = False) -> None:
@@ -101,6 +108,12 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
         stacked: modalities along the last axis, if each of them names the same 4D file.
     """
     findings = [Finding(WARNING, text, key=key) for key, header in headers.items() for text in header.warnings]
+    for key, header in headers.items():
+        spacing = _axes(header.affine)[1]
+        if spacing.max() < MIN_VOXEL_MM or spacing.max() > MAX_VOXEL_MM:
+            sizes = " x ".join(f"{size:.3g}" for size in spacing)
+            text = f"{header.path} has voxels of {sizes} mm: are these sizes in mm?"
+            findings.append(Finding(WARNING, text, key=key))
     for key, header in headers.items():
         extra_axes = expected_extra_axes(key, stacked)
         if header.shape[3:] != extra_axes:

@@ -27,7 +27,7 @@ def header_of(path: str | Path, rules: Rules) -> Header:
     """The header of a file or of a DICOM folder; see ``read_header`` and ``read_series_header`` for errors."""
     if Path(path).is_dir():
         return read_series_header(path, rules.series_uids, rules.max_voxels)
-    return read_header(path, rules.max_voxels)
+    return read_header(path, rules.max_voxels, rules.voxel_size)
 
 
 def read_volume(header: Header, rules: Rules) -> MetaTensor:

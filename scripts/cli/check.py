@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         config.get("naming", ()),
         args.allow_missing,
         config["stacked"],
+        config["intensity"],
     )
     findings, cases = check_cohort(
         args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers

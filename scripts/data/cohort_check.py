@@ -48,6 +48,7 @@ class Criteria:
         naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
         allow_missing: whether absent modalities are only warnings.
         stacked: whether each case's ``image`` is one 4D file of all modalities.
+        intensity: per modality the range that the network gets, or ``"zscore"``.
     """
 
     modalities: Sequence[str]
@@ -56,6 +57,7 @@ class Criteria:
     naming: Sequence[Mapping[str, str]] = ()
     allow_missing: bool = False
     stacked: bool = False
+    intensity: Mapping[str, Sequence[float] | str] = field(default_factory=dict)
 
     @property
     def stacked_modalities(self) -> Sequence[str]:
@@ -145,7 +147,7 @@ def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]
     try:
         volume = read_modality(key, header, criteria.rules, criteria.stacked_modalities)
         if key != LABEL:
-            return check_intensities(volume, key, criteria.rules)
+            return check_intensities(volume, key, criteria.rules, criteria.intensity.get(key))
         mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL]
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]

@@ -201,6 +201,7 @@ def preprocessing(
         before_reading=None if memory_gib is None else partial(check_memory, pass_gib=memory_gib),
         unchecked=[] if present is None else [key for key in modalities if key not in present],
         log_notes=mode == "infer",
+        intensity=intensity,
     )
     fixed = _load_and_resample(
         modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load

@@ -149,11 +149,12 @@ def reconcile_voxel_sizes(
         The affine, and a warning if the two contradict each other by more than 1% along an axis.
 
     Raises:
-        ValueError: they do, and ``voxel_size`` is None.
+        ValueError: they do, and ``voxel_size`` is None; or ``check_affine`` refuses the affine.
     """
-    lengths = np.linalg.norm(affine[:3, :3], axis=0) if np.isfinite(affine).all() else np.zeros(3)
-    if not lengths.all() or (np.maximum(lengths / stated, stated / lengths) <= MAX_SIZE_RATIO).all():
-        return affine, ()  # `check_affine` refuses axes without a length
+    check_affine(affine, str(path))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if (np.maximum(lengths / stated, stated / lengths) <= MAX_SIZE_RATIO).all():
+        return affine, ()
     sizes = [" x ".join(f"{size:.4g}" for size in each) for each in (lengths, stated)]
     contradiction = f"{path} has voxels of {sizes[0]} mm by its {names[0]}, but of {sizes[1]} mm by its {names[1]}"
     if voxel_size is None:
@@ -291,7 +292,7 @@ def _nifti_affine(
     if sform is not None:
         affine, found = reconcile_voxel_sizes(affine, sizes, path, ("sform", "pixdim"), voxel_size)
         warnings += found
-    if sform is not None and qform is not None and np.isfinite(sform).all():
+    if sform is not None and qform is not None:
         corners = np.array(np.meshgrid(*([0, n - 1] for n in shape[:3]), [1])).reshape(4, -1)
         qform[:3, :3] *= np.linalg.norm(affine[:3, :3], axis=0) / sizes  # voxel sizes have been compared above
         distance = np.linalg.norm((affine - qform) @ corners, axis=0).max()
@@ -313,6 +314,7 @@ def _read_metaimage_header(path: Path, max_voxels: int, voxel_size: str | None) 
         raise ValueError(f"{path} has a damaged MetaImage header. Copy or convert it again.") from error
     header = itk_header(reader, str(path))
     affine = header.affine
+    check_affine(affine, str(path))
     warnings = list(voxels.warnings)
     if len(voxels.element_size) >= 3:
         stated = np.array(voxels.element_size[:3])
@@ -329,7 +331,7 @@ def _orientation_warning(affine: Affine, orientation: str, path: Path) -> tuple[
     both are accepted.
     """
     letters = orientation.upper()
-    if not re.fullmatch("[LRAPSI]{3}", letters) or not np.isfinite(affine).all() or not np.linalg.det(affine):
+    if not re.fullmatch("[LRAPSI]{3}", letters):
         return ()  # "???" means unknown
     ends = "".join(nib.aff2axcodes(affine))
     begins = ends.translate(str.maketrans("LRAPSI", "RLPAIS"))

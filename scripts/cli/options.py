@@ -33,7 +33,9 @@ def add_common_options(parser: Parser) -> None:
     group = parser.add_argument_group("data and output")
     group.add_argument("--data", default="sts", choices=config_names("data"), help="data set (default: sts)")
     group.add_argument("--dataset-dir", metavar="DIR", help="folder of the data set, as downloaded")
-    group.add_argument("--data-list", metavar="FILE", help="table of cases (.csv, .json) instead of a known layout")
+    group.add_argument(
+        "--data-list", metavar="FILE", help="table of cases (.csv, .tsv, .json) instead of a known layout"
+    )
     group.add_argument("--output-dir", metavar="DIR", help="folder for all results")
     group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
     group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         args.allow_missing,
         config["stacked"],
         config["intensity"],
+        config["spacing"],
     )
     findings, cases = check_cohort(
         args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers

@@ -230,6 +230,37 @@ def test_empty_labels_are_noted_trained_on_and_scored_by_status(
     assert json.loads((folder / "summary.json").read_text())["aggregate"]["n"] == 5
 
 
+def test_a_label_that_vanishes_at_the_networks_spacing_is_reported(
+    cohort_of: Any, write_nifti: Any, make_affine: Any, check: Any, train: Any, tmp_path: Path
+) -> None:
+    """Two voxels of 1 mm between the centres of the network's grid of 4 x 4 x 5 mm."""
+    cases = cohort_of(5)
+    tiny = np.zeros((96, 80, 80), np.uint8)
+    tiny[51, 41:43, 42] = 1  # 3 to 4 mm from the middle, where no voxel of the network has its centre
+    write_nifti(cases["C"]["label"], tiny, make_affine(np.diag([-1.0, -1.0, 1.0]), (1, 1, 1), tiny.shape))
+    words = f"{cases['C']['label']} has 2 voxel(s) of class 1, but none at the network's spacing of 4 x 4 x 5 mm"
+    found = check(cases)
+    assert found.code == 0
+    (warning,) = (each for each in found.findings if each["level"] == "warning")
+    assert (warning["case_id"], warning["key"], warning["what"].startswith(words)) == ("C", "label", True)
+    outcome = train(cases)
+    assert outcome.code == 0, outcome.err
+    assert outcome.warned(f"Case C: {words}")
+    assert not outcome.warned("Case A: ")
+
+
+def test_the_dice_of_a_validation_without_any_foreground_is_an_empty_cell(
+    cohort_of: Any, change_voxels: Any, train: Any, tmp_path: Path
+) -> None:
+    cases = cohort_of(5)
+    for files in cases.values():
+        change_voxels(files["label"], lambda voxels: voxels * 0)
+    outcome = train(cases)
+    assert outcome.code == 0, outcome.err
+    (row,) = _rows(tmp_path / "run" / "curves.csv")
+    assert row["val_dice"] == ""
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 

@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     from scripts.data.cohort_check import ERROR, Criteria, check_cohort, findings_table, write_findings
+    from scripts.data.settings_check import check_settings
 
+    names = ("spacing", "modalities", "intensity", "labels", "allow_missing", "stacked")
+    check_settings(**{name: config[name] for name in names})
     criteria = Criteria(
         config["modalities"],
         config["labels"],
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         config.get("naming", ()),
         args.allow_missing,
         config["stacked"],
+        config["intensity"],
+        config["spacing"],
     )
     findings, cases = check_cohort(
         args.data, args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers

@@ -37,12 +37,19 @@ def add_common_options(parser: Parser) -> None:
     group = parser.add_argument_group("data and output")
     group.add_argument("--data", default="sts", choices=config_names("data"), help="data set (default: sts)")
     group.add_argument("--dataset-dir", metavar="DIR", help="folder of the data set, as downloaded")
-    group.add_argument("--data-list", metavar="FILE", help="table of cases (.csv, .json) instead of a known layout")
+    group.add_argument(
+        "--data-list", metavar="FILE", help="table of cases (.csv, .tsv, .json) instead of a known layout"
+    )
     group.add_argument("--output-dir", metavar="DIR", help="folder for all results")
     group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
     group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")
     group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
     group.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="replace NaN and infinite voxels")
+    group.add_argument(
+        "--voxel-size",
+        choices=("affine", "pixdim"),
+        help="voxel sizes to believe where a header contradicts itself (default: reject such images)",
+    )
     group.add_argument(
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
@@ -129,6 +136,7 @@ def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
         "checks#max_voxels": args.max_voxels,
         "checks#replace_nonfinite": args.replace_nonfinite,
         "checks#series_uids": args.series_uid or None,
+        "checks#voxel_size": args.voxel_size,
     }
     return {key: value for key, value in values.items() if value is not None}
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.options import Parser, add_common_options, context_configs
+from scripts.cli.options import Parser, add_common_options, context_configs, image_rules
 
 EXAMPLE = (
     "python -m scripts report --data sts --dataset-dir DATA --evaluations OUT/alone OUT/distilled --output-dir OUT"
@@ -32,5 +32,14 @@ def run(args: argparse.Namespace) -> None:
 
     cases = datalist(args.data, args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
     output = args.output_dir or "runs/report"
-    table = compare(args.evaluations, output, cases, config["intensity"], args.curves, args.title, config["labels"])
+    table = compare(
+        args.evaluations,
+        output,
+        cases,
+        config["intensity"],
+        args.curves,
+        args.title,
+        config["labels"],
+        image_rules(config),
+    )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a cohort from a table: ``.csv`` or ``.json`` with one row per case and one column per modality."""
+"""Read a cohort from a table: ``.csv``, ``.tsv`` or ``.json`` with one row per case and one column per modality."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from scripts.data.table_files import read_rows
+from scripts.utils.file_names import find_file, nfc
 
 CASE_ID = re.compile(r"[^\W.][\w.+-]*")  # an id is used as a file name
 INVALID_CHARACTER = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates cannot be file names or be written
 ID_COLUMNS = ("case_id", "patient_id", "centre")
+NO_VALUE = re.compile(r"nan|none|null|n/?a|<na>|#n/a", re.IGNORECASE)  # how programs write an empty cell
 OTHER_COLUMNS = (*ID_COLUMNS, "bbox_mm")  # besides those that contain paths
 
 
@@ -24,15 +26,17 @@ def read_case_table(
     """Read a data list from a table.
 
     Args:
-        file: ``.csv`` with a header, or ``.json``: a list of objects, or an object with such a list under ``training``.
+        file: ``.csv``, ``.tsv`` or ``.txt`` with a header, or ``.json``: a list of objects, or an object with such a
+            list under ``training``. See ``read_rows``.
         root: folder that paths are relative to; if empty, the table's own folder.
-        keys: columns with paths, the reference modality first: ``image``, modalities, ``label``. An empty cell means
-            that there is no such file.
+        keys: columns with paths, the reference modality first: ``image``, modalities, ``label``. An empty cell, null or
+            NaN means that there is no such file.
         allow_outside: accept paths that are absolute or lead out of ``root``.
 
     Returns:
         Items with ``case_id`` (by default the reference file's name), ``patient_id`` (by default the case's id),
-        ``image`` and the paths.
+        ``image`` and the paths. Ids are in NFC; a path is that of the file on disk, in whichever Unicode form, and
+        with slashes where the table has backslashes.
 
     Raises:
         FileNotFoundError: no such table.
@@ -43,7 +47,7 @@ def read_case_table(
     if not path.is_file():
         raise FileNotFoundError(f"There is no data list at {path}.")
     folder = Path(root) if root else path.parent
-    rows = enumerate(_read_rows(path), start=1)
+    rows = enumerate(read_rows(path, (*OTHER_COLUMNS, *keys)), start=1)
     items = [_make_item(row, number, path, folder, keys, allow_outside) for number, row in rows]
     if not items:
         raise ValueError(f"{path} lists no cases.")
@@ -85,64 +89,87 @@ def _resolved_files(item: dict[str, Any], keys: Sequence[str]) -> dict[str, str]
     return files if repeats_modality else {("image" if keys[0] in files else keys[0]): image, **files}
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                table = csv.DictReader(stream, skipinitialspace=True)
-                _unique_columns([(name, None) for name in table.fieldnames or ()])
-                return list(table)
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_columns)
-    except (ValueError, RecursionError, csv.Error) as error:  # includes UnicodeDecodeError and JSONDecodeError
-        raise ValueError(f"{path} is not a readable table ({error}). Give a .csv with a header, or a .json.") from error
-    rows = content.get("training") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} contains no list of cases. Give a list of objects, one per case.")
-    return rows
-
-
-def _unique_columns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary of the pairs; ValueError on a repeated name, of which ``dict`` would silently keep the last."""
-    names = [name for name, _ in pairs]
-    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"the column {repeated[0]!r} occurs twice")
-    return dict(pairs)
-
-
 def _make_item(
     row: dict[str, Any], number: int, path: Path, root: Path, keys: Sequence[str], allow_outside: bool
 ) -> dict[str, Any]:
     where = f"{path}, case {number}"
-    if None in row:
-        raise ValueError(f"{where} has more cells than the table has columns. Correct the row.")
     columns = (*OTHER_COLUMNS, *keys)
     unknown = [str(key) for key in row if key not in columns]
+    if unknown == ["fold"]:
+        raise ValueError(
+            f"{where}: the column fold is not read, because folds are made by patient. Remove it. To choose the folds, "
+            "write them to a file, and name it with --set splits_file=FILE."
+        )
     if unknown:
         raise ValueError(f"{where}: unknown column {', '.join(unknown)}. Use {', '.join(columns)}.")
-    for key, value in row.items():
-        if isinstance(value, str) and INVALID_CHARACTER.search(value):
-            raise ValueError(f"{where}: {key} contains an invalid character, such as NUL. Write the table again.")
-    item: dict[str, Any] = {key: value for key, value in row.items() if value not in (None, "")}
+    item = {
+        key: value.strip() if isinstance(value, str) and key not in keys else value
+        for key, value in row.items()
+        if not _is_empty(value, key, where)
+    }
     if "bbox_mm" in item:
         item["bbox_mm"] = _parse_box(item["bbox_mm"], where)
     for key in keys:
         if key in item:
-            item[key] = _path_inside(str(item[key]), root, allow_outside, f"{where}, {key}")
+            item[key] = _path_inside(_path_text(item[key], key, keys, where), root, allow_outside, f"{where}, {key}")
     reference = item.get("image", next((item[key] for key in keys if key in item and key != "label"), None))
     if reference is None:
         raise ValueError(f"{where} names no image. Fill in one of {', '.join(keys)}.")
     item["image"] = reference
-    item["case_id"] = str(item.get("case_id", Path(reference).name.split(".")[0]))
-    item["patient_id"] = str(item.get("patient_id", item["case_id"]))
+    for key in ID_COLUMNS:
+        if key in item:
+            item[key] = _id_text(item[key], key, where)
+    item.setdefault("case_id", nfc(Path(reference).name).split(".")[0])
+    item.setdefault("patient_id", item["case_id"])
     if not CASE_ID.fullmatch(item["case_id"]):
         raise ValueError(f"{where}: {item['case_id']!r} cannot be a file name. Use letters, digits, _, - and +.")
     return item
 
 
+def _is_empty(value: Any, key: str, where: str) -> bool:
+    """Whether a cell has no value: empty, null, NaN or a word for it.
+
+    Raises:
+        ValueError: the cell contains an invalid character, or an id is such a word, which may be meant.
+    """
+    if isinstance(value, str):
+        if INVALID_CHARACTER.search(value):
+            raise ValueError(f"{where}: {key} contains an invalid character, such as NUL. Write the table again.")
+        has_no_value = NO_VALUE.fullmatch(value.strip()) is not None
+        if has_no_value and key in ID_COLUMNS[:2]:
+            raise ValueError(f"{where}: {key} is {value!r}. Fill it in, or leave it empty.")
+        return has_no_value or not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _path_text(value: Any, key: str, keys: Sequence[str], where: str) -> str:
+    if isinstance(value, list):
+        modalities = [name for name in keys if name not in ("image", "label")]
+        example = ", ".join(f'"{name}": "FILE"' for name in modalities)
+        raise ValueError(f"{where}: {key} is a list of {len(value)} files. Name each by its modality: {example}.")
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} is {value!r}. Give the path of a file.")
+    return value
+
+
+def _id_text(value: Any, key: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {key} is {value!r}. Give text or a number.")
+    return nfc(str(value))
+
+
 def _path_inside(text: str, root: Path, allow_outside: bool, where: str) -> str:
-    """A path below the root; links are resolved before the check."""
-    path = root / text
+    """A path below the root, as it is on disk; links are resolved before the check.
+
+    Spaces around a path, and backslashes instead of slashes (Windows), are only kept if there is such a file.
+    """
+    if not (root / text).exists():
+        text = text.strip()
+    if "\\" in text and not (root / text).exists():
+        if PureWindowsPath(text).drive:
+            raise ValueError(f"{where}: {text} is a path of Windows. Give a path relative to {root}.")
+        text = text.replace("\\", "/")
+    path = find_file(root / text) or root / text
     if allow_outside:
         return str(path)
     if Path(text).is_absolute():

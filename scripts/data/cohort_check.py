@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from scripts.data.case_list import IncompleteError, Item, datalist
-from scripts.data.modalities import GatherModalitiesd, MapLabelsd
+from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds
+from scripts.data.resampling import network_grid, resample, vanished_classes, vanished_message
 from scripts.image_io.checks import (
     ERROR,
     LABEL,
@@ -48,6 +50,8 @@ class Criteria:
         naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
         allow_missing: whether absent modalities are only warnings.
         stacked: whether each case's ``image`` is one 4D file of all modalities.
+        intensity: per modality the range that the network gets, or ``"zscore"``.
+        spacing: of the network's grid in mm; None does not look for labels that vanish on it.
     """
 
     modalities: Sequence[str]
@@ -56,6 +60,8 @@ class Criteria:
     naming: Sequence[Mapping[str, str]] = ()
     allow_missing: bool = False
     stacked: bool = False
+    intensity: Mapping[str, Sequence[float] | str] = field(default_factory=dict)
+    spacing: Sequence[float] | None = None
 
     @property
     def stacked_modalities(self) -> Sequence[str]:
@@ -115,7 +121,7 @@ def check_case(case: Item, criteria: Criteria) -> list[Finding]:
     findings += check_headers(headers, criteria.modalities[0], criteria.stacked_modalities)
     for key, header in headers.items():
         if header.shape[3:] == expected_extra_axes(key, criteria.stacked_modalities):
-            findings += _check_voxels(key, header, criteria)
+            findings += _check_voxels(key, header, criteria, headers.get(criteria.modalities[0]), case.get("bbox_mm"))
     findings += check_all_constant(findings, {key: str(path) for key, path in paths.items() if key != LABEL})
     return [finding._replace(case_id=str(case["case_id"])) for finding in findings]
 
@@ -140,16 +146,39 @@ def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], lis
     return {key: item[key] for key in keys if key in item and key != "image"}, findings
 
 
-def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]:
+def _check_voxels(
+    key: str, header: Header, criteria: Criteria, reference: Header | None, box: Sequence[float] | None
+) -> list[Finding]:
     """Read and check a file's voxels; the volume is released afterwards."""
     try:
         volume = read_modality(key, header, criteria.rules, criteria.stacked_modalities)
         if key != LABEL:
-            return check_intensities(volume, key, criteria.rules)
-        mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL]
+            return check_intensities(volume, key, criteria.rules, criteria.intensity.get(key))
+        mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL].as_tensor()
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]
-    return [] if mapped.any() else [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
+    if not mapped.any():
+        return [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
+    if reference is None or criteria.spacing is None:
+        return []
+    message = _vanished(header, mapped[0], reference, box, criteria.spacing)
+    return [Finding(WARNING, message, key=key)] if message else []
+
+
+def _vanished(
+    header: Header, label: torch.Tensor, reference: Header, box: Sequence[float] | None, spacing: Sequence[float]
+) -> str:
+    """The warning about classes of a label that vanish on the network's grid; empty if none does."""
+    affine, shape = np.array(reference.affine), reference.shape[:3]
+    if box is not None:
+        low, high = box_bounds(affine, shape, box)
+        if (high <= low).any():
+            return ""
+        affine[:3, 3] += affine[:3, :3] @ low
+        shape = tuple(int(n) for n in high - low)
+    grid, size = network_grid(affine, shape, spacing)
+    resampled = resample(label, np.linalg.solve(header.affine, grid), size, nearest=True)
+    return vanished_message(header.path, vanished_classes(label, resampled), spacing)
 
 
 def findings_table(findings: Sequence[Finding], cases: int) -> str:

@@ -11,6 +11,7 @@ from monai.data import partition_dataset
 
 from scripts.data.case_list import Item
 from scripts.utils.atomic_files import write_text
+from scripts.utils.file_names import nfc
 
 
 def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
@@ -46,7 +47,7 @@ def fold_split(
     """
     if not cases or fold is None:
         return list(cases), []
-    patients = {str(case["patient_id"]) for case in cases}
+    patients = {nfc(str(case["patient_id"])) for case in cases}
     path = Path(file) if file else None
     if path is not None and path.is_file():
         splits = _read_splits(path)
@@ -58,8 +59,8 @@ def fold_split(
     if path is not None and not path.exists():
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     validation_patients = set(splits[fold])
-    training = [case for case in cases if str(case["patient_id"]) not in validation_patients]
-    return training, [case for case in cases if str(case["patient_id"]) in validation_patients]
+    training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
+    return training, [case for case in cases if nfc(str(case["patient_id"])) in validation_patients]
 
 
 def _read_splits(path: Path) -> list[list[str]]:
@@ -71,7 +72,7 @@ def _read_splits(path: Path) -> list[list[str]]:
     folds = content.get("folds") if isinstance(content, dict) else None
     if not isinstance(folds, list) or not folds or not all(isinstance(part, list) for part in folds):
         raise ValueError(f"The split file {path} has no list 'folds' of lists of patient ids. {expected}.")
-    return [[str(patient) for patient in part] for part in folds]
+    return [[nfc(str(patient)) for patient in part] for part in folds]
 
 
 def _check_patients(splits: list[list[str]], patients: set[str], path: Path) -> None:

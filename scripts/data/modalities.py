@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
 from scripts.data.resampling import copy_between_layouts, with_affine
-from scripts.image_io.headers import LPS_TO_RAS
+from scripts.image_io.headers import LPS_TO_RAS, Affine
 
 
 def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
@@ -110,6 +110,20 @@ class GatherModalitiesd(Transform):
         return item
 
 
+def box_bounds(affine: Affine, shape: Sequence[int], box: Sequence[float]) -> tuple[Affine, Affine]:
+    """The first voxels inside a box and the first ones behind it.
+
+    Args:
+        affine, shape: of the image.
+        box: ``x1 y1 z1 x2 y2 z2`` in mm, LPS.
+    """
+    lps = np.asarray(box, dtype=float).reshape(2, 3)
+    corners = np.stack(np.meshgrid(*(lps @ LPS_TO_RAS[:3, :3]).T, indexing="ij"), -1).reshape(-1, 3)
+    voxels = (corners - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    low = np.clip(np.floor(voxels.min(0)), 0, shape).astype(int)
+    return low, np.clip(np.ceil(voxels.max(0)) + 1, 0, shape).astype(int)
+
+
 class CropToBoxd(MapTransform):
     """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), if it has one.
 
@@ -121,12 +135,8 @@ class CropToBoxd(MapTransform):
         if "bbox_mm" not in item:
             return item
         image = item[self.keys[0]]
-        lps = np.asarray(item["bbox_mm"], dtype=float).reshape(2, 3)
-        corners = np.stack(np.meshgrid(*(lps @ LPS_TO_RAS[:3, :3]).T, indexing="ij"), -1).reshape(-1, 3)
         affine = np.array(image.affine, dtype=float)
-        voxels = (corners - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
-        low = np.clip(np.floor(voxels.min(0)), 0, image.shape[1:]).astype(int)
-        high = np.clip(np.ceil(voxels.max(0)) + 1, 0, image.shape[1:]).astype(int)
+        low, high = box_bounds(affine, image.shape[1:], item["bbox_mm"])
         if (high <= low).any():
             raise ValueError(
                 f"Case {item.get('case_id')}: its bounding box lies outside {item['image']}. Correct bbox_mm (mm, LPS)."

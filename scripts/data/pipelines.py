@@ -17,6 +17,7 @@ from monai import transforms as mt
 from scripts.data.memory_check import require_memory
 from scripts.data.modalities import CropToBoxd, GatherModalitiesd, MapLabelsd, ScaleToUnitd, StackModalitiesd
 from scripts.data.resampling import OntoGridd, RestoreGridd
+from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.nifti import SaveMaskd
@@ -33,10 +34,8 @@ def _normalise(intensity: Intensity) -> list[mt.Transform]:
     for key, rule in intensity.items():
         if rule == "zscore":
             steps.append(mt.NormalizeIntensityd(key, nonzero=True, allow_missing_keys=True))
-        elif not isinstance(rule, str) and len(rule) == 2:
+        elif not isinstance(rule, str):
             steps.append(ScaleToUnitd(key, rule[0], rule[1]))
-        else:
-            raise ValueError(f'intensity["{key}"] is {rule!r}. Give [low, high] in the modality\'s units, or "zscore".')
     return steps
 
 
@@ -52,9 +51,6 @@ def _load_and_resample(
     load: partial[LoadModalitiesd],
 ) -> list[mt.Transform]:
     """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
-    missing = [key for key in modalities if key not in intensity]
-    if missing:
-        raise ValueError(f"intensity has no entry for {missing}. Every modality needs one.")
     label = [LABEL] if labels else []
     used = {key: intensity[key] for key in modalities}
     # Outside its field of view a modality is 0 after normalisation, like an absent one.
@@ -177,6 +173,15 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the label values of each class (`labels`).")
+    given: dict[str, Any] = {"labels": labels, "patch": patch}
+    check_settings(
+        modalities=modalities,
+        intensity=intensity,
+        spacing=spacing,
+        allow_missing=allow_missing,
+        stacked=stacked,
+        **{key: value for key, value in given.items() if value is not None},
+    )
     reference = reference or modalities[0]
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -190,6 +195,8 @@ def preprocessing(
         settings["series_uids"] = sorted(checks.series_uids)
     if stacked:
         settings["stacked"] = True
+    if checks and checks.voxel_size is not None:
+        settings["voxel_size"] = checks.voxel_size
     with_label = labels if mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
@@ -199,6 +206,7 @@ def preprocessing(
         before_reading=None if memory_gib is None else partial(check_memory, pass_gib=memory_gib),
         unchecked=[] if present is None else [key for key in modalities if key not in present],
         log_notes=mode == "infer",
+        intensity=intensity,
     )
     fixed = _load_and_resample(
         modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load

@@ -7,6 +7,7 @@ If two grids differ only by flipped or exchanged axes, voxels are moved and noth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from monai.data.utils import compute_shape_offset, zoom_affine
 from monai.transforms import MapTransform
 
 from scripts.image_io.headers import Affine
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # voxels; grids closer than this are equal
 SLAB = 32  # planes of a prediction that are restored at a time
@@ -111,6 +114,33 @@ def resample(
     return torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(_to_itk(volume)))).permute(2, 1, 0)
 
 
+def vanished_classes(label: torch.Tensor, resampled: torch.Tensor) -> dict[int, int]:
+    """The foreground classes that a label has on its own grid, but not after resampling.
+
+    Args:
+        label, resampled: class indices, of any shape.
+
+    Returns:
+        The number of voxels on the label's own grid by class.
+    """
+    classes = range(1, int(label.max()) + 1)
+    lost = [index for index in classes if not (resampled == index).any()]
+    counts = {index: int((label == index).sum()) for index in lost}
+    return {index: count for index, count in counts.items() if count}
+
+
+def vanished_message(path: str, classes: Mapping[int, int], spacing: Sequence[float]) -> str:
+    """The warning about a label of which nothing is left on the network's grid; empty if there is no such class."""
+    if not classes:
+        return ""
+    voxels = " and ".join(f"{count} voxel(s) of class {index}" for index, count in classes.items())
+    sizes = " x ".join(f"{size:g}" for size in spacing)
+    return (
+        f"{path} has {voxels}, but none at the network's spacing of {sizes} mm: too small for this spacing, or outside "
+        "the reference image"
+    )
+
+
 def with_affine(volume: torch.Tensor, affine: Affine, meta: Mapping[str, Any]) -> MetaTensor:
     """A volume with a new affine and the metadata of another."""
     rest = {key: value for key, value in meta.items() if key != "affine"}  # MONAI warns about a second affine
@@ -139,7 +169,8 @@ class OntoGridd(MapTransform):
         reference: one of the keys. Its field of view is kept, and its nearest voxels fill the space outside it.
         spacing: of the grid, in mm.
         outside: per key the value outside its own field of view.
-        nearest: keys that are resampled to the nearest voxel, such as labels.
+        nearest: keys of labels, which are resampled to the nearest voxel. A warning names a label of which a class
+            vanishes.
 
     Every volume becomes ``1 H W D``, float32. The reference's metadata entries ``source_affine`` and ``source_shape``
     describe its own grid.
@@ -171,6 +202,11 @@ class OntoGridd(MapTransform):
             matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), affine)
             outside = None if key == self.reference else self.outside.get(str(key), 0.0)
             resampled = resample(volume[0].as_tensor(), matrix, shape, outside, key in self.nearest)
+            if key in self.nearest:
+                lost = vanished_classes(volume.as_tensor(), resampled)
+                message = vanished_message(volume.meta.get("filename_or_obj", key), lost, self.spacing)
+                if message:
+                    logger.warning("Case %s: %s", item.get("case_id"), message)
             item[key] = with_affine(resampled[None], affine, volume.meta)
         own_grid = {"source_affine": source, "source_shape": np.array(reference.shape[1:])}
         item[self.reference].meta.update(own_grid)

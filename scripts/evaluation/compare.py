@@ -11,6 +11,7 @@ from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_summary
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.evaluation.training_cases import training_notes
+from scripts.image_io.checks import Rules
 from scripts.metrics import read_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
@@ -27,6 +28,7 @@ def compare(
     curves: Sequence[str] = (),
     title: str = "Comparison",
     labels: Sequence[Sequence[float]] | None = None,
+    checks: Rules | None = None,
 ) -> str:
     """Write one report about several evaluations.
 
@@ -42,6 +44,7 @@ def compare(
         title: heading of the page.
         labels: per class the values of the reference masks, for the overlays; by default every value but 0 is
             foreground.
+        checks: which files are accepted; by default all.
 
     Returns:
         The summary table, as Markdown.
@@ -66,7 +69,7 @@ def compare(
         Path(output_dir) / "report.html",
         title,
         runs,
-        case_overlays(scored_cases, shown, intensity, labels) if scored_cases else [],
+        case_overlays(scored_cases, shown, intensity, labels, checks) if scored_cases else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ NIFTI_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by size in byt
 MIN_VOXEL_OFFSET = {348: 352, 540: 544}  # header and 4 bytes that announce extensions
 MAX_DEFLATE_RATIO = 1032  # of a gzip or zlib stream
 MAX_COSINE = 1e-3  # between two axes that count as perpendicular
-UNITS = {1: "metres", 3: "micrometres"}  # NIfTI codes that are refused; 2 is mm, and 0 (unknown) is read as mm
 NO_PLACE = "has no position in space"  # in the warning about such a header
+MAX_SIZE_RATIO = 1.01  # between two statements of a voxel size that count as equal
+VOXEL_SIZES = ("affine", "pixdim")  # which statement of the voxel sizes to believe where a header contradicts itself
+MILLIMETRES, UNITS = (0, 2), {1: "metres", 3: "micrometres"}  # NIfTI codes; 0 (unknown) is read as mm
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # world axes of ITK and DICOM are LPS, of NIfTI and MONAI RAS
 VOXEL_TYPES = (np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64)  # known to both torch and SimpleITK
 
@@ -70,7 +73,7 @@ class Header(NamedTuple):
         return not any(NO_PLACE in text for text in self.warnings)
 
 
-def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
+def read_header(path: str | Path, max_voxels: int = MAX_VOXELS, voxel_size: str | None = None) -> Header:
     """Read and check the header of a NIfTI file (.nii, .nii.gz), a MetaImage (.mha) or a NRRD file (.nrrd).
 
     The ending may be written in upper case.
@@ -78,18 +81,20 @@ def read_header(path: str | Path, max_voxels: int = MAX_VOXELS) -> Header:
     Args:
         path: the file.
         max_voxels: refuse a file whose header states more.
+        voxel_size: which voxel sizes to believe where the header contradicts itself, one of ``VOXEL_SIZES``; None
+            refuses such a file. See ``reconcile_voxel_sizes``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is empty, text, a Git LFS pointer, truncated or of another format; it has RGB or complex
-            voxels, more voxels than ``max_voxels``, voxel sizes that are missing or not in mm, or an affine that is
-            singular, sheared or not finite.
+            voxels, more voxels than ``max_voxels``, voxel sizes that are missing, contradictory or not in mm, or an
+            affine that is singular, sheared or not finite.
     """
     name = str(path)
     if name.lower().endswith(NIFTI):
-        header = _read_nifti_header(Path(path), max_voxels)
+        header = _read_nifti_header(Path(path), max_voxels, voxel_size)
     elif name.lower().endswith(METAIMAGE):
-        header = _read_metaimage_header(Path(path), max_voxels)
+        header = _read_metaimage_header(Path(path), max_voxels, voxel_size)
     elif name.lower().endswith(NRRD):
         header = _read_nrrd_header(Path(path), max_voxels)
     else:
@@ -129,6 +134,43 @@ def check_affine(affine: Affine, name: str) -> None:
             f"{name} has a sheared affine: its axes are {np.degrees(np.arccos(cosine)):.1f} degrees apart instead of "
             "90, as in a CT with a tilted gantry. Resample it to a grid with perpendicular axes."
         )
+
+
+def reconcile_voxel_sizes(
+    affine: Affine, stated: Affine, path: Path, names: tuple[str, str], voxel_size: str | None
+) -> tuple[Affine, tuple[str, ...]]:
+    """Compare the lengths of an affine's axes with the voxel sizes that the same header states elsewhere.
+
+    Args:
+        affine: voxel to world.
+        stated: the other voxel sizes, three.
+        path: the file.
+        names: of the header's fields that the affine and the other voxel sizes come from.
+        voxel_size: ``"affine"`` keeps the affine. ``"pixdim"`` scales its axes to ``stated``; the centre of the first
+            voxel keeps its place, and the axes their directions. None refuses a contradiction.
+
+    Returns:
+        The affine, and a warning if the two contradict each other by more than 1% along an axis.
+
+    Raises:
+        ValueError: they do, and ``voxel_size`` is None; or ``check_affine`` refuses the affine.
+    """
+    check_affine(affine, str(path))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if (np.maximum(lengths / stated, stated / lengths) <= MAX_SIZE_RATIO).all():
+        return affine, ()
+    sizes = [" x ".join(f"{size:.4g}" for size in each) for each in (lengths, stated)]
+    contradiction = f"{path} has voxels of {sizes[0]} mm by its {names[0]}, but of {sizes[1]} mm by its {names[1]}"
+    if voxel_size is None:
+        raise ValueError(
+            f"{contradiction}. Correct its header, or choose with --voxel-size affine ({names[0]}) or "
+            f"--voxel-size pixdim ({names[1]})."
+        )
+    if voxel_size == "affine":
+        return affine, (f"{contradiction}: the {names[0]} is used (--voxel-size affine)",)
+    scaled = affine.copy()
+    scaled[:3, :3] *= stated / lengths
+    return scaled, (f"{contradiction}: the {names[1]} is used (--voxel-size pixdim)",)
 
 
 def _read_start(path: Path) -> bytes:
@@ -171,7 +213,7 @@ def nifti_header_size(data: bytes) -> int:
     return next(iter(sizes & NIFTI_HEADERS.keys()), 0)
 
 
-def _read_nifti_header(path: Path, max_voxels: int) -> Header:
+def _read_nifti_header(path: Path, max_voxels: int, voxel_size: str | None) -> Header:
     data = _read_start(path)
     size = nifti_header_size(data)
     if not size or len(data) < size:
@@ -196,8 +238,19 @@ def _read_nifti_header(path: Path, max_voxels: int) -> Header:
     shape = _drop_trailing_ones(dims[1 : dims[0] + 1])
     end = int(offset) + math.prod(shape) * stored_type.itemsize
     _check_size(path, shape, end // MAX_DEFLATE_RATIO if path.name.lower().endswith(".gz") else end, max_voxels)
-    affine, warnings = _nifti_affine(header, path, shape)
-    return Header(str(path), shape, affine, stored_type, end, warnings)
+    affine, warnings = _nifti_affine(header, path, shape, voxel_size)
+    return Header(str(path), shape, affine, stored_type, end, (*warnings, *_unused_scale(header, path)))
+
+
+def _unused_scale(header: Any, path: Path) -> tuple[str, ...]:
+    """A warning if the header states a slope and intercept that are not applied: a slope that is 0 or not finite.
+
+    Both 0, or a slope of 0 alone, is NIfTI's way to state that there are none.
+    """
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if (slope and math.isfinite(slope)) or (slope == 0 and intercept == 0):
+        return ()
+    return (f"{path} has a slope of {slope:g} and an intercept of {intercept:g}: its values are read as stored",)
 
 
 def _drop_trailing_ones(dims: list[int]) -> tuple[int, ...]:
@@ -213,31 +266,46 @@ def _check_voxel_type(stored: np.dtype[Any], path: Path) -> None:
         raise ValueError(f"{path} contains {kind} voxels. Give an image with one number per voxel.")
 
 
-def _nifti_affine(header: Any, path: Path, shape: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
+def _nifti_affine(
+    header: Any, path: Path, shape: tuple[int, ...], voxel_size: str | None
+) -> tuple[Affine, tuple[str, ...]]:
     """The affine by nibabel's rule (sform, else qform, else voxel sizes only), and warnings about it."""
+    affine: Affine
     sizes = np.asarray(header["pixdim"][1:4], dtype=float)
     if not (np.isfinite(sizes) & (sizes > 0)).all():
         raise ValueError(f"{path} has voxel sizes of {sizes.tolist()} mm. Correct its header.")
-    if unit := UNITS.get(int(header["xyzt_units"]) & 7):
+    warnings = []
+    code = int(header["xyzt_units"]) & 7
+    if code in UNITS:
         raise ValueError(
-            f"{path} states in its header that voxel sizes are in {unit}. Correct xyzt_units, or convert it to mm."
+            f"{path} states in its header that voxel sizes are in {UNITS[code]}. Correct xyzt_units, or convert it to "
+            "mm."
         )
+    if code not in MILLIMETRES:
+        warnings.append(f"{path} states an undefined unit of its voxel sizes (xyzt_units {code}): they are read as mm")
+    if header["pixdim"][0] == 0 and header["qform_code"] > 0:
+        header["pixdim"][0] = 1
+        warnings.append(f"{path} has a qform without handedness (pixdim[0] is 0): it is read as right-handed")
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except Exception as error:  # nibabel raises many exception types on a damaged qform
         raise ValueError(f"{path} has a damaged NIfTI header ({short_message(error)}). Correct its qform.") from error
     if sform is None and qform is None:
-        return affine, (f"{path} has no position in space (neither sform nor qform): only its voxel sizes are used",)
-    if sform is not None and qform is not None and np.isfinite(sform).all():
+        warnings.append(f"{path} has no position in space (neither sform nor qform): only its voxel sizes are used")
+    if sform is not None:
+        affine, found = reconcile_voxel_sizes(affine, sizes, path, ("sform", "pixdim"), voxel_size)
+        warnings += found
+    if sform is not None and qform is not None:
         corners = np.array(np.meshgrid(*([0, n - 1] for n in shape[:3]), [1])).reshape(4, -1)
-        distance = np.linalg.norm((sform - qform) @ corners, axis=0).max()
+        qform[:3, :3] *= np.linalg.norm(affine[:3, :3], axis=0) / sizes  # voxel sizes have been compared above
+        distance = np.linalg.norm((affine - qform) @ corners, axis=0).max()
         if not distance < 0.1 * sizes.min():
-            return affine, (f"{path} has an sform and a qform up to {distance:.1f} mm apart: the sform is used",)
-    return affine, ()
+            warnings.append(f"{path} has an sform and a qform up to {distance:.1f} mm apart: the sform is used")
+    return affine, tuple(warnings)
 
 
-def _read_metaimage_header(path: Path, max_voxels: int) -> Header:
+def _read_metaimage_header(path: Path, max_voxels: int, voxel_size: str | None) -> Header:
     _read_start(path)
     voxels = check_metaimage(path)
     _check_size(path, voxels.shape, voxels.size // MAX_DEFLATE_RATIO if voxels.packed else voxels.size, max_voxels)
@@ -248,8 +316,32 @@ def _read_metaimage_header(path: Path, max_voxels: int) -> Header:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path} has a damaged MetaImage header. Copy or convert it again.") from error
-    warning = f"{path} has no position in space (no Offset or no TransformMatrix): 0 and its own axes are used"
-    return itk_header(reader, str(path))._replace(warnings=() if voxels.placed else (warning,))
+    header = itk_header(reader, str(path))
+    affine = header.affine
+    check_affine(affine, str(path))
+    warnings = list(voxels.warnings)
+    if len(voxels.element_size) >= 3:
+        stated = np.array(voxels.element_size[:3])
+        names = ("ElementSpacing and TransformMatrix", voxels.element_size_field)
+        affine, found = reconcile_voxel_sizes(affine, stated, path, names, voxel_size)
+        warnings += found
+    return header._replace(affine=affine, warnings=(*warnings, *_orientation_warning(affine, voxels.orientation, path)))
+
+
+def _orientation_warning(affine: Affine, orientation: str, path: Path) -> tuple[str, ...]:
+    """A warning if a MetaImage's letters name other axes than its matrix.
+
+    ITK writes the letters of the sides where the axes begin (RAI for identity), others those where they end (LPS), so
+    both are accepted.
+    """
+    letters = orientation.upper()
+    if not re.fullmatch("[LRAPSI]{3}", letters):
+        return ()  # "???" means unknown
+    ends = "".join(nib.aff2axcodes(affine))
+    begins = ends.translate(str.maketrans("LRAPSI", "RLPAIS"))
+    if letters in (begins, ends):
+        return ()
+    return (f"{path} has the AnatomicalOrientation {letters}, but its axes are {begins}: the TransformMatrix is used",)
 
 
 def _read_nrrd_header(path: Path, max_voxels: int) -> Header:

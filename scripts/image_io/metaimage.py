@@ -26,6 +26,8 @@ MATRICES = ("TransformMatrix", "Rotation", "Orientation")
 BYTE_ORDERS = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 VECTORS = (*ORIGINS, *SPACINGS, "CenterOfRotation")
 BOOLEANS = ("BinaryData", *BYTE_ORDERS, "CompressedData")
+MILLIMETRES = ("?", "mm", "")  # values of DistanceUnits; unknown is read as mm
+SCALE = {"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}
 SYNONYMS = (ORIGINS, MATRICES, BYTE_ORDERS)  # a file may contain one of each; ITK would ignore a second one
 
 
@@ -37,7 +39,10 @@ class Voxels(NamedTuple):
         size: in bytes, unpacked.
         packed: whether they are compressed.
         shape: voxels per axis.
-        placed: whether the header gives an origin and directions. ITK uses 0 and the identity otherwise.
+        warnings: messages about what ITK fills in or ignores.
+        element_size, element_size_field: the size of a voxel in mm, as ``ElementSize`` (or else ``ElementSpacing``)
+            states it.
+        orientation: ``AnatomicalOrientation``, empty if absent.
     """
 
     start: int
@@ -45,7 +50,10 @@ class Voxels(NamedTuple):
     size: int
     packed: bool
     shape: tuple[int, ...]
-    placed: bool
+    warnings: tuple[str, ...]
+    element_size: tuple[float, ...]
+    element_size_field: str
+    orientation: str
 
 
 def check_metaimage(path: Path) -> Voxels:
@@ -53,7 +61,8 @@ def check_metaimage(path: Path) -> Voxels:
 
     Raises:
         ValueError: a line is not ``name = value``; a field occurs twice or cannot be parsed; the voxels are text, have
-            several channels or no spacing, or lie in another file; or the file is truncated.
+            several channels, no spacing, another unit than mm or a slope, or lie in another file; or the file is
+            truncated.
     """
     with open(path, "rb") as file:
         raw = file.read(MAX_HEADER_BYTES)
@@ -79,6 +88,15 @@ def check_metaimage(path: Path) -> Voxels:
         )
     if not fields.keys() & set(SPACINGS):
         raise ValueError(f"{path} has no voxel sizes (ElementSpacing). Convert it again, or add them to its header.")
+    unit = fields.get("DistanceUnits", "?")
+    if unit not in MILLIMETRES:
+        raise ValueError(f"{path} states lengths in {unit[:40]} (DistanceUnits), which are not converted. Use mm.")
+    slope, intercept = (float(fields.get(name, default)) for name, default in SCALE.items())
+    if (slope, intercept) != (1, 0):
+        raise ValueError(
+            f"{path} states a slope of {slope:g} and an intercept of {intercept:g} "
+            "(ElementToIntensityFunctionSlope, Offset), which ITK does not apply. Apply them, and remove these fields."
+        )
     shape = tuple(int(n) for n in fields["DimSize"].split())
     end = path.stat().st_size
     if "CompressedDataSize" in fields:  # ITK allocates this many bytes before it reads
@@ -87,8 +105,23 @@ def check_metaimage(path: Path) -> Voxels:
             raise ValueError(f"{path} is truncated or damaged. Copy it again.")
         end = stated_end
     packed = fields.get("CompressedData") == "True"
-    placed = all(fields.keys() & set(names) for names in (ORIGINS, MATRICES))
-    return Voxels(start, end, math.prod(shape) * VOXEL_BYTES[kind], packed, shape, placed)
+    field = next(name for name in reversed(SPACINGS) if name in fields)
+    sizes = tuple(float(number) for number in fields[field].split())
+    orientation = fields.get("AnatomicalOrientation", "")
+    size = math.prod(shape) * VOXEL_BYTES[kind]
+    return Voxels(start, end, size, packed, shape, _warnings(fields, path), sizes, field, orientation)
+
+
+def _warnings(fields: dict[str, str], path: Path) -> tuple[str, ...]:
+    """Messages about what ITK fills in or ignores."""
+    warnings = []
+    if not all(fields.keys() & set(names) for names in (ORIGINS, MATRICES)):
+        warnings.append(
+            f"{path} has no position in space (no Offset or no TransformMatrix): 0 and its own axes are used"
+        )
+    if any(float(number) for number in fields.get("CenterOfRotation", "0").split()):
+        warnings.append(f"{path} has a CenterOfRotation of {fields['CenterOfRotation']}: it is ignored, as in ITK")
+    return tuple(warnings)
 
 
 def _invalid_field(fields: dict[str, str]) -> str:
@@ -109,6 +142,9 @@ def _invalid_field(fields: dict[str, str]) -> str:
     lengths = {**dict.fromkeys(VECTORS, dimensions), **dict.fromkeys(MATRICES, dimensions * dimensions)}
     for name in lengths.keys() & fields.keys():
         if not _are_numbers(fields[name], lengths[name], positive=name in SPACINGS):
+            return name
+    for name in SCALE:
+        if not _are_numbers(fields.get(name, "1"), 1, positive=False):
             return name
     for name in BOOLEANS:
         if fields.get(name, "True") not in ("True", "False"):

@@ -28,7 +28,7 @@ def header_of(path: str | Path, rules: Rules) -> Header:
     """The header of a file or of a DICOM folder; see ``read_header`` and ``read_series_header`` for errors."""
     if Path(path).is_dir():
         return read_series_header(path, rules.series_uids, rules.max_voxels)
-    return read_header(path, rules.max_voxels)
+    return read_header(path, rules.max_voxels, rules.voxel_size)
 
 
 def read_volume(header: Header, rules: Rules) -> MetaTensor:
@@ -135,6 +135,7 @@ class LoadModalitiesd(LoadImaged):
         before_reading: called with the headers before voxels are read.
         unchecked: keys whose voxels are not used, and therefore not checked.
         log_notes: log where each image lies relative to the reference.
+        intensity: per modality the range that the network gets, see ``check_intensities``.
 
     Raises:
         ValueError: (when called) see ``scripts.image_io.checks``; the message names every file with an error.
@@ -149,12 +150,14 @@ class LoadModalitiesd(LoadImaged):
         before_reading: Callable[[Mapping[str, Header]], None] | None = None,
         unchecked: Sequence[str] = (),
         log_notes: bool = False,
+        intensity: Mapping[str, Sequence[float] | str] | None = None,
     ) -> None:
         self.image_keys, self.reference = list(keys), reference or keys[0]
         # MONAI Label expects a loader's `keys` in every case, and only the reference is always present.
         super().__init__(self.reference, ensure_channel_first=True)
         self.rules, self.stacked = rules or Rules(), list(stacked)
         self.before_reading, self.unchecked, self.log_notes = before_reading, set(unchecked), log_notes
+        self.intensity = intensity
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
@@ -167,6 +170,6 @@ class LoadModalitiesd(LoadImaged):
             results = pool.map(lambda key: read_modality(key, headers[key], self.rules, self.stacked), headers)
             volumes = dict(zip(headers, results, strict=True))
         checked = {key: volume for key, volume in volumes.items() if key not in self.unchecked}
-        report_findings(check_images(checked, self.rules))
+        report_findings(check_images(checked, self.rules, self.intensity))
         item.update(volumes)
         return item

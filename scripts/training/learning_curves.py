@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 
@@ -27,7 +28,7 @@ class CurveWriter:
         path: CSV file. It is rewritten after each epoch, because a resumed run may add columns.
         loss: loss function; if it has ``logged`` (name -> value), these values become columns.
         optimizer: its learning rate is recorded.
-        evaluator: its key metric is recorded as ``val_dice``.
+        evaluator: its key metric is recorded as ``val_dice``; the cell stays empty if it is undefined for every case.
     """
 
     def __init__(self, path: str, loss: Any, optimizer: Any, evaluator: Engine | None = None) -> None:
@@ -81,7 +82,11 @@ class CurveWriter:
         row["seconds_per_step"] = self.seconds / self.steps
         if self.validated and self.evaluator is not None:
             state: Any = self.evaluator.state
-            row["val_dice"] = float(state.metrics[state.key_metric_name])
+            name = state.key_metric_name
+            # MONAI gives 0 if the Dice of every case is undefined, because their labels are empty.
+            details = getattr(state, "metric_details", {}).get(name)
+            is_undefined = isinstance(details, torch.Tensor) and bool(details.isnan().all())
+            row["val_dice"] = math.nan if is_undefined else float(state.metrics[name])
         self.rows.append(row)
         engine.state.metrics.update({k: v for k, v in row.items() if k != "epoch" and not _is_undefined(v)})
         columns = list(dict.fromkeys(name for each in self.rows for name in each))

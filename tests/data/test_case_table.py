@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,129 @@ def test_an_image_may_repeat_the_reference_and_two_crops_may_share_all_files(tmp
     assert {item["pet"] for item in items} == {str(tmp_path / "pet.nii")}
 
 
+ROWS = [["A", "P1", "a/ct.nii", "a/pet.nii", "a/label.nii"], ["B", "P2", "b/ct.nii", "b/pet.nii", "b/label.nii"]]
+COLUMNS = ["case_id", "patient_id", "ct", "pet", "label"]
+OBJECTS = [dict(zip(COLUMNS, row, strict=True)) for row in ROWS]
+
+
+def joined(separator: str, end: str = "\n", rows: Any = (COLUMNS, *ROWS)) -> str:
+    return "".join(separator.join(row) + end for row in rows)
+
+
+WRITTEN = {
+    "semicolon.csv": joined(";").encode(),
+    "tab.csv": joined("\t").encode(),
+    "tab.tsv": joined("\t").encode(),
+    "bar.txt": joined("|").encode(),
+    "excel.csv": ("sep=;\n" + joined(";")).encode(),
+    "upper.CSV": joined(",").encode(),
+    "upper.TSV": joined("\t").encode(),
+    "upper.JSON": json.dumps(OBJECTS).encode(),
+    "utf16.csv": joined(",").encode("utf-16"),
+    "utf16 of excel.txt": joined("\t", "\r\n").encode("utf-16"),
+    "big endian.csv": b"\xfe\xff" + joined(",").encode("utf-16-be"),
+    "utf32.csv": joined(",").encode("utf-32"),
+    "bom.json": json.dumps(OBJECTS).encode("utf-8-sig"),
+    "utf16.json": json.dumps(OBJECTS).encode("utf-16"),
+    "windows.csv": joined(",").replace("/", "\\").encode(),
+    "windows.json": json.dumps(OBJECTS).replace("/", "\\\\").encode(),
+    "old mac.csv": joined(",", "\r").encode(),
+    "spaces.csv": joined(" , ", " \n").encode(),
+    "spaces.json": json.dumps(OBJECTS).replace(".nii", ".nii ").replace("P1", " P1 ").encode(),
+    "no-break spaces.csv": joined("\u00a0,").encode(),
+    "commas.csv": joined(",", ",\n").encode(),
+    "many commas.csv": joined(",", ",,,\n").encode(),
+    "blank rows.csv": ("\n,,,,\n" + joined(",").replace("B,", ",,,,\n\nB,", 1) + ",,,,\n  \n").lstrip("\n,").encode(),
+    "header.csv": joined(",", rows=(["Case ID", "Patient-ID", "CT", "Pet", "LABEL"], *ROWS)).encode(),
+    "header.json": json.dumps([{key.upper(): value for key, value in each.items()} for each in OBJECTS]).encode(),
+    "quoted.csv": joined(",", rows=[[f'"{cell}"' for cell in row] for row in (COLUMNS, *ROWS)]).encode(),
+    "comment.csv": ("# made by hand\n\n# twice\n" + joined(",")).encode(),
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The files that ``ROWS`` name; they are empty."""
+    for row in ROWS:
+        for name in row[2:]:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_tables_are_read_as_other_programs_write_them(name: str, files: Path) -> None:
+    (files / name).write_bytes(WRITTEN[name])
+    wanted = [{key: str(files / v) if "/" in v else v for key, v in each.items()} for each in OBJECTS]
+    assert read_case_table(files / name, "", KEYS) == [{**each, "image": each["ct"]} for each in wanted]
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "NA", "n/a", "<NA>", "#N/A", ""])
+def test_a_word_for_no_value_is_an_empty_cell(word: str, files: Path) -> None:
+    (files / "list.csv").write_text(joined(",").replace("b/pet.nii", word))
+    first, second = read_case_table(files / "list.csv", "", KEYS)
+    assert ("pet" in first, "pet" in second) == (True, False)
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_null_and_nan_of_a_json_are_empty_cells(value: Any, files: Path) -> None:
+    rows = [OBJECTS[0], {**OBJECTS[1], "pet": value, "patient_id": value}]
+    (files / "list.json").write_text(json.dumps(rows))
+    second = read_case_table(files / "list.json", "", KEYS)[1]
+    assert ("pet" in second, second["patient_id"]) == (False, "B")
+
+
+def test_numbers_are_ids(files: Path) -> None:
+    rows = [{**each, "case_id": number, "patient_id": 7} for number, each in enumerate(OBJECTS)]
+    (files / "list.json").write_text(json.dumps(rows))
+    assert [(each["case_id"], each["patient_id"]) for each in read_case_table(files / "list.json", "", KEYS)] == [
+        ("0", "7"), ("1", "7"),
+    ]  # fmt: skip
+
+
+def test_a_path_with_spaces_or_a_backslash_of_its_own_is_kept(tmp_path: Path) -> None:
+    for name in ("a\\b.nii", " c.nii "):
+        (tmp_path / name).touch()
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"case_id": "A", "ct": "a\\b.nii"}, {"case_id": "C", "ct": " c.nii "}])
+    )
+    items = read_case_table(tmp_path / "list.json", "", KEYS)
+    assert [each["ct"] for each in items] == [f"{tmp_path}/a\\b.nii", f"{tmp_path}/ c.nii "]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_are_the_same_in_both_unicode_forms(forms: tuple[Any, Any], tmp_path: Path) -> None:
+    """macOS decomposes the names of files. The case's id is composed, and its path is that on disk."""
+    in_table, on_disk = (unicodedata.normalize(form, "M\u00fcller") for form in forms)
+    (tmp_path / on_disk).mkdir()
+    (tmp_path / on_disk / f"{on_disk}.nii").touch()
+    (tmp_path / "list.csv").write_text(f"case_id,ct\n{in_table},{in_table}/{in_table}.nii\n", encoding="utf-8")
+    (item,) = read_case_table(tmp_path / "list.csv", "", KEYS)
+    assert (item["case_id"], item["patient_id"]) == ("M\u00fcller", "M\u00fcller")
+    assert item["ct"] == f"{tmp_path}/{on_disk}/{on_disk}.nii"
+    (tmp_path / "list.json").write_text(json.dumps([{"case_id": "A", "ct": "a"}, {"ct": f"{in_table}/{in_table}.nii"}]))
+    assert read_case_table(tmp_path / "list.json", "", KEYS)[1]["case_id"] == "M\u00fcller"
+
+
+def test_one_id_in_two_unicode_forms_is_a_duplicate(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("case_id,ct\n\u00fc,a.nii\nu\u0308,b.nii\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="lists case \u00fc twice, as cases 1 and 2"):
+        read_case_table(tmp_path / "list.csv", "", KEYS)
+
+
+def test_a_short_row_and_a_list_that_is_not_read_are_reported(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (files / "short.csv").write_text(joined(",").removesuffix(",b/label.nii\n"))
+    assert "label" not in read_case_table(files / "short.csv", "", KEYS)[1]
+    assert "case 2 has fewer cells than the table has columns: label is read as empty" in caplog.text
+    (files / "monai.json").write_text(
+        json.dumps({"training": OBJECTS, "test": ["x.nii"], "labels": {"0": "background"}})
+    )
+    assert len(read_case_table(files / "monai.json", "", KEYS)) == 2
+    assert (
+        "only the cases under 'training' are read, and divided into folds by patient. Not read: test (1)" in caplog.text
+    )
+
+
 A, B = {"case_id": "A", "ct": "a.nii"}, {"case_id": "B", "ct": "b.nii"}
 INVALID = {
     "..": ([A, {**B, "mr": "../mr.nii"}], "case 2, mr: ../mr.nii leads out of"),
@@ -137,9 +261,30 @@ INVALID = {
     "box of NaN": ([{**A, "bbox_mm": "0 0 0 1 1 nan"}], "case 1: bbox_mm is '0 0 0 1 1 nan'. Give x1 y1 z1 x2 y2 z2"),
     "NUL in a path": ([A, {**B, "pet": "p\0.nii"}], "case 2: pet contains an invalid character, such as NUL"),
     "NUL elsewhere": ([{**A, "centre": "x\0"}], "case 1: centre contains an invalid character, such as NUL"),
+    "an id of no value": ([A, {**B, "case_id": "nan"}], "case 2: case_id is 'nan'. Fill it in, or leave it empty"),
+    "a path of Windows": ([{**A, "pet": "C:\\data\\p.nii"}], "case 1, pet: C:\\data\\p.nii is a path of Windows"),
+    "a server of Windows": ([{**A, "pet": "\\\\pacs\\x\\p.nii"}], "is a path of Windows. Give a path relative to"),
+    ".. of Windows": ([{**A, "pet": "..\\p.nii"}], "case 1, pet: ../p.nii leads out of"),
+    "folds": ([{**A, "fold": "0"}], "case 1: the column fold is not read, because folds are made by patient. Remove"),
     "nothing": ([], "lists no cases"),
 }
 UNREADABLE = {
+    "utf16 without mark.csv": ("case_id,ct\nA,a.nii\n".encode("utf-16-le"), "it is not UTF-8 (every other byte is 0)"),
+    "latin line.csv": ("case_id,ct\nA,b.nii\nB,\u00e4.nii\n".encode("latin-1"), "is not UTF-8 (line 3, byte 0xe4)"),
+    "open quote.csv": (b'case_id,ct\nA,"a.nii\nB,b.nii\n', "is not a readable table (unexpected end of data)"),
+    "index.csv": (b",case_id,ct\n0,A,a.nii\n", "case 1: '0' stands in a column without a name. Name or remove"),
+    "late comment.csv": (b"case_id,ct\n# end\n", "case 1: '# end' is a comment. Write comments before the header"),
+    "both spellings.csv": (b"case_id,ct,CT\nA,a.nii,b.nii\n", "(the column 'ct' occurs twice). Rename or remove one"),
+    "list.json": (
+        b'[{"image": ["a.nii", "b.nii"]}]',
+        "case 1: image is a list of 2 files. Name each by its modality: ",
+    ),
+    "number.json": (b'[{"ct": 3}]', "case 1: ct is 3. Give the path of a file"),
+    "bool.json": (b'[{"ct": "a", "case_id": true}]', "case 1: case_id is True. Give text or a number"),
+    "validation.json": (
+        b'{"training": [], "validation": [{"ct": "a.nii"}]}',
+        "contains no list of cases under 'training', but others: validation (1). Only 'training' is read",
+    ),
     "list.csv": (b"case_id,ct\nA,a.nii,b.nii\n", "case 1 has more cells than the table has columns"),
     "half.json": (b'[{"ct": "a.nii"', "half.json is not a readable table"),
     "one.json": (b'{"ct": "a.nii"}', "one.json contains no list of cases"),

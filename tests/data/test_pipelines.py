@@ -294,7 +294,7 @@ def test_without_saving_the_mask_is_only_returned(reference: Path, tmp_path: Pat
         ({"mode": "train", "labels": [[0], [1]]}, "needs a patch size"),
         ({"mode": "train", "patch": (8, 8, 8)}, "needs the label values"),
         ({"mode": "validate"}, "needs the label values"),
-        ({"intensity": {"ct": "percentile"}}, r'intensity\["ct"\] is \'percentile\''),
+        ({"intensity": {"ct": "percentile"}}, r'intensity\["ct"\] is "percentile"'),
         ({"intensity": {"ct": [0, 1, 2]}}, r'intensity\["ct"\] is \[0, 1, 2\]'),
         ({"intensity": {"pet": [0, 1]}}, r"no entry for \['ct'\]"),
     ],

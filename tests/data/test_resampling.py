@@ -14,7 +14,7 @@ from monai.transforms import Orientation, ResampleToMatch, Spacing
 from scipy.spatial.transform import Rotation
 
 from scripts.data import resampling
-from scripts.data.resampling import OntoGridd, RestoreGridd, axis_moves, network_grid, resample
+from scripts.data.resampling import OntoGridd, RestoreGridd, axis_moves, network_grid, resample, vanished_classes
 
 LPS = np.diag([-1.0, -1.0, 1.0])
 TURNED = np.array([[0.0, -1, 0], [0, 0, 1], [1, 0, 0]])
@@ -146,3 +146,12 @@ def test_the_mask_of_a_cropped_reference_has_the_whole_grid(make_affine: Any) ->
     assert found.shape == (1, 40, 30, 20)
     assert torch.equal(found[0, 10:36, 2:26, 3:17].as_tensor(), inside)
     assert found.sum() == inside.sum()
+
+
+def test_only_classes_that_a_label_had_can_vanish() -> None:
+    label = torch.zeros(4, 4, 4)
+    label[0, 0, :3], label[1, 1, 1] = 1, 3
+    assert vanished_classes(label, label) == {}
+    assert vanished_classes(label, torch.zeros(2, 2, 2)) == {1: 3, 3: 1}
+    assert vanished_classes(label, torch.full((2, 2, 2), 3.0)) == {1: 3}
+    assert vanished_classes(label * 0, torch.zeros(2, 2, 2)) == {}

@@ -118,7 +118,7 @@ def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tm
     names.append(volume_file(cases, tmp_path, spacing=(2, 1, 1)))
     names.append(volume_file(cases, tmp_path, intensity={"ct": [0, 2], "pet": [0, 1]}))
     names.append(volume_file(cases, tmp_path, patch=(24,) * 3))
-    names.append(volume_file(cases, tmp_path, labels=[[0, 1]]))
+    names.append(volume_file(cases, tmp_path, labels=[[0], [1, 2]]))
     for key in ("pet", "label"):  # the same size at another time, as when voxels are corrected
         path = Path(cases[0][key])
         content = bytearray(path.read_bytes())

@@ -147,6 +147,42 @@ def test_the_sform_is_used_with_a_warning_if_the_qform_differs(
     assert check({"A": case}).warned(str(case["ct"]), "the sform is used")
 
 
+def _unit_axes(path: Path) -> None:
+    """An sform whose axes have length 1, beside the right pixdim; no qform."""
+    image = nib.Nifti1Image.from_filename(path)
+    header, affine = image.header.copy(), image.affine.copy()
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    affine[:3, :3] /= sizes
+    changed = nib.Nifti1Image(np.asarray(image.dataobj), None, header)
+    changed.header.set_qform(None, code=0)
+    changed.header.set_sform(affine, code=1)
+    changed.header["pixdim"][1:4] = sizes
+    nib.save(changed, path)
+
+
+def test_contradictory_voxel_sizes_are_refused_by_every_verb_unless_an_option_chooses(
+    case: Any, place: Any, segment: Any, check: Any, cohort_of: Any, train: Any, threshold: Any, world: Any,
+    assert_refused: Any,
+) -> None:  # fmt: skip
+    place(case["pet"], "pet", LPS, (5, 5, 5.5), (20, 18, 16), (5, 0, 0))
+    _unit_axes(case["pet"])
+    words = (str(case["pet"]), "1 x 1 x 1 mm by its sform", "5 x 5 x 5.5 mm by its pixdim", "--voxel-size")
+    assert_refused(segment(case), *words)
+    cases = {**cohort_of(5), "B": case}
+    found = check(cases)
+    (error,) = (each["what"] for each in found.findings if each["level"] == "error")
+    assert all(word in error for word in words)
+    assert_refused(train(cases), *words)
+    outcome = segment(case, *threshold("pet", TOP - SLOPE * RADIUS), "--voxel-size", "pixdim")
+    assert outcome.code == 0, outcome.err
+    assert outcome.warned(str(case["pet"]), "the pixdim is used (--voxel-size pixdim)")
+    _assert_ball(outcome.mask, world, 0.7)
+    for choice in ("pixdim", "affine"):
+        found = check(cases, "--voxel-size", choice)
+        assert found.code == 0, found.err
+        assert found.warned(str(case["pet"]), f"--voxel-size {choice}")
+
+
 def test_neither_sform_nor_qform_is_accepted_with_a_warning(
     case: Any, patch_nifti: Any, segment: Any, check: Any
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -186,6 +187,7 @@ def test_float64_labels_of_the_data_sets_mapping_are_accepted(
         change_voxels(files["label"], lambda voxels, grade=grade: (voxels * grade).astype(np.float64))
         assert nib.Nifti1Image.from_filename(files["label"]).get_data_dtype() == np.float64
         change_voxels(files["ct"], lambda voxels: voxels + 1100)
+        change_voxels(files["pet"], lambda voxels: voxels * 300)
         cases[name] = {names[key]: path for key, path in files.items()}
     found = check(cases, "--data", "picai22")
     assert (found.code, [each for each in found.findings if each["level"] != "note"]) == (0, [])
@@ -226,6 +228,37 @@ def test_empty_labels_are_noted_trained_on_and_scored_by_status(
         assert mask.any()
         assert rows[name]["status"] == ("false_positive" if name in "ABCD" else "ok"), rows[name]
     assert json.loads((folder / "summary.json").read_text())["aggregate"]["n"] == 5
+
+
+def test_a_label_that_vanishes_at_the_networks_spacing_is_reported(
+    cohort_of: Any, write_nifti: Any, make_affine: Any, check: Any, train: Any, tmp_path: Path
+) -> None:
+    """Two voxels of 1 mm between the centres of the network's grid of 4 x 4 x 5 mm."""
+    cases = cohort_of(5)
+    tiny = np.zeros((96, 80, 80), np.uint8)
+    tiny[51, 41:43, 42] = 1  # 3 to 4 mm from the middle, where no voxel of the network has its centre
+    write_nifti(cases["C"]["label"], tiny, make_affine(np.diag([-1.0, -1.0, 1.0]), (1, 1, 1), tiny.shape))
+    words = f"{cases['C']['label']} has 2 voxel(s) of class 1, but none at the network's spacing of 4 x 4 x 5 mm"
+    found = check(cases)
+    assert found.code == 0
+    (warning,) = (each for each in found.findings if each["level"] == "warning")
+    assert (warning["case_id"], warning["key"], warning["what"].startswith(words)) == ("C", "label", True)
+    outcome = train(cases)
+    assert outcome.code == 0, outcome.err
+    assert outcome.warned(f"Case C: {words}")
+    assert not outcome.warned("Case A: ")
+
+
+def test_the_dice_of_a_validation_without_any_foreground_is_an_empty_cell(
+    cohort_of: Any, change_voxels: Any, train: Any, tmp_path: Path
+) -> None:
+    cases = cohort_of(5)
+    for files in cases.values():
+        change_voxels(files["label"], lambda voxels: voxels * 0)
+    outcome = train(cases)
+    assert outcome.code == 0, outcome.err
+    (row,) = _rows(tmp_path / "run" / "curves.csv")
+    assert row["val_dice"] == ""
 
 
 def _cut(path: Path) -> None:
@@ -344,6 +377,51 @@ def test_segment_and_check_warn_of_values_of_another_unit_and_convert_nothing(
     for outcome in (segment(case), check({"A": case})):
         assert outcome.code == 0, outcome.err
         assert outcome.warned(str(case["pet"]), "Bq/ml?", f"from {values.min():.4g} to {values.max():.4g}")
+
+
+def _padded(voxels: Array) -> Array:
+    """A body that fills half of the image, in a corner of padding."""
+    padded = np.where(voxels < 500, 1000.0, voxels)
+    padded[:, :, 8:] = -2000
+    padded[:, :, 7] = 0
+    return padded
+
+
+RANGES = [
+    ("an MR times 20", "mr", lambda v: v * 20, r"\d+% of them above the range 0 to 1200"),
+    ("an MR in 0..1", "mr", lambda v: v / v.max(), "fill 0.08% of the range 0 to 1200"),
+    ("an MR in 0..255", "mr", lambda v: v / v.max() * 255, "fill 21.25% of the range 0 to 1200"),
+    ("a z-scored MR", "mr", lambda v: (v - v.mean()) / v.std(), r"fill 0.\d\d% of the range 0 to 1200"),
+    ("a PET in 0..1", "pet", lambda v: v / v.max(), "fill 10.00% of the range 0 to 10"),
+    ("a PET in kBq/ml", "pet", lambda v: v * 5.2, "in kBq/ml|above the range 0 to 10"),
+    ("a z-scored PET", "pet", lambda v: (v - v.mean()) / v.std(), r"\d+% of them below the range 0 to 10|fill"),
+    ("a CT plus 1024 with padding", "ct", lambda v: _padded(v + 1024), "above the range -200 to 300"),
+]
+
+
+@pytest.mark.parametrize(("key", "change", "words"), [each[1:] for each in RANGES], ids=[each[0] for each in RANGES])
+def test_values_that_do_not_fit_the_networks_range_give_a_warning(
+    key: str, change: Any, words: str, case: Any, change_voxels: Any, segment: Any, check: Any
+) -> None:
+    change_voxels(case[key], lambda voxels: change(voxels.astype(np.float64)).astype(np.float32))
+    for outcome in (segment(case), check({"A": case})):
+        assert outcome.code == 0, outcome.err
+        messages = [record.getMessage() for record in outcome.log if record.levelno == logging.WARNING]
+        messages += [finding["what"] for finding in outcome.findings if finding["level"] == "warning"]
+        (message,) = (text for text in messages if text.startswith(str(case[key])))
+        assert re.search(words, message), message
+
+
+def test_training_warns_of_values_that_do_not_fit_and_a_zscore_has_no_range(
+    cohort_of: Any, change_voxels: Any, train: Any, check: Any
+) -> None:
+    cases = cohort_of(5)
+    change_voxels(cases["B"]["mr"], lambda voxels: (voxels / voxels.max()).astype(np.float32))
+    outcome = train(cases)
+    assert outcome.code == 0, outcome.err
+    assert outcome.warned(str(cases["B"]["mr"]), "fill 0.08% of the range")
+    found = check(cases, "--set", 'intensity={"ct": [-200, 300], "pet": [0, 10], "mr": "zscore"}')
+    assert [each for each in found.findings if each["level"] == "warning"] == []
 
 
 @pytest.mark.parametrize("keep", [0.5, 1.0], ids=["half", "all but the checksum"])

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a config's settings before anything is read or written: one sentence per wrong value."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class _Rule(NamedTuple):
+    """What a setting must be: a test, and the words for it."""
+
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _at_least(least: int) -> _Rule:
+    return _Rule(lambda value: _is_whole(value) and value >= least, f"a whole number of at least {least}")
+
+
+def _is_three(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return _is_list(value) and len(value) == 3 and all(accepts(each) and each > 0 for each in value)
+
+
+def _are_modalities(value: Any) -> bool:
+    names = list(value) if _is_list(value) else []
+    are_names = bool(names) and all(isinstance(name, str) and name for name in names)
+    return are_names and len(set(names)) == len(names) and not {"image", "label"} & set(names)
+
+
+def _is_range(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "zscore"
+    return _is_list(value) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
+def _are_classes(value: Any) -> bool:
+    return _is_list(value) and len(value) >= 2 and all(_is_list(each) and each for each in value)
+
+
+_FLAG = _Rule(lambda value: isinstance(value, bool), "true or false")
+_NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number of at least 0")
+RULES: dict[str, _Rule] = {
+    "spacing": _Rule(lambda value: _is_three(value, _is_number), "three positive numbers in mm, such as [3, 3, 3]"),
+    "patch": _Rule(
+        lambda value: _is_three(value, _is_whole),
+        "three positive whole numbers, such as [64, 64, 64]: patches are volumes, not slices",
+    ),
+    "overlap": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1, such as 0.25"),
+    "modalities": _Rule(
+        _are_modalities, 'a list of different names, such as ["ct", "pet"], none of them image or label'
+    ),
+    "labels": _Rule(_are_classes, "a list of the label's values for each class, the background first: [[0], [1, 2]]"),
+    "memory_gib": _Rule(lambda value: _is_number(value) and value > 0, "a positive number of GiB"),
+    "modality_dropout": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
+    "fold": _Rule(
+        lambda value: value is None or (_is_whole(value) and value >= 0), "the number of a fold, from 0, or null"
+    ),
+    **{name: _at_least(1) for name in ("batch_size", "max_epochs", "val_interval", "save_interval", "accumulation")},
+    **{name: _at_least(0) for name in ("num_workers", "threads", "seed")},
+    **{name: _NOT_NEGATIVE for name in ("learning_rate", "weight_decay")},
+    **{
+        name: _FLAG
+        for name in ("allow_missing", "allow_outside", "stacked", "resume", "overwrite", "compile", "whole_volume")
+    },
+}
+
+
+def check_settings(
+    intensity: Mapping[str, Any] | None = None,
+    student_norm: Any = None,
+    student_features: Sequence[int] | None = None,
+    **settings: Any,
+) -> None:
+    """Refuse settings that no run can work with. Settings that are not given are not checked.
+
+    Args:
+        intensity: per modality ``[low, high]`` or ``"zscore"``.
+        student_norm: the student's normalisation, by name or as ``[name, options]``.
+        student_features: channels of the student's stages; each halves the patch.
+        settings: by their ids in the configs, see ``RULES``.
+
+    Raises:
+        ValueError: a setting is wrong; the message names it and says what to give.
+    """
+    for name, value in settings.items():
+        if not RULES[name].accepts(value):
+            raise ValueError(f"{name} is {_shown(value)}. Give {RULES[name].expected}.")
+    if "labels" in settings:
+        _check_labels(settings["labels"])
+    if intensity is not None:
+        _check_intensity(intensity, settings.get("modalities", ()))
+    if student_norm is not None:
+        _check_norm(student_norm, settings.get("batch_size"), settings.get("patch"), student_features)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in a config."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return repr(value)
+
+
+def _check_labels(labels: Sequence[Sequence[float]]) -> None:
+    classes: dict[float, int] = {}
+    for index, values in enumerate(labels):
+        for value in values:
+            if not _is_number(value):
+                raise ValueError(f"labels lists {_shown(value)} in class {index}. Give numbers.")
+            first = classes.setdefault(value, index)
+            if first != index:
+                raise ValueError(
+                    f"labels lists the value {value:g} in classes {first} and {index}. Overlapping regions are not "
+                    "supported: give each value to one class."
+                )
+
+
+def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) -> None:
+    missing = [key for key in modalities if key not in intensity]
+    if missing:
+        raise ValueError(f"intensity has no entry for {missing}. Every modality needs one.")
+    for key, value in intensity.items():
+        if not _is_range(value):
+            raise ValueError(
+                f'intensity["{key}"] is {_shown(value)}. Give [low, high] in the modality\'s units, low below high, '
+                'or "zscore".'
+            )
+
+
+def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, features: Sequence[int] | None) -> None:
+    """Refuse a normalisation whose statistics would come from too few values."""
+    name = str(norm[0] if _is_list(norm) else norm).lower()
+    advice = 'student_norm=["group", {"num_groups": 8}]'
+    if name == "batch" and batch_size == 1:
+        raise ValueError(
+            "student_norm is batch normalisation, and batch_size is 1: statistics of one patch are not those of the "
+            f"data. Give a batch_size of at least 2, or {advice}."
+        )
+    if name == "instance" and patch and features and math.prod(size / 2 ** len(features) for size in patch) <= 1:
+        raise ValueError(
+            f"student_norm is instance normalisation, but a patch of {_shown(list(patch))} is a single voxel on the "
+            f"student's deepest grid. Give a larger patch, or {advice}."
+        )

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
-from scripts.evaluation.mask_files import find_masks, no_masks_message
+from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_message
 from scripts.evaluation.masks import foreground_mask, read_on_grid
 from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
@@ -100,15 +100,7 @@ def score(
     problems = {str(row["case_id"]): problem for row, problem, _ in results if problem}
     findings = {str(row["case_id"]): case_findings for row, _, case_findings in results}
     missing = [case_id for case_id in case_ids if case_id not in masks.paths]
-    texts = {
-        case_id: [
-            *(["no mask was found"] if case_id in missing else []),
-            *([masks.hints[case_id]] if case_id in masks.hints else []),
-            *([problems[case_id]] if case_id in problems else []),
-            *(finding.what for finding in findings[case_id]),
-        ]
-        for case_id in case_ids
-    }
+    texts = {case_id: _case_texts(case_id, masks, problems.get(case_id), findings[case_id]) for case_id in case_ids}
     for row in rows:
         row["trained_on"] = trained[str(row["case_id"])]
         row["findings"] = "; ".join(text.rstrip(".") for text in texts[str(row["case_id"])])
@@ -127,15 +119,8 @@ def score(
         "findings": {case_id: texts[case_id] for case_id in sorted(texts) if texts[case_id]},
         "predictions": str(predictions),
     }
-    for kind in ("missing", "without_reference", "extra_files"):
-        if summary[kind]:
-            logger.warning("%s: %s", kind.replace("_", " "), ", ".join(summary[kind]))
-    for problem in summary["unreadable"]:
-        logger.warning("unreadable: %s", problem)
-    _log_findings(findings, list(masks.hints.values()))
     notes = training_notes([summary])
-    for text in notes:
-        logger.warning("%s", text)
+    _log_warnings(summary, findings, [*masks.hints.values(), *notes])
     if trained_unknown:
         logger.info("%s", trained_unknown)
     write_rows(rows, Path(output_dir) / "cases.csv")
@@ -213,10 +198,21 @@ def _training_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _log_findings(findings: Mapping[str, Sequence[Finding]], hints: Sequence[str]) -> None:
-    """Log every warning, and the number of masks on another grid than their reference."""
+def _case_texts(case_id: str, masks: MaskFiles, problem: str | None, findings: Sequence[Finding]) -> list[str]:
+    """Everything that is said about a case, the reason of its failure first."""
+    failures = [] if case_id in masks.paths else ["no mask was found", masks.hints.get(case_id)]
+    return [*filter(None, [*failures, problem]), *(finding.what for finding in findings)]
+
+
+def _log_warnings(summary: Mapping[str, Any], findings: Mapping[str, Sequence[Finding]], texts: Sequence[str]) -> None:
+    """Log the lists of the summary, these texts, all warnings, and the number of masks on another grid."""
+    for kind in ("missing", "without_reference", "extra_files"):
+        if summary[kind]:
+            logger.warning("%s: %s", kind.replace("_", " "), ", ".join(summary[kind]))
+    for problem in summary["unreadable"]:
+        logger.warning("unreadable: %s", problem)
     warnings = [finding.what for each in findings.values() for finding in each if finding.level == WARNING]
-    for text in dict.fromkeys([*hints, *warnings]):
+    for text in dict.fromkeys([*texts, *warnings]):
         logger.warning("%s", text)
     resampled = sum(any(finding.level == NOTE for finding in each) for each in findings.values())
     if resampled:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
+from scripts.training.training_record import read_task, task_path
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 
@@ -34,14 +34,16 @@ def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[
     unknown = {str(case["case_id"]): UNKNOWN for case in cases}
     if weights is None:
         return unknown, ""
-    path = Path(weights).with_name(f"{Path(weights).stem}.task.json")
-    if not path.is_file():
+    path, record = task_path(weights), read_task(weights)
+    if record is None:
         return unknown, f"{path} does not exist, so it is unknown which cases the network was trained on"
-    record = _read_record(path)
+    training_cases = record.get("training_cases")
+    if not isinstance(training_cases, list) or not all(isinstance(c, dict) and "case_id" in c for c in training_cases):
+        raise ValueError(f"{path} lists no training cases. Restore it, or remove it.")
     if record.get("weights_sha256") and Path(weights).is_file() and record["weights_sha256"] != sha256(weights):
         return unknown, f"{path} describes other weights than {weights}, so it is unknown which cases trained them"
     listed: dict[str, set[str]] = {"case_id": set(), "patient_id": set()}
-    for item in record["training_cases"]:
+    for item in training_cases:
         for key, ids in listed.items():
             ids.add(nfc(str(item.get(key, item["case_id"]))))
     result = {}
@@ -49,17 +51,6 @@ def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[
         names = {key: nfc(str(case.get(key, case["case_id"]))) for key in listed}
         result[str(case["case_id"])] = YES if any(names[key] in listed[key] for key in listed) else NO
     return result, ""
-
-
-def _read_record(path: Path) -> Mapping[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        valid = all("case_id" in item for item in record["training_cases"])
-    except (ValueError, TypeError, KeyError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{path} lists no training cases, or is damaged. Restore it, or remove it.")
-    return record  # type: ignore[no-any-return]
 
 
 def training_notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

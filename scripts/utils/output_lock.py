@@ -45,7 +45,10 @@ def acquire(path: str | Path) -> None:
         return
     is_mask = target.name.endswith(".nii.gz")
     folder = target.parent if is_mask else target
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{target} cannot be written ({error.strerror}): choose another output.") from error
     prefix = f".{target.name}" if is_mask else ""
     owner_file = folder / f"{prefix}.run.json"
     lock = FileLock(folder / f"{prefix}.lock")

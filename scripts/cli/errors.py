@@ -16,4 +16,7 @@ def error_sentence(error: BaseException) -> str:
     """
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror  # a sentence of this program; str() would put the system's number before it
+    return " ".join(text.split()) or type(error).__name__

@@ -7,7 +7,9 @@ import argparse
 import importlib.util
 import logging
 import runpy
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore")
     configure_logging(args.verbose, args.debug)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)  # so that no lock and no part of a file stay
     try:
         args.run(args)
     except EXPECTED_ERRORS as error:
@@ -117,6 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _end(number: int, frame: object) -> None:
+    """End the process as by an interruption, with the exit code of a signal."""
+    raise SystemExit(128 + number)
 
 
 def _forward_benchmark(arguments: list[str]) -> int:

@@ -26,6 +26,7 @@ from scripts.data.bids import bids_name, write_dataset_description, write_mask_s
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
+from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
@@ -60,6 +61,18 @@ def segment_cohort(args: argparse.Namespace) -> None:
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)
     masks = _mask_paths(args, cases, modalities, output)
+    with hold(output):  # a second batch, or the resume of a running one, is refused
+        _segment_cases(args, cases, masks, modalities, output)
+
+
+def _segment_cases(
+    args: argparse.Namespace,
+    cases: Sequence[dict[str, Any]],
+    masks: Mapping[str, Path],
+    modalities: Sequence[str],
+    output: Path,
+) -> None:
+    """Segment the cases that have no mask, and write the record."""
     checksum = sha256(args.weights or _default_weights())
     _refuse_other_weights(output / RECORD, checksum)
     if args.bids:

@@ -19,6 +19,7 @@ from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_study import DICOM_MODALITIES, Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, read_slices, write_rtstruct, write_seg
+from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
 
@@ -51,10 +52,11 @@ def segment_study(args: argparse.Namespace) -> None:
             "out --rtstruct: the mask is written as NIfTI and DICOM SEG."
         )
     uids = [series.uid for series in chosen.values()]
-    with tempfile.TemporaryDirectory(prefix="series-") as links:
-        folders = _series_folders(chosen, Path(links))
-        segment_case(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
-    write_dicom(mask, reference, segment_label(), output, args.rtstruct, args.debug)
+    with hold(output):  # until the last file is written: another study's mask must not come between
+        with tempfile.TemporaryDirectory(prefix="series-") as links:
+            folders = _series_folders(chosen, Path(links))
+            segment_case(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
+        write_dicom(mask, reference, segment_label(), output, args.rtstruct, args.debug)
 
 
 def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], modalities: list[str]) -> None:

@@ -49,6 +49,8 @@ def fold_split(
         return list(cases), []
     patients = {nfc(str(case["patient_id"])) for case in cases}
     path = Path(file) if file else None
+    if path is not None and path.is_dir():
+        raise ValueError(f"The split file {path} is a folder. Name a JSON file.")
     if path is not None and path.is_file():
         splits = _read_splits(path)
         _check_patients(splits, patients, path)

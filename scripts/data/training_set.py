@@ -107,6 +107,8 @@ class Volumes(Dataset):
         super().__init__(cases, transform)
         self.pipeline = transform
         self.folder = Path(folder) if folder else None
+        if self.folder is not None:
+            _make_folder(self.folder)
         if transform.cached is not None and cases:
             transform.cached.check(cases, transform.settings)
         shared = self.folder is not None and torch.distributed.is_initialized()
@@ -140,6 +142,14 @@ class Volumes(Dataset):
         prepared = self.prepared[index]
         volumes = torch.load(prepared, mmap=True, weights_only=True) if isinstance(prepared, Path) else prepared
         return self.pipeline.draw(volumes)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"The volumes cannot be kept in {folder} ({error.strerror}). Choose another --volumes-dir."
+        raise OSError(error.errno, message) from error
 
 
 def _readable(path: Path) -> bool:

@@ -124,6 +124,7 @@ class TeacherCache:
             raise ValueError(f"Unknown verify {verify!r}: choose full or size.")
         self.folder, self.teachers, self.verify = Path(folder), dict(teachers), verify
         self.manifests = {name: read_manifest(self.folder, name) for name in teachers}
+        self.checked: dict[Path, str] = {}  # file -> what it was made of, when the training started
         self.keys = [f"{name}.{output}" for name, teacher in teachers.items() for output in teacher.outputs]
         self.widths = [
             self.manifests[name]["channels"] if output == LOGITS else 1
@@ -166,12 +167,19 @@ class TeacherCache:
                 f"The image files of case {case['case_id']} have changed since {path} was written. "
                 "Run cache-teachers again."
             )
+        self.checked[path] = load_plain(path, mmap=True).get("made_of", "")
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Add the case's predictions, mapped into memory, as ``<teacher>.<output>``."""
         predictions: dict[str, torch.Tensor] = {}
         for name, teacher in self.teachers.items():
-            tensors = load_plain(case_path(self.folder, name, item), mmap=True)
+            path = case_path(self.folder, name, item)
+            tensors = load_plain(path, mmap=True)
+            if tensors.get("made_of", "") != self.checked.get(path, tensors.get("made_of", "")):
+                raise ValueError(
+                    f"{path} was replaced during this training, by cache-teachers with other settings. Start the "
+                    "training again, and keep a cache for each setting."
+                )
             predictions |= {f"{name}.{output}": tensors[output] for output in teacher.outputs}
         return {**item, **predictions}
 

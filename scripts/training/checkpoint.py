@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 def check_folder(
-    path: str, record: Mapping[str, Any], resume: bool = False, overwrite: bool = False, seed: int = 0
+    path: str,
+    weights: str,
+    record: Mapping[str, Any],
+    resume: bool = False,
+    overwrite: bool = False,
+    seed: int = 0,
 ) -> None:
-    """Refuse a folder's checkpoint before any case is preprocessed; ``TrainingCheckpoint`` loads it later.
+    """Refuse what a training could not write or continue, before any case is preprocessed.
 
     Args:
-        path: file of the training state.
+        path: file of the training state, which ``TrainingCheckpoint`` loads later.
+        weights: file of the final weights.
         record: what this run trains on, see ``scripts.training.training_record``.
         resume: the run continues from the state, which must be of the same data and settings.
         overwrite: without ``resume``, the run removes the state.
@@ -33,7 +40,15 @@ def check_folder(
     Raises:
         ValueError: no existing state can be read; it is of other data or settings; or there is one, and neither
             ``resume`` nor ``overwrite`` is set.
+        OSError: the final weights cannot be written.
     """
+    try:
+        Path(weights).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(weights).parent):
+            pass
+    except OSError as error:
+        message = f"{weights} cannot be written ({error.strerror}): choose another folder for the final weights."
+        raise OSError(error.errno, message) from error
     if overwrite and not resume:
         return
     found, state = newest_state(Path(path), logging.DEBUG)  # the warnings come when the state is loaded

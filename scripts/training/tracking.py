@@ -28,6 +28,18 @@ from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import atomic_file
 
 
+def require_known(name: str) -> None:
+    """Refuse a tracker that does not exist: it would have no effect.
+
+    Raises:
+        ValueError: ``name`` is neither empty nor ``mlflow``, or MLflow is not installed.
+    """
+    if name not in ("", "mlflow"):
+        raise ValueError(f"experiment_tracking is {name!r}. Choose mlflow, or nothing: TensorBoard is always written.")
+    if name:
+        require_mlflow()
+
+
 class TensorBoard:
     """A ``SummaryWriter`` that creates its file at the first write, so that parsing a config creates no file.
 

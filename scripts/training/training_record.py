@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".task.json"
 NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
+FIXED_PATCH = ("unetr", "hdenseformer")  # architectures that learn one position per cell of the patch
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
@@ -244,7 +245,8 @@ def require_same_teachers(
 
     Args:
         specs: name of a teacher -> ``modalities`` and ``weights``; a teacher without weights or record is accepted.
-        settings: ``intensity``, ``spacing`` in mm and ``labels`` of this run.
+        settings: ``intensity``, ``spacing`` in mm, ``labels`` and ``patch`` in voxels of this run; the patch is
+            compared for ``FIXED_PATCH`` only.
         split: training and validation cases of this run.
         ignore: log the contradictions as a warning instead.
     """
@@ -254,6 +256,8 @@ def require_same_teachers(
         if task is None:
             continue
         used = {**settings, "modalities": spec["modalities"]}
+        if spec.get("architecture") not in FIXED_PATCH:
+            used.pop("patch", None)
         known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not of the teacher
         _refuse_contradictions(spec["weights"], _setting_differences(known, used), ignore)
         seen = sorted(validation & {case["case_id"] for case in task.get("training_cases", [])})

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from scripts.utils.atomic_files import write_json
 logger = logging.getLogger(__name__)
 
 TAKEOVER_SECONDS = 30.0  # how long the child processes of a killed run may need to notice its end
+OWNER_SECONDS = 1.0  # how long the owner of a lock may need to write its name
 _locks: dict[Path, tuple[FileLock, Path]] = {}  # output -> its lock and the file that names its owner
+_held: set[Path] = set()  # outputs that ``hold`` releases
 
 
 def acquire(path: str | Path) -> None:
@@ -42,7 +45,10 @@ def acquire(path: str | Path) -> None:
         return
     is_mask = target.name.endswith(".nii.gz")
     folder = target.parent if is_mask else target
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{target} cannot be written ({error.strerror}): choose another output.") from error
     prefix = f".{target.name}" if is_mask else ""
     owner_file = folder / f"{prefix}.run.json"
     lock = FileLock(folder / f"{prefix}.lock")
@@ -50,36 +56,70 @@ def acquire(path: str | Path) -> None:
         lock.acquire(blocking=False)
     except Timeout:
         _require_writable(target, lock.lock_file)
-        owner = _read_owner(owner_file)
+        owner = _wait_for_owner(owner_file)
         try:
             lock.acquire(timeout=0 if _is_alive(owner) else TAKEOVER_SECONDS)
         except Timeout:
             raise ValueError(_in_use(target, owner)) from None
-    previous = _read_owner(owner_file)
-    if previous and previous.get("pid") != os.getpid():
-        pid = previous.get("pid")
-        logger.warning("%s was left by process %s, which has ended: this run takes it over", target, pid)
-        own_parts = folder.glob(f".{target.name}.*.part" if is_mask else ".*.part")
-        # Masks lie in a folder of their own, where other runs may still be writing.
-        nested_parts = () if is_mask else folder.rglob(f".*.{pid}.part")
-        for part in [*own_parts, *nested_parts]:
-            part.unlink(missing_ok=True)
-    write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner_file)
     _locks[target] = lock, owner_file
+    try:
+        _take_over(target, folder, is_mask, _read_owner(owner_file))
+        write_json({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}, owner_file)
+    except BaseException:
+        _release_one(target)
+        raise
     atexit.register(release, os.getpid())
 
 
+@contextlib.contextmanager
+def hold(path: str | Path) -> Iterator[None]:
+    """Lock an output for a block of several runs; arguments and errors as for ``acquire``."""
+    target = Path(path).absolute()
+    is_outermost = target not in _locks
+    acquire(target)
+    if is_outermost:
+        _held.add(target)
+    try:
+        yield
+    finally:
+        if is_outermost:
+            _held.discard(target)
+            _release_one(target)
+
+
+def _take_over(target: Path, folder: Path, is_mask: bool, previous: dict[str, Any]) -> None:
+    """Remove what a run that was killed has left at an output, and log a warning."""
+    pid = previous.get("pid")
+    if pid is None or pid == os.getpid():
+        return
+    logger.warning("%s was left by process %s, which has ended: this run takes it over", target, pid)
+    parts = folder.glob(f".{target.name}.*.part") if is_mask else folder.rglob(".*.part")
+    for part in parts:
+        # Other runs, each with its own lock, may still be writing masks into the same folder.
+        writer = part.name.split(".")[-2]
+        if is_mask or writer == str(pid) or (writer.isdigit() and not psutil.pid_exists(int(writer))):
+            part.unlink(missing_ok=True)
+
+
 def release(pid: int | None = None) -> None:
-    """Release every output that this process has locked, and remove the lock's files.
+    """Release every output that this process has locked, and remove the lock's files; ``hold`` keeps its own.
 
     Args:
-        pid: the process that acquired the locks; in any other process, such as a forked child, nothing is released.
+        pid: the process that acquired the locks, at its end: all are released. In any other process, such as a forked
+            child, nothing is released.
     """
-    while _locks and pid in (None, os.getpid()):
-        _, (lock, owner_file) = _locks.popitem()
-        owner_file.unlink(missing_ok=True)
-        _remove_lock_file(lock)
-        lock.release()
+    for target in [target for target in _locks if pid in (None, os.getpid())]:
+        if pid is not None or target not in _held:
+            _release_one(target)
+
+
+def _release_one(target: Path) -> None:
+    lock, owner_file = _locks.pop(target, (None, None))
+    if lock is None or owner_file is None:
+        return
+    owner_file.unlink(missing_ok=True)
+    _remove_lock_file(lock)
+    lock.release()
 
 
 def _remove_lock_file(lock: FileLock) -> None:
@@ -116,6 +156,14 @@ def _read_owner(owner_file: Path) -> dict[str, Any]:
         return {}
     is_complete = isinstance(owner, dict) and {"host", "since"} <= set(owner) and isinstance(owner.get("pid"), int)
     return owner if is_complete else {}
+
+
+def _wait_for_owner(owner_file: Path) -> dict[str, Any]:
+    """Read the owner of a lock that is taken; it writes its name just after it gets the lock."""
+    end = time.monotonic() + OWNER_SECONDS
+    while not (owner := _read_owner(owner_file)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return owner
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:

@@ -43,11 +43,15 @@ def run_jobs(
             with contextlib.suppress(BrokenProcessPool):  # a process may die before all jobs are submitted
                 for name in pending:
                     futures[pool.submit(work, jobs[name])] = name
-            for future in as_completed(futures):
-                with contextlib.suppress(BrokenProcessPool):
-                    name = futures[future]
-                    results[name] = future.result()
-                    on_result(name, results[name])
+            try:
+                for future in as_completed(futures):
+                    with contextlib.suppress(BrokenProcessPool):
+                        name = futures[future]
+                        results[name] = future.result()
+                        on_result(name, results[name])
+            except BaseException:  # an interruption does not wait for the jobs that have not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         pending = [name for name in pending if name not in results]
         if pending and processes == 1:  # jobs run in order: the first pending one killed the process
             name = pending.pop(0)

@@ -283,3 +283,14 @@ def test_a_setting_that_only_the_cache_or_only_the_run_has_is_refused(
     with pytest.raises(ValueError, match=r"cache of the teacher a is outdated: its (replace nonfinite|series uids) is"):
         TeacherCache(str(tmp_path), cached, verify="size").check([case], other.settings)
     TeacherCache(str(tmp_path), cached, verify="size").check([case], transforms[made].settings)
+
+
+def test_a_cache_that_is_replaced_during_a_training_ends_it(make_case: Any, tmp_path: Path) -> None:
+    case, transform = make_case(), pipeline()
+    teacher = write_cache(tmp_path, "a", {"logits": torch.zeros(2, 1, 1, 1).half()}, transform, case)
+    cache = TeacherCache(str(tmp_path), {"a": teacher}, verify="size")
+    cache.check([case], transform.settings)
+    assert set(cache(case)) > {"a.logits"}
+    torch.save({"logits": torch.ones(2, 1, 1, 1).half(), "made_of": "other weights"}, tmp_path / "a" / "A.pt")
+    with pytest.raises(ValueError, match=r"A\.pt was replaced during this training, by cache-teachers with other sett"):
+        cache(case)

@@ -12,7 +12,9 @@ from scripts.utils.output_lock import acquire, release
 
 CONTEND = """
 import os, sys
+from scripts.utils import output_lock
 from scripts.utils.output_lock import acquire, release
+output_lock.OWNER_SECONDS = 0.0
 acquired = refused = 0
 while acquired < 40:
     try:

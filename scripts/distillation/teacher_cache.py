@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.case_list import source_files
+from scripts.networks.teacher import check_spec, join_checksums, weight_files
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -52,6 +53,12 @@ class CachedTeacher(nn.Module):
         raise ValueError("A cached teacher cannot predict: train without the cache.")
 
 
+def teacher_identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache notes of a teacher beside its weights: its architecture or network class, and its modalities."""
+    architecture = spec.get("architecture") or type(spec["network"]).__name__
+    return {"architecture": architecture, "modalities": list(spec["modalities"])}
+
+
 def cached_teachers(
     specs: Mapping[str, Mapping[str, Any]], folder: str, channels: Sequence[str]
 ) -> dict[str, CachedTeacher]:
@@ -68,10 +75,12 @@ def cached_teachers(
     """
     teachers = {}
     for name, spec in specs.items():
+        check_spec(name, spec)
         manifest = read_manifest(Path(folder), name)
-        for key in ("architecture", "modalities"):
-            require_same(manifest, name, key, spec[key])
-        require_same(manifest, name, "weights_sha256", sha256(spec["weights"]) if spec.get("weights") else None)
+        for key, value in teacher_identity(spec).items():
+            require_same(manifest, name, key, value)
+        digests = [sha256(file) for file in weight_files(spec.get("weights"))]
+        require_same(manifest, name, "weights_sha256", join_checksums(digests))
         used = [list(channels).index(m) for m in spec["modalities"]]
         teachers[name] = CachedTeacher(used, manifest["outputs"], manifest["weights_sha256"])
     return teachers

@@ -23,6 +23,7 @@ from scripts.distillation.teacher_cache import (
     read_manifest,
     require_same,
     source_fingerprint,
+    teacher_identity,
 )
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -100,8 +101,8 @@ def cache_teachers(
     }
     writers = []
     for name, teacher in teachers.items():
-        spec = {key: specs[name][key] for key in ("architecture", "modalities")}
-        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**spec, **common}, taps or {})
+        identity = teacher_identity(specs[name])
+        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**identity, **common}, taps or {})
         writer.require_same_cache(rebuild)
         writers.append(writer)
 

@@ -34,7 +34,7 @@ def build(
     architecture: str = "uxnet", modalities: tuple[str, ...] = ("pet",), seed: int = 0, **options: Any
 ) -> Teacher:
     torch.manual_seed(seed)
-    return Teacher(architecture, modalities, MODALITIES, 2, PATCH, OPTIONS, **options)
+    return Teacher(modalities, MODALITIES, 2, PATCH, architecture, options=OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,9 @@ class BundleApp(monaibundle.MyApp, MONAILabelApp):
         except INPUT_ERRORS as error:
             raise HTTPException(422, _sentence(error)) from error
         except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, INPUT_ERRORS):  # of a config item that refuses its input
+                raise HTTPException(422, _sentence(cause)) from error
             weights = self.model_file(request["model"])
             raise HTTPException(
                 500,
@@ -68,10 +71,14 @@ class BundleApp(monaibundle.MyApp, MONAILabelApp):
         try:
             return super().train(request)  # type: ignore[no-any-return]
         except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ and not isinstance(cause, INPUT_ERRORS):
-                cause = cause.__cause__
-            raise HTTPException(500, f"The training failed: {_sentence(cause)}") from None
+            raise HTTPException(500, f"The training failed: {_sentence(_cause(error))}") from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error about the input behind an error of MONAI that names a config item only, or the first error."""
+    while error.__cause__ and not isinstance(error, INPUT_ERRORS):
+        error = error.__cause__
+    return error
 
 
 def _sentence(error: BaseException) -> str:

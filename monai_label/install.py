@@ -89,6 +89,9 @@ def install_bundle(app: Path, weights: Path) -> Path:
     target.parent.mkdir(exist_ok=True)
     if not target.exists():  # else they may have been trained here
         shutil.copy(weights, target)
+        task = weights.with_name(f"{weights.stem}.task.json")
+        if task.is_file():
+            shutil.copy(task, target.with_name("model.task.json"))
     return bundle
 
 

@@ -107,6 +107,20 @@ def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides:
     return config
 
 
+def build_item(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, key: str) -> Any:
+    """Build one item of the configs as ``run_bundle`` would, without a run; arguments as there.
+
+    Raises:
+        ValueError: the item refuses its input.
+    """
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in configs])
+    parser.update(protected({**overrides, **user_overrides(args)}))
+    return parser.get_parsed_content(key)
+
+
 def command_line(configs: Sequence[str], overrides: Mapping[str, Any]) -> str:
     """The ``monai.bundle run`` command of configs and protected overrides."""
     start = "python"

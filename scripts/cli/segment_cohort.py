@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
 from scripts.cli.errors import error_sentence
 from scripts.cli.options import context_configs, engine_overrides, modality_names, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
@@ -55,6 +55,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
         weights = {"weights": args.weights} if args.weights else {}
         run_bundle(args, configs, engine_overrides(args) | weights)
         return
+    build_item(args, configs, {"weights": args.weights} if args.weights else {}, "same_task")  # once, not per case
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
     cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)

@@ -186,6 +186,10 @@ def preprocessing(
     }
     if checks and checks.replace_nonfinite is not None:
         settings["replace_nonfinite"] = checks.replace_nonfinite
+    if checks and checks.series_uids:
+        settings["series_uids"] = sorted(checks.series_uids)
+    if stacked:
+        settings["stacked"] = True
     with_label = labels if mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(

@@ -151,8 +151,8 @@ class TeacherCache:
             ValueError: the cache was made with other preprocessing or other image files, lacks cases, or is damaged.
         """
         for name, manifest in self.manifests.items():
-            for key, value in preprocessing.items():
-                require_same(manifest["preprocessing"], name, key, value)
+            for key in dict.fromkeys([*preprocessing, *manifest["preprocessing"]]):
+                require_same(manifest["preprocessing"], name, key, preprocessing.get(key))
             missing = [str(case["case_id"]) for case in cases if case["case_id"] not in manifest["cases"]]
             if missing:
                 raise ValueError(

@@ -140,8 +140,8 @@ class _Writer:
             return
         try:
             manifest = read_manifest(self.folder, self.name)
-            for key, value in self.head["preprocessing"].items():
-                require_same(manifest["preprocessing"], self.name, key, value)
+            for key in dict.fromkeys([*self.head["preprocessing"], *manifest["preprocessing"]]):
+                require_same(manifest["preprocessing"], self.name, key, self.head["preprocessing"].get(key))
             for key, value in self.head.items():
                 require_same(manifest, self.name, key, value)
         except (ValueError, KeyError):

@@ -6,15 +6,90 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 
+from scripts.training.training_record import differences, value_differences, write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
+
+
+def check_folder(
+    path: str, record: Mapping[str, Any], resume: bool = False, overwrite: bool = False, seed: int = 0
+) -> None:
+    """Refuse a folder's checkpoint before any case is preprocessed; ``TrainingCheckpoint`` loads it later.
+
+    Args:
+        path: file of the training state.
+        record: what this run trains on, see ``scripts.training.training_record``.
+        resume: the run continues from the state, which must be of the same data and settings.
+        overwrite: without ``resume``, the run removes the state.
+        seed: seed of the run.
+
+    Raises:
+        ValueError: no existing state can be read; it is of other data or settings; or there is one, and neither
+            ``resume`` nor ``overwrite`` is set.
+    """
+    if overwrite and not resume:
+        return
+    found, state = newest_state(Path(path), logging.DEBUG)  # the warnings come when the state is loaded
+    if not resume:
+        _require_no_state(found, state)
+    elif isinstance(state, dict):
+        _require_same_run(found, state, record, seed)
+
+
+def newest_state(path: Path, level: int = logging.WARNING) -> tuple[Path, Any]:
+    """Return the newest undamaged training state and its file; the state is None if there is no file.
+
+    Args:
+        path: file of the training state.
+        level: of the message that a state is damaged.
+
+    Raises:
+        ValueError: no existing state can be read.
+    """
+    existing = [file for file in (path, _previous(path)) if file.exists()]
+    for file in existing:
+        if is_whole(file):
+            return file, load_plain(file)
+        logger.log(level, "%s is damaged: trying the checkpoint before it", file)
+    if existing:
+        names = " and ".join(map(str, existing))
+        raise ValueError(f"{names} cannot be read: remove it to start a new run, or restore it from a backup.")
+    return path, None
+
+
+def _previous(path: Path) -> Path:
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def _require_no_state(path: Path, state: Any) -> None:
+    if state is not None:
+        raise ValueError(
+            f"{path} already contains a checkpoint{_epoch_note(state)}. Use --resume to continue, or choose another "
+            "--output-dir."
+        )
+
+
+def _require_same_run(path: Path, state: Mapping[str, Any], record: Mapping[str, Any], seed: int) -> None:
+    """Refuse a state of other data or settings than this run's, with every difference."""
+    saved = state.get("record")
+    clauses = value_differences("seed", state.get("seed", seed), seed) + (differences(saved, record) if saved else [])
+    if clauses:
+        raise ValueError(_is_another_run(path, clauses))
+
+
+def _is_another_run(path: Path, clauses: Sequence[str]) -> str:
+    found = "; ".join(dict.fromkeys(clauses))
+    return (
+        f"{path} is from a different run: {found}. Resume with the same settings, data and number of processes, or "
+        "choose another --output-dir."
+    )
 
 
 class TrainingCheckpoint:
@@ -35,6 +110,8 @@ class TrainingCheckpoint:
         resume: continue from ``path`` if it exists.
         seed: seed of the run; a state with another seed is rejected.
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
+        record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
+            written beside the final weights.
     """
 
     def __init__(
@@ -46,12 +123,14 @@ class TrainingCheckpoint:
         resume: bool = False,
         seed: int = 0,
         overwrite: bool = False,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
-        self.previous = self.path.with_suffix(f".previous{self.path.suffix}")
+        self.previous = _previous(self.path)
         self.interval, self.resume, self.seed, self.overwrite = interval, resume, seed, overwrite
+        self.record = dict(record or {})
 
     def attach(self, engine: Any) -> None:
         """Register with a trainer."""
@@ -72,13 +151,9 @@ class TrainingCheckpoint:
                 self.path.unlink(missing_ok=True)
                 self.previous.unlink(missing_ok=True)
             return
-        path, state = self._newest_state()
+        path, state = newest_state(self.path)
         if not self.resume:
-            if state is not None:
-                raise ValueError(
-                    f"{path} already contains a checkpoint{_epoch_note(state)}. Use --resume to continue, or choose "
-                    "another --output-dir."
-                )
+            _require_no_state(path, state)
             return
         if state is None:
             logger.warning("No checkpoint at %s: training starts at epoch 1", path)
@@ -86,16 +161,18 @@ class TrainingCheckpoint:
         missing = sorted({*self.objects, "trainer"} - set(state))
         if missing:
             raise ValueError(f"{path} contains no state of {', '.join(missing)}: it is from another kind of run.")
+        if self.record and not state.get("record"):
+            logger.warning(
+                "%s holds no record of its data and settings, because an older version wrote it. Make sure that they "
+                "are those of this run.",
+                path,
+            )
         trainer = dict(state["trainer"])
-        for name, saved, current in (
-            ("seed", state.get("seed", self.seed), self.seed),
-            ("number of steps per epoch", trainer["epoch_length"], engine.state.epoch_length),
-        ):
-            if saved != current:
-                raise ValueError(
-                    f"{path} is from a different run: its {name} is {saved}, this run's is {current}. Resume with the "
-                    "same seed, data, batch size and number of processes, or choose another --output-dir."
-                )
+        _require_same_run(path, state, self.record, self.seed)
+        steps, steps_now = trainer["epoch_length"], engine.state.epoch_length
+        if steps != steps_now:
+            clause = f"its number of steps per epoch is {steps}, this run's is {steps_now}"
+            raise ValueError(_is_another_run(path, [clause]))
         for name, item in self.objects.items():
             _require_same_schedule(path, state[name], item)
             item.load_state_dict(state[name])
@@ -103,18 +180,6 @@ class TrainingCheckpoint:
             engine.scaler.load_state_dict(state["scaler"])
         engine.load_state_dict({**trainer, "max_epochs": engine.state.max_epochs})
         logger.info("resumed %s after epoch %d", path, engine.state.epoch)
-
-    def _newest_state(self) -> tuple[Path, Any]:
-        """Return the newest undamaged state and its file; the state is None if there is no file."""
-        existing = [path for path in (self.path, self.previous) if path.exists()]
-        for path in existing:
-            if is_whole(path):
-                return path, load_plain(path)
-            logger.warning("%s is damaged: trying the checkpoint before it", path)
-        if existing:
-            names = " and ".join(map(str, existing))
-            raise ValueError(f"{names} cannot be read: remove it to start a new run, or restore it from a backup.")
-        return self.path, None
 
     def save(self, engine: Any) -> None:
         """Write the training state, and keep the one before."""
@@ -129,13 +194,16 @@ class TrainingCheckpoint:
             except OSError:  # some network file systems do not support hard links
                 shutil.copyfile(self.path, temporary)
             os.replace(temporary, self.previous)
-        write_atomically({**state, "trainer": dict(engine.state_dict()), "seed": self.seed}, self.path)
+        run = {"trainer": dict(engine.state_dict()), "seed": self.seed, "record": self.record}
+        write_atomically({**state, **run}, self.path)
 
     def finish(self, engine: Engine) -> None:
-        """Write the training state, unless the last epoch already did, and the final weights."""
+        """Write the training state, unless the last epoch already did, the final weights and their record."""
         if engine.state.epoch % self.interval:
             self.save(engine)
         write_atomically(self.objects["model"].state_dict(), self.weights)
+        if self.record:
+            write_task(self.record, self.weights)
 
 
 def _epoch_note(state: Any) -> str:

@@ -28,25 +28,33 @@ def set_command(command: str) -> None:
     _command = command
 
 
-def running_config() -> dict[str, Any] | None:
-    """Return the merged config, as written, of the bundle workflow that is running; None if there is none.
+def running_parser() -> Any:
+    """Return the ``monai.bundle.ConfigParser`` of the config that is being run or parsed; None if there is none.
 
     MONAI gives a component of a config no access to the config or its parser: an expression sees only the values that
     it references, and a macro (``%``) of the whole config would contain itself. The workflow is a local variable of
-    ``monai.bundle.run``, so this function looks for it on the call stack. That also works for plain
-    ``python -m monai.bundle run``.
+    ``monai.bundle.run``, and the parser of the method that builds a component, so this function looks for them on the
+    call stack. That also works for plain ``python -m monai.bundle run``.
     """
-    bundle = sys.modules.get("monai.bundle")  # if it is not loaded, no workflow is running
+    bundle = sys.modules.get("monai.bundle")  # if it is not loaded, nothing is parsed
     frame = sys._getframe() if bundle else None
     while frame is not None:
-        workflow = frame.f_locals.get("self")
-        if isinstance(workflow, bundle.ConfigWorkflow):  # type: ignore[union-attr]
-            return json.loads(json.dumps(workflow.parser.get(), default=str))  # type: ignore[no-any-return]
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, bundle.ConfigWorkflow):  # type: ignore[union-attr]
+            return owner.parser
+        if isinstance(owner, bundle.ConfigParser):  # type: ignore[union-attr]
+            return owner
         frame = frame.f_back
     return None
 
 
-def _commit() -> str | None:
+def running_config() -> dict[str, Any] | None:
+    """Return the merged config, as written, of ``running_parser``; None if there is none."""
+    parser = running_parser()
+    return None if parser is None else json.loads(json.dumps(parser.get(), default=str))  # type: ignore[no-any-return]
+
+
+def git_commit() -> str | None:
     """Return the commit of the code, with "+" if tracked files differ from it; None outside of a git checkout."""
     git = ["git", "-C", bundle_root()]
     try:
@@ -60,10 +68,15 @@ def _commit() -> str | None:
     return head if clean else head + "+"
 
 
+def bundle_version() -> str:
+    """Return the bundle's version."""
+    metadata = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    return str(metadata["version"])
+
+
 def code_version() -> str:
     """Return the bundle's version and commit."""
-    metadata = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    return f"{metadata['version']} ({_commit() or 'no checkout'})"
+    return f"{bundle_version()} ({git_commit() or 'no checkout'})"
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
@@ -103,7 +116,7 @@ def write_manifest(
     resident_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     manifest = {
         "bundle_version": metadata.get("version"),
-        "git_commit": _commit(),
+        "git_commit": git_commit(),
         "command": _command or shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "seed": (config or {}).get("seed"),

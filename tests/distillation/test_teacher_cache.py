@@ -19,7 +19,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from scripts.data import CaseSampler, preprocessing, training_set
+from scripts.data import CaseSampler, Rules, preprocessing, training_set
 from scripts.data.pipelines import Pipeline
 from scripts.data.training_set import Volumes
 from scripts.distillation.distiller import Distiller
@@ -270,3 +270,16 @@ def test_another_bounding_box_in_the_same_files_is_refused(make_case: Any, tmp_p
     cache.check([case], settings)
     with pytest.raises(ValueError, match="image files of case A have changed"):
         cache.check([{**case, "bbox_mm": [-31.0, -30.0, 2.0, -3.0, -2.0, 30.0]}], settings)
+
+
+@pytest.mark.parametrize("made", ["with", "without"])
+@pytest.mark.parametrize("rules", [Rules(replace_nonfinite=0.0), Rules(series_uids=["1.2.3"])])
+def test_a_setting_that_only_the_cache_or_only_the_run_has_is_refused(
+    rules: Rules, made: str, make_case: Any, tmp_path: Path
+) -> None:
+    case, transforms = make_case(), {"with": pipeline(checks=rules), "without": pipeline()}
+    cached = {"a": write_cache(tmp_path, "a", {"logits": torch.zeros(2, 1, 1, 1)}, transforms[made], case)}
+    other = transforms["without" if made == "with" else "with"]
+    with pytest.raises(ValueError, match=r"cache of the teacher a is outdated: its (replace nonfinite|series uids) is"):
+        TeacherCache(str(tmp_path), cached, verify="size").check([case], other.settings)
+    TeacherCache(str(tmp_path), cached, verify="size").check([case], transforms[made].settings)

@@ -64,7 +64,7 @@ def test_the_student_learns_and_its_weights_fit_the_plain_student(trained: Path)
     state = _weights(trained / "distilled")
     assert not any(name.startswith(("student.", "teachers.")) for name in state)
     checkpoint = torch.load(trained / "distilled" / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "adapters", "trainer", "seed"}
+    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "adapters", "trainer", "seed", "record"}
 
 
 def test_a_run_leaves_a_manifest_with_its_teachers_checksums(trained: Path) -> None:

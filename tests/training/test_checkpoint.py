@@ -150,7 +150,7 @@ def test_a_new_run_does_not_fall_back_to_the_states_of_an_earlier_one(tmp_path):
 def test_the_saved_state_holds_tensors_and_plain_values_only(tmp_path):
     run = Run(tmp_path, 2).start()
     state = run.saved()
-    assert list(state) == ["model", "optimizer", "lr_scheduler", "trainer", "seed"]
+    assert list(state) == ["model", "optimizer", "lr_scheduler", "trainer", "seed", "record"]
     kinds = {type(value) for value in leaves(state).values()}
     assert kinds <= {Tensor, int, float, bool, str, type(None)}
     assert state["trainer"]["iteration"] == 2 * ITERATIONS

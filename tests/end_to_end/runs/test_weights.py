@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -223,3 +225,25 @@ def test_code_in_a_cached_prediction_is_not_executed_even_if_the_manifest_matche
     assert not list(tmp_path.rglob("model.pt"))
     assert main(line("cache-teachers", *asked)) == 0  # makes it anew, without running it
     assert not marker.exists()
+
+
+def test_weights_as_other_programs_save_them_give_the_same_mask(
+    weights: Path, noise_case: Any, segment_arguments: Any, tmp_path: Path
+) -> None:
+    state = torch.load(weights, weights_only=True)["model"]
+    forms = {
+        "dataparallel.pt": {f"module.{name}": value for name, value in state.items()},
+        "lightning.ckpt": {"state_dict": {f"net._orig_mod.{name}": value for name, value in state.items()}, "epoch": 3},
+        "research.pth": {"model_state_dict": state, "best": np.float64(0.5)},
+    }
+    files, masks = noise_case(tmp_path / "in", 16), []
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    for path in (weights, *(tmp_path / name for name in forms), tmp_path / "model.safetensors"):
+        mask = tmp_path / path.suffix / "mask.nii.gz"
+        assert main(segment_arguments(files, mask, "--weights", path)) == 0
+        masks.append(np.asarray(nib.load(mask).dataobj))
+    assert 0 < masks[0].sum() < masks[0].size
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network was trained on: kept in the checkpoint, and as ``<stem>.task.json`` beside the final weights.
+
+The record holds plain values only: modalities, intensity, labels, spacing (mm), patch (voxels), the definition of the
+network, the training and validation cases, and the settings of the optimisation. ``--resume`` compares it with the
+command, inference compares it with the config, and ``evaluate`` finds training cases by it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import pydoc
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monai.bundle.config_item import ConfigItem
+
+from scripts.data.case_list import Item
+from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
+from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".task.json"
+NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
+OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
+# Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
+FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
+NAMES_SHOWN = 5  # cases that a sentence names
+Record = dict[str, Any]
+
+
+def task_path(weights: str | Path) -> Path:
+    """The file that describes the weights: ``model.task.json`` beside ``model.pt``."""
+    path = Path(weights)
+    return path.with_name(f"{path.stem}{SUFFIX}")
+
+
+def training_record(
+    split: Sequence[Sequence[Item]], settings: Mapping[str, Any], teachers: Mapping[str, Any] | None = None
+) -> Record:
+    """Describe a training by plain values.
+
+    The definitions of the network, the loss and the optimizer are taken from the config that is being parsed, because
+    an object does not hold its definition; without such a config they are left out.
+
+    Args:
+        split: training and validation cases.
+        settings: name -> value of every further setting, such as ``spacing``.
+        teachers: name -> teacher with ``sha256``, the checksum of its weights or None for random weights.
+
+    Returns:
+        The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
+        ``optimizer``, ``teachers_sha256``, ``training_cases``, ``validation_cases``, ``bundle_version`` and
+        ``git_commit``.
+    """
+    record = {str(key): _plain(value) for key, value in settings.items()}
+    parser = running_parser()
+    if parser is not None:
+        record["network"] = network_definition(parser)
+        record["segmentation_loss"] = definition(parser, "segmentation_loss")
+        loss = _without(definition(parser, "loss"), "segmentation", "distiller")
+        if loss != record["segmentation_loss"]:
+            record["loss"] = loss
+        record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
+    if teachers:
+        record["teachers_sha256"] = {name: teacher.sha256 for name, teacher in teachers.items()}
+    record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
+    return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
+
+
+def _case_ids(cases: Sequence[Item]) -> list[dict[str, str]]:
+    ids = []
+    for case in cases:
+        case_id = str(case.get("case_id") or Path(str(case.get("image", ""))).name)  # MONAI Label gives no ids
+        ids.append({"case_id": case_id, "patient_id": str(case.get("patient_id", case_id))})
+    return sorted(ids, key=lambda item: item["case_id"])
+
+
+def _without(value: Any, *keys: str) -> Any:
+    return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value
+
+
+def definition(parser: ConfigParser, key: str) -> Any:
+    """A config item as plain values, with its references and expressions replaced; no component is built.
+
+    What cannot be replaced, such as a reference to a component that has to be built, stays as it is written.
+
+    Args:
+        parser: the config.
+        key: id of the item.
+    """
+    config = copy.copy(parser.get())  # of one level: parsing replaces values, and the parser keeps its own
+    reader = ConfigParser(config=_copied(config), globals=dict(parser.globals))
+    return _resolved(reader, reader.get(key))
+
+
+def network_definition(parser: ConfigParser) -> Any:
+    """The definition of ``network_def``; where it is ``$@ID.to(...)``, which moves a network, that of ``ID``."""
+    found = definition(parser, "network_def")
+    moved = re.fullmatch(r"\$@(\w+)\.to\(.*\)", found) if isinstance(found, str) else None
+    return definition(parser, moved[1]) if moved else found
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the dicts and lists of a config; other objects, such as a device, are shared."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _resolved(reader: ConfigParser, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _resolved(reader, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_resolved(reader, item) for item in value]
+    if not isinstance(value, str) or value[:1] not in ("@", "$"):
+        return _plain(value)
+    reader["record_value"] = value
+    try:
+        return _plain(reader.get_parsed_content("record_value", instantiate=False))
+    except Exception:  # an expression of the config may raise anything where a component is not built
+        return value
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it; objects that JSON does not know become text."""
+    if isinstance(value, ConfigItem):
+        value = value.get_config()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare the record of a checkpoint with that of a run; a key that the older record does not know is not compared.
+
+    Returns:
+        One clause per difference, such as ``its fold is 0, this run's is 1``.
+    """
+    clauses = []
+    for key in dict.fromkeys([*current, *saved]):
+        known = key in saved and key in current
+        if key in NOT_COMPARED or not (known or key in OPTIONAL):
+            continue
+        one, two = saved.get(key), current.get(key)
+        clauses += _case_differences(key, one, two) if key.endswith("_cases") else value_differences(key, one, two)
+    return clauses
+
+
+def value_differences(name: str, first: Any, second: Any) -> list[str]:
+    """Compare two plain values, dicts by their keys: ``its <name> is <first>, this run's is <second>``."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        pairs = ((f"{name}#{key}", first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second]))
+        return [clause for pair in pairs for clause in value_differences(*pair)]
+    return [] if first == second else [f"its {name} is {_shown(first)}, this run's is {_shown(second)}"]
+
+
+def _case_differences(key: str, saved: Any, current: Any) -> list[str]:
+    name = key.replace("_", " ")
+    one, two = ({tuple(case.items()): case["case_id"] for case in cases} for cases in (saved, current))
+    only_saved, only_current = [one[i] for i in one if i not in two], [two[i] for i in two if i not in one]
+    clauses = [f"its {name} include {_listed(only_saved)}, this run's do not"] if only_saved else []
+    return clauses + ([f"this run's {name} include {_listed(only_current)}, its do not"] if only_current else [])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence: a component by the name of its class."""
+    if isinstance(value, Mapping):
+        return str(value["_target_"]).rsplit(".", 1)[-1] if "_target_" in value else f"{{{', '.join(value)}}}"
+    is_checksum = isinstance(value, str) and len(value) == 64
+    return "none" if value is None else f"{value[:12]}..." if is_checksum else str(value)
+
+
+def write_task(record: Mapping[str, Any], weights: str | Path) -> None:
+    """Write the record of a training beside its weights, with the checksum of the weights."""
+    write_json({"weights_sha256": sha256(weights), **record}, task_path(weights))
+
+
+def read_task(weights: str | Path) -> Record | None:
+    """Read the record beside weights; None if there is none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = task_path(weights)
+    if not path.is_file():
+        return None
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it.") from error
+    if not isinstance(task, dict):
+        raise ValueError(f"{path} is no description of weights: it holds no names. Restore it, or remove it.")
+    return task
+
+
+def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: bool = False) -> None:
+    """Refuse a config that contradicts the record beside its weights: other input gives another mask without a word.
+
+    Modalities and their order, intensity, spacing and labels are compared, and the definition of the network in the
+    config that is being parsed. Patch and overlap may differ. Without a record nothing is compared.
+
+    Args:
+        weights: file of the weights.
+        settings: ``modalities``, ``intensity``, ``spacing`` in mm and ``labels`` of the config.
+        ignore: log the contradictions as a warning instead.
+
+    Raises:
+        ValueError: the config contradicts the record, which names every difference, or the record cannot be read.
+    """
+    task = read_task(weights)
+    if task is None:
+        return
+    path, current = task_path(weights), {str(key): _plain(value) for key, value in settings.items()}
+    if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
+        logger.warning("%s describes other weights than %s: its sha256 differs", path, weights)
+    clauses = []
+    for key in (key for key in current if key in task):
+        one, two = task[key], current[key]
+        if key == "intensity" and isinstance(one, dict) and isinstance(two, dict):
+            used = current.get("modalities", one)
+            one, two = ({name: value for name, value in each.items() if name in used} for each in (one, two))
+        clauses += value_differences(key, one, two)
+    parser = running_parser()
+    if parser is not None:
+        clauses += _network_differences(task.get("network"), network_definition(parser))
+    if not clauses:
+        return
+    found = f"{path} contradicts this run: {'; '.join(clauses)}"
+    if not ignore:
+        raise ValueError(
+            f"{found}. Use the settings that the weights were trained with, or --set ignore_task=true "
+            "(--ignore_task True)."
+        )
+    logger.warning("%s. ignore_task is set.", found)
+
+
+def _network_differences(saved: Any, current: Any) -> list[str]:
+    """Compare two definitions of networks; arguments that are left out have the defaults of the class."""
+    if not (isinstance(saved, dict) and isinstance(current, dict)):
+        both = isinstance(saved, str) and isinstance(current, str)
+        return value_differences("network", saved, current) if both else []
+    names = [str(each.get("_target_")).rsplit(".", 1)[-1] for each in (saved, current)]
+    if names[0] != names[1]:
+        return value_differences("network", *names)
+    defaults = _plain(_defaults(str(current["_target_"])))
+    arguments = [_arguments({**defaults, **each}) for each in (saved, current)]
+    return value_differences("network", *arguments)
+
+
+def _defaults(target: str) -> dict[str, Any]:
+    """The default arguments of a class, by its dotted name or its name in ``monai.networks.nets``."""
+    component = pydoc.locate(target if "." in target else f"monai.networks.nets.{target}")
+    if not callable(component):
+        return {}
+    parameters = inspect.signature(component).parameters
+    return {name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty}
+
+
+def _arguments(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that decide about the mask; of a teacher's ``options`` those of its own architecture."""
+    kept = {key: value for key, value in definition.items() if not (key[:1] == "_" or FREE_ARGUMENTS.search(key))}
+    if isinstance(kept.get("options"), Mapping) and "architecture" in kept:
+        kept["options"] = kept["options"].get(kept["architecture"]) or {}
+    return kept

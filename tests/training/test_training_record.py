@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a training: in the checkpoint, beside the weights, and its comparison with commands and configs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from scripts.cli.main import main
+from scripts.training.training_record import definition, differences, read_task, task_path, training_record
+from scripts.utils.checksums import sha256
+
+TINY = [
+    "--data", "phantom", "--threads", "1", "--device", "cpu", "--set", "patch=[16,16,16]",
+    "--set", "spacing=[12,12,12]", "--set", "student_features=[4,8,8,8]", "--set", "val_interval=100",
+    "--set", 'student_norm=["group",{"num_groups":4}]', "--epochs", "1",
+]  # fmt: skip
+DYNUNET = ["--set", "patch=[32,32,32]", "--set", 'architectures={"dynunet":{"filters":[2,4,4,4,4]},"uxnet":{}}']
+STUDENT = {
+    "_target_": "scripts.networks.Student",
+    "in_channels": 3,
+    "out_channels": 2,
+    "features": [4, 8, 8, 8],
+    "norm": ["group", {"num_groups": 4}],
+    "selective_fusion": False,
+    "modality_dropout": 0.0,
+}
+
+
+def test_a_training_keeps_its_record_in_the_checkpoint_and_beside_the_weights(cohort: Path, tmp_path: Path) -> None:
+    assert main(["train", *TINY, "--fold", "1", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path)]) == 0
+    task = json.loads((tmp_path / "model.task.json").read_text())
+    expected = {
+        "weights_sha256": sha256(tmp_path / "model.pt"),
+        "cohort": "phantom",
+        "modalities": ["ct", "pet", "mr"],
+        "intensity": {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]},
+        "labels": [[0], [1]],
+        "spacing": [12, 12, 12],
+        "patch": [16, 16, 16],
+        "fold": 1,
+        "seed": 0,
+        "epochs": 1,
+        "batch_size": 2,
+        "learning_rate": 0.001,
+        "network": STUDENT,
+        "segmentation_loss": {
+            "_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True, "include_background": False
+        },
+        "optimizer": {"_target_": "torch.optim.AdamW"},
+    }  # fmt: skip
+    assert {key: task[key] for key in expected} == expected
+    assert "loss" not in task
+    assert "teachers_sha256" not in task
+    splits = json.loads((tmp_path / "splits.json").read_text())["folds"]
+    assert [case["patient_id"] for case in task["validation_cases"]] == splits[1]
+    ids = [case["case_id"] for key in ("training_cases", "validation_cases") for case in task[key]]
+    assert sorted(ids) == [f"PHANTOM_{i:03d}" for i in range(1, 7)]
+    record = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["record"]
+    assert record == {key: value for key, value in task.items() if key != "weights_sha256"}
+    assert read_task(tmp_path / "model.pt") == task
+
+
+def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path: Path) -> None:
+    common = [*TINY, *DYNUNET, "--dataset-dir", str(cohort)]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    assert (
+        main(["teacher", *common, "--architecture", "dynunet", "--modalities", "pet", "--output-dir", str(teacher)])
+        == 0
+    )
+    network = read_task(teacher / "model.pt")["network"]  # type: ignore[index]
+    assert network["options"] == {"dynunet": {"filters": [2, 4, 4, 4, 4]}, "uxnet": {}}
+    assert (network["architecture"], network["modalities"]) == ("dynunet", ["pet"])
+    asked = ["--method", "hinton", "--teacher", f"dynunet:pet={teacher / 'model.pt'}"]
+    assert main(["distill", *common, *asked, "--output-dir", str(student)]) == 0
+    task: Any = read_task(student / "model.pt")
+    assert task["teachers_sha256"] == {"dynunet_pet": sha256(teacher / "model.pt")}
+    term = {"tap": "logits", "weight": 0.5, "loss": {"_target_": "scripts.losses.SoftPredictionLoss"}}
+    assert task["loss"] == {
+        "_target_": "scripts.distillation.loss.DistillationLoss", "weighting": "mean", "terms": {"hinton": term}
+    }  # fmt: skip
+    assert task["network"] == STUDENT
+
+
+def test_a_definition_follows_references_and_builds_nothing() -> None:
+    config = {
+        "imports": ["$import math"],
+        "sizes": [1, 2, 3],
+        "last": "$@sizes[-1] + math.floor(0.5)",
+        "built": {"_target_": "does.not.Exist"},
+        "norm": {"name": "group", "sizes": "@sizes"},
+        "net": {
+            "_target_": "does.not.Exist", "a": "@last", "b": ["@sizes", "@norm"], "c": "$@built.size", "d": "@built",
+            "e": "user@place",
+        },
+    }  # fmt: skip
+    assert definition(ConfigParser(config), "net") == {
+        "_target_": "does.not.Exist",
+        "a": 3,
+        "b": [[1, 2, 3], {"name": "group", "sizes": [1, 2, 3]}],
+        "c": "$@built.size",
+        "d": {"_target_": "does.not.Exist"},
+        "e": "user@place",
+    }
+
+
+def test_without_a_config_the_record_holds_the_settings_and_the_cases() -> None:
+    case = {"case_id": "A", "patient_id": "P", "image": "a.nii"}
+    record = training_record([[case], []], {"spacing": (1.0, 2.0), "device": torch.device("cpu"), "pi": math.pi})
+    versions = {"bundle_version", "git_commit"}
+    assert {key: value for key, value in record.items() if key not in versions} == {
+        "spacing": [1.0, 2.0],
+        "device": "cpu",
+        "pi": math.pi,
+        "training_cases": [{"case_id": "A", "patient_id": "P"}],
+        "validation_cases": [],
+    }
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b""])
+def test_a_damaged_task_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    assert read_task(tmp_path / "model.pt") is None
+    assert task_path(tmp_path / "a.b.pt").name == "a.b.task.json"
+    task_path(tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.task\.json .*Restore it, or remove it"):
+        read_task(tmp_path / "model.pt")
+
+
+RECORD = {"fold": 0, "spacing": [3, 3, 3], "intensity": {"ct": [-200, 300], "mr": "zscore"}, "network": STUDENT}
+
+
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        ({"fold": 1}, "its fold is 0, this run's is 1"),
+        ({"spacing": [2.0, 3.0, 3.0]}, "its spacing is [3, 3, 3], this run's is [2.0, 3.0, 3.0]"),
+        (
+            {"intensity": {"ct": [-200, 300], "mr": [0, 1200]}},
+            "its intensity#mr is zscore, this run's is [0, 1200]",
+        ),
+        (
+            {"network": {**STUDENT, "norm": "batch"}},
+            "its network#norm is ['group', {'num_groups': 4}], this run's is batch",
+        ),
+        ({"loss": {"_target_": "a.b.DistillationLoss", "x": 1}}, "its loss is none, this run's is DistillationLoss"),
+        ({"teachers_sha256": {"a": "0" * 64}}, "its teachers_sha256 is none, this run's is {a}"),
+    ],
+)
+def test_every_difference_of_two_records_is_named(change: dict[str, Any], clause: str) -> None:
+    assert differences(RECORD, {**RECORD, **change}) == [clause]
+    assert (
+        differences({**RECORD, "epochs": 3, "git_commit": "a"}, {**RECORD, "epochs": 4, "spacing": [3.0, 3.0, 3.0]})
+        == []
+    )
+    assert differences({"fold": 0}, RECORD) == []  # an older record knows less
+
+
+def test_other_cases_are_named_up_to_five() -> None:
+    def cases(*numbers: int) -> list[dict[str, str]]:
+        return [{"case_id": f"C{i}", "patient_id": f"P{i}"} for i in numbers]
+
+    one, two = {"training_cases": cases(1, 2)}, {"training_cases": cases(2, *range(3, 10))}
+    assert differences(one, two) == [
+        "its training cases include C1, this run's do not",
+        "this run's training cases include C3, C4, C5, C6, C7 and 2 more, its do not",
+    ]
+    other_patient = [{"case_id": "C2", "patient_id": "X"}, *cases(1)]
+    assert len(differences(one, {"training_cases": other_patient})) == 2
+
+
+@pytest.fixture(scope="module")
+def begun(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training of two epochs."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert main(["train", *TINY, "--epochs", "2", "--dataset-dir", str(cohort), "--output-dir", str(folder)]) == 0
+    return folder
+
+
+CHANGES = {
+    "fold": (["--fold", "1"], ["its fold is 0, this run's is 1", "its validation cases include PHANTOM_"]),
+    "spacing": (["--set", "spacing=[12,12,10]"], ["its spacing is [12, 12, 12], this run's is [12, 12, 10]"]),
+    "patch": (["--set", "patch=[16,16,32]"], ["its patch is [16, 16, 16], this run's is [16, 16, 32]"]),
+    "intensity": (["--set", "intensity#ct=[-100,200]"], ["its intensity#ct is [-200, 300], this run's is [-100, 200]"]),
+    "labels": (["--set", "labels=[[0],[1,2]]"], ["its labels is [[0], [1]], this run's is [[0], [1, 2]]"]),
+    "learning rate": (["--set", "learning_rate=0.1"], ["its learning_rate is 0.001, this run's is 0.1"]),
+    "batch size": (["--set", "batch_size=1"], ["its batch_size is 2, this run's is 1"]),
+    "loss": (
+        ["--set", "segmentation_loss#include_background=true"],
+        ["its segmentation_loss#include_background is False, this run's is True"],
+    ),
+    "network": (
+        ["--set", 'student_norm=["group",{"num_groups":2}]'],
+        ["its network#norm is ['group', {'num_groups': 4}], this run's is ['group', {'num_groups': 2}]"],
+    ),
+    "optimizer": (["--set", "optimizer#_target_=torch.optim.SGD"], ["its optimizer#_target_ is torch.optim.AdamW"]),
+    "several": (
+        ["--set", "spacing=[9,9,9]", "--seed", "4", "--modality-dropout", "0.5"],
+        ["its seed is 0, this run's is 4; its spacing is", "its network#modality_dropout is 0.0, this run's is 0.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_with_other_data_or_settings_is_refused_with_every_difference(
+    change: str, begun: Path, cohort: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, clauses = CHANGES[change]
+    before = {path.name: path.read_bytes() for path in begun.iterdir() if path.is_file() and path.name[0] != "."}
+    common = ["--epochs", "2", "--dataset-dir", str(cohort), "--output-dir", str(begun), "--resume"]
+    assert main(["train", *TINY, *common, *options]) == 1
+    printed = capfd.readouterr().err
+    (error,) = (line for line in printed.splitlines() if "error: " in line)
+    assert f"error: {begun / 'checkpoint.pt'} is from a different run: " in error
+    assert all(clause in error for clause in clauses), error
+    assert "Resume with the same settings, data and number of processes, or choose another --output-dir." in error
+    assert "preprocessing" not in printed  # it is refused before any case is read
+    assert {name: (begun / name).read_bytes() for name in before} == before
+
+
+def test_a_resume_with_a_method_is_refused_and_one_with_the_same_settings_is_not(
+    begun: Path, cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(begun, tmp_path / "copy")
+    common = [*TINY, "--epochs", "2", "--dataset-dir", str(cohort), "--output-dir", str(output), "--resume"]
+    method = [
+        "--method",
+        "hint",
+        "--teacher",
+        "segresnet=random",
+        "--set",
+        'architectures={"segresnet":{"init_filters":8}}',
+    ]
+    assert main(["distill", *common, *method]) == 1
+    error = capfd.readouterr().err
+    assert "its loss is none, this run's is DistillationLoss; its teachers_sha256 is none, this run's is" in error
+    assert main(["train", *common]) == 0
+
+
+def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(
+    begun: Path, cohort: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = torch.load(begun / "checkpoint.pt", weights_only=True)
+    del state["record"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    shutil.copy(begun / "splits.json", tmp_path)
+    common = ["--epochs", "2", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path), "--resume"]
+    assert main(["train", *TINY, *common, "--set", "intensity#ct=[-100,200]"]) == 0
+    warning = f"{tmp_path / 'checkpoint.pt'} holds no record of its data and settings, because an older version wrote"
+    assert caplog.text.count(warning) == 1

@@ -12,6 +12,7 @@ from typing import Any
 from scripts.cli.config import config_names, read_config
 
 Parser = argparse.ArgumentParser
+LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
 def positive_int(text: str) -> int:
@@ -92,8 +93,9 @@ def add_teachers_options(parser: Parser) -> None:
         "--teacher",
         action="append",
         metavar="SPEC",
-        help="a teacher instead of the default three, repeatable: [NAME=]ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS or "
-        "NAME=FILE.json; WEIGHTS is a file, several files with commas between them (an ensemble), or random",
+        help="a teacher instead of the default three, repeatable: [NAME=]ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS, "
+        "NAME=FILE.json, or label (a control). WEIGHTS is a file, several files with commas between them (an "
+        "ensemble), or random",
     )
 
 
@@ -210,8 +212,9 @@ def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, 
     """The teachers of ``--teacher``, as the config id ``teacher_specs``.
 
     A teacher is ``ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS``, with ``NAME=`` or ``NAME:`` in front where it needs a
-    name of its own, or ``NAME=FILE.json`` with the keys of a specification (docs/how_to/own_teacher.md). The text of a
-    specification is not evaluated, but ``_target_`` names code: use only files that you trust.
+    name of its own; or ``NAME=FILE.json`` with the keys of a specification (docs/how_to/own_teacher.md); or ``label``,
+    the label in a teacher's place. The text of a specification is not evaluated, but ``_target_`` names code: use only
+    files that you trust.
 
     Args:
         args: parsed options.
@@ -225,13 +228,15 @@ def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, 
         name, spec = _teacher_spec(text, modalities)
         if name in specs:
             raise ValueError(f"Two teachers are named {name}. Give each a name: --teacher NAME=ARCHITECTURE=WEIGHTS.")
-        specs[name] = {"modalities": modalities, **spec}
+        specs[name] = spec if spec.get("label") else {"modalities": modalities, **spec}
     return specs
 
 
 def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]]:
     """The name and the specification of one ``--teacher``."""
     first, equals, rest = text.partition("=")
+    if text == LABEL or rest == LABEL:
+        return first, {"label": True}
     if not equals or not first or not rest:
         raise ValueError(f"--teacher {text} has no weights. Write ARCHITECTURE=FILE, or ARCHITECTURE=random.")
     if rest.endswith(".json"):

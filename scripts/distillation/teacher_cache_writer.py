@@ -101,6 +101,8 @@ def cache_teachers(
     }
     writers = []
     for name, teacher in teachers.items():
+        if getattr(teacher, "uses_label", False):
+            raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
         identity = teacher_identity(specs[name])
         writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**identity, **common}, taps or {})
         writer.require_same_cache(rebuild)

@@ -20,7 +20,8 @@ from scripts.networks.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
-ORIGINS = ("architecture", "network")  # exactly one of them says what the network of a teacher is
+ORIGINS = ("architecture", "network", "label")  # exactly one of them says what answers
+LABEL_LOGIT = 20.0  # of the label's class; with two classes its probability is 1 - 2e-9
 SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256")
 ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet", "dynunet", "segresnet")
 
@@ -125,6 +126,31 @@ class Teacher(nn.Module):
         return self.network.decode(tuple(features))  # type: ignore[operator, no-any-return]
 
 
+class LabelTeacher(nn.Module):
+    """The label in a teacher's place: the control that every claim of transferred knowledge needs.
+
+    It answers with ``LABEL_LOGIT`` for the label's class and 0 for the others; with a single output channel (a sigmoid
+    head) with plus or minus half of it. It has no layers to tap, and is there for every sample.
+
+    Args:
+        out_channels: number of classes, including the background.
+    """
+
+    uses_label = True
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels, self.sha256 = out_channels, None
+        self.channels: list[int] = []
+
+    def forward(self, label: torch.Tensor) -> torch.Tensor:
+        """Class indices ``B 1 H W [D]`` to logits ``B classes H W [D]``."""
+        if self.out_channels == 1:
+            return LABEL_LOGIT * (label.float() - 0.5)
+        classes = torch.arange(self.out_channels, device=label.device).view(1, -1, *[1] * (label.dim() - 2))
+        return LABEL_LOGIT * (label.long() == classes).float()
+
+
 def weight_files(weights: str | Sequence[str] | None) -> list[str]:
     """The weights of a teacher as a list of files: none (random weights), one, or the members of an ensemble."""
     if not weights:
@@ -150,31 +176,45 @@ def check_spec(name: str, spec: Mapping[str, Any]) -> None:
             nearest = get_close_matches(key, SPEC_KEYS, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"The teacher {name} has the unknown key {key!r}.{hint} Keys: {', '.join(SPEC_KEYS)}.")
-    origins = [key for key in ORIGINS if spec.get(key) is not None]
+    origins = [key for key in ORIGINS if spec.get(key)]
     if len(origins) != 1:
         given = " and ".join(origins) or "none"
         raise ValueError(f"The teacher {name} needs exactly one of {', '.join(ORIGINS)}; it has {given}.")
+    if spec.get("label"):
+        others = sorted(set(spec) - {"label"})
+        if others:
+            raise ValueError(f"The teacher {name} is the label, which takes no {', '.join(others)}. Remove them.")
+        return
     if not spec.get("modalities"):
         raise ValueError(f'The teacher {name} names no modalities. Add for example "modalities": ["ct", "pet"].')
 
 
-def load_teachers(specs: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, Teacher]:
+def load_teachers(
+    specs: Mapping[str, Mapping[str, Any]], out_channels: int, **common: Any
+) -> dict[str, Teacher | LabelTeacher]:
     """Build the teachers of a distillation and log the checksums of their weights.
 
     Args:
-        specs: name of a teacher -> arguments of ``Teacher`` for this teacher only, see ``SPEC_KEYS``.
-        common: arguments of ``Teacher`` that are the same for all.
+        specs: name of a teacher -> arguments of ``Teacher`` for this teacher only, see ``SPEC_KEYS``, or
+            ``{"label": true}`` for the label in a teacher's place.
+        out_channels: number of classes, including the background.
+        common: further arguments of ``Teacher`` that are the same for all.
 
     Returns:
-        Name of a teacher -> ``Teacher``.
+        Name of a teacher -> ``Teacher`` or ``LabelTeacher``.
 
     Raises:
         ValueError: a specification is wrong (``check_spec``), or a teacher cannot be built; the teacher is named.
     """
     for name, spec in specs.items():
         check_spec(name, spec)
-    teachers = {name: Teacher(**common, **spec) for name, spec in specs.items()}
-    for name, teacher in teachers.items():
+    teachers: dict[str, Teacher | LabelTeacher] = {}
+    for name, spec in specs.items():
+        if spec.get("label"):
+            teachers[name] = LabelTeacher(out_channels)
+            logger.info("teacher %s: the label itself", name)
+            continue
+        teacher = teachers[name] = Teacher(out_channels=out_channels, **common, **spec)
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers

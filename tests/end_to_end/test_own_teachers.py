@@ -117,8 +117,8 @@ def test_an_ensemble_is_cached_and_read_back(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architecture": "unetr"}, "needs exactly one of architecture, network; it has architecture and network."),
-        ({"network": None}, "needs exactly one of architecture, network; it has none."),
+        ({"architecture": "unetr"}, "needs exactly one of architecture, network, label; it has architecture and network."),
+        ({"network": None}, "needs exactly one of architecture, network, label; it has none."),
         ({"wieghts": "w.pt"}, "has the unknown key 'wieghts'. Did you mean weights?"),
         ({"modalities": ["xray"]}, "must be one or more of ['ct', 'pet', 'mr']"),
         ({"weights": "nowhere.pt"}, "No weights at nowhere.pt"),
@@ -138,3 +138,26 @@ def test_a_wrong_specification_is_refused_before_any_case_is_read(
     (tmp_path / "mine.json").write_text(json.dumps(changed))
     assert distill(cohort, tmp_path / "out", "--teacher", f"mine={tmp_path / 'mine.json'}", "--method", "hinton") == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_the_label_takes_a_teachers_place(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(cohort, tmp_path / "out", "--teacher", "label", "--method", "hinton") == 0
+    (row,) = read_curves(tmp_path / "out" / "curves.csv")
+    assert row["weight/label"] == 1.0
+    assert row["loss/soft"] is not None
+    assert row["loss/soft"] > 0
+    assert distill(cohort, tmp_path / "features", "--teacher", "label", "--method", "hint") == 1
+    assert "No teacher in this run provides a layer for tap 'hint'" in capsys.readouterr().err
+    cache = ["cache-teachers", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "c")]
+    assert main([*cache, "--teacher", "label"]) == 1
+    assert "is the label, which needs no cache" in capsys.readouterr().err
+
+
+def test_the_label_stands_beside_cached_teachers(cohort: Path, tmp_path: Path) -> None:
+    small = ["--set", 'architectures={"dynunet":{"filters":[4,8,8]}}', "--teacher", "dynunet=random"]
+    cache = ["cache-teachers", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "cache"), *small]
+    assert main(cache) == 0
+    both = [*small, "--teacher", "control=label", "--method", "hinton", "--cache-dir", str(tmp_path / "cache")]
+    assert distill(cohort, tmp_path / "out", *both) == 0
+    (row,) = read_curves(tmp_path / "out" / "curves.csv")
+    assert [row["weight/dynunet"], row["weight/control"]] == pytest.approx([0.5, 0.5])

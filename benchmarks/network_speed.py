@@ -40,7 +40,9 @@ def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
         f"{STUDENT}, batch norm": Student(channels, 2, norm="batch"),
     }
     for modality, architecture in TEACHER_ARCHITECTURES.items():
-        built[f"{architecture} ({modality})"] = Teacher(architecture, [modality], MODALITIES, 2, patch, options)
+        built[f"{architecture} ({modality})"] = Teacher(
+            [modality], MODALITIES, 2, patch, architecture=architecture, options=options
+        )
     return {
         name: network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         for name, network in built.items()

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     configs = ["inference", *context_configs(args)]
     if args.architecture:
         configs.append("teacher")
-        overrides |= {"architecture": args.architecture, "teacher_modalities": args.modalities}
+        overrides["architecture"] = args.architecture
+        if args.modalities:
+            overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
     run_bundle(args, [*configs, "evaluate", *profile_configs(args)], overrides)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from typing import Any
 
 from scripts.cli.config import config_names, read_config
 
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
+LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
 def positive_int(text: str) -> int:
@@ -92,7 +94,9 @@ def add_network_options(parser: Parser, architecture: str | None) -> None:
     """Options that name a teacher's network."""
     names = "unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
     parser.add_argument("--architecture", default=architecture, help=names)
-    parser.add_argument("--modalities", nargs="+", default=["ct"], help="input of the network, such as ct pet")
+    parser.add_argument(
+        "--modalities", nargs="+", metavar="MODALITY", help="input of the network, such as ct pet (default: all)"
+    )
 
 
 def add_teachers_options(parser: Parser) -> None:
@@ -101,8 +105,10 @@ def add_teachers_options(parser: Parser) -> None:
     parser.add_argument(
         "--teacher",
         action="append",
-        metavar="ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS",
-        help="a teacher instead of the default three, repeatable; WEIGHTS: a file, or random",
+        metavar="SPEC",
+        help="a teacher instead of the default three, repeatable: [NAME=]ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS, "
+        "NAME=FILE.json, or label (a control). WEIGHTS is a file, several files with commas between them (an "
+        "ensemble), or random",
     )
 
 
@@ -217,30 +223,77 @@ def profile_configs(args: argparse.Namespace) -> list[str]:
 
 
 def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, dict[str, Any]]:
-    """The teachers of ``--teacher ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS``, as the config id ``teacher_specs``.
+    """The teachers of ``--teacher``, as the config id ``teacher_specs``.
+
+    A teacher is ``ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS``, with ``NAME=`` or ``NAME:`` in front where it needs a
+    name of its own; or ``NAME=FILE.json`` with the keys of a specification (docs/how_to/own_teacher.md); or ``label``,
+    the label in a teacher's place. The text of a specification is not evaluated, but ``_target_`` names code: use only
+    files that you trust.
 
     Args:
         args: parsed options.
         modalities: of the data set, for teachers that name none.
 
     Raises:
-        ValueError: a teacher without weights.
+        ValueError: a teacher without weights, a file that is no specification, or two teachers of one name.
     """
-    specs = {}
+    specs: dict[str, dict[str, Any]] = {}
     for text in args.teacher or []:
-        network, _, weights = text.partition("=")
-        architecture, _, seen = network.partition(":")
-        if not weights:
-            raise ValueError(f"--teacher {text} has no weights. Write {text}=FILE, or {text}=random as a control.")
-        specs[network.replace(":", "_").replace("+", "_")] = {
-            "architecture": architecture,
-            "modalities": seen.split("+") if seen else modalities,
-            "weights": None if weights == "random" else weights,
-        }
+        name, spec = _teacher_spec(text, modalities)
+        if name in specs:
+            raise ValueError(f"Two teachers are named {name}. Give each a name: --teacher NAME=ARCHITECTURE=WEIGHTS.")
+        specs[name] = spec if spec.get("label") else {"modalities": modalities, **spec}
     return specs
+
+
+def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]]:
+    """The name and the specification of one ``--teacher``."""
+    first, equals, rest = text.partition("=")
+    if text == LABEL or rest == LABEL:
+        return first, {"label": True}
+    if not equals or not first or not rest:
+        raise ValueError(f"--teacher {text} has no weights. Write ARCHITECTURE=FILE, or ARCHITECTURE=random.")
+    if rest.endswith(".json"):
+        return first, _read_spec(rest)
+    second, equals, weights = rest.partition("=")
+    if equals and re.fullmatch(r"\w+(:[\w+]+)?", second):
+        name, network = first, second
+    else:
+        name, network, weights = "", first, rest
+    architecture, _, seen = network.partition(":")
+    if not name and seen and not set(seen.partition(":")[0].split("+")) <= set(modalities):
+        name, network = architecture, seen  # NAME:ARCHITECTURE[:MODALITY+MODALITY]
+        architecture, _, seen = network.partition(":")
+    spec: dict[str, Any] = {"architecture": architecture, "weights": _weights(weights)}
+    if seen:
+        spec["modalities"] = seen.split("+")
+    return name or network.replace(":", "_").replace("+", "_"), spec
+
+
+def _weights(text: str) -> str | list[str] | None:
+    files = [file for file in text.split(",") if file]
+    if files == ["random"]:
+        return None
+    return text if len(files) < 2 or os.path.exists(text) else files
+
+
+def _read_spec(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            spec = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write the specification of a teacher.") from error
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path} is not the specification of a teacher. Write an object with its keys.")
+    return spec
 
 
 def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:
     """The config overrides of ``--teachers-dir`` and ``--teacher``."""
-    values = {"teachers_dir": args.teachers_dir, "teacher_specs": teacher_specs(args, modalities)}
+    specs = teacher_specs(args, modalities)
+    overrides: dict[str, Any] = {}
+    for name, spec in specs.items():
+        for tap, layer in spec.pop("layers", {}).items():
+            overrides[f"layers#{tap}#{name}"] = layer
+    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, **overrides}
     return {key: value for key, value in values.items() if value}

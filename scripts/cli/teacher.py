@@ -31,6 +31,8 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    network = {"architecture": args.architecture, "teacher_modalities": args.modalities}
+    network = {"architecture": args.architecture}
+    if args.modalities:
+        network["teacher_modalities"] = args.modalities
     configs = ["train", *context_configs(args), "teacher", *multi_gpu_configs(args)]
     run_bundle(args, configs, {**training_overrides(args), **network})

@@ -85,6 +85,8 @@ class Distiller(nn.Module):
             )
         self._student_taps[name] = Tap("student", self.student, student_layers)
         for teacher_name, teacher in self.teachers.items():
+            if getattr(teacher, "uses_label", False):
+                continue  # the label has no layers
             cached = cast("tuple[str, ...] | None", getattr(teacher, "outputs", None))
             if cached is not None:
                 self._add_cached_tap(teacher_name, name, cached, has_adapter)
@@ -160,6 +162,7 @@ class Distiller(nn.Module):
         image: torch.Tensor,
         presence: torch.Tensor | None = None,
         cached: Mapping[str, torch.Tensor] | None = None,
+        label: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Run the student and, in train(), the teachers.
 
@@ -168,6 +171,7 @@ class Distiller(nn.Module):
             presence: B x M, bool; None means that all modalities are present.
             cached: ``<teacher>.logits`` and ``<teacher>.<tap>`` of teachers. A teacher runs only if one of its outputs
                 is missing here.
+            label: class indices ``B 1 H W [D]``; needed where the label is a teacher.
         """
         if not self.training:
             return self.student(image)  # type: ignore[no-any-return]
@@ -183,7 +187,7 @@ class Distiller(nn.Module):
             for teacher, adapter in adapters.items():
                 outputs[f"student.{name}@{teacher}"] = adapter(features)
         for name in self.teacher_names:
-            outputs |= self._teacher_outputs(name, image, cached or {})
+            outputs |= self._teacher_outputs(name, image, cached or {}, label)
         if presence is None:
             presence = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         channels = [cast(Sequence[int], teacher.channels) for teacher in self.teachers.values()]
@@ -191,9 +195,13 @@ class Distiller(nn.Module):
         return outputs
 
     def _teacher_outputs(
-        self, name: str, image: torch.Tensor, cached: Mapping[str, torch.Tensor]
+        self, name: str, image: torch.Tensor, cached: Mapping[str, torch.Tensor], label: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Return a teacher's outputs by their flat names; run the teacher unless all of them are cached."""
+        if getattr(self.teachers[name], "uses_label", False):
+            if label is None:
+                raise ValueError(f"The teacher {name} is the label: pass the label to the Distiller.")
+            return {f"{name}.{LOGITS}": self.teachers[name](label)}
         keys = [f"{name}.{output}" for output in (LOGITS, *self._teacher_taps[name])]
         if all(key in cached for key in keys):
             return {key: cached[key].detach() for key in keys}

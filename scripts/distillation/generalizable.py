@@ -87,9 +87,10 @@ class GeneralizableDistiller(Distiller):
         image: torch.Tensor,
         presence: torch.Tensor | None = None,
         cached: Mapping[str, torch.Tensor] | None = None,
+        label: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """See ``Distiller.forward``; in train() the dict also holds the outputs of the further taps."""
-        outputs = super().forward(image, presence, cached)
+        outputs = super().forward(image, presence, cached, label)
         if not isinstance(outputs, dict):
             return outputs
         views = torch.cat([image, *(intensity_view(image) for _ in range(self.views))])

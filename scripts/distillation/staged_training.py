@@ -60,6 +60,8 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
         ),
     ]
     for name, spec in teachers.items():
+        if not spec.get("architecture") or not isinstance(spec["weights"] or "", str):
+            raise ValueError(f"gkd needs an architecture and one weights file for each teacher; {name} has others.")
         overrides = {
             "max_epochs": half,
             "architecture": spec["architecture"],

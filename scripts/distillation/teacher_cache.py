@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.case_list import source_files
+from scripts.networks.teacher import LabelTeacher, check_spec, join_checksums, weight_files
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -52,26 +53,38 @@ class CachedTeacher(nn.Module):
         raise ValueError("A cached teacher cannot predict: train without the cache.")
 
 
+def teacher_identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache notes of a teacher beside its weights: its architecture or network class, and its modalities."""
+    architecture = spec.get("architecture") or type(spec["network"]).__name__
+    return {"architecture": architecture, "modalities": list(spec["modalities"])}
+
+
 def cached_teachers(
-    specs: Mapping[str, Mapping[str, Any]], folder: str, channels: Sequence[str]
-) -> dict[str, CachedTeacher]:
+    specs: Mapping[str, Mapping[str, Any]], folder: str, channels: Sequence[str], out_channels: int
+) -> dict[str, CachedTeacher | LabelTeacher]:
     """Return the teachers of a distillation from their cache, without building a network.
 
     Args:
         specs: teacher name -> ``architecture``, ``modalities``, ``weights``, as for ``load_teachers``.
         folder: folder of the cache.
         channels: the image's modalities, in order.
+        out_channels: number of classes, including the background.
 
     Raises:
         ValueError: a cache was made with other weights, another architecture or other modalities.
         FileNotFoundError: a teacher has no cache, or its weights are missing.
     """
-    teachers = {}
+    teachers: dict[str, CachedTeacher | LabelTeacher] = {}
     for name, spec in specs.items():
+        check_spec(name, spec)
+        if spec.get("label"):
+            teachers[name] = LabelTeacher(out_channels)
+            continue
         manifest = read_manifest(Path(folder), name)
-        for key in ("architecture", "modalities"):
-            require_same(manifest, name, key, spec[key])
-        require_same(manifest, name, "weights_sha256", sha256(spec["weights"]) if spec.get("weights") else None)
+        for key, value in teacher_identity(spec).items():
+            require_same(manifest, name, key, value)
+        digests = [sha256(file) for file in weight_files(spec.get("weights"))]
+        require_same(manifest, name, "weights_sha256", join_checksums(digests))
         used = [list(channels).index(m) for m in spec["modalities"]]
         teachers[name] = CachedTeacher(used, manifest["outputs"], manifest["weights_sha256"])
     return teachers
@@ -114,21 +127,24 @@ class TeacherCache:
 
     Args:
         folder: folder of the cache.
-        teachers: name -> ``CachedTeacher``.
+        teachers: name -> ``CachedTeacher``; a ``LabelTeacher`` is not cached.
         verify: ``"full"`` compares the checksums of every cached file and of every image when training starts,
             ``"size"`` only their sizes.
     """
 
-    def __init__(self, folder: str, teachers: Mapping[str, CachedTeacher], verify: str = "full") -> None:
+    def __init__(self, folder: str, teachers: Mapping[str, nn.Module], verify: str = "full") -> None:
         if verify not in ("full", "size"):
             raise ValueError(f"Unknown verify {verify!r}: choose full or size.")
-        self.folder, self.teachers, self.verify = Path(folder), dict(teachers), verify
-        self.manifests = {name: read_manifest(self.folder, name) for name in teachers}
+        self.folder, self.verify = Path(folder), verify
+        self.teachers = {name: each for name, each in teachers.items() if isinstance(each, CachedTeacher)}
+        if not self.teachers:
+            raise ValueError("No teacher of this run is cached: remove --cache-dir.")
+        self.manifests = {name: read_manifest(self.folder, name) for name in self.teachers}
         self.checked: dict[Path, str] = {}  # file -> what it was made of, when the training started
-        self.keys = [f"{name}.{output}" for name, teacher in teachers.items() for output in teacher.outputs]
+        self.keys = [f"{name}.{output}" for name, teacher in self.teachers.items() for output in teacher.outputs]
         self.widths = [
             self.manifests[name]["channels"] if output == LOGITS else 1
-            for name, teacher in teachers.items()
+            for name, teacher in self.teachers.items()
             for output in teacher.outputs
         ]
 
@@ -187,7 +203,7 @@ class TeacherCache:
         self, batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> Any:
         """``prepare_batch`` of a trainer: image, label, and ``presence`` and ``cached`` for the ``Distiller``."""
-        extra = {"presence": "presence", "cached": "cached"}
+        extra = {"presence": "presence", "cached": "cached", "label": "label"}
         image, label, args, named = PrepareBatchExtraInput(extra)(dict(batch), device, non_blocking, **kwargs)
         tensors = named["cached"].split(self.widths, dim=1)
         return image, label, args, {**named, "cached": dict(zip(self.keys, tensors, strict=True))}

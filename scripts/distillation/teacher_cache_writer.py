@@ -23,6 +23,7 @@ from scripts.distillation.teacher_cache import (
     read_manifest,
     require_same,
     source_fingerprint,
+    teacher_identity,
 )
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -100,8 +101,10 @@ def cache_teachers(
     }
     writers = []
     for name, teacher in teachers.items():
-        spec = {key: specs[name][key] for key in ("architecture", "modalities")}
-        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**spec, **common}, taps or {})
+        if getattr(teacher, "uses_label", False):
+            raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
+        identity = teacher_identity(specs[name])
+        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**identity, **common}, taps or {})
         writer.require_same_cache(rebuild)
         writers.append(writer)
 

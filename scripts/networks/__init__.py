@@ -6,6 +6,7 @@ from scripts.networks.cascade_fusion import CascadeFusion as CascadeFusion
 from scripts.networks.cascade_fusion import SpaceChannelCascade as SpaceChannelCascade
 from scripts.networks.channel_adapter import ChannelAdapter as ChannelAdapter
 from scripts.networks.dynunet import NNUNet as NNUNet
+from scripts.networks.ensemble import Ensemble as Ensemble
 from scripts.networks.h_denseformer import HDenseFormer as HDenseFormer
 from scripts.networks.modality_dropout import ModalityDropout as ModalityDropout
 from scripts.networks.selective_fusion import SelectiveFusion as SelectiveFusion

@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed in (0, 1):
         torch.manual_seed(seed)
         options = {"dynunet": {"filters": [2, 4, 4, 4, 4]}}
-        teacher = Teacher("dynunet", ["pet"], ["ct", "pet", "mr"], 2, [32, 32, 32], options)
+        teacher = Teacher(["pet"], ["ct", "pet", "mr"], 2, [32, 32, 32], "dynunet", options=options)
         paths.append(tmp_path_factory.mktemp("teacher") / "model.pt")
         torch.save({"model": teacher.state_dict()}, paths[-1])
     return paths

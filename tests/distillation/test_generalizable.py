@@ -43,7 +43,7 @@ def student() -> Student:
 
 def teacher(architecture: str = "hdenseformer") -> Teacher:
     torch.manual_seed(1)
-    return Teacher(architecture, MODALITIES, MODALITIES, 2, PATCH, OPTIONS)
+    return Teacher(MODALITIES, MODALITIES, 2, PATCH, architecture, options=OPTIONS)
 
 
 def image() -> Tensor:

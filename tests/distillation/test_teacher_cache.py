@@ -173,7 +173,7 @@ def cached(case: Any, folder: Path, teachers: dict[str, Online], **options: Any)
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
     transform = pipeline(**options)
     cache_teachers([case], transform, teachers, specs, inferer, str(folder), settings, TAPS)
-    found = cached_teachers(specs, str(folder), MODALITIES)
+    found = cached_teachers(specs, str(folder), MODALITIES, 2)
     reader = TeacherCache(str(folder), found)
     reader.check([case], transform.settings)
     return reader, found

@@ -125,7 +125,7 @@ def test_every_method_and_every_data_set_compose(data: str, method: str) -> None
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_a_teacher_at_every_scale(architecture: str, scale: str) -> None:
     parser = _composed("train", "data/sts", f"scale/{scale}", "teacher", architecture=architecture)
-    assert parser.get_parsed_content("network_def").channels == [0]
+    assert parser.get_parsed_content("network_def").channels == [0, 1, 2]  # by default all modalities
 
 
 def test_no_two_configs_share_a_block_of_five_equal_lines() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from scripts.networks import Student
-from scripts.networks.teacher import ARCHITECTURES, Teacher, load_teachers
+from scripts.networks.teacher import ARCHITECTURES, LabelTeacher, Teacher, load_teachers
 from scripts.utils.checksums import sha256
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def build(
     architecture: str = "uxnet", modalities: tuple[str, ...] = ("pet",), seed: int = 0, **options: Any
 ) -> Teacher:
     torch.manual_seed(seed)
-    return Teacher(architecture, modalities, MODALITIES, 2, PATCH, OPTIONS, **options)
+    return Teacher(modalities, MODALITIES, 2, PATCH, architecture, options=OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,11 @@ def test_load_teachers_builds_each_teacher_from_its_own_specification(weights, c
     assert type(teachers["both"].network).__name__ == "HDenseFormer"
     assert f"teacher pet: UXNet, sha256 {sha256(weights)}" in caplog.text
     assert "teacher both: HDenseFormer, random weights" in caplog.text
+
+
+def test_the_labels_logits_are_those_of_its_class() -> None:
+    label = torch.tensor([[[[[0.0, 2.0]]]]])  # B 1 H W D, as the pipeline gives it
+    logits = LabelTeacher(3)(label)
+    assert logits.shape == (1, 3, 1, 1, 2)
+    torch.testing.assert_close(logits.softmax(1)[0, :, 0, 0].T, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]))
+    assert (LabelTeacher(1)(torch.tensor([[[[0.0, 1.0]]]])).sigmoid() - torch.tensor([0.0, 1.0])).abs().max() < 1e-4

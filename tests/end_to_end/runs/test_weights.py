@@ -209,7 +209,7 @@ def test_code_in_a_cached_prediction_is_not_executed_even_if_the_manifest_matche
 ) -> None:
     weights = tmp_path / "teacher.pt"
     options = {"dynunet": {"filters": [2, 4, 4, 4, 4]}}
-    torch.save(Teacher("dynunet", ["pet"], ["ct", "pet", "mr"], 2, [32, 32, 32], options).state_dict(), weights)
+    torch.save(Teacher(["pet"], ["ct", "pet", "mr"], 2, [32, 32, 32], "dynunet", options=options).state_dict(), weights)
     asked = (*BIG, "--teacher", f"{TEACHER}={weights}")
     assert main(line("cache-teachers", *asked)) == 0
     folder = next(tmp_path.rglob("dynunet_pet"))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several networks of one architecture that answer as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class Ensemble(nn.Module):
+    """The logarithm of the mean softmax of several networks, such as the five folds of a cross-validation.
+
+    The result has the meaning of logits: its softmax is the mean probability of the members. For a single output
+    channel (a sigmoid head) it is the logit of the mean sigmoid.
+
+    Args:
+        members: networks with the same input and output, ``B M H W D`` -> logits ``B classes H W D``.
+
+    Raises:
+        ValueError: there is no member.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("An ensemble needs at least one network.")
+        self.members = nn.ModuleList(members)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Image ``B M H W D`` to logits ``B classes H W D``, in float32."""
+        logits = torch.stack([first_output(member(image)).float() for member in self.members])
+        if logits.shape[2] == 1:
+            return torch.logit(logits.sigmoid().mean(0), eps=1e-7)
+        return torch.logsumexp(logits.log_softmax(dim=2), dim=0) - math.log(len(self.members))
+
+
+def first_output(output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """The full-resolution logits of a network that returns one tensor, or a list of them (deep supervision)."""
+    return output if isinstance(output, torch.Tensor) else output[0]

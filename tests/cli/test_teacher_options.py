@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``--teacher`` means."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.cli.main import main
+from scripts.cli.options import teacher_specs, teachers_overrides
+
+ALL = ["ct", "pet"]
+
+
+def specs(*texts: str) -> dict[str, dict[str, Any]]:
+    return teacher_specs(argparse.Namespace(teacher=list(texts)), ALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "spec"),
+    [
+        ("unetr=w.pt", "unetr", {"architecture": "unetr", "weights": "w.pt", "modalities": ALL}),
+        ("unetr=random", "unetr", {"architecture": "unetr", "weights": None, "modalities": ALL}),
+        ("unetr:pet=w.pt", "unetr_pet", {"architecture": "unetr", "weights": "w.pt", "modalities": ["pet"]}),
+        (
+            "unetr:pet+ct=w.pt",
+            "unetr_pet_ct",
+            {"architecture": "unetr", "weights": "w.pt", "modalities": ["pet", "ct"]},
+        ),
+        ("big=unetr=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ALL}),
+        ("big=unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
+        ("big:unetr=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ALL}),
+        ("big:unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
+        ("unetr=a.pt,b.pt", "unetr", {"architecture": "unetr", "weights": ["a.pt", "b.pt"], "modalities": ALL}),
+        (
+            "unetr=runs/lr=0.1/w.pt",
+            "unetr",
+            {"architecture": "unetr", "weights": "runs/lr=0.1/w.pt", "modalities": ALL},
+        ),
+    ],
+)
+def test_a_teacher_in_one_word(text: str, name: str, spec: dict[str, Any]) -> None:
+    assert specs(text) == {name: spec}
+
+
+def test_two_teachers_of_one_architecture_both_count() -> None:
+    found = specs("one=unetr=a.pt", "two=unetr=b.pt", "unetr:ct=c.pt")
+    assert {name: spec["weights"] for name, spec in found.items()} == {"one": "a.pt", "two": "b.pt", "unetr_ct": "c.pt"}
+    with pytest.raises(ValueError, match=r"Two teachers are named unetr\. Give each a name"):
+        specs("unetr=a.pt", "unetr=b.pt")
+
+
+def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(
+        json.dumps({"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}})
+    )
+    overrides = teachers_overrides(argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None), ALL)
+    assert overrides == {
+        "teacher_specs": {"mine": {"modalities": ALL, "network": {"_target_": "x.Y"}, "weights": "w.pt"}},
+        "layers#deep#mine": "a",
+        "layers#fine#mine": "b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (["unetr"], "--teacher unetr has no weights"),
+        (["=w.pt"], "has no weights"),
+        (["unetr="], "has no weights"),
+        (["mine=nowhere.json"], "nowhere.json"),
+        (["a=unetr=random", "a=dynunet=random"], "Two teachers are named a"),
+    ],
+)
+def test_a_teacher_that_is_no_teacher_is_refused_in_one_sentence(
+    texts: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", *(word for text in texts for word in ("--teacher", text)), "--dry-run"]) == 1
+    assert sentence in capsys.readouterr().err

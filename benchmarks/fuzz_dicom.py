@@ -66,7 +66,7 @@ Samples = dict[tuple[str, str], list[Sample]]  # by source and transfer syntax
 Mutated = list[bytes]  # the files of a folder
 
 
-def _compressed(dataset: Dataset, syntax: str) -> None:
+def compress(dataset: Dataset, syntax: str) -> None:
     """Compress a data set's pixels in place."""
     if syntax == JPEG2000Lossless:
         frames = []
@@ -91,13 +91,13 @@ def samples() -> Samples:
             for kind in ("CT", "PT"):
                 folder = Path(scratch) / f"{number}{kind}"
 
-                def compress(_: int, dataset: Dataset, syntax: str = syntax) -> None:
-                    _compressed(dataset, syntax)
+                def change(_: int, dataset: Dataset, syntax: str = syntax) -> None:
+                    compress(dataset, syntax)
 
-                paths = write_series(folder / "slices", stored, kind, compress)
+                paths = write_series(folder / "slices", stored, kind, change)
                 found["slices", f"{kind} {syntax}"] = [_split(path.read_bytes(), syntax) for path in paths]
                 dataset = enhanced(stored, kind, [2, 0, 3, 1], shared=kind == "CT")
-                _compressed(dataset, syntax)
+                compress(dataset, syntax)
                 path = write_enhanced(folder / "enhanced", dataset)
                 found["enhanced", f"{kind} {syntax}"] = [_split(path.read_bytes(), syntax)]
     return found

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from scripts.image_io.dicom_classes import sop_class_of
 
 SOP_CLASS, SERIES_UID, SYNTAX = 0x00080016, 0x0020000E, 0x00020010
+ROWS, COLUMNS = 0x00280010, 0x00280011
+JPEG_SIZES = frozenset((0xF7, *range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))  # SOF
 PIXEL_DATA = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 UNDEFINED = 0xFFFFFFFF
@@ -93,8 +95,33 @@ def _structure(data: mmap.mmap, start: int) -> Structure:
             raise DamagedError("has a deflated data set that is cut or too large")
     walk = _Walk(body, ">" if syntax == BIG_ENDIAN else "<")
     walk.dataset(start, len(body), 0)
+    _check_compressed_size(walk)
     sizes = [walk.lengths[tag] for tag in PIXEL_DATA if tag in walk.lengths]
     return Structure(walk.text(SOP_CLASS), walk.text(SERIES_UID), sizes[0] if sizes else 0)
+
+
+def _check_compressed_size(walk: _Walk) -> None:
+    """Refuse a first JPEG, JPEG-LS or JPEG 2000 frame of another size than Rows and Columns: decoders crop it."""
+    if not walk.first_frame or not {ROWS, COLUMNS} <= walk.starts.keys():
+        return
+    stated = tuple(walk.short(walk.data, walk.starts[tag])[0] for tag in (ROWS, COLUMNS))
+    found = _compressed_size(walk.data[walk.first_frame : walk.first_frame + 4096])
+    if found and found != stated:
+        raise DamagedError(f"has {found[0]} x {found[1]} compressed pixels, but states {stated[0]} x {stated[1]}")
+
+
+def _compressed_size(frame: bytes) -> tuple[int, int] | None:
+    """Rows and columns by the header of a JPEG, JPEG-LS or JPEG 2000 stream; None for others."""
+    if frame[:4] == b"\xff\x4f\xff\x51" and len(frame) >= 24:
+        right, bottom, left, top = struct.unpack(">4I", frame[8:24])
+        return bottom - top, right - left
+    start = 2
+    while frame[:2] == b"\xff\xd8" and start + 9 <= len(frame) and frame[start] == 0xFF:
+        length, _, rows, columns = struct.unpack(">HBHH", frame[start + 2 : start + 9])
+        if frame[start + 1] in JPEG_SIZES:
+            return rows, columns
+        start += 2 + length
+    return None
 
 
 class _Walk:
@@ -104,6 +131,7 @@ class _Walk:
         self.data, self.only_group = data, only_group
         self.lengths: dict[int, int] = {}
         self.starts: dict[int, int] = {}
+        self.first_frame = 0  # start of the first fragment of pixel data after the offset table
         self.tag = struct.Struct(order + "HH").unpack_from
         self.short, self.long = struct.Struct(order + "H").unpack_from, struct.Struct(order + "I").unpack_from
 
@@ -168,6 +196,7 @@ class _Walk:
 
     def _items(self, start: int, end: int, length: int, depth: int, fragments: bool) -> int:
         """Walk the items of a sequence, or fragments; return where they end."""
+        number = 0
         while start < end:
             if end - start < 8:
                 raise DamagedError("ends within a sequence")
@@ -183,6 +212,9 @@ class _Walk:
                 continue
             if size == UNDEFINED or start + size > end:
                 raise DamagedError("ends within a sequence")
+            if fragments and not depth and number == 1:
+                self.first_frame = start
+            number += 1
             if not fragments:
                 self.dataset(start, start + size, depth + 1)
             start += size

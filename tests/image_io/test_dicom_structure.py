@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless
 
+from benchmarks import fuzz_dicom
 from benchmarks.dicom_samples import item, write_series
 from scripts.image_io.checks import Rules
 from scripts.image_io.dicom_structure import read_structure
@@ -110,3 +111,20 @@ def test_a_file_of_another_kind_that_begins_like_dicom_is_ignored(tmp_path: Path
     write_series(tmp_path, STORED)
     (tmp_path / "notes.bin").write_bytes(b"\x08\x00" + bytes(range(1, 200)))
     np.testing.assert_array_equal(read(tmp_path), STORED - 1024.0)
+
+
+@pytest.mark.parametrize("size", [(4, 12), (12, 4), (6, 4), (6, 8)])
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_pixels_of_another_size_than_the_header_states_are_refused(
+    syntax: Any, size: tuple[int, int], tmp_path: Path
+) -> None:
+    def each(k: int, dataset: Any) -> None:
+        fuzz_dicom.compress(dataset, syntax)
+        dataset.Rows, dataset.Columns = size
+
+    write_series(tmp_path, STORED, each=each)
+    if size == (6, 8):
+        np.testing.assert_array_equal(read(tmp_path), STORED - 1024.0)
+        return
+    with pytest.raises(ValueError, match=rf"6 x 8 compressed pixels, but states {size[0]} x {size[1]}\)\. Export"):
+        read(tmp_path)

@@ -55,7 +55,8 @@ def training_record(
     Args:
         split: training and validation cases.
         settings: name -> value of every further setting, such as ``spacing``.
-        teachers: name -> teacher with ``sha256``, the checksum of its weights or None for random weights.
+        teachers: name -> ``weights``, a file or None for random weights. No teacher is built here, because that would
+            draw random numbers before the student does.
 
     Returns:
         The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
@@ -72,9 +73,13 @@ def training_record(
             record["loss"] = loss
         record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
     if teachers:
-        record["teachers_sha256"] = {name: teacher.sha256 for name, teacher in teachers.items()}
+        record["teachers_sha256"] = {name: _checksum(spec.get("weights")) for name, spec in teachers.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
+
+
+def _checksum(weights: str | None) -> str | None:
+    return sha256(weights) if weights and Path(weights).is_file() else None  # load_weights refuses a missing file
 
 
 def _case_ids(cases: Sequence[Item]) -> list[dict[str, str]]:

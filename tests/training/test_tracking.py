@@ -106,7 +106,9 @@ def test_other_ranks_train_and_write_no_tracking_files(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where MONAI's handler writes if it has no writer
     output = _train("train", cohort, tmp_path / "out", "--epochs", "1", rank=1, world=2, val_interval=1)
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint.pt", "model.pt", "splits.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoint.pt", "model.pt", "model.task.json", "splits.json",
+    ]  # fmt: skip
     assert list(tmp_path.iterdir()) == [output]
     state = torch.load(output / "checkpoint.pt", weights_only=True)
     assert state["trainer"]["iteration"] > 0

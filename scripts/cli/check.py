@@ -52,4 +52,4 @@ def run(args: argparse.Namespace) -> None:
         write_findings(findings, cases, args.json)
     errors = sum(finding.level == ERROR for finding in findings)
     if errors:
-        raise ValueError(f"{errors} errors found. Correct the files, or remove their cases.")
+        raise ValueError(f"{errors} error{'s'[: errors > 1]} found. Correct the files, or remove their cases.")

@@ -180,4 +180,4 @@ class WeightsLoader:
 
     def __call__(self, engine: Engine) -> None:
         """Load the weights and log their checksum."""
-        logger.info("weights %s, sha256 %s", self.path, load_weights(self.network, self.path, self.checksum))
+        logger.debug("weights %s, sha256 %s", self.path, load_weights(self.network, self.path, self.checksum))

@@ -130,6 +130,7 @@ def test_what_cannot_be_followed_is_refused_from_the_header(kind: str, tmp_path:
         (gzip.compress(VOXELS.tobytes())[:-8] + b"12345678", "is truncated or damaged"),
         (b"\x1f\x8bgarbage" * 9, "is truncated or damaged"),
     ],
+    ids=["raw too long", "gzip cut", "too few", "too many", "wrong checksum", "no gzip"],
 )
 def test_damaged_voxels_are_refused(data: bytes, words: str, tmp_path: Path) -> None:
     encoding = "gzip" if data.startswith(b"\x1f\x8b") else "raw"

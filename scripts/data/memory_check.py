@@ -84,7 +84,7 @@ def require_memory(
     if reference not in images:
         return
     needed, available = estimate_bytes(images, reference, spacing, classes, pass_gib), available_bytes()
-    logger.debug("memory: about %.2f GiB needed, %.2f GiB available", needed / GIB, available / GIB)
+    logger.info("memory: about %.2f GiB needed, %.2f GiB available", needed / GIB, available / GIB)
     if needed > available:
         size = " x ".join(map(str, images[reference].shape[:3]))
         raise ValueError(

@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
+from scripts.networks.teacher import check_spec, join_checksums, weight_files
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -78,8 +79,11 @@ def training_record(
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
 
 
-def _checksum(weights: str | None) -> str | None:
-    return sha256(weights) if weights and Path(weights).is_file() else None  # load_weights refuses a missing file
+def _checksum(weights: str | Sequence[str] | None) -> str | None:
+    files = weight_files(weights)
+    if not all(Path(file).is_file() for file in files):
+        return None  # load_weights refuses a missing file
+    return join_checksums([sha256(file) for file in files])
 
 
 def _case_ids(cases: Sequence[Item]) -> list[dict[str, str]]:
@@ -257,14 +261,17 @@ def require_same_teachers(
     """
     validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
     for name, spec in specs.items():
-        task = read_task(spec["weights"]) if spec.get("weights") else None
+        check_spec(name, spec)
+    teacher_files = [(name, spec, file) for name, spec in specs.items() for file in weight_files(spec.get("weights"))]
+    for name, spec, file in teacher_files:
+        task = read_task(file)
         if task is None:
             continue
         used = {**settings, "modalities": spec["modalities"]}
         if spec.get("architecture") not in FIXED_PATCH:
             used.pop("patch", None)
         known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not of the teacher
-        _refuse_contradictions(spec["weights"], _setting_differences(known, used), ignore)
+        _refuse_contradictions(file, _setting_differences(known, used), ignore)
         seen = sorted(validation & {case["case_id"] for case in task.get("training_cases", [])})
         if seen:
             logger.warning(

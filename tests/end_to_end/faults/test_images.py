@@ -254,7 +254,7 @@ def test_check_lists_a_faulty_image_and_continues_with_the_other_cases(
     cases["B"][key] = damage(cases["B"][key])
     change_voxels(cases["C"]["mr"], lambda voxels: voxels * 0 + 7)
     outcome = check(cases)
-    assert_refused(outcome, "1 errors found")
+    assert_refused(outcome, "1 error found")
     (error,) = (each for each in outcome.findings if each["level"] == "error")
     assert (error["case_id"], error["key"]) == ("B", key)
     assert str(cases["B"][key]) in error["what"]

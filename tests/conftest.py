@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import locale
+import logging
 import multiprocessing
 import os
 import runpy
@@ -72,6 +73,16 @@ def require_data(data_root: Path) -> Callable[[str], Path]:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Data list of six phantoms, to be read only."""
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), cases=6, seed=3, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handler_outlives_its_test() -> Iterator[None]:
+    """``configs/logging.conf`` adds a handler that writes to this test's stderr, which pytest closes afterwards."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler and handler not in before:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ bench-env: env
 demo: env
 	@echo "demo: 4 to 10 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/train
-	$(RUN) phantom --cases 8 --seed 2 --output-dir $(DEMO)/test
+	$(RUN) phantom --cases 8 --seed 2 --first 101 --output-dir $(DEMO)/test
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(DEMO)/teacher_mr/model.pt $(DEMO)/teacher_pet/model.pt $(DEMO)/teacher_ct/model.pt $(DEMO)/alone/model.pt
 	$(MAKE) --no-print-directory $(DEMO)/distilled/model.pt
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(foreach n,ct pet mr,$(DEMO)/eval/teacher_$(n)/summary.json) $(DEMO)/eval/alone/summary.json $(DEMO)/eval/distilled/summary.json

@@ -204,18 +204,33 @@ def make_case(seed: int, index: int) -> dict[str, tuple[Array, Array, Array]]:
     return {m: acquire(scene, m, np.random.default_rng([seed, index, k])) for k, m in enumerate(MODALITIES, 1)}
 
 
-def write_phantoms(root: str | Path, cases: int = 24, seed: int = 0, progress: bool = True) -> list[Item]:
+def write_phantoms(
+    root: str | Path, cases: int = 24, seed: int = 0, progress: bool = True, first: int = 1
+) -> list[Item]:
     """Write PHANTOM_001... to `root` and return their data list. Existing phantoms of the same parameters are kept.
 
+    Args:
+        root: folder of the phantoms.
+        cases: number of phantoms.
+        seed: seed of their shapes and noise.
+        progress: show a progress bar.
+        first: number of the first phantom. Cases of one id count as the same case, so give phantoms for a test other
+            numbers than those for the training.
+
     Raises:
-        ValueError: `cases` is not in 1 to 999 or `seed` is negative.
+        ValueError: the numbers are not in 1 to 999, or `seed` is negative.
         FileExistsError: the folder contains other phantoms.
     """
-    if not 1 <= cases <= 999 or seed < 0:
-        raise ValueError(f"Phantoms need 1 to 999 cases and a seed of 0 or more, got cases={cases} and seed={seed}.")
+    last = first + cases - 1
+    if not 1 <= first <= last <= 999 or seed < 0:
+        raise ValueError(
+            f"Phantoms need numbers from 1 to 999 and a seed of 0 or more, got cases={cases}, first={first} and "
+            f"seed={seed}."
+        )
     (root := Path(root)).mkdir(parents=True, exist_ok=True)
-    _check_parameters(root, json.dumps({"format": FORMAT, "cases": cases, "seed": seed}))
-    for index in tqdm(range(1, cases + 1), desc="phantoms", unit="case", disable=not progress):
+    parameters = {"format": FORMAT, "cases": cases, "seed": seed, **({"first": first} if first > 1 else {})}
+    _check_parameters(root, json.dumps(parameters))
+    for index in tqdm(range(first, last + 1), desc="phantoms", unit="case", disable=not progress):
         folder = root / f"PHANTOM_{index:03d}"
         if all((folder / name(modality)).is_file() for modality in MODALITIES for name in (image_name, mask_name)):
             continue

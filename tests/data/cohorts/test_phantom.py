@@ -99,7 +99,7 @@ def test_other_phantoms_in_the_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "seed"), [(0, 0), (1000, 0), (1, -1)])
 def test_impossible_parameters_are_refused(number: int, seed: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 to 999 cases"):
+    with pytest.raises(ValueError, match="numbers from 1 to 999"):
         write_phantoms(tmp_path / "new", cases=number, seed=seed)
     assert not (tmp_path / "new").exists()
 
@@ -170,3 +170,12 @@ def test_no_single_modality_delineates_the_lesion_but_their_union_does(cases: li
         with_ct = best_union(np.where(dense, pet, 0), np.where(dense, mr, -1), lesion[body])
         assert with_ct > union + 0.03
         assert with_ct > 0.8
+
+
+def test_phantoms_for_a_test_may_have_numbers_of_their_own(tmp_path: Path) -> None:
+    cases = write_phantoms(tmp_path, cases=2, seed=1, progress=False, first=101)
+    assert [case["case_id"] for case in cases] == ["PHANTOM_101", "PHANTOM_102"]
+    with pytest.raises(FileExistsError):
+        write_phantoms(tmp_path, cases=2, seed=1, progress=False)
+    with pytest.raises(ValueError, match="numbers from 1 to 999"):
+        write_phantoms(tmp_path, cases=2, first=999)

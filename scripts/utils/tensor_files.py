@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from scripts.utils.atomic_files import atomic_file
 
 # Programs save a score or a step beside the weights as a NumPy number; creating one executes no other code. The second
 # name is that of NumPy 1.
-_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SCALAR = import_module("numpy._core.multiarray").scalar  # numpy 1 has this module, but does not load it
 NUMPY_NUMBERS: list[Any] = [
     _SCALAR,
     (_SCALAR, "numpy.core.multiarray.scalar"),

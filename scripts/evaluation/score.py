@@ -30,6 +30,7 @@ from scripts.report import write_report
 from scripts.report.curves import read_curves
 from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_json
+from scripts.utils.process_pool import end_with_parent
 from scripts.utils.run_manifest import write_manifest
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def score(
         raise ValueError(no_masks_message(predictions, masks, case_ids))
     trained, trained_unknown = trained_on(weights, scored_cases)
     work = partial(score_case, paths=masks.paths, labels=labels, rules=checks or Rules())
-    with ProcessPoolExecutor(min(workers, len(scored_cases))) as pool:
+    with ProcessPoolExecutor(min(workers, len(scored_cases)), initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
     rows = [row for row, _, _ in results]
     problems = {str(row["case_id"]): problem for row, problem, _ in results if problem}

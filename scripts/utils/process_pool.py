@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -61,3 +64,10 @@ def run_jobs(
         else:
             processes = 1
     return {name: results[name] for name in jobs}
+
+
+def end_with_parent() -> None:
+    """Initializer of a pool's process: end it when its parent is killed (Linux); else it would wait for ever."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -86,7 +86,7 @@ def test_verify_metadata_refuses_metadata_without_a_version(tmp_path: Path) -> N
 
 def test_the_changelog_of_metadata_is_that_of_the_changelog_file() -> None:
     metadata = json.loads((CONFIGS / "metadata.json").read_text())
-    text = (ROOT / "CHANGELOG.md").read_text()
+    text = " ".join((ROOT / "CHANGELOG.md").read_text().split())  # lines may be wrapped
     assert metadata["version"] == next(iter(metadata["changelog"]))
     for version, entry in metadata["changelog"].items():
         assert f"## {version}" in text

@@ -66,13 +66,24 @@ RULES: dict[str, _Rule] = {
     ),
     "labels": _Rule(_are_classes, "a list of the label's values for each class, the background first: [[0], [1, 2]]"),
     "memory_gib": _Rule(lambda value: _is_number(value) and value > 0, "a positive number of GiB"),
+    "ema": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "the decay of the average, from 0 to below 1"),
     "modality_dropout": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
     "fold": _Rule(
         lambda value: value is None or (_is_whole(value) and value >= 0), "the number of a fold, from 0, or null"
     ),
-    **{name: _at_least(1) for name in ("batch_size", "max_epochs", "val_interval", "save_interval", "accumulation")},
+    **{
+        name: _at_least(1)
+        for name in (
+            "batch_size",
+            "max_epochs",
+            "val_interval",
+            "save_interval",
+            "accumulation",
+            "student_full_features",
+        )
+    },
     **{name: _at_least(0) for name in ("num_workers", "threads", "seed")},
-    **{name: _NOT_NEGATIVE for name in ("learning_rate", "weight_decay")},
+    **{name: _NOT_NEGATIVE for name in ("learning_rate", "weight_decay", "gradient_clip")},
     **{
         name: _FLAG
         for name in ("allow_missing", "allow_outside", "stacked", "resume", "overwrite", "compile", "whole_volume")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 
 from scripts.training.training_record import differences, value_differences, write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
@@ -127,6 +128,8 @@ class TrainingCheckpoint:
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
         record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
             written beside the final weights.
+        average: keeps the moving average of ``model``'s weights. It is updated after every step and kept in the state,
+            and its weights are the final ones.
     """
 
     def __init__(
@@ -139,10 +142,14 @@ class TrainingCheckpoint:
         seed: int = 0,
         overwrite: bool = False,
         record: Mapping[str, Any] | None = None,
+        average: EMAHandler | None = None,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
+        self.average = average
+        if average is not None:
+            self.objects["average"] = average.ema_model
         self.previous = _previous(self.path)
         self.interval, self.resume, self.seed, self.overwrite = interval, resume, seed, overwrite
         self.record = dict(record or {})
@@ -150,6 +157,8 @@ class TrainingCheckpoint:
     def attach(self, engine: Any) -> None:
         """Register with a trainer."""
         engine.add_event_handler(Events.STARTED, self.load)
+        if self.average is not None:
+            self.average.attach(engine)
         if engine.state.rank == 0:  # MONAI's workflows set their rank
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
             engine.add_event_handler(Events.COMPLETED, self.finish)
@@ -216,7 +225,7 @@ class TrainingCheckpoint:
         """Write the training state, unless the last epoch already did, the final weights and their record."""
         if engine.state.epoch % self.interval:
             self.save(engine)
-        write_atomically(self.objects["model"].state_dict(), self.weights)
+        write_atomically(self.objects["model" if self.average is None else "average"].state_dict(), self.weights)
         if self.record:
             write_task(self.record, self.weights)
 

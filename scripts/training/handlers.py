@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers that MONAI and ignite do not have: one progress bar per run, seeds per epoch, the manifest."""
+"""Handlers of a training: progress, seeds per epoch, gradient clipping, the manifest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from ignite.utils import manual_seed
+from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
@@ -79,6 +80,28 @@ class SeedEpochs:
     def __call__(self, engine: Any) -> None:
         """Seed the generators."""
         manual_seed(mixed_seed(self.seed, engine.state.epoch, engine.state.rank))
+
+
+class GradientClipping:
+    """Handler: scale the gradients of a step down to a norm, where they are larger.
+
+    Args:
+        norm: largest norm of all gradients together.
+    """
+
+    def __init__(self, norm: float) -> None:
+        self.norm = norm
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Clip the gradients after they are computed and before the optimizer uses them."""
+        if engine.scaler is not None:
+            engine.scaler.unscale_(engine.optimizer)
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.norm)
 
 
 class ManifestWriter:

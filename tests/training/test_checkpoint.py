@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
@@ -31,13 +32,17 @@ def batches() -> list[dict[str, Tensor]]:
 class Run:
     """A training of a two-layer network, whose initial weights come from ``seed``."""
 
-    def __init__(self, folder: Path, epochs: int, seed: int = 0, resume: bool = False, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, epochs: int, seed: int = 0, resume: bool = False, decay: float = 0.0, **options: Any
+    ) -> None:
         torch.manual_seed(seed)
         self.folder = folder
         self.network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.05)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=4, power=0.9)
         objects = {"model": self.network, "optimizer": self.optimizer, "lr_scheduler": self.scheduler}
+        if decay:
+            options["average"] = EMAHandler(self.network, momentum=1 - decay)
         checkpoint, weights = str(folder / "checkpoint.pt"), str(folder / "model.pt")
         options = {"interval": 2, "resume": resume, **options}
         self.trainer = SupervisedTrainer(
@@ -87,10 +92,11 @@ def crash_in_epoch_three(engine: Engine) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("end", ["regular", "crash"])
-def test_two_epochs_and_a_resumed_run_equal_four_epochs_bit_by_bit(end, tmp_path):
-    whole = Run(tmp_path / "whole", 4).start()
-    first = Run(tmp_path / "parts", 2 if end == "regular" else 4)
+def test_two_epochs_and_a_resumed_run_equal_four_epochs_bit_by_bit(end, decay, tmp_path):
+    whole = Run(tmp_path / "whole", 4, decay=decay).start()
+    first = Run(tmp_path / "parts", 2 if end == "regular" else 4, decay=decay)
     if end == "crash":
         first.trainer.add_event_handler(Events.ITERATION_COMPLETED, crash_in_epoch_three)
         with pytest.raises(KeyboardInterrupt):
@@ -98,13 +104,32 @@ def test_two_epochs_and_a_resumed_run_equal_four_epochs_bit_by_bit(end, tmp_path
         assert not (tmp_path / "parts" / "model.pt").exists()
     else:
         first.start()
-    second = Run(tmp_path / "parts", 4, seed=9, resume=True).start()
+    second = Run(tmp_path / "parts", 4, seed=9, resume=True, decay=decay).start()
     assert whole.epochs == [1, 2, 3, 4]
     assert second.epochs == [3, 4]
     assert (second.trainer.state.epoch, second.trainer.state.iteration) == (4, 4 * ITERATIONS)
     assert_identical(second.saved(), whole.saved())
     weights = [torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("whole", "parts")]
     assert_identical(*weights)
+
+
+def test_the_final_weights_are_the_moving_average_of_the_weights_after_every_step(tmp_path):
+    run = Run(tmp_path, 2, decay=0.75)
+    expected, steps = [p.detach().clone() for p in run.network.parameters()], []
+
+    def average(engine: Engine) -> None:
+        steps.append(engine.state.iteration)
+        for mean, parameter in zip(expected, run.network.parameters(), strict=True):
+            mean.copy_(0.75 * mean + 0.25 * parameter.detach())
+
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, average)
+    run.start()
+    assert len(steps) == 2 * ITERATIONS
+    names = [name for name, _ in run.network.named_parameters()]
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name, mean, parameter in zip(names, expected, run.network.parameters(), strict=True):
+        torch.testing.assert_close(saved[name], mean)
+        assert not torch.equal(saved[name], parameter)
 
 
 def test_the_state_is_saved_every_interval_and_at_the_end(tmp_path):

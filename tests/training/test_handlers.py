@@ -21,7 +21,7 @@ from torch import nn
 
 from scripts.report.curves import read_curves
 from scripts.training.checkpoint import TrainingCheckpoint
-from scripts.training.handlers import ManifestWriter, Progress, SeedEpochs
+from scripts.training.handlers import GradientClipping, ManifestWriter, Progress, SeedEpochs
 from scripts.training.learning_curves import CurveWriter
 
 OPTIMIZER = SimpleNamespace(param_groups=[{"lr": 0.25}])
@@ -232,3 +232,21 @@ def test_random_numbers_of_an_epoch_depend_only_on_seed_epoch_and_process() -> N
     others = [*whole.values(), *drawn(5, 1, 0, 1).values(), *drawn(6, 0, 0, 1).values()]
     for generator in zip(*others, strict=True):
         assert len(set(generator)) == len(others)
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(2.5, [1.5, 2.0]), (10.0, [3.0, 4.0])])
+def test_gradients_are_scaled_down_to_the_norm_and_never_up(norm: float, expected: list[float]) -> None:
+    network = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.tensor([[3.0, 4.0]]), "label": torch.zeros(1, 1)}],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=lambda prediction, label: (prediction - label).sum(),
+        decollate=False,
+        train_handlers=[GradientClipping(norm)],
+    )
+    trainer.run()
+    torch.testing.assert_close(-network.weight.detach()[0], torch.tensor(expected), rtol=1e-5, atol=0)

@@ -29,6 +29,7 @@ STUDENT = {
     "out_channels": 2,
     "features": [4, 8, 8, 8],
     "norm": ["group", {"num_groups": 4}],
+    "full_features": 8,
     "selective_fusion": False,
     "modality_dropout": 0.0,
 }

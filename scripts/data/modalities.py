@@ -245,5 +245,26 @@ class StackModalitiesd(Transform):
         return item
 
 
+class SplitStackd(Transform):
+    """Split a stack of volumes (C H W D) into one channel per name; the reverse of ``ConcatItemsd``.
+
+    Args:
+        key: the stack's key, which is removed.
+        names: keys of the first channels, (1 H W D) each.
+        rest: key of all channels after them; None if there are none.
+    """
+
+    def __init__(self, key: str, names: Sequence[str], rest: str | None = None) -> None:
+        self.key, self.names, self.rest = key, list(names), rest
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        stack = item.pop(self.key)
+        item |= {name: stack[i : i + 1] for i, name in enumerate(self.names)}
+        if self.rest is not None:
+            item[self.rest] = stack[len(self.names) :]
+        return item
+
+
 def _plain(volume: torch.Tensor) -> torch.Tensor:
     return volume.as_tensor() if isinstance(volume, MetaTensor) else volume

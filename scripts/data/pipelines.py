@@ -15,7 +15,14 @@ import torch
 from monai import transforms as mt
 
 from scripts.data.memory_check import require_memory
-from scripts.data.modalities import CropToBoxd, GatherModalitiesd, MapLabelsd, ScaleToUnitd, StackModalitiesd
+from scripts.data.modalities import (
+    CropToBoxd,
+    GatherModalitiesd,
+    MapLabelsd,
+    ScaleToUnitd,
+    SplitStackd,
+    StackModalitiesd,
+)
 from scripts.data.resampling import OntoGridd, RestoreGridd
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
@@ -84,21 +91,27 @@ def _augment(
 
     Cached teacher predictions get the same patch and the same spatial transforms.
     """
-    keys = [*modalities, LABEL, *(cached.keys if cached else ())]
-    spatial = [*modalities, *(["cached"] if cached else []), LABEL]
-    modes = ["bilinear"] * (len(spatial) - 1) + ["nearest"]
+    volumes = [*modalities, *(cached.keys if cached else ())]
     foreground, background = CANDIDATES
     crop = mt.RandCropByPosNegLabeld(
-        keys, LABEL, patch, positives, negatives, fg_indices_key=foreground, bg_indices_key=background
+        [*volumes, LABEL], LABEL, patch, positives, negatives, fg_indices_key=foreground, bg_indices_key=background
     )
-    steps: list[Callable[..., Any]] = [*([cached] if cached else []), crop]
-    if cached:
-        steps += [mt.ConcatItemsd(cached.keys, "cached"), mt.CastToTyped("cached", torch.float32)]
-    steps += [
+    # One stack: the affine transform's grid is computed once for all volumes.
+    spatial: dict[str, Any] = {"keys": ["stack", LABEL], "prob": 0.5}
+    steps: list[Callable[..., Any]] = [
+        *([cached] if cached else []),
+        crop,
+        mt.ConcatItemsd(volumes, "stack"),
+        mt.CastToTyped("stack", torch.float32),
         mt.RandAffined(
-            spatial, prob=0.5, rotate_range=(0.26,) * 3, scale_range=(0.15,) * 3, mode=modes, padding_mode="border"
+            **spatial,
+            rotate_range=(0.26,) * 3,
+            scale_range=(0.15,) * 3,
+            mode=["bilinear", "nearest"],
+            padding_mode="border",
         ),
-        *(mt.RandFlipd(spatial, prob=0.5, spatial_axis=axis) for axis in range(3)),
+        *(mt.RandFlipd(**spatial, spatial_axis=axis) for axis in range(3)),
+        SplitStackd("stack", modalities, rest="cached" if cached else None),
     ]
     for key in modalities:
         steps += [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
+from torch.optim.swa_utils import AveragedModel
 
 from scripts.training.training_record import differences, value_differences, write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
@@ -128,8 +128,8 @@ class TrainingCheckpoint:
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
         record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
             written beside the final weights.
-        average: keeps the moving average of ``model``'s weights. It is updated after every step and kept in the state,
-            and its weights are the final ones.
+        average: keeps an average of ``model``'s weights. It is updated after every step and kept in the state, and its
+            weights are the final ones.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class TrainingCheckpoint:
         seed: int = 0,
         overwrite: bool = False,
         record: Mapping[str, Any] | None = None,
-        average: EMAHandler | None = None,
+        average: AveragedModel | None = None,
     ) -> None:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
         self.average = average
         if average is not None:
-            self.objects["average"] = average.ema_model
+            self.objects["average"] = average
         self.previous = _previous(self.path)
         self.interval, self.resume, self.seed, self.overwrite = interval, resume, seed, overwrite
         self.record = dict(record or {})
@@ -158,7 +158,8 @@ class TrainingCheckpoint:
         """Register with a trainer."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.average is not None:
-            self.average.attach(engine)
+            update = self.average.update_parameters
+            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: update(self.objects["model"]))
         if engine.state.rank == 0:  # MONAI's workflows set their rank
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
             engine.add_event_handler(Events.COMPLETED, self.finish)
@@ -225,7 +226,8 @@ class TrainingCheckpoint:
         """Write the training state, unless the last epoch already did, the final weights and their record."""
         if engine.state.epoch % self.interval:
             self.save(engine)
-        write_atomically(self.objects["model" if self.average is None else "average"].state_dict(), self.weights)
+        network = self.objects["model"] if self.average is None else self.average.module
+        write_atomically(network.state_dict(), self.weights)
         if self.record:
             write_task(self.record, self.weights)
 

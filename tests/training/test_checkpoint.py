@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scripts.training.checkpoint import TrainingCheckpoint
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
@@ -42,7 +42,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=4, power=0.9)
         objects = {"model": self.network, "optimizer": self.optimizer, "lr_scheduler": self.scheduler}
         if decay:
-            options["average"] = EMAHandler(self.network, momentum=1 - decay)
+            options["average"] = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay))
         checkpoint, weights = str(folder / "checkpoint.pt"), str(folder / "model.pt")
         options = {"interval": 2, "resume": resume, **options}
         self.trainer = SupervisedTrainer(
@@ -119,8 +119,8 @@ def test_the_final_weights_are_the_moving_average_of_the_weights_after_every_ste
 
     def average(engine: Engine) -> None:
         steps.append(engine.state.iteration)
-        for mean, parameter in zip(expected, run.network.parameters(), strict=True):
-            mean.copy_(0.75 * mean + 0.25 * parameter.detach())
+        for mean, parameter in zip(expected, run.network.parameters(), strict=True):  # it starts after the first step
+            mean.copy_(parameter.detach() if len(steps) == 1 else 0.75 * mean + 0.25 * parameter.detach())
 
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED, average)
     run.start()

@@ -18,6 +18,7 @@ from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 
 INSTRUMENTS = {  # name -> module, summary
     "methods": ("methods", "train and score every distillation method under one recipe"),
+    "study": ("study", "does a teacher add anything, and how small may the student be?"),
     "missing": ("missing_modalities", "score students on every subset of the modalities"),
     "training": ("training_step", "time a training step with cached and online teachers, and with every method"),
     "scaling": ("multi_process", "time a training step in one and in two processes"),

@@ -48,11 +48,24 @@ class Job:
     evaluations: tuple[str, ...] = ("eval",)
     outputs: tuple[str, ...] = FINAL_FILES
 
+    def prepare(self) -> None:
+        """Called before the commands; a subclass may write the files that they read."""
+
+    def finish(self) -> None:
+        """Called after the last command; a subclass may collect their results."""
+
+    def typed(self) -> tuple[Command, ...]:
+        """All commands; a subclass may decide on them when the job starts."""
+        return self.commands
+
     @property
     def pending_commands(self) -> list[Command]:
         """The commands whose results do not exist yet."""
-        training = [] if self._trained() else [self.commands[0]]
-        evaluations = zip(self.evaluations, self.commands[1:], strict=True)
+        first, *others = self.typed()
+        if (self.folder / "checkpoint.pt").is_file():
+            first = (*first, "--resume")
+        training = [] if self._trained() else [first]
+        evaluations = zip(self.evaluations, others, strict=True)
         return [*training, *(command for name, command in evaluations if not self._evaluated(name))]
 
     @property
@@ -99,13 +112,13 @@ def _run_job(job: Job, run_command: Callable[[Sequence[str]], int]) -> None:
     """Run a job's pending commands in this forked process, with all output in ``log.txt`` in the job's folder."""
     use_own_progress_lock()
     job.folder.mkdir(parents=True, exist_ok=True)
-    training = job.commands[0]
-    resumed = (*training, "--resume") if (job.folder / "checkpoint.pt").is_file() else training
-    commands = [resumed if command is training else command for command in job.pending_commands]
     log_path = job.folder / "log.txt"
     with open(log_path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            exit_code = next((code for code in map(run_command, commands) if code), 0)
+            job.prepare()
+            exit_code = next((code for code in map(run_command, job.pending_commands) if code), 0)
+            if not exit_code:
+                job.finish()
         except BaseException:
             traceback.print_exc()
             exit_code = 1

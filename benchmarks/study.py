@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the study: does a teacher add anything, and how small may the student be? It continues where it stopped.
+
+Example: python -m benchmarks study --dataset-dir DATA --output-dir runs/study
+         python -m benchmarks study --table
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.job_queue import run_jobs
+from benchmarks.options import add_data_options, add_output_options
+from benchmarks.study_plan import StudyPlan
+from scripts.cli.options import positive_int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_data_options(parser)
+    add_output_options(parser, "runs/study")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results/study"),
+        help="folder of the kept results (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, default=2, help="parallel jobs of one thread (default %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="such as cuda (default %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="EXPERIMENT", help="such as recipe, A, B1 or C")
+    parser.add_argument(
+        "--shorten", type=positive_int, default=1, metavar="N", help="for a trial: divide all steps by N"
+    )
+    parser.add_argument("--commit", default="", help="commit of the code, where it is not a git checkout")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write tables, figures and statistics")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Run what is not done yet, and return the state of the queue or the tables."""
+    if args.table:
+        from benchmarks.study_table import write_study
+
+        return write_study(args.results)
+    if not args.dataset_dir:
+        raise ValueError("The study needs --dataset-dir, the folder of the data set.")
+    plan = StudyPlan(
+        data=args.data,
+        dataset_dir=args.dataset_dir,
+        output=args.output_dir.resolve(),
+        results=args.results.resolve(),
+        device=args.device,
+        shorten=args.shorten,
+        commit=args.commit,
+    )
+    jobs = [job for job in plan.jobs() if not args.only or job.study_row.experiment in args.only]
+    if args.dry_run:
+        return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in jobs)
+    failed = run_jobs(jobs, args.workers)
+    done = sum(job.done for job in jobs)
+    return f"{done} of {len(jobs)} jobs are done, {len(failed)} failed or wait for others."

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of the study's teachers: one small file per pair of folds, kept with the results.
+
+A file holds, for each patient, the logit of the tumour's mean probability over both teachers and all flips, on the
+network's grid. Logits are rounded to 0.1 and clipped to +-12.7, so that they fit in a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from scripts.data import preprocessing
+from scripts.data.resampling import RestoreGridd
+from scripts.image_io.nifti import SaveMaskd
+from scripts.utils.atomic_files import atomic_file
+
+STEP, LIMIT = 0.1, 127
+Array = np.ndarray[Any, Any]
+
+
+def probability(logits: Array) -> Array:
+    """The tumour's probability from its logit."""
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def logit(probabilities: Array) -> Array:
+    """The logit of a probability, within what an answer file can hold."""
+    p = probabilities.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(p) - np.log1p(-p), -STEP * LIMIT, STEP * LIMIT)
+
+
+def tumour_logit(logits: torch.Tensor) -> Array:
+    """The logit of the second of two classes, from logits ``2 H W D``."""
+    return (logits[1].float() - logits[0].float()).numpy()
+
+
+def mean_logit(logits: Sequence[Array]) -> Array:
+    """The logit of the mean probability of several answers on one grid."""
+    return logit(np.mean([probability(each) for each in logits], axis=0))
+
+
+def write_answers(path: Path, answers: Mapping[str, tuple[Array, Array]]) -> None:
+    """Write an answer file.
+
+    Args:
+        path: file to write.
+        answers: case -> logits (H W D) and the affine (4 x 4, mm) of their grid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Array] = {}
+    for case, (logits, affine) in answers.items():
+        arrays[f"{case}/logit"] = np.clip(np.rint(logits / STEP), -LIMIT, LIMIT).astype(np.int8)
+        arrays[f"{case}/affine"] = np.asarray(affine, dtype=np.float64)
+    with atomic_file(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_answer(path: Path, case: str) -> tuple[Array, Array]:
+    """A case's logits (H W D) and the affine of their grid."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[f"{case}/logit"].astype(np.float32) * STEP, arrays[f"{case}/affine"]
+
+
+def write_predictions(folder: Path, answers: Mapping[str, Sequence[Path]]) -> None:
+    """Write the mean answers as ``<case>.nii.gz``: logits (H W D 2), as ``cache-teachers --predictions`` reads them.
+
+    Args:
+        folder: folder of the files.
+        answers: case -> the answer files whose mean probability it gets.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, paths in answers.items():
+        read = [read_answer(path, case) for path in paths]
+        tumour = mean_logit([logits for logits, _ in read]).astype(np.float32)
+        image = nib.Nifti1Image(np.stack([np.zeros_like(tumour), tumour], axis=-1), read[0][1])
+        image.header.set_xyzt_units("mm")
+        nib.save(image, folder / f"{case}.nii.gz")
+
+
+class NetworkGrid:
+    """The grid that the networks see of each case, and the way back to the case's own grid.
+
+    Args:
+        settings: ``modalities``, ``intensity``, ``spacing`` and ``naming`` of the data set.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.pipeline = preprocessing(mode="infer", **settings)
+
+    def image(self, case: Mapping[str, Any]) -> MetaTensor:
+        """A case's image on the network's grid, ``M H W D``."""
+        return self.pipeline(dict(case))["image"]  # type: ignore[no-any-return]
+
+    def write_masks(self, folder: Path, cases: Iterable[tuple[Mapping[str, Any], Array]]) -> None:
+        """Write the masks of some answers on the cases' own grids.
+
+        Args:
+            folder: folder of the masks.
+            cases: case of the data list, and its logits (H W D).
+        """
+        restore, save = RestoreGridd("pred", "image"), SaveMaskd("pred", str(folder))
+        for case, logits in cases:
+            tumour = torch.as_tensor(np.asarray(logits, dtype=np.float32))
+            item = self.pipeline(dict(case))
+            save(restore({**item, "pred": torch.stack([torch.zeros_like(tumour), tumour])}))
+
+
+def without_padding(volume: Array, shape: Sequence[int]) -> Array:
+    """Cut off what MONAI's ``SpatialPadd`` added around a volume of ``shape``."""
+    starts = [(padded - size) // 2 for padded, size in zip(volume.shape, shape, strict=True)]
+    return volume[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))]

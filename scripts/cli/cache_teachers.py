@@ -25,7 +25,12 @@ def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_teachers_options(parser)
     parser.add_argument("--fold", type=int, metavar="N", help="fold whose training cases are cached (default: 0)")
-    parser.add_argument("--maps", action="store_true", help="also store the attention maps of Teach-Former")
+    parser.add_argument(
+        "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
+    )
+    parser.add_argument(
+        "--tta", choices=["none", "flips"], help="flips: store the mean over all flips of the image (default: none)"
+    )
     parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
     add_common_options(parser)
 
@@ -37,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     overrides = teachers_overrides(args, modalities)
     if args.fold is not None:
         overrides["fold"] = args.fold
+    if args.tta:
+        overrides["tta"] = args.tta
     if args.rebuild:
         overrides["rebuild"] = True
     maps = []

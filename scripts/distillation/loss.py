@@ -34,7 +34,8 @@ class DistillationLoss(nn.Module):
             gradient, but the loss has another value, which is then logged.
 
     Raises:
-        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown.
+        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown; a cached attention map
+            has another power than its loss.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DistillationLoss(nn.Module):
                 raise ValueError(
                     f"Term {name!r} uses the unknown tap {tap!r}. Known taps are: {', '.join(distiller.tap_names)}."
                 )
+            _require_powers(name, terms[name]["loss"], distiller.cached_powers(tap))
         unused = sorted(set(distiller.adapters) - set(taps.values()))
         if unused:
             raise ValueError(f"No term uses the adapters of {unused}: remove them, or add a term on that tap.")
@@ -142,3 +144,19 @@ class DistillationLoss(nn.Module):
             return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
         p = (stacked.softmax(2) * weights).sum(1)
         return temperature * p.clamp_min(1e-12).log(), shares.sum(1)
+
+
+def _require_powers(term: str, loss: nn.Module, powers: Mapping[str, float]) -> None:
+    """Refuse a loss that cannot use the cached attention maps of its teachers, given by their powers."""
+    power = getattr(loss, "attention_power", None)
+    for teacher, cached in powers.items():
+        if power is None:
+            raise ValueError(
+                f"Term {term!r} needs features of the teacher {teacher!r}, but its cache contains only attention maps: "
+                "train without the cache."
+            )
+        if power != cached:
+            raise ValueError(
+                f"Term {term!r} has the power p = {power:g}, but the cached attention maps of the teacher {teacher!r} "
+                f"have {cached:g}. Set its p, or run cache-teachers --maps --set attention_power={power:g} --rebuild."
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the teachers once per training case and store their predictions."""
+"""Run the teachers once per case and store their predictions."""
 
 from __future__ import annotations
 
@@ -24,14 +24,21 @@ EXAMPLE = (
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_teachers_options(parser)
-    parser.add_argument("--fold", type=int, metavar="N", help="fold whose training cases are cached (default: 0)")
-    parser.add_argument(
-        "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
+    group = parser.add_argument_group("cases")
+    group.add_argument("--fold", type=int, metavar="N", help="fold whose cases are cached (default: 0)")
+    group.add_argument(
+        "--cases",
+        choices=["training", "validation", "all"],
+        help="which cases of the fold the teachers answer (default: training)",
     )
-    parser.add_argument(
+    group = parser.add_argument_group("answers")
+    group.add_argument(
         "--tta", choices=["none", "flips"], help="flips: store the mean over all flips of the image (default: none)"
     )
-    parser.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
+    group.add_argument(
+        "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
+    )
+    group.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
     add_common_options(parser)
 
 
@@ -39,13 +46,9 @@ def run(args: argparse.Namespace) -> None:
     """Fill the cache."""
     context = context_configs(args)
     modalities = resolved_config(args, ["train", *context, "distill", "cache_teachers"], {})["modalities"]
+    values = {"fold": args.fold, "cached_cases": args.cases, "tta": args.tta, "rebuild": args.rebuild or None}
     overrides = teachers_overrides(args, modalities)
-    if args.fold is not None:
-        overrides["fold"] = args.fold
-    if args.tta:
-        overrides["tta"] = args.tta
-    if args.rebuild:
-        overrides["rebuild"] = True
+    overrides |= {key: value for key, value in values.items() if value is not None}
     maps = []
     if args.maps:
         overrides["maps"] = Expression("@taps")

@@ -13,6 +13,8 @@ from scripts.data.case_list import Item
 from scripts.utils.atomic_files import write_text
 from scripts.utils.file_names import nfc
 
+CASES = ("training", "validation", "all")
+
 
 def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
     """Divide patients into folds whose sizes differ by at most one, independent of the order of the ids.
@@ -63,6 +65,24 @@ def fold_split(
     validation_patients = set(splits[fold])
     training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
     return training, [case for case in cases if nfc(str(case["patient_id"])) in validation_patients]
+
+
+def chosen_cases(split: Sequence[list[Item]], which: str) -> list[Item]:
+    """The training or the validation cases of a split, or all.
+
+    Args:
+        split: training and validation cases, see ``fold_split``.
+        which: ``training``, ``validation`` or ``all``.
+
+    Raises:
+        ValueError: ``which`` is unknown, or there are no such cases.
+    """
+    if which not in CASES:
+        raise ValueError(f"Unknown cases {which!r}: choose one of {', '.join(CASES)}.")
+    cases = [case for name, part in zip(CASES, split, strict=False) for case in part if which in (name, "all")]
+    if not cases and any(split):
+        raise ValueError(f"The split has no {which} cases. Choose another --cases or --fold.")
+    return cases
 
 
 def _read_splits(path: Path) -> list[list[str]]:

@@ -124,6 +124,27 @@ def box_bounds(affine: Affine, shape: Sequence[int], box: Sequence[float]) -> tu
     return low, np.clip(np.ceil(voxels.max(0)) + 1, 0, shape).astype(int)
 
 
+def cropped_grid(item: Mapping[Hashable, Any], affine: Affine, shape: Sequence[int]) -> tuple[Affine, Affine, Affine]:
+    """The part of the reference's grid that an item's ``bbox_mm`` keeps; all of it without one.
+
+    Returns:
+        Its affine, the index of its first voxel, and that of the first voxel behind it.
+
+    Raises:
+        ValueError: the box lies outside the image.
+    """
+    low, high = np.zeros(3, dtype=int), np.array(shape[:3], dtype=int)
+    if "bbox_mm" in item:
+        low, high = box_bounds(affine, shape, item["bbox_mm"])
+    if (high <= low).any():
+        raise ValueError(
+            f"Case {item.get('case_id')}: its bounding box lies outside {item['image']}. Correct bbox_mm (mm, LPS)."
+        )
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ low
+    return moved, low, high
+
+
 class CropToBoxd(MapTransform):
     """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), if it has one.
 
@@ -135,14 +156,8 @@ class CropToBoxd(MapTransform):
         if "bbox_mm" not in item:
             return item
         image = item[self.keys[0]]
-        affine = np.array(image.affine, dtype=float)
-        low, high = box_bounds(affine, image.shape[1:], item["bbox_mm"])
-        if (high <= low).any():
-            raise ValueError(
-                f"Case {item.get('case_id')}: its bounding box lies outside {item['image']}. Correct bbox_mm (mm, LPS)."
-            )
+        affine, low, high = cropped_grid(item, np.asarray(image.affine, dtype=float), image.shape[1:])
         crop = image.as_tensor()[:, *(slice(a, b) for a, b in zip(low, high, strict=True))]
-        affine[:3, 3] += affine[:3, :3] @ low
         item[self.keys[0]] = with_affine(crop, affine, {**image.meta, "crop_start": low})
         return item
 

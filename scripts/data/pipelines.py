@@ -7,7 +7,7 @@ modalities are stacked into ``image``. The reference modality and the target spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,15 @@ from scripts.data.modalities import (
     ScaleToUnitd,
     SplitStackd,
     StackModalitiesd,
+    cropped_grid,
 )
-from scripts.data.resampling import OntoGridd, RestoreGridd
+from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid, padded_grid
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
+from scripts.image_io.headers import Affine
 from scripts.image_io.nifti import SaveMaskd
-from scripts.image_io.reader import LoadModalitiesd
+from scripts.image_io.reader import LoadModalitiesd, header_of
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
@@ -234,7 +236,23 @@ def preprocessing(
     fixed += _end_of_fixed_part(modalities, patch)
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
+    gather = GatherModalitiesd(modalities, naming, allow_missing, reference, present, stacked)
+    pipeline.grid = partial(_grid, gather=gather, rules=checks or Rules(), spacing=spacing, patch=patch)
     return pipeline
+
+
+def _grid(
+    case: Mapping[Hashable, Any],
+    gather: GatherModalitiesd,
+    rules: Rules,
+    spacing: Sequence[float],
+    patch: Sequence[int],
+) -> tuple[Affine, tuple[int, ...]]:
+    """The grid of a case's volumes after the fixed part of training."""
+    item = gather(case)
+    header = header_of(item[gather.reference], rules)
+    affine, low, high = cropped_grid(item, header.affine, header.shape)
+    return padded_grid(*network_grid(affine, [int(n) for n in high - low], spacing), patch)
 
 
 def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:

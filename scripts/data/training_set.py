@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from scripts.data.case_list import Item, source_files
 from scripts.data.sampling import SeededDataset
+from scripts.image_io.headers import Affine
 from scripts.utils.atomic_files import atomic_file
 
 
@@ -31,9 +32,11 @@ class Pipeline(Compose):
     Attributes:
         fixed: number of fixed transforms.
         cached: the reader of cached teacher predictions, if the random part uses them.
+        grid: for training, returns affine (RAS, mm) and shape of a case's preprocessed volumes, from headers alone.
     """
 
     cached: Any
+    grid: Callable[[Item], tuple[Affine, tuple[int, ...]]]
 
     def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
         super().__init__([*fixed, *random])

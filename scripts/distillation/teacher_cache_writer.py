@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +24,9 @@ from scripts.utils.run_manifest import code_version
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
+
+MB = 1e6
+BYTES_PER_VALUE = 2  # fp16
 
 
 class Answers(Protocol):
@@ -77,6 +83,7 @@ def cache_teachers(
         writer.origin.require_answers(cases)
     for writer in writers:
         writer.require_same_cache(rebuild)
+    _require_space(cases, preprocessing, writers)
     for case in tqdm(cases, desc="caching", unit="case"):
         image = cache(partial(_image, preprocessing, case, settings["modalities"], device))  # once for all teachers
         for writer in writers:
@@ -89,6 +96,35 @@ def cache_teachers(
 def _image(preprocessing: Any, case: Case, modalities: Sequence[str], device: str | torch.device) -> torch.Tensor:
     volumes = preprocessing.prepare(case)
     return torch.cat([volumes[key] for key in modalities])[None].to(device)
+
+
+def _require_space(cases: Sequence[Case], preprocessing: Any, writers: Sequence[_Writer]) -> None:
+    """Log the size of the cache, and refuse one that does not fit on its disk; existing files count as written.
+
+    Raises:
+        OSError: there is too little space.
+    """
+    total = missing = 0
+    for case in cases:
+        voxels = math.prod(preprocessing.grid(case)[1])
+        for writer in writers:
+            size = voxels * (writer.head["channels"] + len(writer.answers.outputs) - 1) * BYTES_PER_VALUE
+            total += size
+            missing += 0 if case_path(writer.folder, writer.name, case).is_file() else size
+    folder = writers[0].folder
+    free = shutil.disk_usage(
+        next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    ).free
+    logger.info(
+        "%s: %d cases x %d teachers are %.0f MB, %.0f MB of them to be written; %.0f MB are free",
+        *(folder, len(cases), len(writers), total / MB, missing / MB, free / MB),
+    )
+    if missing > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The cache needs {missing / MB:.0f} MB, but only {free / MB:.0f} MB are free in {folder}. "
+            "Free some space, choose another --output-dir, or cache fewer cases or teachers.",
+        )
 
 
 class _Writer:

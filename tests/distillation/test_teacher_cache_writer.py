@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,34 @@ def test_flips_of_a_2d_image_are_four() -> None:
     torch.testing.assert_close(answer, torch.stack(turned).mean(0)[0].log())
 
 
+def test_the_size_is_stated_and_a_full_disk_is_refused_before_anything_is_written(
+    cases: Any, images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    voxels = sum(image[0].size for image in images)
+    size = 2 * voxels * 3  # fp16: two classes and a map
+    free = 0
+
+    def disk_usage(path: Path) -> Any:
+        assert path.exists()
+        return shutil._ntuple_diskusage(0, 0, free)  # type: ignore[attr-defined]
+
+    asked = {"pair": teachers()["pair"]}
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    with pytest.raises(OSError, match=f"needs {size / 1e6:.0f} MB, but only 0 MB are free in .*new"):
+        write(cases, tmp_path / "new", asked, taps=TAPS)
+    assert not (tmp_path / "new").exists()
+    free = 10**9
+    write(cases[:1], tmp_path / "new", asked, taps=TAPS)
+    caplog.clear()
+    free = 2 * images[1][0].size * 3  # the first case is there
+    write(cases, tmp_path / "new", asked, taps=TAPS)
+    expected = f"2 cases x 1 teachers are {size / 1e6:.0f} MB, {free / 1e6:.0f} MB of them to be written"
+    assert any(expected in message for message in caplog.messages)
+    written = sum(path.stat().st_size for path in (tmp_path / "new" / "pair").glob("*.pt"))
+    assert written == pytest.approx(size, abs=2 * 8192)  # the zip's own bytes, and made_of
+
+
 def test_undamaged_files_are_kept_and_damaged_ones_replaced(cases: Any, tmp_path: Path) -> None:
     write(cases, tmp_path)
     paths = [tmp_path / name / f"{case['case_id']}.pt" for name in SPECS for case in cases]
@@ -364,6 +393,12 @@ def test_the_command_writes_the_requested_outputs_and_refuses_in_one_sentence(
     training = json.loads((tmp_path / "splits.json").read_text())["folds"][1:]
     assert sorted(manifest(folder, "dynunet_pet")["cases"]) == sorted(case for fold in training for case in fold)
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits"]
+    assert main([*arguments, "--cases", "all", "--fold", "0"]) == 0
+    assert (
+        len(manifest(folder, "dynunet_pet")["cases"])
+        == len(phantoms)
+        > len([case for fold in training for case in fold])
+    )
     assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(

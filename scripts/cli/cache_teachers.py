@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from scripts.cli.bundle_run import Expression, resolved_config, run_bundle
 from scripts.cli.options import (
@@ -36,6 +38,14 @@ def add_options(parser: Parser) -> None:
         "--tta", choices=["none", "flips"], help="flips: store the mean over all flips of the image (default: none)"
     )
     group.add_argument(
+        "--out-of-fold",
+        nargs="*",
+        metavar="RUN",
+        help="answer each case only by weights that did not train on it: of every --teacher, or of the teacher that "
+        "these runs trained on different folds",
+    )
+    group.add_argument("--name", help="name of the teacher of --out-of-fold RUNS (default: its architecture)")
+    group.add_argument(
         "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
     )
     group.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
@@ -47,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
     context = context_configs(args)
     modalities = resolved_config(args, ["train", *context, "distill", "cache_teachers"], {})["modalities"]
     values = {"fold": args.fold, "cached_cases": args.cases, "tta": args.tta, "rebuild": args.rebuild or None}
+    values["out_of_fold"] = None if args.out_of_fold is None else True
+    if args.out_of_fold:
+        args.teacher = [*(args.teacher or []), _teacher_of_runs(args.out_of_fold, args.name)]
     overrides = teachers_overrides(args, modalities)
     overrides |= {key: value for key, value in values.items() if value is not None}
     maps = []
@@ -54,3 +67,29 @@ def run(args: argparse.Namespace) -> None:
         overrides["maps"] = Expression("@taps")
         maps = ["methods/teachformer"]
     run_bundle(args, ["train", *context, "distill", *maps, "cache_teachers"], overrides)
+
+
+def _teacher_of_runs(runs: Sequence[str], name: str | None) -> str:
+    """The ``--teacher`` whose weights files are the ``model.pt`` of these runs.
+
+    Raises:
+        ValueError: a run has no description of its training, or it trained no teacher, or another one.
+    """
+    from scripts.networks.task_file import read_task, task_path
+
+    files = [str(Path(run) / "model.pt") for run in runs]
+    kinds: dict[str, str] = {}  # description -> architecture
+    for file in files:
+        network = (read_task(file) or {}).get("network")
+        if not isinstance(network, dict) or not network.get("architecture"):
+            raise ValueError(
+                f"{task_path(file)} names no architecture of a teacher. Give the folder of a run of `teacher`, or name "
+                "network and weights by --teacher NAME=FILE.json --out-of-fold."
+            )
+        kinds[f"{network['architecture']}:{'+'.join(network['modalities'])}"] = network["architecture"]
+    if len(kinds) > 1:
+        raise ValueError(f"The runs of --out-of-fold trained different teachers: {', '.join(sorted(kinds))}.")
+    kind, architecture = kinds.popitem()
+    teacher = f"{name or architecture}={kind}={','.join(files)}"
+    print(f"distil with --teacher {teacher}")
+    return teacher

@@ -20,7 +20,7 @@ from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, Origin, origin_of
 from scripts.losses.attention_map import attention_map
-from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher import check_spec, load_teachers, weight_files
 
 Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 TTA = ("none", "flips")
@@ -142,6 +142,7 @@ def load_answers(
     taps: Mapping[str, Mapping[str, Any]] | None = None,
     attention_power: float = 2.0,
     tta: str = "none",
+    out_of_fold: bool = False,
     **common: Any,
 ) -> dict[str, NetworkAnswers]:
     """Build what answers in the place of each teacher of a cache.
@@ -151,11 +152,15 @@ def load_answers(
         inferer, taps, attention_power, tta: see ``NetworkAnswers``.
         out_channels: number of classes, including the background.
         device: device of the networks.
+        out_of_fold: each of a teacher's weights files answers only the cases that did not train it.
         common: further arguments of ``scripts.networks.teacher.Teacher``.
     """
     answers = {}
-    for name, teacher in load_teachers(specs, out_channels, **common).items():
-        answers[name] = NetworkAnswers(
-            name, [teacher.to(device)], inferer, out_channels, taps, attention_power, tta, origin_of(name, specs[name])
-        )
+    for name, spec in specs.items():
+        check_spec(name, spec)
+        origin = origin_of(name, spec, out_of_fold and not spec.get("label"))
+        # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
+        parts = [{**spec, "weights": file} for file in weight_files(spec.get("weights"))] if out_of_fold else [spec]
+        teachers = [load_teachers({name: part}, out_channels, **common)[name].to(device) for part in parts]
+        answers[name] = NetworkAnswers(name, teachers, inferer, out_channels, taps, attention_power, tta, origin)
     return answers

@@ -84,7 +84,8 @@ def cached_teachers(
         if spec.get("label"):
             teachers[name] = LabelTeacher(out_channels)
             continue
-        manifest, origin = read_manifest(Path(folder), name), origin_of(name, spec)
+        manifest = read_manifest(Path(folder), name)
+        origin = origin_of(name, spec, manifest.get("out_of_fold", False))
         for key, value in {**origin.identity, "weights_sha256": origin.sha256}.items():
             require_same(manifest, name, key, value)
         used = [list(channels).index(m) for m in spec["modalities"]]
@@ -180,10 +181,11 @@ class TeacherCache:
         if size != entry["bytes"] or (self.verify == "full" and sha256(path) != entry["sha256"]):
             problem = "is missing" if size is None else "is damaged"
             raise ValueError(f"{path} {problem}. Run cache-teachers again; it replaces missing and damaged files.")
-        sources = self.teachers[name].origin.sources(case, checksums=self.verify == "full")
+        origin = self.teachers[name].origin
+        sources = origin.sources(case, checksums=self.verify == "full")
         if sources != {key: value for key, value in entry["sources"].items() if key in sources}:
             raise ValueError(
-                f"The image files of case {case['case_id']} have changed since {path} was written. "
+                f"The {origin.ingredients} of case {case['case_id']} have changed since {path} was written. "
                 "Run cache-teachers again."
             )
         self.checked[path] = load_plain(path, mmap=True).get("made_of", "")

@@ -8,15 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.data.case_list import source_files
+from scripts.networks.task_file import read_task, task_path
 from scripts.networks.teacher import join_checksums, weight_files
 from scripts.utils.checksums import sha256
+from scripts.utils.file_names import nfc
 
+NAMES_SHOWN = 5  # cases that a sentence names
 Case = Mapping[str, Any]
 
 
-def origin_of(name: str, spec: Mapping[str, Any]) -> Origin:
-    """The origin of a teacher by its specification, which ``scripts.networks.teacher.check_spec`` has checked."""
-    return Origin(spec)
+def origin_of(name: str, spec: Mapping[str, Any], out_of_fold: bool = False) -> Origin:
+    """The origin of a teacher.
+
+    Args:
+        name: of the teacher, for errors.
+        spec: its specification, which ``scripts.networks.teacher.check_spec`` has checked.
+        out_of_fold: see ``OutOfFold``.
+    """
+    return OutOfFold(name, spec) if out_of_fold else Origin(spec)
 
 
 class Origin:
@@ -28,7 +37,10 @@ class Origin:
     Attributes:
         identity: its architecture or network class, and its modalities.
         sha256: checksum of its weights; None for random weights.
+        ingredients: the files that ``sources`` describes, in words.
     """
+
+    ingredients = "image files"
 
     def __init__(self, spec: Mapping[str, Any] | None = None) -> None:
         spec = spec or {}
@@ -47,6 +59,60 @@ class Origin:
     def sources(self, case: Case, checksums: bool = True) -> dict[str, Any]:
         """What an answer is made of; see ``source_fingerprint`` for the arguments."""
         return source_fingerprint(case, checksums)
+
+
+class OutOfFold(Origin):
+    """A teacher whose networks were trained on different folds: each answers the cases that did not train it.
+
+    A network counts as trained on a case if its ``model.task.json`` lists the case or another one of its patient.
+
+    Args:
+        name: of the teacher, for errors.
+        spec: its specification, with the weights of every fold.
+
+    Raises:
+        ValueError: there are no weights, or weights without a list of training cases.
+    """
+
+    ingredients = "image files or the out-of-fold weights"
+
+    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+        super().__init__(spec)
+        self.name, self.identity["out_of_fold"] = name, True
+        self.seen = [_training_ids(name, file) for file in weight_files(spec.get("weights"))]
+        if not self.seen:
+            raise ValueError(f"The teacher {name} has random weights, which no fold trained. Remove --out-of-fold.")
+
+    def require_answers(self, cases: Sequence[Case]) -> None:
+        """Raise a ValueError that names all cases that every network was trained on."""
+        seen = [str(case["case_id"]) for case in cases if not self.members(case)]
+        if seen:
+            more = f" and {len(seen) - NAMES_SHOWN} more" if len(seen) > NAMES_SHOWN else ""
+            raise ValueError(
+                f"Every network of the teacher {self.name} was trained on {', '.join(seen[:NAMES_SHOWN])}{more}. Add "
+                "the run of a fold that left them out, or leave these cases out."
+            )
+
+    def members(self, case: Case) -> list[int]:
+        """The indices of the networks that were not trained on a case."""
+        ids = {("case", nfc(str(case["case_id"]))), ("patient", nfc(str(case.get("patient_id", case["case_id"]))))}
+        return [index for index, seen in enumerate(self.seen) if not ids & seen]
+
+    def sources(self, case: Case, checksums: bool = True) -> dict[str, Any]:
+        """As for every teacher, and the checksums of the weights that answer the case."""
+        return {**super().sources(case, checksums), "weights_sha256": [self.digests[i] for i in self.members(case)]}
+
+
+def _training_ids(name: str, weights: str) -> set[tuple[str, str]]:
+    """The cases and patients that weights were trained on."""
+    cases = (read_task(weights) or {}).get("training_cases")
+    if not cases:
+        raise ValueError(
+            f"The teacher {name} cannot answer out of fold: {task_path(weights)}, which lists the training cases of "
+            "its weights, is missing or lists none. Train it with this program, or remove --out-of-fold."
+        )
+    ids = {("case", nfc(str(case["case_id"]))) for case in cases}
+    return ids | {("patient", nfc(str(case.get("patient_id", case["case_id"])))) for case in cases}
 
 
 def source_fingerprint(case: Case, checksums: bool = True) -> dict[str, Any]:

@@ -236,24 +236,25 @@ def require_same_teachers(
     validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
     for name, spec in specs.items():
         check_spec(name, spec)
-    teacher_files = [(name, spec, file) for name, spec in specs.items() for file in weight_files(spec.get("weights"))]
-    for name, spec, file in teacher_files:
-        task = read_task(file)
-        if task is None:
-            continue
-        used = {**settings, "modalities": spec["modalities"]}
-        if spec.get("architecture") not in FIXED_PATCH:
-            used.pop("patch", None)
-        known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not of the teacher
-        _refuse_contradictions(file, _setting_differences(known, used), ignore)
-        seen = sorted(validation & {case["case_id"] for case in task.get("training_cases", [])})
+    for name, spec in specs.items():
+        seen: set[str] = set()
+        for file in weight_files(spec.get("weights")):
+            task = read_task(file)
+            if task is None:
+                continue
+            used = {**settings, "modalities": spec["modalities"]}
+            if spec.get("architecture") not in FIXED_PATCH:
+                used.pop("patch", None)
+            known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
+            _refuse_contradictions(file, _setting_differences(known, used), ignore)
+            seen |= validation & {case["case_id"] for case in task.get("training_cases", [])}
         if seen:
             logger.warning(
                 "The teacher %s was trained on %d of the %d validation cases of this run: %s. Their Dice is too high.",
                 name,
                 len(seen),
                 len(validation),
-                _listed(seen),
+                _listed(sorted(seen)),
             )
 
 

@@ -44,7 +44,13 @@ def add_options(parser: Parser) -> None:
         help="answer each case only by weights that did not train on it: of every --teacher, or of the teacher that "
         "these runs trained on different folds",
     )
-    group.add_argument("--name", help="name of the teacher of --out-of-fold RUNS (default: its architecture)")
+    group.add_argument(
+        "--predictions", metavar="FOLDER", help="predictions made elsewhere, as a teacher: CASE.npz or CASE.nii.gz"
+    )
+    group.add_argument(
+        "--smooth", type=float, metavar="MM", help="soften masks in --predictions by a Gaussian of this width"
+    )
+    group.add_argument("--name", help="name of the teacher of --predictions or --out-of-fold RUNS")
     group.add_argument(
         "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
     )
@@ -56,10 +62,13 @@ def run(args: argparse.Namespace) -> None:
     """Fill the cache."""
     context = context_configs(args)
     modalities = resolved_config(args, ["train", *context, "distill", "cache_teachers"], {})["modalities"]
-    values = {"fold": args.fold, "cached_cases": args.cases, "tta": args.tta, "rebuild": args.rebuild or None}
+    values = {"fold": args.fold, "cached_cases": args.cases, "tta": args.tta, "smooth": args.smooth}
+    values["rebuild"] = args.rebuild or None
     values["out_of_fold"] = None if args.out_of_fold is None else True
     if args.out_of_fold:
         args.teacher = [*(args.teacher or []), _teacher_of_runs(args.out_of_fold, args.name)]
+    if args.predictions:
+        args.teacher = [*(args.teacher or []), f"{args.name or 'predictions'}=predictions={args.predictions}"]
     overrides = teachers_overrides(args, modalities)
     overrides |= {key: value for key, value in values.items() if value is not None}
     maps = []

@@ -24,11 +24,11 @@ from scripts.data.modalities import (
     StackModalitiesd,
     cropped_grid,
 )
-from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid, padded_grid
+from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
-from scripts.image_io.headers import Affine
+from scripts.image_io.headers import Affine, Header
 from scripts.image_io.nifti import SaveMaskd
 from scripts.image_io.reader import LoadModalitiesd, header_of
 
@@ -237,22 +237,23 @@ def preprocessing(
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
     gather = GatherModalitiesd(modalities, naming, allow_missing, reference, present, stacked)
-    pipeline.grid = partial(_grid, gather=gather, rules=checks or Rules(), spacing=spacing, patch=patch)
+    pipeline.rules = checks or Rules()
+    pipeline.header = partial(_reference_header, gather=gather, rules=pipeline.rules)
+    pipeline.grid = partial(_grid, header=pipeline.header, spacing=spacing)
+    pipeline.patch = tuple(patch)
     return pipeline
 
 
+def _reference_header(case: Mapping[Hashable, Any], gather: GatherModalitiesd, rules: Rules) -> Header:
+    return header_of(gather(case)[gather.reference], rules)
+
+
 def _grid(
-    case: Mapping[Hashable, Any],
-    gather: GatherModalitiesd,
-    rules: Rules,
-    spacing: Sequence[float],
-    patch: Sequence[int],
+    case: Mapping[Hashable, Any], header: Callable[[Any], Header], spacing: Sequence[float]
 ) -> tuple[Affine, tuple[int, ...]]:
-    """The grid of a case's volumes after the fixed part of training."""
-    item = gather(case)
-    header = header_of(item[gather.reference], rules)
-    affine, low, high = cropped_grid(item, header.affine, header.shape)
-    return padded_grid(*network_grid(affine, [int(n) for n in high - low], spacing), patch)
+    own = header(case)
+    affine, low, high = cropped_grid(case, own.affine, own.shape)
+    return network_grid(affine, [int(n) for n in high - low], spacing)
 
 
 def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:

@@ -48,15 +48,6 @@ def network_grid(affine: Affine, shape: Sequence[int], spacing: Sequence[float])
     return zoomed, tuple(int(n) for n in size)
 
 
-def padded_grid(affine: Affine, shape: Sequence[int], least: Sequence[int]) -> tuple[Affine, tuple[int, ...]]:
-    """A grid after MONAI's ``SpatialPad`` to at least ``least`` voxels, as affine and shape."""
-    size = np.maximum(shape, least)
-    before = (size - np.asarray(shape)) // 2
-    moved = affine.copy()
-    moved[:3, 3] -= affine[:3, :3] @ before
-    return moved, tuple(int(n) for n in size)
-
-
 def axis_moves(matrix: Affine, source: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]] | None:
     """The axes to permute and then to flip, if that maps one grid onto the other; else None.
 

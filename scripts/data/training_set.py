@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from scripts.data.case_list import Item, source_files
 from scripts.data.sampling import SeededDataset
-from scripts.image_io.headers import Affine
+from scripts.image_io.checks import Rules
+from scripts.image_io.headers import Affine, Header
 from scripts.utils.atomic_files import atomic_file
 
 
@@ -32,11 +33,18 @@ class Pipeline(Compose):
     Attributes:
         fixed: number of fixed transforms.
         cached: the reader of cached teacher predictions, if the random part uses them.
-        grid: for training, returns affine (RAS, mm) and shape of a case's preprocessed volumes, from headers alone.
+        rules: what is accepted of image files.
+        header: for training, returns the header of a case's reference image.
+        grid: for training, returns affine (RAS, mm) and shape of a case's volumes before they are padded to a patch,
+            from headers alone.
+        patch: for training, the size that volumes are padded to at least.
     """
 
     cached: Any
+    rules: Rules
+    header: Callable[[Item], Header]
     grid: Callable[[Item], tuple[Affine, tuple[int, ...]]]
+    patch: tuple[int, ...]
 
     def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
         super().__init__([*fixed, *random])

@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
 from scripts.distillation.teacher_cache import LOGITS
-from scripts.distillation.teacher_origin import Case, Origin, origin_of
+from scripts.distillation.teacher_origin import Case, Origin
 from scripts.losses.attention_map import attention_map
-from scripts.networks.teacher import check_spec, load_teachers, weight_files
 
 Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 TTA = ("none", "flips")
@@ -104,6 +103,10 @@ class NetworkAnswers:
         if maps:
             self.settings["attention_power"] = float(attention_power)
 
+    def check(self, cases: Sequence[Case]) -> None:
+        """See ``Origin.require_answers``."""
+        self.origin.require_answers(cases)
+
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The answer to a case, ``outputs H W [D]``: logits of every class, then one channel per attention map.
 
@@ -132,35 +135,3 @@ def _mean(predictions: Any, count: int, classes: int) -> torch.Tensor:
         log_sum = log_p if log_sum is None else torch.logaddexp(log_sum, log_p)
         maps = maps + prediction[:, classes:].float() / count
     return torch.cat([cast(torch.Tensor, log_sum) - math.log(count), cast(torch.Tensor, maps)], dim=1)
-
-
-def load_answers(
-    specs: Mapping[str, Mapping[str, Any]],
-    inferer: Inferer,
-    out_channels: int,
-    device: str | torch.device = "cpu",
-    taps: Mapping[str, Mapping[str, Any]] | None = None,
-    attention_power: float = 2.0,
-    tta: str = "none",
-    out_of_fold: bool = False,
-    **common: Any,
-) -> dict[str, NetworkAnswers]:
-    """Build what answers in the place of each teacher of a cache.
-
-    Args:
-        specs: name of a teacher -> its specification, see ``scripts.networks.teacher.load_teachers``.
-        inferer, taps, attention_power, tta: see ``NetworkAnswers``.
-        out_channels: number of classes, including the background.
-        device: device of the networks.
-        out_of_fold: each of a teacher's weights files answers only the cases that did not train it.
-        common: further arguments of ``scripts.networks.teacher.Teacher``.
-    """
-    answers = {}
-    for name, spec in specs.items():
-        check_spec(name, spec)
-        origin = origin_of(name, spec, out_of_fold and not spec.get("label"))
-        # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
-        parts = [{**spec, "weights": file} for file in weight_files(spec.get("weights"))] if out_of_fold else [spec]
-        teachers = [load_teachers({name: part}, out_channels, **common)[name].to(device) for part in parts]
-        answers[name] = NetworkAnswers(name, teachers, inferer, out_channels, taps, attention_power, tta, origin)
-    return answers

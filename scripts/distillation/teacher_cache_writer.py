@@ -33,14 +33,19 @@ class Answers(Protocol):
     """What answers in a teacher's place: networks, files of predictions, or nnU-Net.
 
     Attributes:
-        origin: the teacher.
         outputs: names of the outputs, ``logits`` first; every other has one channel.
         settings: what the manifest says about them.
     """
 
-    origin: Origin
     outputs: list[str]
     settings: dict[str, Any]
+
+    @property
+    def origin(self) -> Origin:
+        """What the teacher is."""
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raise an error, before anything is written, if cases cannot be answered."""
 
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The answer to a case, ``channels H W D``; ``image`` returns the preprocessed image, ``1 M H W D``."""
@@ -80,7 +85,7 @@ def cache_teachers(
     }
     writers = [_Writer(Path(folder), name, each, common) for name, each in answers.items()]
     for writer in writers:
-        writer.origin.require_answers(cases)
+        writer.answers.check(cases)
     for writer in writers:
         writer.require_same_cache(rebuild)
     _require_space(cases, preprocessing, writers)
@@ -106,7 +111,7 @@ def _require_space(cases: Sequence[Case], preprocessing: Any, writers: Sequence[
     """
     total = missing = 0
     for case in cases:
-        voxels = math.prod(preprocessing.grid(case)[1])
+        voxels = math.prod(map(max, preprocessing.grid(case)[1], preprocessing.patch))
         for writer in writers:
             size = voxels * (writer.head["channels"] + len(writer.answers.outputs) - 1) * BYTES_PER_VALUE
             total += size

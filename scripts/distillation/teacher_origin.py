@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scripts.data.case_list import source_files
@@ -13,6 +14,7 @@ from scripts.networks.teacher import join_checksums, weight_files
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 
+ENDINGS = (".npz", ".nii.gz", ".nii", ".mha", ".nrrd")  # of predictions
 NAMES_SHOWN = 5  # cases that a sentence names
 Case = Mapping[str, Any]
 
@@ -25,6 +27,8 @@ def origin_of(name: str, spec: Mapping[str, Any], out_of_fold: bool = False) -> 
         spec: its specification, which ``scripts.networks.teacher.check_spec`` has checked.
         out_of_fold: see ``OutOfFold``.
     """
+    if spec.get("predictions"):
+        return PredictionFiles(name, spec)
     return OutOfFold(name, spec) if out_of_fold else Origin(spec)
 
 
@@ -113,6 +117,55 @@ def _training_ids(name: str, weights: str) -> set[tuple[str, str]]:
         )
     ids = {("case", nfc(str(case["case_id"]))) for case in cases}
     return ids | {("patient", nfc(str(case.get("patient_id", case["case_id"])))) for case in cases}
+
+
+class PredictionFiles(Origin):
+    """A teacher whose predictions lie in a folder, ``CASE`` with one of ``ENDINGS``; the first of them counts.
+
+    Args:
+        name: of the teacher, for errors.
+        spec: its specification, with the folder as ``predictions``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    ingredients = "image files or the prediction"
+
+    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+        super().__init__({**spec, "architecture": "predictions"})
+        self.name, self.folder = name, Path(spec["predictions"])
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"No folder of predictions at {self.folder}. Check the teacher {name}.")
+        self.files = {nfc(path.name): path for path in sorted(self.folder.iterdir()) if path.is_file()}
+
+    def path(self, case: Case) -> Path:
+        """The file of a case."""
+        return next(self._candidates(case))
+
+    def _candidates(self, case: Case) -> Iterator[Path]:
+        names = (f"{nfc(str(case['case_id']))}{ending}" for ending in ENDINGS)
+        return (self.files[name] for name in names if name in self.files)
+
+    def mask_beside(self, path: Path) -> Path | None:
+        """The mask that nnU-Net wrote beside its probabilities."""
+        names = (f"{nfc(path.stem)}{ending}" for ending in ENDINGS[1:])
+        return next((self.files[name] for name in names if name in self.files), None)
+
+    def require_answers(self, cases: Sequence[Case]) -> None:
+        """Raise a FileNotFoundError that names all cases without a file."""
+        missing = [str(case["case_id"]) for case in cases if next(self._candidates(case), None) is None]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder} lacks the predictions of {len(missing)} of {len(cases)} cases: {', '.join(missing)}. "
+                f"Name the files such as {missing[0]}.npz or {missing[0]}.nii.gz."
+            )
+
+    def sources(self, case: Case, checksums: bool = True) -> dict[str, Any]:
+        """As for every teacher, and the prediction's size and checksum."""
+        self.require_answers([case])
+        prediction = {**case, "prediction": str(self.path(case))}
+        return source_fingerprint(prediction, checksums)
 
 
 def source_fingerprint(case: Case, checksums: bool = True) -> dict[str, Any]:

@@ -111,6 +111,9 @@ def add_teachers_options(parser: Parser) -> None:
         "NAME=FILE.json, NAME=predictions=FOLDER, or label (a control). WEIGHTS is a file, several files with commas "
         "between them (an ensemble), or random",
     )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="accept cases without a label: they learn from the teachers alone"
+    )
 
 
 def add_weights_option(parser: Parser) -> None:
@@ -298,5 +301,5 @@ def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[
     for name, spec in specs.items():
         for tap, layer in spec.pop("layers", {}).items():
             overrides[f"layers#{tap}#{name}"] = layer
-    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, **overrides}
+    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled, **overrides}
     return {key: value for key, value in values.items() if value}

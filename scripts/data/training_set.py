@@ -89,7 +89,7 @@ class CentreCandidatesd(Transform):
     """List voxels that a patch may be centred on, so that samples need not search their volume for them.
 
     Adds ``foreground`` and ``background`` for ``RandCropByPosNegLabeld``: flat indices of at most ``count`` voxels
-    each, evenly spread over the label's voxels of that kind.
+    each, evenly spread over the label's voxels of that kind. Of a case without a label every voxel is a candidate.
     """
 
     def __init__(self, label: str, count: int = 20_000) -> None:

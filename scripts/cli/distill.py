@@ -91,6 +91,8 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     """Train the stages of gkd that are not finished; returns the overrides of the distillation itself."""
     if args.cache_dir or args.multi_gpu:
         raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
+    if args.unlabelled:
+        raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")

@@ -13,6 +13,7 @@ from scripts.cli.config import config_names, read_config
 
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
+FILE_ORIGINS = ("predictions",)  # teachers that are a folder
 LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
@@ -107,8 +108,11 @@ def add_teachers_options(parser: Parser) -> None:
         action="append",
         metavar="SPEC",
         help="a teacher instead of the default three, repeatable: [NAME=]ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS, "
-        "NAME=FILE.json, or label (a control). WEIGHTS is a file, several files with commas between them (an "
-        "ensemble), or random",
+        "NAME=FILE.json, NAME=predictions=FOLDER, or label (a control). WEIGHTS is a file, several files with commas "
+        "between them (an ensemble), or random",
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="accept cases without a label: they learn from the teachers alone"
     )
 
 
@@ -265,6 +269,8 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
         name, network = architecture, seen  # NAME:ARCHITECTURE[:MODALITY+MODALITY]
         architecture, _, seen = network.partition(":")
     spec: dict[str, Any] = {"architecture": architecture, "weights": _weights(weights)}
+    if architecture in FILE_ORIGINS:
+        spec = {architecture: weights}
     if seen:
         spec["modalities"] = seen.split("+")
     return name or network.replace(":", "_").replace("+", "_"), spec
@@ -295,5 +301,5 @@ def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[
     for name, spec in specs.items():
         for tap, layer in spec.pop("layers", {}).items():
             overrides[f"layers#{tap}#{name}"] = layer
-    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, **overrides}
+    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled, **overrides}
     return {key: value for key, value in values.items() if value}

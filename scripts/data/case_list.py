@@ -198,7 +198,10 @@ def require_cases(
         option = "--allow_missing True (--allow-missing)"
         messages.append(f"Modalities are absent ({'; '.join(absent)}). Add the files, or use {option}.")
     if unlabelled and labelled:
-        messages.append(f"Labels are absent ({'; '.join(unlabelled)}). Add the files, or remove these cases.")
+        messages.append(
+            f"Labels are absent ({'; '.join(unlabelled)}). Add the files, or remove these cases; distill takes them "
+            "with --unlabelled."
+        )
     if messages:
         is_missing_file = any(isinstance(error, OSError) for error in errors)
         raise (FileNotFoundError if is_missing_file else ValueError)(" ".join(messages))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from monai.data import partition_dataset
 from scripts.data.case_list import Item
 from scripts.utils.atomic_files import write_text
 from scripts.utils.file_names import nfc
+
+logger = logging.getLogger(__name__)
+
+CASES = ("training", "validation", "all")
 
 
 def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
@@ -34,6 +39,9 @@ def fold_split(
 ) -> tuple[list[Item], list[Item]]:
     """Divide the cases into training and validation; validation has the patients of one fold.
 
+    If only some cases have a label, the folds are made of their patients, so that they do not depend on the other
+    cases. A case without a label trains, unless its patient is in the validation; no such case validates.
+
     Args:
         cases: items with `patient_id`.
         fold: index of the validation fold, from 0; None uses all cases for training.
@@ -47,13 +55,17 @@ def fold_split(
     """
     if not cases or fold is None:
         return list(cases), []
-    patients = {nfc(str(case["patient_id"])) for case in cases}
+    labelled = [case for case in cases if case.get("label")] or cases
+    if len(labelled) < len(cases):
+        without = len(cases) - len(labelled)
+        logger.info("%d of %d cases have no label: they train, but do not validate", without, len(cases))
+    patients = _patients(labelled)
     path = Path(file) if file else None
     if path is not None and path.is_dir():
         raise ValueError(f"The split file {path} is a folder. Name a JSON file.")
     if path is not None and path.is_file():
         splits = _read_splits(path)
-        _check_patients(splits, patients, path)
+        _check_patients(splits, patients, _patients(cases), path)
     else:
         splits = make_splits(patients, folds, seed)
     if not 0 <= fold < len(splits):
@@ -62,7 +74,29 @@ def fold_split(
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     validation_patients = set(splits[fold])
     training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
-    return training, [case for case in cases if nfc(str(case["patient_id"])) in validation_patients]
+    return training, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
+
+
+def _patients(cases: Iterable[Item]) -> set[str]:
+    return {nfc(str(case["patient_id"])) for case in cases}
+
+
+def chosen_cases(split: Sequence[list[Item]], which: str) -> list[Item]:
+    """The training or the validation cases of a split, or all.
+
+    Args:
+        split: training and validation cases, see ``fold_split``.
+        which: ``training``, ``validation`` or ``all``.
+
+    Raises:
+        ValueError: ``which`` is unknown, or there are no such cases.
+    """
+    if which not in CASES:
+        raise ValueError(f"Unknown cases {which!r}: choose one of {', '.join(CASES)}.")
+    cases = [case for name, part in zip(CASES, split, strict=False) for case in part if which in (name, "all")]
+    if not cases and any(split):
+        raise ValueError(f"The split has no {which} cases. Choose another --cases or --fold.")
+    return cases
 
 
 def _read_splits(path: Path) -> list[list[str]]:
@@ -77,8 +111,8 @@ def _read_splits(path: Path) -> list[list[str]]:
     return [[nfc(str(patient)) for patient in part] for part in folds]
 
 
-def _check_patients(splits: list[list[str]], patients: set[str], path: Path) -> None:
-    """Raise ValueError if the folds do not list every patient exactly once."""
+def _check_patients(splits: list[list[str]], patients: set[str], known: set[str], path: Path) -> None:
+    """Raise ValueError if the folds do not list every patient exactly once, or list others than the known ones."""
     folds_by_patient: dict[str, list[int]] = {}
     for fold, part in enumerate(splits):
         for patient in part:
@@ -90,7 +124,7 @@ def _check_patients(splits: list[list[str]], patients: set[str], path: Path) -> 
     ]
     if repeated:
         raise ValueError(f"The split file {path} lists patients more than once: {', '.join(repeated)}. Keep one each.")
-    without_case = sorted(set(folds_by_patient) - patients)
+    without_case = sorted(set(folds_by_patient) - known)
     if without_case:
         raise ValueError(
             f"The split file {path} lists patients without a case on disk: {', '.join(without_case)}. "

@@ -15,6 +15,8 @@ from monai.transforms import MapTransform, Transform
 from scripts.data.resampling import copy_between_layouts, with_affine
 from scripts.image_io.headers import LPS_TO_RAS, Affine
 
+UNLABELLED = 255  # every voxel of the label of a case without one
+
 
 def _siblings(reference: Path, layout: Mapping[str, str], key: str) -> dict[str, str]:
     """Existing files of the other modalities by a naming layout; empty if the layout does not fit ``reference``."""
@@ -124,6 +126,27 @@ def box_bounds(affine: Affine, shape: Sequence[int], box: Sequence[float]) -> tu
     return low, np.clip(np.ceil(voxels.max(0)) + 1, 0, shape).astype(int)
 
 
+def cropped_grid(item: Mapping[Hashable, Any], affine: Affine, shape: Sequence[int]) -> tuple[Affine, Affine, Affine]:
+    """The part of the reference's grid that an item's ``bbox_mm`` keeps; all of it without one.
+
+    Returns:
+        Its affine, the index of its first voxel, and that of the first voxel behind it.
+
+    Raises:
+        ValueError: the box lies outside the image.
+    """
+    low, high = np.zeros(3, dtype=int), np.array(shape[:3], dtype=int)
+    if "bbox_mm" in item:
+        low, high = box_bounds(affine, shape, item["bbox_mm"])
+    if (high <= low).any():
+        raise ValueError(
+            f"Case {item.get('case_id')}: its bounding box lies outside {item['image']}. Correct bbox_mm (mm, LPS)."
+        )
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ low
+    return moved, low, high
+
+
 class CropToBoxd(MapTransform):
     """Crop the reference to the item's ``bbox_mm`` (x1, y1, z1, x2, y2, z2 in mm, LPS), if it has one.
 
@@ -135,14 +158,8 @@ class CropToBoxd(MapTransform):
         if "bbox_mm" not in item:
             return item
         image = item[self.keys[0]]
-        affine = np.array(image.affine, dtype=float)
-        low, high = box_bounds(affine, image.shape[1:], item["bbox_mm"])
-        if (high <= low).any():
-            raise ValueError(
-                f"Case {item.get('case_id')}: its bounding box lies outside {item['image']}. Correct bbox_mm (mm, LPS)."
-            )
+        affine, low, high = cropped_grid(item, np.asarray(image.affine, dtype=float), image.shape[1:])
         crop = image.as_tensor()[:, *(slice(a, b) for a, b in zip(low, high, strict=True))]
-        affine[:3, 3] += affine[:3, :3] @ low
         item[self.keys[0]] = with_affine(crop, affine, {**image.meta, "crop_start": low})
         return item
 
@@ -153,18 +170,21 @@ class MapLabelsd(MapTransform):
     Args:
         key: the label's key.
         classes: per class its values: ``[[0], [1, 2, 3]]`` maps 1, 2 and 3 to class 1.
+        optional: leave an item without a label as it is.
 
     Raises:
         ValueError: (when called) the label is missing, or contains any other value, including NaN.
     """
 
-    def __init__(self, key: str, classes: Sequence[Sequence[float]]) -> None:
-        super().__init__(key)
+    def __init__(self, key: str, classes: Sequence[Sequence[float]], optional: bool = False) -> None:
+        super().__init__(key, allow_missing_keys=optional)
         self.classes = [list(values) for values in classes]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         key = self.keys[0]
+        if key not in item and self.allow_missing_keys:
+            return item
         if key not in item:
             raise ValueError(f"Case {item.get('case_id')} has no label. Training and validation need one.")
         values, plain = item[key], _plain(item[key])  # plain: a MetaTensor would copy its metadata at every step
@@ -185,6 +205,21 @@ class MapLabelsd(MapTransform):
             )
         item[key] = mapped
         return item
+
+
+class FillLabeld(Transform):
+    """Give a case without a label one of ``UNLABELLED`` only, on the grid of another volume.
+
+    Args:
+        key: the label's key.
+        like: key of the other volume.
+    """
+
+    def __init__(self, key: str, like: str) -> None:
+        self.key, self.like = key, like
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {self.key: torch.full_like(data[self.like], UNLABELLED), **data}
 
 
 class ScaleToUnitd(MapTransform):

@@ -7,7 +7,7 @@ modalities are stacked into ``image``. The reference modality and the target spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,21 @@ from monai import transforms as mt
 from scripts.data.memory_check import require_memory
 from scripts.data.modalities import (
     CropToBoxd,
+    FillLabeld,
     GatherModalitiesd,
     MapLabelsd,
     ScaleToUnitd,
     SplitStackd,
     StackModalitiesd,
+    cropped_grid,
 )
-from scripts.data.resampling import OntoGridd, RestoreGridd
+from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
+from scripts.image_io.headers import Affine, Header
 from scripts.image_io.nifti import SaveMaskd
-from scripts.image_io.reader import LoadModalitiesd
+from scripts.image_io.reader import LoadModalitiesd, header_of
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
@@ -56,6 +59,7 @@ def _load_and_resample(
     reference: str,
     present: Sequence[str] | None,
     load: partial[LoadModalitiesd],
+    unlabelled: bool,
 ) -> list[mt.Transform]:
     """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
     label = [LABEL] if labels else []
@@ -66,7 +70,7 @@ def _load_and_resample(
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
-        *([MapLabelsd(LABEL, labels)] if labels else []),
+        *([MapLabelsd(LABEL, labels, optional=unlabelled)] if labels else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
         *_normalise(used),
     ]
@@ -76,7 +80,8 @@ def _end_of_fixed_part(modalities: Sequence[str], patch: Sequence[int]) -> list[
     """The last fixed transforms of training: plain tensors of at least a patch, and voxels to centre patches on."""
     volumes = [*modalities, LABEL]
     return [
-        mt.SpatialPadd(volumes, patch),
+        mt.SpatialPadd(volumes, patch, allow_missing_keys=True),
+        FillLabeld(LABEL, modalities[0]),
         # Drop the metadata here: everything derived from these tensors must be loadable with weights_only=True.
         mt.EnsureTyped(volumes, dtype=[torch.float32] * len(modalities) + [torch.uint8], track_meta=False),
         CentreCandidatesd(LABEL),
@@ -150,6 +155,7 @@ def preprocessing(
     checks: Rules | None = None,
     stacked: bool = False,
     memory_gib: float | None = None,
+    unlabelled: bool = False,
 ) -> Pipeline:
     """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
@@ -170,6 +176,7 @@ def preprocessing(
         checks: what is accepted of files, see ``scripts.image_io.checks``.
         stacked: ``image`` names one 4D file whose last axis is ``modalities``.
         memory_gib: limit for one pass of the network; if given, a case that would not fit in memory is refused.
+        unlabelled: accept training cases without a label; theirs is ``UNLABELLED`` in every voxel.
         cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
 
     Returns:
@@ -222,7 +229,7 @@ def preprocessing(
         intensity=intensity,
     )
     fixed = _load_and_resample(
-        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load
+        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load, unlabelled
     )
     # Absent modalities become zeros here, because the random transforms expect every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))
@@ -234,7 +241,24 @@ def preprocessing(
     fixed += _end_of_fixed_part(modalities, patch)
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
+    gather = GatherModalitiesd(modalities, naming, allow_missing, reference, present, stacked)
+    pipeline.rules = checks or Rules()
+    pipeline.header = partial(_reference_header, gather=gather, rules=pipeline.rules)
+    pipeline.grid = partial(_grid, header=pipeline.header, spacing=spacing)
+    pipeline.patch = tuple(patch)
     return pipeline
+
+
+def _reference_header(case: Mapping[Hashable, Any], gather: GatherModalitiesd, rules: Rules) -> Header:
+    return header_of(gather(case)[gather.reference], rules)
+
+
+def _grid(
+    case: Mapping[Hashable, Any], header: Callable[[Any], Header], spacing: Sequence[float]
+) -> tuple[Affine, tuple[int, ...]]:
+    own = header(case)
+    affine, low, high = cropped_grid(case, own.affine, own.shape)
+    return network_grid(affine, [int(n) for n in high - low], spacing)
 
 
 def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:

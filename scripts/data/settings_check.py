@@ -86,7 +86,10 @@ RULES: dict[str, _Rule] = {
     **{name: _NOT_NEGATIVE for name in ("learning_rate", "weight_decay", "gradient_clip")},
     **{
         name: _FLAG
-        for name in ("allow_missing", "allow_outside", "stacked", "resume", "overwrite", "compile", "whole_volume")
+        for name in (
+            *("allow_missing", "allow_outside", "stacked", "resume", "overwrite", "compile", "whole_volume"),
+            "unlabelled",
+        )
     },
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from scripts.data.case_list import Item, source_files
 from scripts.data.sampling import SeededDataset
+from scripts.image_io.checks import Rules
+from scripts.image_io.headers import Affine, Header
 from scripts.utils.atomic_files import atomic_file
 
 
@@ -31,9 +33,18 @@ class Pipeline(Compose):
     Attributes:
         fixed: number of fixed transforms.
         cached: the reader of cached teacher predictions, if the random part uses them.
+        rules: what is accepted of image files.
+        header: for training, returns the header of a case's reference image.
+        grid: for training, returns affine (RAS, mm) and shape of a case's volumes before they are padded to a patch,
+            from headers alone.
+        patch: for training, the size that volumes are padded to at least.
     """
 
     cached: Any
+    rules: Rules
+    header: Callable[[Item], Header]
+    grid: Callable[[Item], tuple[Affine, tuple[int, ...]]]
+    patch: tuple[int, ...]
 
     def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
         super().__init__([*fixed, *random])
@@ -78,7 +89,7 @@ class CentreCandidatesd(Transform):
     """List voxels that a patch may be centred on, so that samples need not search their volume for them.
 
     Adds ``foreground`` and ``background`` for ``RandCropByPosNegLabeld``: flat indices of at most ``count`` voxels
-    each, evenly spread over the label's voxels of that kind.
+    each, evenly spread over the label's voxels of that kind. Of a case without a label every voxel is a candidate.
     """
 
     def __init__(self, label: str, count: int = 20_000) -> None:

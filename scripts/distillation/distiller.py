@@ -151,6 +151,11 @@ class Distiller(nn.Module):
         """Return the names of the teachers that a tap applies to."""
         return tuple(name for name in self.teacher_names if tap == LOGITS or tap in self._teacher_taps[name])
 
+    def cached_powers(self, tap: str) -> dict[str, float]:
+        """Return the power of the attention maps that teachers have instead of a tap's features, by teacher."""
+        maps = [name for name, taps in self._teacher_taps.items() if tap in taps and taps[tap] is None]
+        return {name: float(cast(Any, self.teachers[name]).attention_power) for name in maps}
+
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of the student and the adapters; the teachers stay in eval()."""
         super().train(mode)

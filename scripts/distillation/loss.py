@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scripts.data.modalities import UNLABELLED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
 from scripts.distillation.teacher_weighting import teacher_weights
 
@@ -32,9 +33,12 @@ class DistillationLoss(nn.Module):
         mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
             the teachers' softened probabilities, for terms on logits only). With static weights both have the same
             gradient, but the loss has another value, which is then logged.
+        unlabelled: there are cases without a label (``scripts.data.modalities.UNLABELLED``). The segmentation loss, and
+            terms that need the label, are computed on the samples that have one.
 
     Raises:
-        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown.
+        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown; a cached attention map
+            has another power than its loss.
     """
 
     def __init__(
@@ -45,16 +49,20 @@ class DistillationLoss(nn.Module):
         weighting: str = "mean",
         static: Sequence[float] | None = None,
         mixing: str = "loss",
+        unlabelled: bool = False,
     ) -> None:
         super().__init__()
         if mixing not in ("loss", "probability"):
             raise ValueError(f"Unknown mixing {mixing!r}: choose loss or probability.")
+        if unlabelled:
+            _require_no_label(weighting, distiller)
         taps = {name: term["tap"] for name, term in terms.items()}
         for name, tap in taps.items():
             if tap not in distiller.tap_names:
                 raise ValueError(
                     f"Term {name!r} uses the unknown tap {tap!r}. Known taps are: {', '.join(distiller.tap_names)}."
                 )
+            _require_powers(name, terms[name]["loss"], distiller.cached_powers(tap))
         unused = sorted(set(distiller.adapters) - set(taps.values()))
         if unused:
             raise ValueError(f"No term uses the adapters of {unused}: remove them, or add a term on that tap.")
@@ -86,16 +94,34 @@ class DistillationLoss(nn.Module):
         return total
 
     def terms(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the segmentation loss and every term before its weight, by name; arguments as for ``forward``."""
-        values = {SEGMENTATION: self.segmentation(outputs[LOGITS], label)}
-        teacher_logits = [outputs[f"{name}.{LOGITS}"] for name in self.teacher_names]
-        shares = teacher_weights(self.weighting, teacher_logits, outputs["available"], label, self.static)
-        values |= {name: self._term(name, outputs, shares, label) for name in self.losses}
+        """Return the segmentation loss and every term before its weight, by name; arguments as for ``forward``.
+
+        What no sample of the batch has a label for is 0, and is not logged.
+        """
+        shares = self._shares(outputs, label)
+        has_label = label.flatten(1)[:, 0] != UNLABELLED
+        labelled = (outputs, shares, label)
+        if not has_label.all():
+            labelled = ({key: value[has_label] for key, value in outputs.items()}, shares[has_label], label[has_label])
+        values = {}
+        if has_label.any():
+            values[SEGMENTATION] = self.segmentation(labelled[0][LOGITS], labelled[2])
+        for name in self.losses:
+            if not self.needs_label[name]:
+                values[name] = self._term(name, outputs, shares, label)
+            elif has_label.any():
+                values[name] = self._term(name, *labelled)
         self.logged = {name: float(value.detach()) for name, value in values.items()}
         for name, loss in self.losses.items():
             self.logged |= {f"{name}/{key}": value for key, value in getattr(loss, "logged", {}).items()}
         self.logged |= {f"weight/{k}": float(w) for k, w in zip(self.teacher_names, shares.mean(0), strict=True)}
-        return values
+        nothing = (outputs[LOGITS] * 0.0).sum()
+        return {name: values.get(name, nothing) for name in (SEGMENTATION, *self.losses)}
+
+    def _shares(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+        """Return the teachers' weights, B x K."""
+        teacher_logits = [outputs[f"{name}.{LOGITS}"] for name in self.teacher_names]
+        return teacher_weights(self.weighting, teacher_logits, outputs["available"], label, self.static)
 
     def _term(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor
@@ -142,3 +168,28 @@ class DistillationLoss(nn.Module):
             return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
         p = (stacked.softmax(2) * weights).sum(1)
         return temperature * p.clamp_min(1e-12).log(), shares.sum(1)
+
+
+def _require_powers(term: str, loss: nn.Module, powers: Mapping[str, float]) -> None:
+    """Refuse a loss that cannot use the cached attention maps of its teachers, given by their powers."""
+    power = getattr(loss, "attention_power", None)
+    for teacher, cached in powers.items():
+        if power is None:
+            raise ValueError(
+                f"Term {term!r} needs features of the teacher {teacher!r}, but its cache contains only attention maps: "
+                "train without the cache."
+            )
+        if power != cached:
+            raise ValueError(
+                f"Term {term!r} has the power p = {power:g}, but the cached attention maps of the teacher {teacher!r} "
+                f"have {cached:g}. Set its p, or run cache-teachers --maps --set attention_power={power:g} --rebuild."
+            )
+
+
+def _require_no_label(weighting: str, distiller: Distiller) -> None:
+    """Refuse what needs the label of every case."""
+    if weighting == "confidence":
+        raise ValueError("The weighting confidence needs the label of every case. Use mean or entropy, or label them.")
+    for name, teacher in distiller.teachers.items():
+        if getattr(teacher, "uses_label", False):
+            raise ValueError(f"The teacher {name} is the label, and there are cases without one. Remove --unlabelled.")

@@ -21,14 +21,14 @@ from monai.engines import PrepareBatchExtraInput
 from torch import nn
 from tqdm import tqdm
 
-from scripts.data.case_list import source_files
-from scripts.networks.teacher import LabelTeacher, check_spec, join_checksums, weight_files
+from scripts.distillation.teacher_origin import Case, Origin, origin_of
+from scripts.networks.teacher import LabelTeacher, check_spec
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
 LOGITS = "logits"
 FORMAT = 1  # raised when the layout of the files changes
-Case = Mapping[str, Any]
+NOTES = ("version", "approximate", "cases")  # of a manifest: what need not be the same for another case
 
 
 class CachedTeacher(nn.Module):
@@ -38,11 +38,21 @@ class CachedTeacher(nn.Module):
         channels: the channels of the image that the teacher used.
         outputs: names of its cached outputs: ``logits`` and taps.
         sha256: checksum of its weights.
+        attention_power: power of its attention maps.
+        origin: what it is; by default a network.
     """
 
-    def __init__(self, channels: Sequence[int], outputs: Sequence[str], sha256: str | None) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        outputs: Sequence[str],
+        sha256: str | None,
+        attention_power: float = 2.0,
+        origin: Origin | None = None,
+    ) -> None:
         super().__init__()
         self.channels, self.outputs, self.sha256 = list(channels), tuple(outputs), sha256
+        self.attention_power, self.origin = attention_power, origin or Origin()
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Raise an error, because there is no network.
@@ -51,12 +61,6 @@ class CachedTeacher(nn.Module):
             ValueError: always.
         """
         raise ValueError("A cached teacher cannot predict: train without the cache.")
-
-
-def teacher_identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cache notes of a teacher beside its weights: its architecture or network class, and its modalities."""
-    architecture = spec.get("architecture") or type(spec["network"]).__name__
-    return {"architecture": architecture, "modalities": list(spec["modalities"])}
 
 
 def cached_teachers(
@@ -81,12 +85,12 @@ def cached_teachers(
             teachers[name] = LabelTeacher(out_channels)
             continue
         manifest = read_manifest(Path(folder), name)
-        for key, value in teacher_identity(spec).items():
+        origin = origin_of(name, spec, manifest.get("out_of_fold", False))
+        for key, value in {**origin.identity, "weights_sha256": origin.sha256}.items():
             require_same(manifest, name, key, value)
-        digests = [sha256(file) for file in weight_files(spec.get("weights"))]
-        require_same(manifest, name, "weights_sha256", join_checksums(digests))
         used = [list(channels).index(m) for m in spec["modalities"]]
-        teachers[name] = CachedTeacher(used, manifest["outputs"], manifest["weights_sha256"])
+        power = manifest.get("attention_power", 2.0)  # version 0.8 wrote none
+        teachers[name] = CachedTeacher(used, manifest["outputs"], origin.sha256, power, origin)
     return teachers
 
 
@@ -177,10 +181,11 @@ class TeacherCache:
         if size != entry["bytes"] or (self.verify == "full" and sha256(path) != entry["sha256"]):
             problem = "is missing" if size is None else "is damaged"
             raise ValueError(f"{path} {problem}. Run cache-teachers again; it replaces missing and damaged files.")
-        sources = source_fingerprint(case, checksums=self.verify == "full")
+        origin = self.teachers[name].origin
+        sources = origin.sources(case, checksums=self.verify == "full")
         if sources != {key: value for key, value in entry["sources"].items() if key in sources}:
             raise ValueError(
-                f"The image files of case {case['case_id']} have changed since {path} was written. "
+                f"The {origin.ingredients} of case {case['case_id']} have changed since {path} was written. "
                 "Run cache-teachers again."
             )
         self.checked[path] = load_plain(path, mmap=True).get("made_of", "")
@@ -212,18 +217,3 @@ class TeacherCache:
 def case_path(folder: Path, teacher: str, case: Case) -> Path:
     """Return the file of a case's predictions."""
     return folder / teacher / f"{case['case_id']}.pt"
-
-
-def source_fingerprint(case: Case, checksums: bool = True) -> dict[str, Any]:
-    """Return what identifies a case's images: size and checksum of every file, and values such as ``bbox_mm``.
-
-    Args:
-        case: item of a data list.
-        checksums: include the files' checksums, which means reading them.
-    """
-    files = {key: path for key, path in source_files(case).items() if key != "label"}
-    fingerprint: dict[str, Any] = {f"{key} bytes": path.stat().st_size for key, path in files.items()}
-    if checksums:
-        fingerprint |= {f"{key} sha256": sha256(path) for key, path in files.items()}
-    others = {key: value for key, value in case.items() if not isinstance(value, str)}
-    return {**fingerprint, **json.loads(json.dumps(others, sort_keys=True, default=str))}

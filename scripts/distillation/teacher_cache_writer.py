@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the cache that ``teacher_cache`` reads: every teacher runs once per case, with a sliding window."""
+"""Write the cache that ``teacher_cache`` reads: every teacher answers once per case."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn import functional
 from tqdm import tqdm
 
-from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
-from scripts.distillation.teacher_cache import (
-    FORMAT,
-    LOGITS,
-    Case,
-    case_path,
-    read_manifest,
-    require_same,
-    source_fingerprint,
-    teacher_identity,
-)
+from scripts.distillation.teacher_cache import FORMAT, LOGITS, NOTES, case_path, read_manifest, require_same
+from scripts.distillation.teacher_origin import Case, Origin
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import code_version
@@ -32,65 +25,56 @@ from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
 
-Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
+MB = 1e6
+BYTES_PER_VALUE = 2  # fp16
 
 
-def attention_map(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return the root mean square over the channels, interpolated to ``size``: ``B 1 size``.
+class Answers(Protocol):
+    """What answers in a teacher's place: networks, files of predictions, or nnU-Net.
 
-    ``AttentionMapLoss`` (p = 2) has the same value on this map as on the features, except for the interpolation.
-
-    Args:
-        features: ``B C H W [D]``.
-        size: grid of the result.
+    Attributes:
+        outputs: names of the outputs, ``logits`` first; every other has one channel.
+        settings: what the manifest says about them.
     """
-    energy = features.float().square().mean(dim=1, keepdim=True).sqrt()
-    mode = "trilinear" if features.dim() == 5 else "bilinear"
-    return functional.interpolate(energy, size=tuple(size), mode=mode, align_corners=False)
 
+    outputs: list[str]
+    settings: dict[str, Any]
 
-class _LogitsAndMaps(nn.Module):
-    """Return a teacher's logits and attention maps as one tensor on the window's grid, for the sliding window."""
+    @property
+    def origin(self) -> Origin:
+        """What the teacher is."""
 
-    def __init__(self, teacher: nn.Module, taps: Mapping[str, Tap]) -> None:
-        super().__init__()
-        self.teacher, self.taps = teacher, dict(taps)
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raise an error, before anything is written, if cases cannot be answered."""
 
-    def forward(self, window: torch.Tensor) -> torch.Tensor:
-        with record_outputs(self.taps.values()) as recorded:
-            logits = self.teacher(window)
-        maps = [attention_map(tap.output(recorded), window.shape[2:]) for tap in self.taps.values()]
-        return torch.cat([logits, *maps], dim=1)
+    def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The answer to a case, ``channels H W D``; ``image`` returns the preprocessed image, ``1 M H W D``."""
 
 
 def cache_teachers(
     cases: Sequence[Case],
     preprocessing: Any,
-    teachers: Mapping[str, nn.Module],
-    specs: Mapping[str, Mapping[str, Any]],
-    inferer: Inferer,
+    answers: Mapping[str, Answers],
     folder: str,
     settings: Mapping[str, Any],
-    taps: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | torch.device = "cpu",
     rebuild: bool = False,
 ) -> None:
-    """Run every teacher once per case and save its predictions; undamaged files of an earlier run are kept.
+    """Save the answers of every teacher to every case; undamaged files of an earlier run are kept.
 
     Args:
         cases: data list.
         preprocessing: the training pipeline (``scripts.data.training_set.Pipeline``); its fixed part is run.
-        teachers: name -> ``scripts.networks.teacher.Teacher``.
-        specs: name -> ``architecture`` and ``modalities``, which are stored in the manifest.
-        inferer: sliding window, called with image and network.
+        answers: name of a teacher -> what answers in its place.
         folder: folder of the cache.
         settings: ``modalities`` (the image's channels), ``classes``, ``spacing`` in mm and the windows' ``overlap``.
-        taps: tap name -> layer per network, for attention maps; by default only logits are saved.
-        device: device of the teachers.
+        device: device of the images.
         rebuild: replace a cache that was made with other weights or other preprocessing, instead of rejecting it.
 
     Raises:
-        ValueError: the folder holds another cache and ``rebuild`` is off, or a prediction is not finite in fp16.
+        ValueError: the folder holds another cache and ``rebuild`` is off, a case cannot be answered, or a prediction is
+            not finite in fp16.
+        OSError: the cache does not fit on the disk.
     """
     common = {
         "preprocessing_sha256": preprocessing.fingerprint,
@@ -99,41 +83,62 @@ def cache_teachers(
         "spacing": [float(x) for x in settings["spacing"]],
         "overlap": float(settings["overlap"]),
     }
-    writers = []
-    for name, teacher in teachers.items():
-        if getattr(teacher, "uses_label", False):
-            raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
-        identity = teacher_identity(specs[name])
-        writer = _Writer(Path(folder), name, teacher.to(device).eval(), {**identity, **common}, taps or {})
+    writers = [_Writer(Path(folder), name, each, common) for name, each in answers.items()]
+    for writer in writers:
+        writer.answers.check(cases)
+    for writer in writers:
         writer.require_same_cache(rebuild)
-        writers.append(writer)
-
+    _require_space(cases, preprocessing, writers)
     for case in tqdm(cases, desc="caching", unit="case"):
-        image = None
+        image = cache(partial(_image, preprocessing, case, settings["modalities"], device))  # once for all teachers
         for writer in writers:
-            if writer.has(case):
-                continue
-            if image is None:  # preprocess once for all teachers
-                volumes = preprocessing.prepare(case)
-                image = torch.cat([volumes[key] for key in settings["modalities"]])[None].to(device)
-            with torch.no_grad():
-                writer.write(case, inferer(image, writer.network)[0].half().cpu())
+            if not writer.has(case):
+                writer.write(case, writer.answers.predict(case, image).half().cpu())
     for writer in writers:
         writer.finish(cases)
+
+
+def _image(preprocessing: Any, case: Case, modalities: Sequence[str], device: str | torch.device) -> torch.Tensor:
+    volumes = preprocessing.prepare(case)
+    return torch.cat([volumes[key] for key in modalities])[None].to(device)
+
+
+def _require_space(cases: Sequence[Case], preprocessing: Any, writers: Sequence[_Writer]) -> None:
+    """Log the size of the cache, and refuse one that does not fit on its disk; existing files count as written.
+
+    Raises:
+        OSError: there is too little space.
+    """
+    total = missing = 0
+    for case in cases:
+        voxels = math.prod(map(max, preprocessing.grid(case)[1], preprocessing.patch))
+        for writer in writers:
+            size = voxels * (writer.head["channels"] + len(writer.answers.outputs) - 1) * BYTES_PER_VALUE
+            total += size
+            missing += 0 if case_path(writer.folder, writer.name, case).is_file() else size
+    folder = writers[0].folder
+    free = shutil.disk_usage(
+        next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    ).free
+    logger.info(
+        "%s: %d cases x %d teachers are %.0f MB, %.0f MB of them to be written; %.0f MB are free",
+        *(folder, len(cases), len(writers), total / MB, missing / MB, free / MB),
+    )
+    if missing > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The cache needs {missing / MB:.0f} MB, but only {free / MB:.0f} MB are free in {folder}. "
+            "Free some space, choose another --output-dir, or cache fewer cases or teachers.",
+        )
 
 
 class _Writer:
     """One teacher's folder of the cache."""
 
-    def __init__(
-        self, folder: Path, name: str, teacher: nn.Module, settings: Mapping[str, Any], taps: Mapping[str, Any]
-    ) -> None:
-        network = cast(nn.Module, teacher.network)
-        layers = {tap: layers_for(name, network, tap, table) for tap, table in taps.items()}
-        maps = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
-        self.folder, self.name, self.network = folder, name, _LogitsAndMaps(teacher, maps)
-        self.outputs = [LOGITS, *maps]
-        self.head = {"format": FORMAT, **settings, "weights_sha256": teacher.sha256, "outputs": self.outputs}
+    def __init__(self, folder: Path, name: str, answers: Answers, common: Mapping[str, Any]) -> None:
+        self.folder, self.name, self.answers, self.origin = folder, name, answers, answers.origin
+        network = {**self.origin.identity, **common, "weights_sha256": self.origin.sha256}
+        self.head = {"format": FORMAT, **network, "outputs": answers.outputs, **answers.settings}
         self.manifest = folder / name / "manifest.json"
 
     def require_same_cache(self, rebuild: bool) -> None:
@@ -144,15 +149,16 @@ class _Writer:
             manifest = read_manifest(self.folder, self.name)
             for key in dict.fromkeys([*self.head["preprocessing"], *manifest["preprocessing"]]):
                 require_same(manifest["preprocessing"], self.name, key, self.head["preprocessing"].get(key))
-            for key, value in self.head.items():
-                require_same(manifest, self.name, key, value)
+            for key in dict.fromkeys([*self.head, *manifest]):
+                if key not in NOTES:
+                    require_same(manifest, self.name, key, self.head.get(key))
         except (ValueError, KeyError):
             if not rebuild:
                 raise
             self.manifest.unlink()
 
     def _identity(self, case: Case) -> str:
-        return json.dumps({**self.head, "sources": source_fingerprint(case)}, sort_keys=True)
+        return json.dumps({**self.head, "sources": self.origin.sources(case)}, sort_keys=True)
 
     def has(self, case: Case) -> bool:
         """Return whether the case's file exists, is undamaged, and fits teacher, preprocessing and images."""
@@ -166,8 +172,9 @@ class _Writer:
             raise ValueError(
                 f"{path} was not written: the prediction is not finite in half precision. Check that teacher's weights."
             )
-        parts = prediction.split([self.head["channels"], *[1] * (len(self.outputs) - 1)])
-        tensors = {output: part.clone() for output, part in zip(self.outputs, parts, strict=True)}
+        outputs = self.answers.outputs
+        parts = prediction.split([self.head["channels"], *[1] * (len(outputs) - 1)])
+        tensors = {output: part.clone() for output, part in zip(outputs, parts, strict=True)}
         write_atomically({**tensors, "made_of": self._identity(case)}, path)
 
     def finish(self, cases: Sequence[Case]) -> None:
@@ -184,5 +191,5 @@ class _Writer:
         """Return a case's entry of the manifest."""
         path = case_path(self.folder, self.name, case)
         shape = list(load_plain(path, mmap=True)[LOGITS].shape)
-        sources = source_fingerprint(case)
+        sources = self.origin.sources(case)
         return {"shape": shape, "bytes": path.stat().st_size, "sha256": sha256(path), "sources": sources}

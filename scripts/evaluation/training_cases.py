@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
-from scripts.training.training_record import read_task, task_path
+from scripts.networks.task_file import read_task, task_path
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 

@@ -9,6 +9,16 @@ from torch import nn
 from scripts.losses._common import EPS, check_at_least, check_choice, check_maps, to_common_grid
 
 
+def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:
+    """The attention map A of ``AttentionMapLoss``: mean over channels of ``|f|^power``, ``B 1 H W [D]`` in float32.
+
+    Args:
+        features: ``B C H W [D]``.
+        power: at least 1.
+    """
+    return features.float().abs().pow(power).mean(dim=1, keepdim=True)
+
+
 class AttentionMapLoss(nn.Module):
     """Distance between the normalised attention maps of two feature maps.
 
@@ -22,7 +32,8 @@ class AttentionMapLoss(nn.Module):
 
     Both maps A are pooled to their common (smaller) grid before they are normalised. L is summed over voxels, because a
     mean would vanish on large grids, and averaged over the batch. Its range is [0, 2]. The numbers of channels may
-    differ, so no adapter is needed.
+    differ, so no adapter is needed. The p-th root of a teacher's map A may stand for its features, because the map of
+    a single non-negative channel is its p-th power; ``cache-teachers --maps`` stores that root.
 
     Config::
 
@@ -42,8 +53,10 @@ class AttentionMapLoss(nn.Module):
         check_at_least("p", p, 1)
         self.p, self.norm = p, norm
 
-    def _attention(self, features: torch.Tensor) -> torch.Tensor:
-        return features.float().abs().pow(self.p).mean(dim=1, keepdim=True)
+    @property
+    def attention_power(self) -> float:
+        """The power p; a cached attention map must have been made with the same."""
+        return float(self.p)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Compare the attention maps.
@@ -59,7 +72,7 @@ class AttentionMapLoss(nn.Module):
             ValueError: the batch sizes or numbers of dimensions differ. The message contains both shapes.
         """
         check_maps(student, teacher)
-        maps = to_common_grid(self._attention(student), self._attention(teacher.detach()))
+        maps = to_common_grid(attention_map(student, self.p), attention_map(teacher.detach(), self.p))
         r = 1 if self.norm == "l1" else 2
         q_student, q_teacher = (m.flatten(1) / m.flatten(1).norm(r, dim=1, keepdim=True).clamp_min(EPS) for m in maps)
         difference = q_student - q_teacher

@@ -20,7 +20,8 @@ from scripts.networks.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
-ORIGINS = ("architecture", "network", "label")  # exactly one of them says what answers
+ORIGINS = ("architecture", "network", "label", "predictions")  # exactly one of them says what answers
+CACHED_ONLY = ("predictions",)  # origins that answer from a cache only
 LABEL_LOGIT = 20.0  # of the label's class; with two classes its probability is 1 - 2e-9
 SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256")
 ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet", "dynunet", "segresnet")
@@ -185,6 +186,9 @@ def check_spec(name: str, spec: Mapping[str, Any]) -> None:
         if others:
             raise ValueError(f"The teacher {name} is the label, which takes no {', '.join(others)}. Remove them.")
         return
+    for origin in CACHED_ONLY:
+        if spec.get(origin) and spec.get("weights"):
+            raise ValueError(f"The teacher {name} is described by {origin}, which takes no weights. Remove them.")
     if not spec.get("modalities"):
         raise ValueError(f'The teacher {name} names no modalities. Add for example "modalities": ["ct", "pet"].')
 
@@ -208,6 +212,11 @@ def load_teachers(
     """
     for name, spec in specs.items():
         check_spec(name, spec)
+        if any(spec.get(origin) for origin in CACHED_ONLY):
+            raise ValueError(
+                f"The teacher {name} answers from a cache only: store its predictions with cache-teachers, then distil "
+                "with --cache-dir."
+            )
     teachers: dict[str, Teacher | LabelTeacher] = {}
     for name, spec in specs.items():
         if spec.get("label"):

@@ -34,7 +34,7 @@ class CurveWriter:
     def __init__(self, path: str, loss: Any, optimizer: Any, evaluator: Engine | None = None) -> None:
         self.path, self.loss, self.optimizer, self.evaluator = Path(path), loss, optimizer, evaluator
         self.rows: list[Row] = []
-        self.sums: dict[str, float] = defaultdict(float)
+        self.values: dict[str, list[float]] = defaultdict(list)
         self.steps, self.start_time, self.validated, self.is_first_epoch = 0, 0.0, False, True
 
     def attach(self, engine: Engine) -> None:
@@ -56,7 +56,7 @@ class CurveWriter:
             earlier = read_curves(self.path) if engine.state.epoch > 1 and self.path.is_file() else []
             self.rows = [row for row in earlier if (row["epoch"] or 0) < engine.state.epoch]
             self.is_first_epoch = False
-        self.sums.clear()
+        self.values.clear()
         for name in self.rows[-1] if self.rows else ():  # a validation's value belongs to its own epoch only
             engine.state.metrics.pop(name, None)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]  # the scheduler changes it when the epoch ends
@@ -65,9 +65,9 @@ class CurveWriter:
     def add_step(self, engine: Engine) -> None:
         """Add a step's values. The clock stops at the last step, so that validation is not counted."""
         output: Any = engine.state.output
-        self.sums["loss"] += float(output[CommonKeys.LOSS])
+        self.values["loss"].append(float(output[CommonKeys.LOSS]))
         for name, value in getattr(self.loss, "logged", {}).items():
-            self.sums[name if "/" in name else f"loss/{name}"] += value
+            self.values[name if "/" in name else f"loss/{name}"].append(value)
         self.steps += 1
         self.seconds = time.perf_counter() - self.start_time
 
@@ -77,7 +77,9 @@ class CurveWriter:
 
     def write(self, engine: Engine) -> None:
         """Add the epoch's row and write the file."""
-        row: Row = {"epoch": engine.state.epoch, **{name: total / self.steps for name, total in self.sums.items()}}
+        # The mean over the steps that had a value: a batch without labels has no segmentation loss.
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        row: Row = {"epoch": engine.state.epoch, **means}
         row["learning_rate"] = self.learning_rate
         row["seconds_per_step"] = self.seconds / self.steps
         if self.validated and self.evaluator is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import pydoc
 import re
@@ -22,6 +21,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
+from scripts.networks.task_file import Record, read_task, task_path
 from scripts.networks.teacher import check_spec, join_checksums, weight_files
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -29,20 +29,12 @@ from scripts.utils.run_manifest import bundle_version, git_commit, running_parse
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".task.json"
 NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
 FIXED_PATCH = ("unetr", "hdenseformer")  # architectures that learn one position per cell of the patch
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
 NAMES_SHOWN = 5  # cases that a sentence names
-Record = dict[str, Any]
-
-
-def task_path(weights: str | Path) -> Path:
-    """The file that describes the weights: ``model.task.json`` beside ``model.pt``."""
-    path = Path(weights)
-    return path.with_name(f"{path.stem}{SUFFIX}")
 
 
 def training_record(
@@ -201,24 +193,6 @@ def write_task(record: Mapping[str, Any], weights: str | Path) -> None:
     write_json({"weights_sha256": sha256(weights), **record}, task_path(weights))
 
 
-def read_task(weights: str | Path) -> Record | None:
-    """Read the record beside weights; None if there is none.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    path = task_path(weights)
-    if not path.is_file():
-        return None
-    try:
-        task = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it.") from error
-    if not isinstance(task, dict):
-        raise ValueError(f"{path} is no description of weights: it holds no names. Restore it, or remove it.")
-    return task
-
-
 def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: bool = False) -> None:
     """Refuse a config that contradicts the record beside its weights: other input gives another mask without a word.
 
@@ -262,24 +236,25 @@ def require_same_teachers(
     validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
     for name, spec in specs.items():
         check_spec(name, spec)
-    teacher_files = [(name, spec, file) for name, spec in specs.items() for file in weight_files(spec.get("weights"))]
-    for name, spec, file in teacher_files:
-        task = read_task(file)
-        if task is None:
-            continue
-        used = {**settings, "modalities": spec["modalities"]}
-        if spec.get("architecture") not in FIXED_PATCH:
-            used.pop("patch", None)
-        known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not of the teacher
-        _refuse_contradictions(file, _setting_differences(known, used), ignore)
-        seen = sorted(validation & {case["case_id"] for case in task.get("training_cases", [])})
+    for name, spec in specs.items():
+        seen: set[str] = set()
+        for file in weight_files(spec.get("weights")):
+            task = read_task(file)
+            if task is None:
+                continue
+            used = {**settings, "modalities": spec["modalities"]}
+            if spec.get("architecture") not in FIXED_PATCH:
+                used.pop("patch", None)
+            known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
+            _refuse_contradictions(file, _setting_differences(known, used), ignore)
+            seen |= validation & {case["case_id"] for case in task.get("training_cases", [])}
         if seen:
             logger.warning(
                 "The teacher %s was trained on %d of the %d validation cases of this run: %s. Their Dice is too high.",
                 name,
                 len(seen),
                 len(validation),
-                _listed(seen),
+                _listed(sorted(seen)),
             )
 
 

@@ -59,7 +59,9 @@ def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}})
     )
-    overrides = teachers_overrides(argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None), ALL)
+    overrides = teachers_overrides(
+        argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False), ALL
+    )
     assert overrides == {
         "teacher_specs": {"mine": {"modalities": ALL, "network": {"_target_": "x.Y"}, "weights": "w.pt"}},
         "layers#deep#mine": "a",

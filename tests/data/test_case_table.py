@@ -487,7 +487,10 @@ def test_all_cases_without_a_label_are_named_before_a_training(
         row["label"] = ""
     table, out = write_table(tmp_path / "data" / "list.csv", listed), tmp_path / "out"
     message = refusal(["train", *TINY, "--data-list", table, "--output-dir", out], capsys, out)
-    assert "Labels are absent (B; C). Add the files, or remove these cases." in message
+    assert (
+        "Labels are absent (B; C). Add the files, or remove these cases; distill takes them with --unlabelled."
+        in message
+    )
 
 
 def test_train_reads_absent_modalities_as_zeros_if_allowed(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.data.folds import fold_split, make_splits
+from scripts.data.folds import chosen_cases, fold_split, make_splits
 
 # 23 patients; every fourth has two studies, as in PI-CAI
 CASES: list[dict[str, Any]] = [
@@ -113,3 +113,15 @@ def test_a_fold_that_does_not_exist_is_refused_and_nothing_is_written(fold: int,
     with pytest.raises(ValueError, match="Choose one of 0 to 4"):
         fold_split(CASES, fold=fold, file=tmp_path / "splits.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_chosen_cases_are_training_validation_or_all() -> None:
+    split = ([{"case_id": "a"}, {"case_id": "b"}], [{"case_id": "c"}])
+    assert chosen_cases(split, "training") == split[0]
+    assert chosen_cases(split, "validation") == split[1]
+    assert chosen_cases(split, "all") == [*split[0], *split[1]]
+    assert chosen_cases(([], []), "training") == []
+    with pytest.raises(ValueError, match=r"The split has no validation cases\. Choose another --cases or --fold"):
+        chosen_cases((split[0], []), "validation")
+    with pytest.raises(ValueError, match=r"Unknown cases 'some': choose one of training, validation, all"):
+        chosen_cases(split, "some")

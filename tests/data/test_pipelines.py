@@ -303,3 +303,25 @@ def test_invalid_settings_are_refused(changed: dict[str, Any], message: str) -> 
     settings = {"modalities": ["ct"], "intensity": {"ct": [0, 1]}, "spacing": (1, 1, 1), "mode": "infer", **changed}
     with pytest.raises(ValueError, match=message):
         preprocessing(**settings)
+
+
+@pytest.mark.parametrize("box", [None, [-40.0, -5.0, 20.0, 10.0, 45.0, 55.0]])
+def test_the_grid_from_headers_is_that_of_the_training_volumes(oblique: Any, world: Any, box: Any) -> None:
+    case = oblique if box is None else {**oblique, "bbox_mm": box}
+    settings: dict[str, Any] = {"intensity": INTENSITY, "spacing": (3.0, 2.5, 3.5), "patch": [40, 8, 21]}
+    pipeline = preprocessing(MODALITIES, mode="train", labels=[[0], [1]], **settings)
+    affine, shape = pipeline.grid(case)
+    volume = pipeline.prepare(case)["ct"][0].numpy()
+    assert volume.shape == tuple(map(max, shape, settings["patch"])) == tuple(map(max, shape, pipeline.patch))
+    assert volume.shape != shape  # an axis was padded, as MONAI pads: half before, the rest behind
+    before = [(padded - size) // 2 for padded, size in zip(volume.shape, shape, strict=True)]
+    volume = volume[tuple(slice(start, start + size) for start, size in zip(before, shape, strict=True))]
+    points = world(affine, shape)
+    own = nib.load(oblique["ct"]).affine
+    voxels = (points - own[:3, 3]) @ np.linalg.inv(own[:3, :3]).T
+    inside = ((voxels > 0) & (voxels < np.array(GRIDS["ct"][2]) - 1)).all(-1) & (volume > 0)
+    if box is not None:
+        lps = points * [-1, -1, 1]
+        inside &= ((lps > box[:3]) & (lps < box[3:])).all(-1)
+    assert inside.sum() > 500
+    np.testing.assert_allclose(volume[inside], plane("ct", points)[inside] / 400, atol=1e-4)

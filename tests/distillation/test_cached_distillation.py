@@ -169,3 +169,14 @@ def test_teach_former_trains_on_cached_maps_without_any_teacher_network(
     assert row["weight/dynunet_pet"] == 1
     noted = json.loads((tmp_path / "out" / "manifest.json").read_text())["teachers_sha256"]
     assert len(noted["dynunet_pet"]) == 64
+
+
+def test_a_loss_of_another_power_than_the_cached_maps_is_refused(distill: Any) -> None:
+    error = distill("--method", "teachformer", "--set", "+loss#terms#fine#loss#p=4")
+    assert (
+        "Term 'fine' has the power p = 4, but the cached attention maps of the teacher 'dynunet_pet' have 2." in error
+    )
+    assert "cache-teachers --maps --set attention_power=4 --rebuild" in error
+    pixels = '{"tap": "coarse", "weight": 1, "loss": {"_target_": "scripts.losses.PixelRelationLoss"}}'
+    error = distill("--method", "teachformer", "--set", f"+loss#terms#pixels={pixels}")
+    assert "Term 'pixels' needs features of the teacher 'dynunet_pet', but its cache contains only attention" in error

@@ -24,8 +24,10 @@ from scripts.data.pipelines import Pipeline
 from scripts.data.training_set import Volumes
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
+from scripts.distillation.teacher_answers import NetworkAnswers
 from scripts.distillation.teacher_cache import CachedTeacher, TeacherCache, cached_teachers
 from scripts.distillation.teacher_cache_writer import cache_teachers
+from scripts.distillation.teacher_origin import Origin
 from scripts.losses import AttentionMapLoss, SoftPredictionLoss
 
 MODALITIES, PATCH = ["ct", "pet"], [16, 16, 16]
@@ -172,7 +174,11 @@ def cached(case: Any, folder: Path, teachers: dict[str, Online], **options: Any)
     settings = {"modalities": MODALITIES, "classes": 2, "spacing": [1, 1, 1], "overlap": 0.5}
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
     transform = pipeline(**options)
-    cache_teachers([case], transform, teachers, specs, inferer, str(folder), settings, TAPS)
+    answers = {
+        name: NetworkAnswers(name, [each], inferer, 2, TAPS, origin=Origin(specs[name]))
+        for name, each in teachers.items()
+    }
+    cache_teachers([case], transform, answers, str(folder), settings)
     found = cached_teachers(specs, str(folder), MODALITIES, 2)
     reader = TeacherCache(str(folder), found)
     reader.check([case], transform.settings)

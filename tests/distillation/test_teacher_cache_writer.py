@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import nn
 from benchmarks.job_queue import use_own_progress_lock
 from scripts.cli.main import main
 from scripts.data import preprocessing
-from scripts.distillation.teacher_cache_writer import attention_map, cache_teachers
+from scripts.distillation.teacher_answers import NetworkAnswers, cached_map
+from scripts.distillation.teacher_cache_writer import cache_teachers
+from scripts.distillation.teacher_origin import Origin
 from scripts.losses import AttentionMapLoss
 
 MODALITIES, SPACING, PATCH = ["ct", "pet", "mr"], [9.0, 9.0, 9.0], [16, 12, 10]
@@ -61,12 +64,17 @@ def pipeline(**changed: Any) -> Any:
     return preprocessing(**{**settings, "labels": [[0], [1]], **changed})
 
 
-def write(cases: Any, folder: Path, asked: Any = None, transform: Any = None, **more: Any) -> None:
-    asked = asked or teachers()
+def write(
+    cases: Any, folder: Path, asked: Any = None, transform: Any = None, rebuild: bool = False, **options: Any
+) -> None:
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
     settings = {"modalities": MODALITIES, "classes": 2, "spacing": SPACING, "overlap": 0.5}
-    specs = {name: SPECS[name] for name in asked}
-    cache_teachers(cases, transform or pipeline(), asked, specs, inferer, str(folder), settings, **more)
+    answers = {}
+    for name, teacher in (asked or teachers()).items():
+        origin = Origin(SPECS[name])
+        origin.sha256 = teacher.sha256
+        answers[name] = NetworkAnswers(name, [teacher], inferer, 2, origin=origin, **options)
+    cache_teachers(cases, transform or pipeline(), answers, str(folder), settings, rebuild=rebuild)
 
 
 def read(folder: Path, teacher: str, case: Any) -> dict[str, Any]:
@@ -170,20 +178,102 @@ def test_one_file_per_case_and_teacher_and_a_complete_manifest(written: Path, ca
             assert entry["sources"]["pet sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_an_attention_map_is_the_root_of_the_channels_mean_square_and_gives_the_loss_of_its_features() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 3, 8, 6, 4, generator=generator), torch.randn(2, 5, 8, 6, 4, generator=generator)
-    same = attention_map(teacher, (8, 6, 4))
+def test_a_stored_map_is_the_root_of_the_channels_mean_square_and_survives_its_interpolation() -> None:
+    teacher = torch.randn(2, 5, 8, 6, 4, generator=torch.Generator().manual_seed(0))
+    same = cached_map(teacher, (8, 6, 4), 2)
     np.testing.assert_allclose(same[:, 0].numpy(), np.sqrt((teacher.numpy() ** 2).mean(1)), rtol=1e-6)
-    loss = AttentionMapLoss()
-    torch.testing.assert_close(loss(student, same), loss(student, teacher), rtol=1e-5, atol=1e-7)
     # A smooth map on half the grid survives being interpolated to the window's grid, to the tolerance of interpolation.
     z, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (16, 16, 16)), indexing="ij")
     coarse = torch.stack([1 + x, 1 + y * z])[None]
     fine = torch.stack([2 - x, 1 + z])[None]
+    loss = AttentionMapLoss()
     wanted = float(loss(fine, coarse))
-    assert float(loss(fine, attention_map(coarse, (32, 32, 32)))) == pytest.approx(wanted, rel=0.02)
+    assert float(loss(fine, cached_map(coarse, (32, 32, 32), 2))) == pytest.approx(wanted, rel=0.02)
     assert wanted > 1e-3
+
+
+@pytest.mark.parametrize("power", [1, 2, 4])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_loss_on_a_stored_map_is_that_on_the_features(power: float, norm: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 3, 8, 6, 4, generator=generator), torch.randn(2, 5, 8, 6, 4, generator=generator)
+    loss = AttentionMapLoss(power, norm)
+    stored = cached_map(teacher, (8, 6, 4), power)
+    torch.testing.assert_close(loss(student, stored), loss(student, teacher), rtol=1e-5, atol=1e-7)
+    other = cached_map(teacher, (8, 6, 4), power + 1)
+    assert abs(float(loss(student, other) - loss(student, teacher))) > 1e-3  # which is why another power is refused
+
+
+def test_flips_store_the_log_of_the_mean_softmax_and_the_mean_of_the_maps(
+    cases: Any, images: Any, tmp_path: Path
+) -> None:
+    one = teachers()["pair"]
+    write(cases[:1], tmp_path, {"pair": one}, taps=TAPS, tta="flips")
+    probabilities, maps = np.zeros((2, *images[0].shape[1:])), np.zeros((1, *images[0].shape[1:]))
+    first = one.network[0]  # type: ignore[index]
+
+    def root(x: torch.Tensor) -> torch.Tensor:
+        return first(x[:, one.channels]).square().mean(1, keepdim=True).sqrt()  # type: ignore[no-any-return,index]
+
+    for x in (1, -1):
+        for y in (1, -1):
+            for z in (1, -1):
+                turned = np.ascontiguousarray(images[0][:, ::x, ::y, ::z])
+                exponentials = np.exp(slid(turned, one))
+                probabilities += (exponentials / exponentials.sum(0))[:, ::x, ::y, ::z] / 8
+                maps += slid(turned, root)[:, ::x, ::y, ::z] / 8
+    kept = read(tmp_path, "pair", cases[0])
+    np.testing.assert_allclose(kept["logits"].double().numpy(), np.log(probabilities), rtol=2**-10, atol=2e-5)
+    np.testing.assert_allclose(kept["deep"].double().numpy(), maps, rtol=2**-10, atol=2e-5)
+    assert (manifest(tmp_path, "pair")["tta"], manifest(tmp_path, "pair")["attention_power"]) == ("flips", 2)
+    with pytest.raises(ValueError, match=r"its tta is flips, this run's is None"):
+        write(cases[:1], tmp_path, {"pair": one}, taps=TAPS)
+
+
+def test_flips_of_a_2d_image_are_four() -> None:
+    network = nn.Conv2d(1, 2, 3, padding=1)
+    teacher = Fake([0])
+    teacher.network = nn.Sequential(network)
+    seen: list[torch.Tensor] = []
+
+    def inferer(image: torch.Tensor, run: nn.Module) -> torch.Tensor:
+        seen.append(image)
+        return run(image)  # type: ignore[no-any-return]
+
+    image = torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(0))
+    answer = NetworkAnswers("a", [teacher], inferer, 2, tta="flips").predict({}, lambda: image)
+    assert len(seen) == 4
+    with torch.no_grad():
+        turned = [network(image.flip(axes)).softmax(1).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
+    torch.testing.assert_close(answer, torch.stack(turned).mean(0)[0].log())
+
+
+def test_the_size_is_stated_and_a_full_disk_is_refused_before_anything_is_written(
+    cases: Any, images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    voxels = sum(image[0].size for image in images)
+    size = 2 * voxels * 3  # fp16: two classes and a map
+    free = 0
+
+    def disk_usage(path: Path) -> Any:
+        assert path.exists()
+        return shutil._ntuple_diskusage(0, 0, free)  # type: ignore[attr-defined]
+
+    asked = {"pair": teachers()["pair"]}
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    with pytest.raises(OSError, match=f"needs {size / 1e6:.0f} MB, but only 0 MB are free in .*new"):
+        write(cases, tmp_path / "new", asked, taps=TAPS)
+    assert not (tmp_path / "new").exists()
+    free = 10**9
+    write(cases[:1], tmp_path / "new", asked, taps=TAPS)
+    caplog.clear()
+    free = 2 * images[1][0].size * 3  # the first case is there
+    write(cases, tmp_path / "new", asked, taps=TAPS)
+    expected = f"2 cases x 1 teachers are {size / 1e6:.0f} MB, {free / 1e6:.0f} MB of them to be written"
+    assert any(expected in message for message in caplog.messages)
+    written = sum(path.stat().st_size for path in (tmp_path / "new" / "pair").glob("*.pt"))
+    assert written == pytest.approx(size, abs=2 * 8192)  # the zip's own bytes, and made_of
 
 
 def test_undamaged_files_are_kept_and_damaged_ones_replaced(cases: Any, tmp_path: Path) -> None:
@@ -303,6 +393,12 @@ def test_the_command_writes_the_requested_outputs_and_refuses_in_one_sentence(
     training = json.loads((tmp_path / "splits.json").read_text())["folds"][1:]
     assert sorted(manifest(folder, "dynunet_pet")["cases"]) == sorted(case for fold in training for case in fold)
     assert manifest(folder, "dynunet_pet")["outputs"] == ["logits"]
+    assert main([*arguments, "--cases", "all", "--fold", "0"]) == 0
+    assert (
+        len(manifest(folder, "dynunet_pet")["cases"])
+        == len(phantoms)
+        > len([case for fold in training for case in fold])
+    )
     assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(

@@ -117,8 +117,8 @@ def test_an_ensemble_is_cached_and_read_back(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architecture": "unetr"}, "one of architecture, network, label; it has architecture and network."),
-        ({"network": None}, "needs exactly one of architecture, network, label; it has none."),
+        ({"architecture": "unetr"}, "label, predictions; it has architecture and network."),
+        ({"network": None}, "needs exactly one of architecture, network, label, predictions; it has none."),
         ({"wieghts": "w.pt"}, "has the unknown key 'wieghts'. Did you mean weights?"),
         ({"modalities": ["xray"]}, "must be one or more of ['ct', 'pet', 'mr']"),
         ({"weights": "nowhere.pt"}, "No weights at nowhere.pt"),

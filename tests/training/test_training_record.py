@@ -14,7 +14,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from scripts.cli.main import main
-from scripts.training.training_record import definition, differences, read_task, task_path, training_record
+from scripts.networks.task_file import read_task, task_path
+from scripts.training.training_record import definition, differences, training_record
 from scripts.utils.checksums import sha256
 
 TINY = [

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions that were made elsewhere, in a teacher's place: probabilities, logits or masks of every case in files."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.networks import one_hot
+from monai.transforms import SpatialPad
+from monai.utils import convert_to_tensor
+from scipy.ndimage import gaussian_filter
+
+from scripts.data.modalities import MapLabelsd
+from scripts.data.resampling import resample
+from scripts.distillation.teacher_cache import LOGITS
+from scripts.distillation.teacher_origin import Case, PredictionFiles
+from scripts.image_io.checks import LABEL, Rules
+from scripts.image_io.headers import Affine, Header, read_header
+from scripts.image_io.reader import read_volume
+
+logger = logging.getLogger(__name__)
+
+ARRAY = "probabilities"  # of nnU-Net's .npz
+LEAST = 1e-6  # probability, so that every logarithm is finite in fp16
+SUM_TOLERANCE = 0.02  # of probabilities in half precision
+MIN_DICE = 0.5  # between nnU-Net's probabilities and the mask that it wrote beside them
+Grid = tuple[Affine, tuple[int, ...]]
+
+
+class ImportedAnswers:
+    """The answers of a teacher whose predictions lie in a folder; see ``PredictionFiles`` for the files' names.
+
+    ``CASE.npz`` is nnU-Net's: ``probabilities``, ``class z y x`` on the whole grid of the mask ``CASE.nii.gz`` beside
+    it, or else of the case's reference image. ``CASE.nii.gz`` is 4D with the classes along its last axis
+    (probabilities, or logits), or a mask with the values of the label files.
+
+    Args:
+        origin: the files.
+        pipeline: the training pipeline, which gives the grids.
+        labels: per class the values of a mask.
+        smooth: standard deviation in mm of the Gaussian that softens the borders of masks; 0 leaves them hard.
+
+    Attributes:
+        outputs: ``logits`` only.
+        settings: what the manifest of a cache says about them.
+    """
+
+    def __init__(
+        self, origin: PredictionFiles, pipeline: Any, labels: Sequence[Sequence[float]], smooth: float = 0.0
+    ) -> None:
+        if smooth < 0:
+            raise ValueError(f"--smooth is {smooth:g}. Give the width of a Gaussian in mm, at least 0.")
+        self.origin, self.pipeline, self.labels, self.smooth = origin, pipeline, labels, float(smooth)
+        self.outputs = [LOGITS]
+        self.settings: dict[str, Any] = {"smooth_mm": self.smooth} if smooth else {}
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Check the files of all cases by their headers.
+
+        Raises:
+            FileNotFoundError: cases without a file; all of them are named.
+            ValueError: a file has another number of classes, or a grid that does not fit its case.
+        """
+        self.origin.require_answers(cases)
+        for case in cases:
+            path = self.origin.path(case)
+            shape, header = self._shape_and_grid(path, case)
+            if len(shape) == 4 and shape[0] != len(self.labels):
+                raise ValueError(
+                    f"{path} has {shape[0]} classes, this task has {len(self.labels)}. Use predictions of this task."
+                )
+            if len(shape) == 4 and self.smooth:
+                raise ValueError(f"{path} holds probabilities, and --smooth is for masks. Remove it.")
+            if list(shape[-3:]) != list(header.shape[:3]):
+                raise ValueError(
+                    f"{path} holds {_sizes(shape[-3:])} voxels, but {header.path} {_sizes(header.shape)}. Export the "
+                    "probabilities of the whole image, or put the mask on their grid beside them."
+                )
+            affine, size = self.pipeline.grid(case)
+            if not _overlap(np.linalg.solve(header.affine, affine), size, header.shape):
+                raise ValueError(f"{path} shares no space with the images of case {case['case_id']}. Check its affine.")
+        logger.warning(
+            "The predictions in %s: those of a model on its own training cases are over-confident. Use the files of a "
+            "cross-validation, in which each case was left out.",
+            self.origin.folder,
+        )
+
+    def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The logits of a case on the grid of its preprocessed volumes, ``classes H W D``; see ``logits_on_grid``."""
+        path = self.origin.path(case)
+        shape, header = self._shape_and_grid(path, case)
+        if path.suffix == ".npz":
+            probabilities = _read_npz(path)
+            beside = self.origin.mask_beside(path)
+            if beside is not None:
+                _require_agreement(path, probabilities, beside, self.pipeline.rules)
+        else:
+            volume = read_volume(header, self.pipeline.rules)
+            probabilities = _of_channels(path, volume) if len(shape) == 4 else self._of_mask(case, volume, header)
+        return logits_on_grid(probabilities, header.affine, self.pipeline.grid(case), self.pipeline.patch)
+
+    def _shape_and_grid(self, path: Path, case: Case) -> tuple[tuple[int, ...], Header]:
+        """The file's shape, ``[classes] H W D``, and the header of the grid that it lies on."""
+        rules = self.pipeline.rules
+        if path.suffix == ".npz":
+            beside = self.origin.mask_beside(path)
+            header = read_header(beside, rules.max_voxels, rules.voxel_size) if beside else self.pipeline.header(case)
+            shape = _npz_shape(path)
+            return (shape[0], *shape[:0:-1]), header
+        header = read_header(path, rules.max_voxels, rules.voxel_size)
+        return (*header.shape[3:], *header.shape[:3]), header
+
+    def _of_mask(self, case: Case, mask: torch.Tensor, header: Header) -> torch.Tensor:
+        """The probabilities of a mask: its one-hot encoding, smoothed."""
+        index = MapLabelsd(LABEL, self.labels)({LABEL: mask, "case_id": case["case_id"]})[LABEL]
+        hard = one_hot(torch.as_tensor(index)[None].float(), len(self.labels))[0]
+        if not self.smooth:
+            return hard
+        sigmas = self.smooth / np.linalg.norm(header.affine[:3, :3], axis=0)
+        return torch.stack([torch.from_numpy(gaussian_filter(channel.numpy(), sigmas)) for channel in hard])
+
+
+def logits_on_grid(probabilities: torch.Tensor, affine: Affine, grid: Grid, least: Sequence[int]) -> torch.Tensor:
+    """Resample probabilities by linear interpolation, and pad them; outside of their volume is background.
+
+    Args:
+        probabilities: ``classes H W D``, the background first.
+        affine: of their voxels, RAS in mm.
+        grid: affine and shape to resample to.
+        least: voxels per axis that the result has at least, padded like the images.
+
+    Returns:
+        Logarithms of probabilities of at least ``LEAST``, ``classes H W D``, float32.
+    """
+    matrix = np.linalg.solve(affine, grid[0])
+    channels = []
+    for index, channel in enumerate(probabilities.float()):
+        outside = float(index == 0)
+        resampled = resample(channel, matrix, grid[1], outside)
+        padded = SpatialPad(least, value=outside)(resampled[None])
+        channels.append(convert_to_tensor(padded, track_meta=False)[0])
+    stacked = torch.stack(channels).clamp_min(LEAST)
+    return (stacked / stacked.sum(0)).log()
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _overlap(matrix: Affine, grid: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a grid lies at least partly in a volume, both as boxes; ``matrix`` maps the grid's voxels to its own."""
+    corners = np.stack(np.meshgrid(*((-0.5, n - 0.5) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+    voxels = corners @ matrix[:3, :3].T + matrix[:3, 3]
+    return bool((voxels.max(0) > -0.5).all() and (voxels.min(0) < np.asarray(shape[:3]) - 0.5).all())
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is damaged, or not nnU-Net's file of probabilities: it needs an array {ARRAY!r}, class z y x. Predict "
+        "with --save_probabilities."
+    )
+
+
+def _npz_shape(path: Path) -> tuple[int, ...]:
+    """The shape of the array in an .npz file, without reading its values."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, kind = read(file)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path) from error
+    if len(shape) != 4 or kind.kind != "f":
+        raise _damaged(path)
+    return shape
+
+
+def _read_npz(path: Path) -> torch.Tensor:
+    """The probabilities in an .npz file, ``classes x y z``."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            values = file[ARRAY].astype(np.float32)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path) from error
+    probabilities = torch.from_numpy(values).permute(0, 3, 2, 1)
+    if not _are_probabilities(probabilities):
+        raise ValueError(f"{path} does not hold probabilities that add up to 1 in every voxel. Export them again.")
+    return probabilities
+
+
+def _are_probabilities(values: torch.Tensor) -> bool:
+    in_range = bool((values >= -SUM_TOLERANCE).all() and (values <= 1 + SUM_TOLERANCE).all())
+    return in_range and bool(((values.sum(0) - 1).abs() <= SUM_TOLERANCE).all())
+
+
+def _of_channels(path: Path, volume: torch.Tensor) -> torch.Tensor:
+    """The probabilities in a 4D volume ``1 H W D classes`` of probabilities or logits."""
+    values = torch.as_tensor(volume)[0].movedim(-1, 0).float()
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{path} holds NaN or infinite values. Export it again.")
+    if _are_probabilities(values):
+        return values
+    if values.min() >= 0 and values.max() <= 1:
+        raise ValueError(
+            f"{path} holds values from 0 to 1 that do not add up to 1: neither probabilities of disjoint classes nor "
+            "logits. Export one of them."
+        )
+    return values.softmax(0)
+
+
+def _require_agreement(path: Path, probabilities: torch.Tensor, mask: Path, rules: Rules) -> None:
+    """Refuse probabilities that lie in other axes than the mask beside them."""
+    header = read_header(mask, rules.max_voxels, rules.voxel_size)
+    inside, predicted = torch.as_tensor(read_volume(header, rules))[0] > 0, probabilities.argmax(0) > 0
+    total = int(inside.sum() + predicted.sum())
+    dice = 2 * int((inside & predicted).sum()) / total if total else 1.0
+    if dice < MIN_DICE:
+        raise ValueError(
+            f"{path} and {mask} do not belong together: the Dice of their foregrounds is {dice:.2f}. Export both again "
+            "by the same program."
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the networks of a teacher answer for a whole case: logits, and attention maps of tapped layers.
+
+An answer is the mean over several predictions where there are several: over the flips of test-time augmentation, and
+over the networks of an out-of-fold teacher. Probabilities are averaged, not logits, and so are attention maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, combinations
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
+from scripts.distillation.teacher_cache import LOGITS
+from scripts.distillation.teacher_origin import Case, Origin
+from scripts.losses.attention_map import attention_map
+
+Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
+TTA = ("none", "flips")
+
+
+def cached_map(features: torch.Tensor, size: Sequence[int], power: float) -> torch.Tensor:
+    """The power-th root of the attention map of features, interpolated to ``size``: ``B 1 size``.
+
+    ``AttentionMapLoss`` of the same power has the same value on this map as on the features, except for the
+    interpolation.
+
+    Args:
+        features: ``B C H W [D]``.
+        size: grid of the result.
+        power: of the attention map, at least 1.
+    """
+    root = attention_map(features, power).pow(1 / power)
+    mode = "trilinear" if features.dim() == 5 else "bilinear"
+    return functional.interpolate(root, size=tuple(size), mode=mode, align_corners=False)
+
+
+class _LogitsAndMaps(nn.Module):
+    """Return a teacher's logits and attention maps as one tensor on the window's grid, for the sliding window."""
+
+    def __init__(self, name: str, teacher: nn.Module, taps: Mapping[str, Mapping[str, Any]], power: float) -> None:
+        super().__init__()
+        network = cast(nn.Module, teacher.network)
+        layers = {tap: layers_for(name, network, tap, table) for tap, table in taps.items()}
+        self.taps = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
+        self.teacher, self.power = teacher, power
+
+    def forward(self, window: torch.Tensor) -> torch.Tensor:
+        with record_outputs(self.taps.values()) as recorded:
+            logits = self.teacher(window)
+        maps = [cached_map(tap.output(recorded), window.shape[2:], self.power) for tap in self.taps.values()]
+        return torch.cat([logits, *maps], dim=1)
+
+
+class NetworkAnswers:
+    """The answers of a teacher of one or several networks.
+
+    Args:
+        name: of the teacher, for errors.
+        teachers: ``scripts.networks.teacher.Teacher``, all of the same classes and layers.
+        inferer: sliding window, called with image and network.
+        classes: number of classes, including the background.
+        taps: tap name -> layer per network, for attention maps; by default there are only logits.
+        attention_power: of the attention maps.
+        tta: ``"none"``, or ``"flips"``: the mean over all flips of the image, 8 in 3D and 4 in 2D.
+        origin: what the teacher is.
+
+    Attributes:
+        outputs: names of the outputs: ``logits`` and taps.
+        settings: what the manifest of a cache says about them.
+
+    Raises:
+        ValueError: ``tta`` is unknown, a teacher is the label, or it has no layer for a tap.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        teachers: Sequence[nn.Module],
+        inferer: Inferer,
+        classes: int,
+        taps: Mapping[str, Mapping[str, Any]] | None = None,
+        attention_power: float = 2.0,
+        tta: str = "none",
+        origin: Origin | None = None,
+    ) -> None:
+        if tta not in TTA:
+            raise ValueError(f"Unknown tta {tta!r}: choose one of {', '.join(TTA)}.")
+        if any(getattr(teacher, "uses_label", False) for teacher in teachers):
+            raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
+        self.networks = [_LogitsAndMaps(name, teacher.eval(), taps or {}, attention_power) for teacher in teachers]
+        self.inferer, self.classes, self.tta = inferer, classes, tta
+        self.origin = origin or Origin()
+        maps = list(self.networks[0].taps)
+        self.outputs = [LOGITS, *maps]
+        self.settings: dict[str, Any] = {"tta": tta} if tta != "none" else {}
+        if maps:
+            self.settings["attention_power"] = float(attention_power)
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """See ``Origin.require_answers``."""
+        self.origin.require_answers(cases)
+
+    def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The answer to a case, ``outputs H W [D]``: logits of every class, then one channel per attention map.
+
+        Args:
+            case: item of a data list.
+            image: returns the preprocessed image, ``1 M H W [D]``.
+        """
+        networks, whole = [self.networks[index] for index in self.origin.members(case)], image()
+        flips = _subsets(range(2, whole.dim())) if self.tta == "flips" else [()]
+        with torch.no_grad():
+            predictions = (self.inferer(whole.flip(axes), network).flip(axes) for network in networks for axes in flips)
+            return _mean(predictions, len(networks) * len(flips), self.classes)[0]
+
+
+def _subsets(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    return list(chain.from_iterable(combinations(axes, size) for size in range(len(axes) + 1)))
+
+
+def _mean(predictions: Any, count: int, classes: int) -> torch.Tensor:
+    """The log of the mean softmax of the first ``classes`` channels, and the mean of the others; one stays as it is."""
+    if count == 1:
+        return cast(torch.Tensor, next(iter(predictions)))
+    log_sum, maps = None, 0.0
+    for prediction in predictions:
+        log_p = prediction[:, :classes].float().log_softmax(dim=1)
+        log_sum = log_p if log_sum is None else torch.logaddexp(log_sum, log_p)
+        maps = maps + prediction[:, classes:].float() / count
+    return torch.cat([cast(torch.Tensor, log_sum) - math.log(count), cast(torch.Tensor, maps)], dim=1)

@@ -113,10 +113,10 @@ def definition(parser: ConfigParser, key: str) -> Any:
 
 
 def network_definition(parser: ConfigParser) -> Any:
-    """The definition of ``network_def``; where it is ``$@ID.to(...)``, which moves a network, that of ``ID``."""
+    """The definition of ``network_def``; where that prepares a network (``segmentation_network``), of this network."""
     found = definition(parser, "network_def")
-    moved = re.fullmatch(r"\$@(\w+)\.to\(.*\)", found) if isinstance(found, str) else None
-    return definition(parser, moved[1]) if moved else found
+    is_prepared = isinstance(found, dict) and str(found.get("_target_")).endswith(".segmentation_network")
+    return found["network"] if is_prepared else found
 
 
 def _copied(value: Any) -> Any:

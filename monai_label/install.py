@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.cli.bundle_run import protected
 from scripts.cli.config import read_config, set_value
+from scripts.cli.trained_task import SETTINGS
+from scripts.training.trained_network import trained_network
+from scripts.training.training_record import read_task
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "distilled_segmentation"
@@ -27,8 +31,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         # Options that viewers show. A case without some modality is refused, unless a request sets allow_missing.
         "displayable_configs": {"allow_missing": False},
         "allow_missing": "@displayable_configs#allow_missing",
-        # The memory format that the bundle itself uses. In another one, masks differ by rounding.
-        "network_def": "$@student.to(memory_format=torch.channels_last_3d)",
+        # As the bundle itself prepares it. In another memory format masks differ by rounding.
+        "network_def": {"_target_": "scripts.networks.deep_supervision.segmentation_network", "network": "@student"},
     },
     "train": {
         "output_dir": "$os.path.join(@bundle_root, 'runs', 'label')",
@@ -66,7 +70,9 @@ def install_app(folder: Path) -> Path:
 
 
 def install_bundle(app: Path, weights: Path) -> Path:
-    """Copy the bundle into the app, with the ``OVERRIDES`` in its configs. Existing weights are kept.
+    """Copy the bundle into the app. Existing weights are kept.
+
+    Its configs get the ``OVERRIDES``, and the network and the settings that the weights were trained with.
 
     Returns:
         The folder of the bundle.
@@ -78,13 +84,6 @@ def install_bundle(app: Path, weights: Path) -> Path:
             shutil.copytree(ROOT / name, bundle / name, dirs_exist_ok=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, bundle / name)
-    for name, overrides in OVERRIDES.items():
-        config = read_config(name)
-        if "network_def" in overrides:
-            config["student"] = config["network_def"]
-        for key, value in overrides.items():
-            set_value(config, key, value)
-        (bundle / "configs" / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     target = bundle / "models" / "model.pt"
     target.parent.mkdir(exist_ok=True)
     if not target.exists():  # else they may have been trained here
@@ -92,7 +91,26 @@ def install_bundle(app: Path, weights: Path) -> Path:
         task = weights.with_name(f"{weights.stem}.task.json")
         if task.is_file():
             shutil.copy(task, target.with_name("model.task.json"))
+    trained = trained_settings(target)
+    for name, overrides in OVERRIDES.items():
+        config = {**read_config(name), **protected(trained)}
+        if "network_def" in overrides:
+            config["student"] = config["network_def"]
+        for key, value in overrides.items():
+            set_value(config, key, value)
+        (bundle / "configs" / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return bundle
+
+
+def trained_settings(weights: Path) -> dict[str, Any]:
+    """The settings and the definition of the network in the record beside weights; empty without a record.
+
+    Raises:
+        ValueError: the record is damaged, or its network cannot be used.
+    """
+    task = read_task(weights) or {}
+    network = {"network_def": trained_network(task["network"], weights)} if "network" in task else {}
+    return {**{key: task[key] for key in SETTINGS if key in task}, **network}
 
 
 def install_studies(folder: Path, cases: int) -> Path:

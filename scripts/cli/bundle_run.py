@@ -113,12 +113,17 @@ def build_item(args: argparse.Namespace, configs: Sequence[str], overrides: Over
     Raises:
         ValueError: the item refuses its input.
     """
+    return config_parser(args, configs, overrides).get_parsed_content(key)
+
+
+def config_parser(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Any:
+    """The ``monai.bundle.ConfigParser`` that ``run_bundle`` would run, in which nothing is built yet."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in configs])
     parser.update(protected({**overrides, **user_overrides(args)}))
-    return parser.get_parsed_content(key)
+    return parser
 
 
 def command_line(configs: Sequence[str], overrides: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.options import Parser, add_common_options, add_engine_options, add_weights_option, modality_names
+from scripts.cli.student_options import add_network_option
 
 EXAMPLE = "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct"
 
@@ -15,6 +16,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--study", required=True, metavar="DIR", help="folder of one DICOM study, with its sub folders")
     parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
     add_weights_option(parser)
+    add_network_option(parser)
     add_engine_options(parser)
     add_common_options(parser)
     # Options of `segment`, which segments the chosen series.

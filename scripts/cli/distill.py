@@ -13,7 +13,6 @@ from scripts.cli.config import CONFIGS, config_names, read_config
 from scripts.cli.options import (
     Parser,
     add_common_options,
-    add_student_options,
     add_teachers_options,
     add_training_options,
     context_configs,
@@ -22,6 +21,7 @@ from scripts.cli.options import (
     teachers_overrides,
     training_overrides,
 )
+from scripts.cli.student_options import add_student_options, layers_overrides, loss_overrides, network_overrides
 
 EXAMPLE = (
     "python -m scripts distill --list\n"
@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> None:
     configs = ["train", *context_configs(args), "distill", *(f"methods/{method}" for method in methods)]
     if args.cache_dir:
         configs.append("cached")
-    config = resolved_config(args, configs, training_overrides(args))
-    overrides = {**training_overrides(args), **teachers_overrides(args, config["modalities"])}
+    student = {**training_overrides(args), **network_overrides(args), **loss_overrides(args)}
+    config = resolved_config(args, configs, student)
+    overrides = {**student, **layers_overrides(args), **teachers_overrides(args, config["modalities"])}
     if STAGED_METHOD in methods:
         overrides = _train_stages(args, config, overrides)
     if args.cache_dir:
@@ -102,6 +103,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared.pop("pretrained", None)
+    shared |= loss_overrides(args)
     for stage in gkd_stages(folder, teachers, epochs):
         output = folder / stage.name
         if is_finished(output):
@@ -110,7 +112,8 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
         stage_args = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
         stage_configs = ["train", *context_configs(args), *stage.configs]
-        run_bundle(stage_args, stage_configs, {**shared, **stage.overrides, **resume})
+        network = network_overrides(args) if stage.of_student else {}
+        run_bundle(stage_args, stage_configs, {**shared, **network, **stage.overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
 

@@ -18,6 +18,8 @@ from scripts.cli.options import (
     parse_set,
     profile_configs,
 )
+from scripts.cli.student_options import add_network_option, network_overrides
+from scripts.cli.trained_task import with_trained_task
 
 EXAMPLE = (
     "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
@@ -31,6 +33,7 @@ def add_options(parser: Parser) -> None:
         "--predictions", metavar="DIR", help="score the masks <case_id>.nii.gz (.nii, .mha, .nrrd) here"
     )
     add_weights_option(parser)
+    add_network_option(parser)
     add_network_options(parser, architecture=None)
     parser.add_argument("--name", help="display name in tables and reports")
     parser.add_argument("--fold", type=int, metavar="N", help="only the validation cases of this fold (default: all)")
@@ -46,8 +49,10 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate.
 
     Raises:
-        ValueError: options of the engine beside masks that already exist.
+        ValueError: options of the engine beside masks that already exist, or two networks.
     """
+    if args.network and args.architecture:
+        raise ValueError("--network and --architecture both name the network. Remove one of them.")
     options: dict[str, Any] = {
         "weights": args.weights,
         "fold": args.fold,
@@ -56,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         "present": args.present,
     }
     overrides = {key: value for key, value in options.items() if value is not None} | engine_overrides(args)
+    overrides |= network_overrides(args)
+    has_weights = bool(args.weights or "weights" in parse_set(args.set))
     if args.predictions:
         if args.profile or engine_overrides(args):
             raise ValueError("--predictions scores existing masks. Remove --engine, --precision and --profile.")
@@ -63,8 +70,9 @@ def run(args: argparse.Namespace) -> None:
             "predictions": args.predictions,
             "run": Expression("@score"),
             "score#network": Expression("$None"),
+            "network_check": Expression("$None"),
         }
-        if not args.weights and "weights" not in parse_set(args.set):  # the network that made the masks is unknown
+        if not has_weights:  # the network that made the masks is unknown
             overrides["score#weights"] = Expression("$None")
     configs = ["inference", *context_configs(args)]
     if args.architecture:
@@ -73,4 +81,7 @@ def run(args: argparse.Namespace) -> None:
         if args.modalities:
             overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
-    run_bundle(args, [*configs, "evaluate", *profile_configs(args)], overrides)
+    configs += ["evaluate", *profile_configs(args)]
+    if has_weights or not args.predictions:
+        overrides = with_trained_task(args, configs, overrides)
+    run_bundle(args, configs, overrides)

@@ -14,6 +14,7 @@ from scripts.cli.config import config_names, read_config
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
 FILE_ORIGINS = ("predictions",)  # teachers that are a folder
+DEFAULT_DATA, DEFAULT_SCALE = "sts", "small"
 LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
@@ -38,7 +39,11 @@ def modality_names() -> list[str]:
 def add_common_options(parser: Parser) -> None:
     """Options of every verb."""
     group = parser.add_argument_group("data and output")
-    group.add_argument("--data", default="sts", choices=config_names("data"), help="data set (default: sts)")
+    group.add_argument(
+        "--data",
+        choices=config_names("data"),
+        help=f"data set (default: that of the weights where a verb uses weights, else {DEFAULT_DATA})",
+    )
     group.add_argument("--dataset-dir", metavar="DIR", help="folder of the data set, as downloaded")
     group.add_argument(
         "--data-list", metavar="FILE", help="table of cases (.csv, .tsv, .json) instead of a known layout"
@@ -57,9 +62,7 @@ def add_common_options(parser: Parser) -> None:
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--scale", default="small", choices=config_names("scale"), help="small: CPU (default); full: one GPU"
-    )
+    group.add_argument("--scale", choices=config_names("scale"), help="small: CPU (default); full: one GPU")
     group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
@@ -79,16 +82,6 @@ def add_training_options(parser: Parser) -> None:
     group.add_argument("--volumes-dir", metavar="DIR", help="keep preprocessed cases on disk, for large cohorts")
     group.add_argument("--multi-gpu", action="store_true", help="one process per GPU, started by torchrun")
     group.add_argument("--tracking", choices=["mlflow"], help="track with MLflow beside TensorBoard")
-
-
-def add_student_options(parser: Parser) -> None:
-    """Options of every training of a student."""
-    parser.add_argument(
-        "--modality-dropout",
-        type=float,
-        metavar="P",
-        help="hide each modality from the student with this probability; teachers see all (default: 0)",
-    )
 
 
 def add_network_options(parser: Parser, architecture: str | None) -> None:
@@ -197,9 +190,22 @@ def training_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
+def data_set(args: argparse.Namespace) -> str:
+    """The data set of ``--data``, or the one that the weights of a verb of inference were trained on."""
+    if args.data:
+        return str(args.data)
+    if "weights" in args:
+        from scripts.cli.trained_task import weights_path
+        from scripts.training.training_record import read_task
+
+        cohort = (read_task(weights_path(args)) or {}).get("cohort")
+        return cohort if cohort in config_names("data") else DEFAULT_DATA
+    return DEFAULT_DATA
+
+
 def context_configs(args: argparse.Namespace) -> list[str]:
     """The configs of the data set and the scale."""
-    return [f"data/{args.data}", f"scale/{args.scale}"]
+    return [f"data/{data_set(args)}", f"scale/{args.scale or DEFAULT_SCALE}"]
 
 
 def multi_gpu_configs(args: argparse.Namespace) -> list[str]:

@@ -24,13 +24,15 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
-    config = resolved_config(args, ["inference", *context_configs(args)], {})
-    if args.dry_run:
-        return
     from scripts.data import datalist
     from scripts.evaluation.compare import compare
+    from scripts.evaluation.records import evaluated_task
 
-    cases = datalist(args.data, args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
+    task = {} if args.data else evaluated_task(args.evaluations[0])
+    config = resolved_config(args, ["inference", *context_configs(args)], task)
+    if args.dry_run:
+        return
+    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
     output = args.output_dir or "runs/report"
     table = compare(
         args.evaluations,

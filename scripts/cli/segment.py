@@ -13,6 +13,7 @@ from scripts.cli.options import (
     modality_names,
     positive_int,
 )
+from scripts.cli.student_options import add_network_option
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
@@ -28,6 +29,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="the mask to write, .nii.gz")
     parser.add_argument("--report", action="store_true", help="also write an HTML report beside the mask")
     add_weights_option(parser)
+    add_network_option(parser)
     parser.add_argument(
         "--workers", type=positive_int, default=1, metavar="N", help="with --data-list: cases at a time (default: 1)"
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from scripts.cli.bundle_run import resolved_config, run_bundle
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
+from scripts.cli.student_options import network_overrides
+from scripts.cli.trained_task import with_trained_task
 
 SUFFIX = ".nii.gz"
 
@@ -20,11 +22,13 @@ def segment_case(args: argparse.Namespace) -> None:
         ValueError: see ``mask_and_images``, or the images are refused.
     """
     configs = ["inference", *context_configs(args), *profile_configs(args)]
-    config = resolved_config(args, configs, {})
+    task = with_trained_task(args, configs, network_overrides(args))
+    config = resolved_config(args, configs, task)
     mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
     case_id = mask.name.removesuffix(SUFFIX)
     case = {"case_id": case_id, "image": images[reference], **({} if args.stacked else images)}
     overrides = {
+        **task,
         "datalist": [case],
         "naming": [],
         "reference": reference,
@@ -69,7 +73,8 @@ def mask_and_images(
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
         raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")
-    images = {key: getattr(args, key) for key in modalities if getattr(args, key)}
+    options = vars(args)
+    images = {key: options[key] for key in modalities if options.get(key)}
     if args.stacked:
         images = dict.fromkeys(modalities, args.stacked)
     if not images:

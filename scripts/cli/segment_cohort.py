@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
 from scripts.cli.errors import error_sentence
-from scripts.cli.options import context_configs, engine_overrides, modality_names, profile_configs
+from scripts.cli.options import context_configs, data_set, engine_overrides, modality_names, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
+from scripts.cli.student_options import network_overrides
+from scripts.cli.trained_task import weights_path, with_trained_task
 from scripts.data import Rules, datalist
 from scripts.data.bids import bids_name, write_dataset_description, write_mask_sidecar
 from scripts.image_io.reader import header_of, read_volume
@@ -51,15 +53,15 @@ def segment_cohort(args: argparse.Namespace) -> None:
     """
     _refuse_options_of_one_case(args)
     configs = ["inference", *context_configs(args), *profile_configs(args)]
-    config = resolved_config(args, configs, {})
+    weights = {"weights": args.weights} if args.weights else {}
+    overrides = with_trained_task(args, configs, weights | network_overrides(args))
     if args.dry_run:  # the same masks, one after the other in one process
-        weights = {"weights": args.weights} if args.weights else {}
-        run_bundle(args, configs, engine_overrides(args) | weights)
+        run_bundle(args, configs, engine_overrides(args) | overrides)
         return
-    build_item(args, configs, {"weights": args.weights} if args.weights else {}, "same_task")  # once, not per case
-    modalities = config["modalities"]
+    build_item(args, configs, overrides, "same_task")  # once, not per case
+    modalities = resolved_config(args, configs, overrides)["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(args.data, args.dataset_dir, args.data_list, modalities, args.allow_outside)
+    cases = datalist(data_set(args), args.dataset_dir, args.data_list, modalities, args.allow_outside)
     masks = _mask_paths(args, cases, modalities, output)
     with hold(output):  # a second batch, or the resume of a running one, is refused
         _segment_cases(args, cases, masks, modalities, output)
@@ -73,7 +75,7 @@ def _segment_cases(
     output: Path,
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
-    checksum = sha256(args.weights or _default_weights())
+    checksum = sha256(weights_path(args))
     _refuse_other_weights(output / RECORD, checksum)
     if args.bids:
         write_dataset_description(output)
@@ -99,12 +101,6 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", *modality_names()) if getattr(args, key)]
     if used:
         raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
-
-
-def _default_weights() -> Path:
-    from scripts import bundle_root
-
-    return Path(bundle_root()) / "models" / "model.pt"
 
 
 def _mask_paths(

@@ -14,6 +14,7 @@ from scripts.cli.bundle_run import resolved_config
 from scripts.cli.config import read_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
+from scripts.cli.trained_task import with_trained_task
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_series import series_files
@@ -35,7 +36,8 @@ def segment_study(args: argparse.Namespace) -> None:
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
-    modalities = resolved_config(args, ["inference", *context_configs(args)], {})["modalities"]
+    configs = ["inference", *context_configs(args)]
+    modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
     output = Path(args.output_dir or "runs/dicom")
     mask = output / "mask.nii.gz"
     if args.dry_run:  # as if one folder held every series

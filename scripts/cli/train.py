@@ -9,14 +9,17 @@ from scripts.cli.bundle_run import run_bundle
 from scripts.cli.options import (
     Parser,
     add_common_options,
-    add_student_options,
     add_training_options,
     context_configs,
     multi_gpu_configs,
     training_overrides,
 )
+from scripts.cli.student_options import add_student_options, loss_overrides, network_overrides
 
-EXAMPLE = "python -m scripts train --data sts --dataset-dir DATA --output-dir RUNS/alone"
+EXAMPLE = (
+    "python -m scripts train --data sts --dataset-dir DATA --output-dir RUNS/alone\n"
+    "python -m scripts train --data sts --dataset-dir DATA --network unet.json --output-dir RUNS/unet"
+)
 
 
 def add_options(parser: Parser) -> None:
@@ -28,4 +31,5 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    run_bundle(args, ["train", *context_configs(args), *multi_gpu_configs(args)], training_overrides(args))
+    overrides = {**training_overrides(args), **network_overrides(args), **loss_overrides(args)}
+    run_bundle(args, ["train", *context_configs(args), *multi_gpu_configs(args)], overrides)

@@ -11,6 +11,7 @@ from torch import nn
 
 from scripts.distillation.feature_taps import Layers, Tap, layers_for, record_outputs
 from scripts.distillation.teacher_weighting import available_teachers
+from scripts.networks.deep_supervision import first_output, output_heads
 
 LOGITS, SEGMENTATION = "logits", "segmentation"
 
@@ -18,9 +19,10 @@ LOGITS, SEGMENTATION = "logits", "segmentation"
 class Distiller(nn.Module):
     """A student and its frozen teachers with a common ``forward``.
 
-    In ``train()``, ``forward`` returns a flat dict: ``logits``, ``student.<tap>`` (``student.<tap>@<teacher>`` after
-    that teacher's adapter), ``<teacher>.logits``, ``<teacher>.<tap>`` and ``available`` (B x K). In ``eval()`` it
-    returns the student's logits, so that sliding window, evaluators and export need no special case. Features are
+    In ``train()``, ``forward`` returns a flat dict: ``logits``, ``logits.1`` and so on for a student with several heads
+    (deep supervision), ``student.<tap>`` (``student.<tap>@<teacher>`` after that teacher's adapter),
+    ``<teacher>.logits``, ``<teacher>.<tap>`` and ``available`` (B x K). In ``eval()`` it returns the student's logits,
+    so that sliding window, evaluators and export need no special case. Features are
     returned by ``forward`` and never stored in globals, so that DDP sees them.
 
     Args:
@@ -54,8 +56,8 @@ class Distiller(nn.Module):
         self.student = student
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False).eval()
         taps, adapters = taps or {}, adapters or {}
-        if LOGITS in taps or "student" in teachers:
-            raise ValueError(f"No tap can be named {LOGITS!r}, and no teacher 'student': rename it.")
+        if LOGITS in taps or {"student", LOGITS} & set(teachers):
+            raise ValueError(f"No tap can be named {LOGITS!r}, and no teacher 'student' or {LOGITS!r}: rename it.")
         self._student_taps: dict[str, Tap] = {}
         # A tap is None for a cached teacher, which has no network.
         self._teacher_taps: dict[str, dict[str, Tap | None]] = {name: {} for name in teachers}
@@ -179,11 +181,12 @@ class Distiller(nn.Module):
             label: class indices ``B 1 H W [D]``; needed where the label is a teacher.
         """
         if not self.training:
-            return self.student(image)  # type: ignore[no-any-return]
+            return first_output(self.student(image), image)
         if self._student_taps and getattr(self.student, "_compiled_call_impl", None) is not None:
             raise ValueError("Taps do not work on a compiled student: train without compile, or use terms on logits.")
         with record_outputs(self._student_taps.values()) as recorded:
-            outputs: dict[str, torch.Tensor] = {LOGITS: self.student(image)}
+            heads = output_heads(self.student(image), image)
+        outputs = {f"{LOGITS}.{i}" if i else LOGITS: logits for i, logits in enumerate(heads)}
         for name, tap in self._student_taps.items():
             features = tap.output(recorded)
             if tap.single:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.losses import DeepSupervisionLoss
 from torch import nn
 
 from scripts.data.modalities import UNLABELLED
@@ -25,7 +26,8 @@ class DistillationLoss(nn.Module):
     and a term's own ``logged`` values as ``<term>/<name>``.
 
     Args:
-        segmentation: supervised loss of (logits, label).
+        segmentation: supervised loss of (logits, label), applied to every head of the student by MONAI's
+            ``DeepSupervisionLoss``.
         distiller: provides the taps, teachers and adapters that the terms refer to; it is not stored.
         terms: name -> ``{"loss": module, "tap": "logits" or a tap's name, "weight": factor}``.
         weighting: how to weight the teachers, see ``scripts.distillation.teacher_weighting.teacher_weights``.
@@ -66,7 +68,7 @@ class DistillationLoss(nn.Module):
         unused = sorted(set(distiller.adapters) - set(taps.values()))
         if unused:
             raise ValueError(f"No term uses the adapters of {unused}: remove them, or add a term on that tap.")
-        self.segmentation = segmentation
+        self.segmentation = DeepSupervisionLoss(segmentation)  # type: ignore[arg-type]
         self.losses = nn.ModuleDict({name: term["loss"] for name, term in terms.items()})
         self.taps, self.weights = taps, {name: float(term["weight"]) for name, term in terms.items()}
         self.needs_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
@@ -105,7 +107,8 @@ class DistillationLoss(nn.Module):
             labelled = ({key: value[has_label] for key, value in outputs.items()}, shares[has_label], label[has_label])
         values = {}
         if has_label.any():
-            values[SEGMENTATION] = self.segmentation(labelled[0][LOGITS], labelled[2])
+            heads = [value for name, value in labelled[0].items() if name == LOGITS or name.startswith(f"{LOGITS}.")]
+            values[SEGMENTATION] = self.segmentation(heads if len(heads) > 1 else heads[0], labelled[2])
         for name in self.losses:
             if not self.needs_label[name]:
                 values[name] = self._term(name, outputs, shares, label)

@@ -19,11 +19,13 @@ class Stage:
         name: folder of its output.
         configs: config overlays, in addition to train, data and scale.
         overrides: config id -> value.
+        of_student: the network of the stage is the student's.
     """
 
     name: str
     configs: tuple[str, ...]
     overrides: dict[str, Any]
+    of_student: bool = False
 
 
 def is_finished(folder: Path) -> bool:
@@ -52,11 +54,12 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
     autoencoder, student = str(folder / "autoencoder" / "model.pt"), str(folder / "student" / "model.pt")
     stages = [
         Stage("autoencoder", ("stages/autoencoder",), {"max_epochs": epochs}),
-        Stage("student", (), {"max_epochs": half}),
+        Stage("student", (), {"max_epochs": half}, of_student=True),
         Stage(
             "header_student",
             ("stages/header",),
             {"max_epochs": half, "weights": student, "autoencoder": autoencoder},
+            of_student=True,
         ),
     ]
     for name, spec in teachers.items():

@@ -30,6 +30,15 @@ def evaluated_cases(folder: str) -> list[Case]:
     return cases
 
 
+def evaluated_task(folder: str) -> dict[str, Any]:
+    """The ``cohort``, ``modalities``, ``intensity`` and ``labels`` of an evaluation, those that its manifest holds."""
+    try:
+        config = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["config"]
+        return {key: config[key] for key in ("cohort", "modalities", "intensity", "labels") if key in config}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def cases_in_manifest(manifest: Path) -> list[Case] | None:
     """The cases that a manifest lists; None where the file is damaged or not the manifest of an evaluation."""
     try:

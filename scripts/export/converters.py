@@ -50,7 +50,7 @@ def to_onnx(network: nn.Module, channels: int, window: Sequence[int], path: Path
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.onnx.export(
         network, (example,), str(path), dynamo=True, input_names=["image"], output_names=["logits"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
     )  # fmt: skip
     model = onnx.load(str(path))
     for each in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
@@ -117,15 +117,18 @@ def to_int8(source: Path, patches: Sequence[torch.Tensor], path: Path) -> None:
     openvino.save_model(quantised, str(path), compress_to_fp16=False)
 
 
-def to_torchscript(network: nn.Module, path: Path) -> None:
+def to_torchscript(network: nn.Module, channels: int, window: Sequence[int], path: Path) -> None:
     """Write ``.ts`` by ``monai.bundle ckpt_export``, which includes the bundle's metadata and the running config.
 
     Args:
         network: with its weights. The config's ``network_def`` is scripted, with these weights.
+        channels: number of channels of the image.
+        window: any valid size in voxels.
         path: the file to write; temporary files are put next to it.
 
     Raises:
         RuntimeError: no bundle is running, so there is no config that defines the network.
+        ValueError: PyTorch cannot script the network, or the script returns several outputs.
     """
     from monai.bundle import ckpt_export
 
@@ -145,9 +148,21 @@ def to_torchscript(network: nn.Module, path: Path) -> None:
             net_id="network_def", filepath=str(path), ckpt_file=str(weights_path),
             meta_file=str(configs / "metadata.json"), config_file=str(config_path),
         )  # fmt: skip
+        with torch.no_grad():
+            output = torch.jit.load(str(path), map_location="cpu").eval()(torch.zeros(1, channels, *window))
+    except RuntimeError as error:
+        raise ValueError(_not_scripted(network, "PyTorch cannot script it")) from error
     finally:
         config_path.unlink(missing_ok=True)
         weights_path.unlink(missing_ok=True)
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(_not_scripted(network, "its script returns several outputs"))
+
+
+def _not_scripted(network: nn.Module, reason: str) -> str:
+    return (
+        f"{type(network).__name__} cannot be exported to TorchScript: {reason}. Leave it out: --formats onnx openvino."
+    )
 
 
 def draw_patches(

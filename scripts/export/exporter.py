@@ -205,7 +205,7 @@ def _convert(
         elif "bf16" in precisions:
             logger.warning("bf16 is left out: this CPU has no bf16 instructions, so bf16 cannot be compared here")
     if "torchscript" in formats:
-        converters.to_torchscript(network, folder / "model.ts")
+        converters.to_torchscript(network, channels, window, folder / "model.ts")
         engines["torchscript fp32"] = torch.jit.load(str(folder / "model.ts"), map_location="cpu").eval()
     return engines
 

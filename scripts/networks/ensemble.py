@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from scripts.networks.deep_supervision import first_output
+
 
 class Ensemble(nn.Module):
     """The logarithm of the mean softmax of several networks, such as the five folds of a cross-validation.
@@ -31,12 +33,7 @@ class Ensemble(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image ``B M H W D`` to logits ``B classes H W D``, in float32."""
-        logits = torch.stack([first_output(member(image)).float() for member in self.members])
+        logits = torch.stack([first_output(member(image), image).float() for member in self.members])
         if logits.shape[2] == 1:
             return torch.logit(logits.sigmoid().mean(0), eps=1e-7)
         return torch.logsumexp(logits.log_softmax(dim=2), dim=0) - math.log(len(self.members))
-
-
-def first_output(output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-    """The full-resolution logits of a network that returns one tensor, or a list of them (deep supervision)."""
-    return output if isinstance(output, torch.Tensor) else output[0]

@@ -15,7 +15,7 @@ from monai.networks.nets import UNETR, SegResNet, SwinUNETR
 from torch import nn
 
 from scripts.networks import Ensemble, HDenseFormer, NNUNet, UXNet
-from scripts.networks.ensemble import first_output
+from scripts.networks.deep_supervision import first_output
 from scripts.networks.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ class Teacher(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Segment an image ``B M H W D``; returns logits ``B classes H W D``."""
-        return first_output(self.network(image[:, self.channels]))
+        seen = image[:, self.channels]
+        return first_output(self.network(seen), seen)
 
     def encode(self, image: torch.Tensor) -> Sequence[torch.Tensor]:
         """Encode an image ``B M H W D``; returns features from shallow to deep.

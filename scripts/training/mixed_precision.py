@@ -13,7 +13,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 class AutocastInferer(SimpleInferer):
-    """Call the network under autocast and return its output, a tensor or a dict of tensors, in float32.
+    """Call the network under autocast and return its output, a tensor or a list or dict of tensors, in float32.
 
     Args:
         device: device of the network. MONAI's trainers use autocast on CUDA only.
@@ -38,7 +38,9 @@ class AutocastInferer(SimpleInferer):
         enabled = self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
             outputs = network(inputs, *args, **kwargs)
-        return {k: _float32(v) for k, v in outputs.items()} if isinstance(outputs, dict) else _float32(outputs)
+        if isinstance(outputs, dict):
+            return {name: _float32(value) for name, value in outputs.items()}
+        return [_float32(each) for each in outputs] if isinstance(outputs, list) else _float32(outputs)
 
 
 def _float32(value: torch.Tensor) -> torch.Tensor:

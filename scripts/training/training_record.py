@@ -105,10 +105,10 @@ def definition(parser: ConfigParser, key: str) -> Any:
 
 
 def network_definition(parser: ConfigParser) -> Any:
-    """The definition of ``network_def``; where it is ``$@ID.to(...)``, which moves a network, that of ``ID``."""
+    """The definition of ``network_def``; where that prepares a network (``segmentation_network``), of this network."""
     found = definition(parser, "network_def")
-    moved = re.fullmatch(r"\$@(\w+)\.to\(.*\)", found) if isinstance(found, str) else None
-    return definition(parser, moved[1]) if moved else found
+    is_prepared = isinstance(found, dict) and str(found.get("_target_")).endswith(".segmentation_network")
+    return found["network"] if is_prepared else found
 
 
 def _copied(value: Any) -> Any:
@@ -212,8 +212,9 @@ def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: 
         return
     if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
         logger.warning("%s describes other weights than %s: its sha256 differs", task_path(weights), weights)
-    network = [] if parser is None else _network_differences(task.get("network"), network_definition(parser))
-    _refuse_contradictions(weights, [*_setting_differences(task, settings), *network], ignore)
+    network = [] if parser is None else network_differences(task.get("network"), network_definition(parser))
+    clauses = [*_setting_differences(task, settings), *network]
+    _refuse_contradictions(weights, clauses, ignore, " What you do not name is taken from the weights.")
 
 
 def require_same_teachers(
@@ -270,19 +271,19 @@ def _setting_differences(task: Mapping[str, Any], settings: Mapping[str, Any]) -
     return clauses
 
 
-def _refuse_contradictions(weights: str | Path, clauses: Sequence[str], ignore: bool) -> None:
+def _refuse_contradictions(weights: str | Path, clauses: Sequence[str], ignore: bool, advice: str = "") -> None:
     if not clauses:
         return
     found = f"{task_path(weights)} contradicts this run: {'; '.join(clauses)}"
     if not ignore:
         raise ValueError(
             f"{found}. Use the settings that the weights were trained with, or --set ignore_task=true "
-            "(--ignore_task True)."
+            f"(--ignore_task True).{advice}"
         )
     logger.warning("%s. ignore_task is set.", found)
 
 
-def _network_differences(saved: Any, current: Any) -> list[str]:
+def network_differences(saved: Any, current: Any) -> list[str]:
     """Compare two definitions of networks; arguments that are left out have the defaults of the class."""
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         both = isinstance(saved, str) and isinstance(current, str)
@@ -295,9 +296,14 @@ def _network_differences(saved: Any, current: Any) -> list[str]:
     return value_differences("network", *arguments)
 
 
+def class_name(target: str) -> str:
+    """The dotted name of a class: of a name without dots that of ``monai.networks.nets``."""
+    return target if "." in target else f"monai.networks.nets.{target}"
+
+
 def _defaults(target: str) -> dict[str, Any]:
     """The default arguments of a class, by its dotted name or its name in ``monai.networks.nets``."""
-    component = pydoc.locate(target if "." in target else f"monai.networks.nets.{target}")
+    component = pydoc.locate(class_name(target))
     if not callable(component):
         return {}
     parameters = inspect.signature(component).parameters

@@ -66,8 +66,9 @@ def test_every_command_in_the_documents_is_one_that_the_program_takes(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```json\n(\{.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        (tmp_path / "mine.json").write_text(block, encoding="utf-8")  # the file that the page's commands name
+    blocks = re.findall(r"(?:`(\w+\.json)`:\n\n)?```json\n(\{.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for name, block in blocks:
+        (tmp_path / (name or "mine.json")).write_text(block, encoding="utf-8")  # the file that the page's commands name
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for command in bash_commands(page):
         if command.startswith("("):  # a subshell that writes a table

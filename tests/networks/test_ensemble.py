@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from scripts.networks import Ensemble
-from scripts.networks.ensemble import first_output
 
 
 class Constant(nn.Module):
@@ -44,12 +43,6 @@ def test_one_member_answers_with_its_own_probabilities() -> None:
     network = nn.Conv3d(1, 3, 1)
     image = torch.randn(1, 1, 4, 4, 4)
     torch.testing.assert_close(Ensemble([network])(image).softmax(1), network(image).softmax(1))
-
-
-def test_of_deep_supervision_the_first_output_counts() -> None:
-    logits = torch.randn(1, 2, 4, 4, 4)
-    assert first_output([logits, logits[..., ::2]]) is logits
-    assert first_output(logits) is logits
 
 
 def test_an_ensemble_of_nothing_is_refused() -> None:

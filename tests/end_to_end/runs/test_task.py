@@ -15,6 +15,7 @@ import pytest
 from monai.bundle import ConfigParser
 from monai.bundle import run as bundle_run
 
+from monai_label.install import OVERRIDES
 from scripts import bundle_root
 from scripts.cli.config import CONFIGS
 from scripts.cli.main import main
@@ -148,7 +149,7 @@ def test_plain_monai_and_monai_label_refuse_it_too(way: str, cohort: Path, train
         "labels": task["labels"],
     }
     settings |= {"student_features": [4, 8, 8, 8], "student_norm": ["group", {"num_groups": 4}], "device": "cpu"}
-    network = {"network_def": "$@student.to(memory_format=torch.channels_last_3d)"}
+    network = {"network_def": OVERRIDES["inference"]["network_def"]}
 
     def start() -> None:
         if way == "MONAI Label":

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that name a student of the user's own: its network and its segmentation loss, as JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pydoc
+from typing import Any
+
+from scripts.cli.bundle_run import Overrides, interpreted
+from scripts.cli.options import Parser
+
+LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
+TAPS = ("deep", "middle", "fine")
+
+
+def add_network_option(parser: Parser) -> None:
+    """The option that names the student's network."""
+    parser.add_argument(
+        "--network",
+        metavar="FILE.json",
+        help="a network of your own: its class as _target_, with its arguments (default: that of the weights, or the "
+        "included student). The file is trusted like code",
+    )
+
+
+def add_student_options(parser: Parser) -> None:
+    """Options of every training of a student."""
+    add_network_option(parser)
+    parser.add_argument(
+        "--segmentation-loss",
+        metavar="FILE.json",
+        help="a loss of (logits, label) of your own: its class as _target_, with its arguments. The file is trusted "
+        "like code",
+    )
+    parser.add_argument(
+        "--modality-dropout",
+        type=float,
+        metavar="P",
+        help="hide each modality from the included student with this probability; teachers see all (default: 0)",
+    )
+
+
+def network_overrides(args: argparse.Namespace) -> Overrides:
+    """The config override of ``--network``.
+
+    Raises:
+        ValueError: the file defines no network, or ``--modality-dropout`` is given, which an own network has not.
+    """
+    if not args.network:
+        return {}
+    if vars(args).get("modality_dropout"):
+        raise ValueError("--modality-dropout works with the included student only. Remove it, or remove --network.")
+    definition = _read_network(args)[0]
+    return {"network_def": interpreted(definition)}
+
+
+def loss_overrides(args: argparse.Namespace) -> Overrides:
+    """The config override of ``--segmentation-loss``; ValueError where the file defines no loss."""
+    if not args.segmentation_loss:
+        return {}
+    path = args.segmentation_loss
+    return {"segmentation_loss": interpreted(_require_class(path, _read_object(path, "loss"), "loss", "DiceFocalLoss"))}
+
+
+def layers_overrides(args: argparse.Namespace) -> Overrides:
+    """The layers of the own network that a distillation taps, from the key ``layers`` of its file."""
+    if not args.network:
+        return {}
+    layers = _read_network(args)[1]
+    if not isinstance(layers, dict) or not set(layers) <= set(TAPS):
+        raise ValueError(f"{args.network}: layers must name the layer of {', '.join(TAPS)}, or of some of them.")
+    return {f"layers#{tap}#student": layer for tap, layer in layers.items()}
+
+
+def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The definition of ``--network`` and its layers; in the file it stands alone, or under the key ``network``."""
+    content = _read_object(args.network, "network")
+    definition = {**content.get("network", content)}
+    layers = content.get(LAYERS, {})
+    definition.pop(LAYERS, None)
+    return _require_class(args.network, definition, "network", "monai.networks.nets.UNet"), layers
+
+
+def _read_object(path: str, kind: str) -> dict[str, Any]:
+    """Read a JSON file that defines something; ValueError where it is none."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            definition = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write the definition of a {kind}.") from error
+    if not isinstance(definition, dict) or not isinstance(definition.get(kind, {}), dict):
+        raise ValueError(f"{path} defines no {kind}. Write an object with its _target_ and its arguments.")
+    return definition
+
+
+def _require_class(path: str, definition: dict[str, Any], kind: str, example: str) -> dict[str, Any]:
+    target = definition.get("_target_")
+    if not isinstance(target, str):
+        raise ValueError(f'{path} names no {kind}. Add its class, such as "_target_": "{example}".')
+    try:
+        exists = "." not in target or pydoc.locate(target) is not None  # MONAI finds names without dots itself
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"{path}: {target} cannot be imported ({error.value}). Correct its module.") from error
+    if not exists:
+        raise ValueError(f"{path}: there is no {target}. Correct the name, or install its package.")
+    return definition

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the weights were trained for, from the record beside them: inference needs no setting of the training again."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts import bundle_root
+from scripts.cli.bundle_run import Overrides, config_parser, resolved_config
+from scripts.cli.config import SEPARATOR, Config, read_config
+from scripts.cli.options import parse_set
+
+SETTINGS = ("modalities", "intensity", "labels", "spacing", "patch")
+
+
+def weights_path(args: argparse.Namespace) -> Path:
+    """The weights of a verb: ``--weights``, ``--set weights=FILE``, or those in models/."""
+    return Path(args.weights or parse_set(args.set).get("weights") or Path(bundle_root()) / "models" / "model.pt")
+
+
+def with_trained_task(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
+    """Add to the overrides of a verb what its weights were trained for, except for what the user names.
+
+    The user names settings with ``--data``, ``--scale``, ``--network``, ``--architecture`` and ``--set``; the run
+    compares them with the record and refuses contradictions. Weights without a record add nothing.
+
+    Args:
+        args: parsed options.
+        configs: of the verb.
+        overrides: of the verb's own options.
+
+    Raises:
+        ValueError: the record is damaged, or its network cannot be used; see ``trained_network``.
+    """
+    from scripts.training.trained_network import trained_network
+    from scripts.training.training_record import network_definition, network_differences, read_task
+
+    weights = weights_path(args)
+    task = read_task(weights)
+    if task is None:
+        return overrides
+    config = resolved_config(args, configs, overrides)
+    named = _named_settings(args)
+    used = {key: task[key] for key in SETTINGS if key in task and key not in named and task[key] != config[key]}
+    if not _names_network(args, config, overrides) and isinstance(task.get("network"), dict):
+        network = trained_network(task["network"], weights)
+        current = network_definition(config_parser(args, configs, {**used, **overrides}))
+        if network["_target_"] != current.get("_target_") or network_differences(network, current):
+            used["network_def"] = network
+    return {**used, **overrides}
+
+
+def _named_settings(args: argparse.Namespace) -> set[str]:
+    """The settings in the configs that ``--data`` and ``--scale`` name."""
+    names = {"data": args.data, "scale": args.scale}
+    return {key for folder, name in names.items() if name for key in read_config(f"{folder}/{name}")}
+
+
+def _names_network(args: argparse.Namespace, config: Config, overrides: Overrides) -> bool:
+    """Whether the user names the network, or one of its arguments."""
+    if "network_def" in overrides or vars(args).get("architecture"):
+        return True
+    referenced = re.findall(r"@(\w+)", str(read_config("inference")["network_def"]))
+    ids = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
+    return bool(ids & ({"network_def", "network", *referenced} - set(SETTINGS)))

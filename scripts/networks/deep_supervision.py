@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks with several outputs (deep supervision): the full-resolution logits come first, the other heads after them.
+
+MONAI's networks return them as a list (SegResNetDS), as a tuple, or as one stacked tensor (DynUNet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Output = torch.Tensor | Sequence[torch.Tensor]
+
+
+def output_heads(output: Output, image: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of every head.
+
+    Args:
+        output: of a network: logits ``B classes H W [D]``; a list or tuple of logits, the full resolution first; or a
+            tensor ``B heads classes H W [D]`` of stacked logits.
+        image: what the network was given, ``B M H W [D]``; a tensor with one more dimension is stacked.
+    """
+    if isinstance(output, torch.Tensor):
+        return list(output.unbind(1)) if output.dim() > image.dim() else [output]
+    return list(output)
+
+
+def first_output(output: Output, image: torch.Tensor) -> torch.Tensor:
+    """The full-resolution logits ``B classes H W [D]``; arguments as for ``output_heads``."""
+    return output_heads(output, image)[0]
+
+
+def segmentation_network(network: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """Prepare a network for training and inference, in place: its outputs and where it lies.
+
+    In eval() it then returns the full-resolution logits, a tensor, whatever its class returns. In train() it returns a
+    list of logits if it has several heads, else a tensor.
+
+    Args:
+        network: ``B M H W D`` -> one of the outputs of ``output_heads``. Its weights keep their names.
+        device: where to move it; by default it stays. Its memory format becomes channels_last_3d.
+
+    Returns:
+        The network itself.
+    """
+    network.register_forward_hook(_select_heads)
+    return network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+
+
+def _select_heads(network: nn.Module, inputs: Any, output: Output) -> Output:
+    heads = output_heads(output, inputs[0])
+    return heads if network.training and len(heads) > 1 else heads[0]

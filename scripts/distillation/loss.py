@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
 from scripts.distillation.teacher_weighting import teacher_weights
+from scripts.losses.soft_prediction import softening
 
 
 class DistillationLoss(nn.Module):
@@ -132,7 +133,8 @@ class DistillationLoss(nn.Module):
 
         A sample's sum of weights is 1, or 0 if it has no available teacher.
         """
-        temperature = getattr(self.losses[name], "temperature", 1.0)
+        channels = outputs[LOGITS].shape[1]
+        temperature = softening(getattr(self.losses[name], "temperature", 1.0), channels)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
         weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
         # Logits of an unavailable teacher are replaced, because 0 * NaN is NaN.

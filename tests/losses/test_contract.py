@@ -103,7 +103,7 @@ OVER_THE_BATCH = {"CrossImageRelationLoss", "DISTLoss"}
 
 
 def case_id(case: Case) -> str:
-    variant = [*(str(value) for value in case.options.values()), *(["sigmoid"] if case.inputs is single_channel_maps else [])]
+    variant = [*map(str, case.options.values()), *(["sigmoid"] if case.inputs is single_channel_maps else [])]
     return "-".join([case.name, *variant])
 
 

@@ -79,6 +79,7 @@ CASES = [
     Case("FeatureHintLoss"),
     Case("HierarchicalContextLoss"),
     Case("IntraClassVariationLoss"),
+    Case("MemoryRelationLoss", options={"cells": 64}),  # no cell is left out at random
     Case("MultiScalePriorLoss"),
     Case("PixelRelationLoss"),
     Case("RegionAffinityLoss"),
@@ -91,15 +92,17 @@ VARIANTS = [
     Case("ContourletTextureLoss", options={"statistic": "subband_mse"}),
     Case("DISTLoss", inputs=single_channel_maps),
     Case("DISTLoss", options={"per_sample": True}),
+    Case("MemoryRelationLoss", options={"kind": "region"}),
     Case("SoftPredictionLoss", inputs=single_channel_maps),
 ]
 NAMES = [case.name for case in CASES]
 NEED_EQUAL_CHANNELS = {
-    "ChannelRelationLoss", "ChannelWiseDivergence", "FeatureHintLoss", "HierarchicalContextLoss", "MultiScalePriorLoss",
+    "ChannelRelationLoss", "ChannelWiseDivergence", "FeatureHintLoss", "HierarchicalContextLoss", "MemoryRelationLoss",
+    "MultiScalePriorLoss",
 }  # fmt: skip
 NEED_EQUAL_SHAPES = {"SoftPredictionLoss", "DISTLoss"}
 # They compare the samples of a batch with each other.
-OVER_THE_BATCH = {"CrossImageRelationLoss", "DISTLoss"}
+OVER_THE_BATCH = {"CrossImageRelationLoss", "DISTLoss", "MemoryRelationLoss"}
 
 
 def case_id(case: Case) -> str:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from scripts.data.modalities import UNLABELLED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
 from scripts.distillation.teacher_weighting import teacher_weights
+from scripts.losses.soft_prediction import softening
 
 
 class DistillationLoss(nn.Module):
@@ -29,7 +31,9 @@ class DistillationLoss(nn.Module):
         segmentation: supervised loss of (logits, label), applied to every head of the student by MONAI's
             ``DeepSupervisionLoss``.
         distiller: provides the taps, teachers and adapters that the terms refer to; it is not stored.
-        terms: name -> ``{"loss": module, "tap": "logits" or a tap's name, "weight": factor}``.
+        terms: name -> ``{"loss": module, "tap": "logits" or a tap's name, "weight": factor}``. The module gets the
+            tensors of the student and of one teacher, and the label if its ``forward`` has a third parameter. A module
+            that remembers something of each teacher has a parameter ``source``, the teacher's name.
         weighting: how to weight the teachers, see ``scripts.distillation.teacher_weighting.teacher_weights``.
         static: the weights for ``weighting="static"``, in the order of the teachers.
         mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
@@ -71,7 +75,9 @@ class DistillationLoss(nn.Module):
         self.segmentation = DeepSupervisionLoss(segmentation)  # type: ignore[arg-type]
         self.losses = nn.ModuleDict({name: term["loss"] for name, term in terms.items()})
         self.taps, self.weights = taps, {name: float(term["weight"]) for name, term in terms.items()}
-        self.needs_label = {n: len(inspect.signature(t["loss"].forward).parameters) > 2 for n, t in terms.items()}
+        parameters = {name: [*inspect.signature(term["loss"].forward).parameters] for name, term in terms.items()}
+        self.needs_label = {name: len(set(names) - {"source"}) > 2 for name, names in parameters.items()}
+        self.needs_source = {name: "source" in names for name, names in parameters.items()}
         self.teacher_names = distiller.teacher_names
         self.teachers_of = {tap: distiller.teachers_of(tap) for tap in taps.values()}
         self.weighting, self.static, self.mixing = weighting, static, mixing
@@ -133,7 +139,7 @@ class DistillationLoss(nn.Module):
         tap, extra = self.taps[name], [label] if self.needs_label[name] else []
         if tap == LOGITS and self.mixing == "probability":
             mixed, total_share = self._mix_teachers(name, outputs, shares)
-            return self._weighted_mean(name, total_share, [outputs[LOGITS], mixed, *extra])
+            return self._weighted_mean(self._loss(name, "mixture"), total_share, [outputs[LOGITS], mixed, *extra])
         teachers = self.teachers_of[tap]
         shares = shares[:, [self.teacher_names.index(k) for k in teachers]]
         if len(teachers) < len(self.teacher_names):
@@ -142,12 +148,19 @@ class DistillationLoss(nn.Module):
         for share, teacher in zip(shares.unbind(dim=1), teachers, strict=True):
             adapted = f"student.{tap}@{teacher}"
             student = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
-            values.append(self._weighted_mean(name, share, [student, outputs[f"{teacher}.{tap}"], *extra]))
+            tensors = [student, outputs[f"{teacher}.{tap}"], *extra]
+            values.append(self._weighted_mean(self._loss(name, teacher), share, tensors))
         return torch.stack(values).sum()
 
-    def _weighted_mean(self, name: str, share: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the mean over the batch of share * loss. One call is enough if all samples have the same share."""
+    def _loss(self, name: str, teacher: str) -> Callable[..., torch.Tensor]:
+        """Return a term's loss, with the teacher's name if it takes one as ``source``."""
         loss = self.losses[name]
+        return partial(loss, source=teacher) if self.needs_source[name] else loss
+
+    def _weighted_mean(
+        self, loss: Callable[..., torch.Tensor], share: torch.Tensor, tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the mean over the batch of share * loss. One call is enough if all samples have the same share."""
         if bool((share == share[0]).all()):
             # The loss of an unavailable teacher is not computed, because 0 * NaN is NaN.
             return share[0] * loss(*tensors) if bool(share[0] > 0) else (tensors[0] * 0.0).sum()
@@ -161,7 +174,8 @@ class DistillationLoss(nn.Module):
 
         A sample's sum of weights is 1, or 0 if it has no available teacher.
         """
-        temperature = getattr(self.losses[name], "temperature", 1.0)
+        channels = outputs[LOGITS].shape[1]
+        temperature = softening(getattr(self.losses[name], "temperature", 1.0), channels)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
         weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
         # Logits of an unavailable teacher are replaced, because 0 * NaN is NaN.

@@ -10,6 +10,7 @@ from scripts.losses.cross_image_relation import CrossImageRelationLoss as CrossI
 from scripts.losses.feature_hint import FeatureHintLoss as FeatureHintLoss
 from scripts.losses.hierarchical_context import HierarchicalContextLoss as HierarchicalContextLoss
 from scripts.losses.intra_class_variation import IntraClassVariationLoss as IntraClassVariationLoss
+from scripts.losses.memory_relation import MemoryRelationLoss as MemoryRelationLoss
 from scripts.losses.multi_scale_prior import MultiScalePriorLoss as MultiScalePriorLoss
 from scripts.losses.pixel_relation import PixelRelationLoss as PixelRelationLoss
 from scripts.losses.prediction_correlation import DISTLoss as DISTLoss

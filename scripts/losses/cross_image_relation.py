@@ -21,7 +21,7 @@ class CrossImageRelationLoss(nn.Module):
 
     Source: [paper] CIRKD (Yang et al., CVPR 2022, arXiv 2204.06986) transfers pixel-to-pixel relations among whole
     images; its released mini-batch loss uses all ordered pairs of images, including an image with itself. The memory
-    queues of that paper are not part of this loss; [ours] the pooled cells and the 3D form. Adaptive average pooling
+    queues of that paper are ``MemoryRelationLoss``; [ours] the pooled cells and the 3D form. Adaptive average pooling
     gives N cells, at most ``grid`` per axis. For the images i and j of a batch, R_ij has one row per cell of image i
     and one column per cell of image j::
 

@@ -26,7 +26,7 @@ def _centred_directions(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _correlation_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Compute 1 - Pearson of the rows of ``B M K``, and its mean over the rows that vary in the teacher: ``B``."""
+    """Compute 1 - Pearson of the rows of ``G M K``, and its mean over the rows that vary in the teacher: ``G``."""
     s, s_varies = _centred_directions(student)
     t, t_varies = _centred_directions(teacher)
     # |s - t|^2 / 2 equals 1 - <s, t> for two unit vectors, but does not cancel where they nearly agree.
@@ -39,12 +39,17 @@ class DISTLoss(nn.Module):
 
     Source: [paper] DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536) matches the correlations of predictions instead
     of the predictions: between the classes of an instance (inter-class) and between the instances of a class
-    (intra-class); [ours] the instances are the voxels of one sample, and constant rows are left out::
+    (intra-class). The instances are all voxels of all samples of the batch, as in the authors' released segmentation
+    code; [ours] the 3D form, and constant rows are left out::
 
         p = softmax(logits / temperature)
-        L = mean over batch of
-            inter * mean over voxels of (1 - Pearson over classes of p_student and p_teacher)
-          + intra * mean over classes of (1 - Pearson over voxels of p_student and p_teacher)
+        L = inter * mean over voxels of (1 - Pearson over classes of p_student and p_teacher)
+          + intra * mean over classes of (1 - Pearson over all voxels of the batch of p_student and p_teacher)
+
+    With ``per_sample`` each sample has its own correlations, and L is the mean over the samples. A patch without tumour
+    then counts as much as a patch with tumour, and because its predictions hardly vary, its gradient is larger: do not
+    use it on patches of which many are empty. ``DistillationLoss`` passes single samples if the samples of a batch have
+    different teacher weights: for correlations over the batch, use equal weights.
 
     Each part is in [0, 2]. A teacher that is constant (a class over all voxels, or a voxel over all classes) has no
     correlation: that row is left out of the mean, and the mean of no rows is 0. A constant row of the student has
@@ -64,21 +69,25 @@ class DISTLoss(nn.Module):
         intra: factor of the intra-class part.
         temperature: softening of the softmax. There is no factor temperature^2, because correlations do not shrink with
             the probabilities.
+        per_sample: correlate the voxels of each sample instead of those of the batch.
 
     Raises:
         ValueError: ``inter`` or ``intra`` is negative, or ``temperature`` is not positive.
     """
 
-    def __init__(self, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0, per_sample: bool = False
+    ) -> None:
         super().__init__()
         if inter < 0 or intra < 0:
             raise ValueError(f"inter and intra must not be negative, got {inter} and {intra}.")
         check_positive("temperature", temperature)
-        self.inter, self.intra, self.temperature = inter, intra, temperature
+        self.inter, self.intra, self.temperature, self.per_sample = inter, intra, temperature, per_sample
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax of ``B C H W [D]``, as ``B C N``."""
-        return two_class_logits(logits.float().flatten(2) / self.temperature).softmax(dim=1)
+        """Softmax of ``B C H W [D]``, as ``1 C B*N``, or ``B C N`` per sample."""
+        p = two_class_logits(logits.float().flatten(2) / self.temperature).softmax(dim=1)
+        return p if self.per_sample else p.transpose(0, 1).flatten(1).unsqueeze(0)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Compare the predictions.

@@ -24,7 +24,8 @@ class RegionAffinityLoss(nn.Module):
     The range of L is [0, 4]. The pairs are those of the classes in a sample's label, including the background. A sample
     with fewer than two classes counts as 0 in the mean over the batch and gives no gradient. Both maps are pooled to
     their common (smaller) grid first. A region whose mean feature is zero has cosine 0. The numbers of channels may
-    differ.
+    differ. This is the third part of EMKD, beside the prediction map (``SoftPredictionLoss``, temperature 4) and the
+    importance maps (``AttentionMapLoss``, p 4): configs/methods/emkd.json.
 
     Config::
 

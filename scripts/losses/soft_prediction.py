@@ -10,6 +10,11 @@ from torch.nn import functional
 from scripts.losses._common import check_positive, check_same_shape, kl_divergence, two_class_logits
 
 
+def softening(temperature: float | None, channels: int) -> float:
+    """Return ``temperature``, or its default for this number of channels: 1 for up to two classes, 4 for more."""
+    return temperature or (1.0 if channels <= 2 else 4.0)
+
+
 class SoftPredictionLoss(nn.Module):
     """Kullback-Leibler divergence of the softened predictions.
 
@@ -20,20 +25,26 @@ class SoftPredictionLoss(nn.Module):
 
     The softmax runs over channels. A single-channel (sigmoid) head uses the Bernoulli KL of the softened logits.
 
+    A high temperature shows the similarities between the wrong classes. With two classes there are none: it only gives
+    confident voxels more of the gradient, so that a patch without tumour gets about as much as a patch with tumour. The
+    default temperature is therefore 1 for two classes, or a single channel, and 4 for more.
+
     Config::
 
         "loss#terms#soft": {"tap": "logits", "weight": 0.5, "loss": {"_target_": "scripts.losses.SoftPredictionLoss"}}
 
     Args:
-        temperature: softening of the softmax; the factor temperature^2 keeps the gradient at the same magnitude.
+        temperature: softening of the softmax; the factor temperature^2 keeps the gradient at the same magnitude. None:
+            1 for up to two channels, 4 for more.
 
     Raises:
         ValueError: ``temperature`` is not positive.
     """
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: float | None = None) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        if temperature is not None:
+            check_positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -50,6 +61,7 @@ class SoftPredictionLoss(nn.Module):
             ValueError: the shapes differ. The message contains both shapes.
         """
         check_same_shape(student, teacher)
-        logits = (two_class_logits(z.float() / self.temperature) for z in (student, teacher.detach()))
+        temperature = softening(self.temperature, student.shape[1])
+        logits = (two_class_logits(z.float() / temperature) for z in (student, teacher.detach()))
         log_s, log_t = (functional.log_softmax(z, dim=1) for z in logits)
-        return self.temperature**2 * kl_divergence(log_t, log_s, dim=1).mean()
+        return temperature**2 * kl_divergence(log_t, log_s, dim=1).mean()

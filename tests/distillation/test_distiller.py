@@ -251,6 +251,20 @@ def test_both_mixings_have_the_same_gradient_but_different_values(mixing, channe
     assert loss.logged["soft"] == pytest.approx(4 * float(values[mixing].mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "temperature"), [(1, 1.0), (2, 1.0), (3, 4.0)])
+def test_probabilities_are_mixed_at_the_default_temperature_of_the_loss(channels, temperature):
+    distiller = build()
+    loss = criterion(distiller, SoftPredictionLoss(), 1.0, mixing="probability")
+    names = ("logits", "ct.logits", "petmr.logits")
+    generator = torch.Generator().manual_seed(4)
+    logits = {name: 3 * torch.randn(2, channels, *SIZE, generator=generator) for name in names}
+    outputs = {**distiller(image()), **logits}
+    loss(outputs, label())
+    q, ct, petmr = (softmax(logits[name] / temperature) for name in names)
+    expected = temperature**2 * divergence((ct + petmr) / 2, q).mean()
+    assert loss.logged["soft"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
     distiller = build()
     loss, outputs = criterion(distiller), distiller(image())

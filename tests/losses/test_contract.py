@@ -79,6 +79,7 @@ CASES = [
     Case("FeatureHintLoss"),
     Case("HierarchicalContextLoss"),
     Case("IntraClassVariationLoss"),
+    Case("MemoryRelationLoss", options={"cells": 64}),  # no cell is left out at random
     Case("MultiScalePriorLoss"),
     Case("PixelRelationLoss"),
     Case("RegionAffinityLoss"),
@@ -90,17 +91,22 @@ VARIANTS = [
     Case("AttentionMapLoss", options={"norm": "l1"}),
     Case("ContourletTextureLoss", options={"statistic": "subband_mse"}),
     Case("DISTLoss", inputs=single_channel_maps),
+    Case("DISTLoss", options={"per_sample": True}),
+    Case("MemoryRelationLoss", options={"kind": "region"}),
     Case("SoftPredictionLoss", inputs=single_channel_maps),
 ]
 NAMES = [case.name for case in CASES]
 NEED_EQUAL_CHANNELS = {
-    "ChannelRelationLoss", "ChannelWiseDivergence", "FeatureHintLoss", "HierarchicalContextLoss", "MultiScalePriorLoss",
+    "ChannelRelationLoss", "ChannelWiseDivergence", "FeatureHintLoss", "HierarchicalContextLoss", "MemoryRelationLoss",
+    "MultiScalePriorLoss",
 }  # fmt: skip
 NEED_EQUAL_SHAPES = {"SoftPredictionLoss", "DISTLoss"}
+# They compare the samples of a batch with each other.
+OVER_THE_BATCH = {"CrossImageRelationLoss", "DISTLoss", "MemoryRelationLoss"}
 
 
 def case_id(case: Case) -> str:
-    variant = [*case.options.values(), *(["sigmoid"] if case.inputs is single_channel_maps else [])]
+    variant = [*map(str, case.options.values()), *(["sigmoid"] if case.inputs is single_channel_maps else [])]
     return "-".join([case.name, *variant])
 
 
@@ -180,7 +186,7 @@ def test_autocast_does_not_change_the_value(case: Case) -> None:
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-@each([case for case in CASES if case.name != "CrossImageRelationLoss"])  # it relates the images to each other
+@each([case for case in CASES + VARIANTS if case.options.get("per_sample") or case.name not in OVER_THE_BATCH])
 def test_the_value_of_a_batch_is_the_mean_over_its_samples(case: Case) -> None:
     inputs, loss = [*case.pair(), *case.label(3)], case.loss()
     single = [loss(*(x[i : i + 1] for x in inputs)) for i in (0, 1)]

@@ -27,10 +27,15 @@ def probabilities(logits: Tensor, temperature: float) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def reference(s: Tensor, t: Tensor, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0) -> float:
+def reference(
+    s: Tensor, t: Tensor, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0, per_sample: bool = False
+) -> float:
     """The docstring's formula in float64 by numpy.corrcoef, row by row, for predictions without constant rows."""
+    groups = [probabilities(s, temperature), probabilities(t, temperature)]
+    if not per_sample:  # one group: the voxels of all samples side by side
+        groups = [np.concatenate(list(each), axis=1)[None] for each in groups]
     values = []
-    for p, q in zip(probabilities(s, temperature), probabilities(t, temperature), strict=True):
+    for p, q in zip(*groups, strict=True):
         over_classes = [1 - np.corrcoef(p[:, i], q[:, i])[0, 1] for i in range(p.shape[1])]
         over_voxels = [1 - np.corrcoef(p[c], q[c])[0, 1] for c in range(len(p))]
         values.append(inter * np.mean(over_classes) + intra * np.mean(over_voxels))
@@ -54,10 +59,39 @@ def test_the_inter_class_part_is_the_correlation_over_classes():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(("inter", "intra"), PARTS)
-def test_random_logits_agree_with_numpy(normal, shape, inter, intra, temperature):
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_random_logits_agree_with_numpy(normal, shape, inter, intra, temperature, per_sample):
     student, teacher = 3 * normal(shape, 0), 3 * normal(shape, 1)
-    expected = reference(student, teacher, inter, intra, temperature)
-    assert DISTLoss(inter, intra, temperature)(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+    expected = reference(student, teacher, inter, intra, temperature, per_sample)
+    loss = DISTLoss(inter, intra, temperature, per_sample)
+    assert loss(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_class_is_correlated_over_the_voxels_of_all_samples():
+    # The tumour's probabilities of two samples of two voxels. Over all four voxels the deviations of the student are
+    # (-3, -1, 1, 3), those of the teacher (-1, -3, 3, 1): Pearson 12 / 20. Within each sample it is -1.
+    student, teacher = ([[[a, b], [1 - a, 1 - b]] for a, b in pairs] for pairs in [
+        [(0.2, 0.4), (0.6, 0.8)], [(0.4, 0.2), (0.8, 0.6)]
+    ])  # fmt: skip
+    student, teacher = (torch.cat([logits_of(rows) for rows in samples]) for samples in (student, teacher))
+    assert DISTLoss(inter=0.0)(student, teacher).item() == pytest.approx(1 - 12 / 20, abs=1e-6)
+    assert DISTLoss(inter=0.0, per_sample=True)(student, teacher).item() == pytest.approx(2.0, abs=1e-6)
+
+
+def test_an_empty_patch_has_a_small_part_of_the_gradient_unless_each_sample_is_correlated(normal):
+    # Two classes; the first patch holds no tumour, the second has tumour in one eighth of its voxels.
+    student, teacher = (normal((2, 2, 8, 8, 8), seed) for seed in (0, 1))
+    for logits in (student, teacher):
+        logits[:, 0] += 6.0
+        logits[1, 1, :4, :4, :4] += 9.0
+    ratios = {}
+    for per_sample in (False, True):
+        x = student.clone().requires_grad_()
+        DISTLoss(per_sample=per_sample)(x, teacher).backward()
+        empty, tumour = x.grad.flatten(1).norm(dim=1)
+        ratios[per_sample] = float(empty / tumour)
+    assert ratios[False] < 0.1
+    assert ratios[True] > 1
 
 
 def test_the_defaults_are_both_parts_with_factor_1_and_temperature_1(normal):

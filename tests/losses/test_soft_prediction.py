@@ -59,9 +59,33 @@ def test_a_single_channel_gives_the_bernoulli_divergence(temperature):
     assert loss.item() == pytest.approx(half_against_three_quarters(temperature), rel=1e-6)
 
 
-def test_the_default_temperature_is_four():
-    student, teacher = pair(SHAPES[1])
-    assert SoftPredictionLoss()(student, teacher).item() == pytest.approx(reference(student, teacher, 4.0), rel=1e-5)
+@pytest.mark.parametrize(("channels", "temperature"), [(1, 1.0), (2, 1.0), (3, 4.0), (5, 4.0)])
+def test_the_default_temperature_is_1_for_two_classes_and_4_for_more(channels, temperature):
+    student, teacher = pair((2, channels, 3, 4, 5))
+    expected = reference(student, teacher, temperature)
+    assert SoftPredictionLoss()(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_given_temperature_is_used_for_two_classes_too():
+    student, teacher = pair((2, 2, 3, 4, 5))
+    assert SoftPredictionLoss(4.0)(student, teacher).item() == pytest.approx(reference(student, teacher, 4.0), rel=1e-5)
+
+
+def test_by_default_an_empty_patch_has_a_small_part_of_the_gradient():
+    # Two classes: the background is sure in both networks, the tumour fills one eighth of the second patch. The
+    # gradient of the KL is T * (p_student - p_teacher): its norm over a patch is what the student feels.
+    student, teacher = (logits / 3 for logits in pair((2, 2, 8, 8, 8)))
+    for logits in (student, teacher):
+        logits[:, 0] += 9.0
+        logits[1, 1, :4, :4, :4] += 9.0
+    ratios = {}
+    for temperature in (None, 4.0):
+        x = student.clone().requires_grad_()
+        SoftPredictionLoss(temperature)(x, teacher).backward()
+        empty, tumour = x.grad.flatten(1).norm(dim=1)
+        ratios[temperature] = float(empty / tumour)
+    assert ratios[None] < 0.4
+    assert ratios[4.0] > 0.75
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3, 4), (2, 1, 3, 4, 2)])

@@ -21,6 +21,7 @@ INSTRUMENTS = {  # name -> module, summary
     "study": ("study", "does a teacher add anything, and how small may the student be?"),
     "missing": ("missing_modalities", "score students on every subset of the modalities"),
     "training": ("training_step", "time a training step with cached and online teachers, and with every method"),
+    "gpu": ("gpu_check", "check one GPU: training steps, cached teachers, memory, the mask against the CPU's"),
     "scaling": ("multi_process", "time a training step in one and in two processes"),
     "inference": ("inference_speed", "time inference from files to a written mask"),
     "metrics": ("metrics_speed", "time Dice, HD95 and ASSD of several packages"),

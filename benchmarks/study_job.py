@@ -113,6 +113,7 @@ class StudyJob(Job):
         before: a command that the training needs first.
         preparations: called before the commands.
         notes: further values of the record.
+        folders: folder -> what stands for it in the commands of the record.
         kept: a file that makes this job unnecessary.
         answers: what a job of the teachers collects instead of an evaluation.
     """
@@ -123,6 +124,7 @@ class StudyJob(Job):
     before: tuple[Command, ...] = field(default=(), kw_only=True)
     preparations: tuple[Callable[[], None], ...] = field(default=(), kw_only=True)
     notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    folders: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     kept: Path | None = field(default=None, kw_only=True)
     answers: Answers | None = field(default=None, kw_only=True)
 
@@ -171,6 +173,8 @@ class StudyJob(Job):
         manifest_path = self.folder / "manifest.json"
         manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
         commands = [shlex.join(("python", "-m", "scripts", *command)) for command in (*self.before, *self.typed())]
+        for folder, name in self.folders.items():
+            commands = [command.replace(folder, name) for command in commands]
         record = {
             **{key: getattr(row, key) for key in row.__dataclass_fields__},
             **self.notes,

@@ -48,6 +48,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "t1": {"architecture": "hdenseformer", "learning_rate": 0.001, "gradient_clip": 1.0},
     "t2": {"architecture": "unetr", "learning_rate": 0.0003, "gradient_clip": 1.0},
 }
+TEACHER_SCALE = "full"
 VIT_SMALL = {"hidden_size": 384, "mlp_dim": 1536, "num_heads": 6}  # where there is no GPU
 TERMS = {"loss#terms#hinton#weight": 1.0, "loss#terms#dist#weight": 1.0}  # L_seg has weight 1, too: half and half
 METHODS = ("--method", "hinton", "--method", "dist")
@@ -158,22 +159,22 @@ class StudyPlan:
         if architecture == "unetr" and not self.gpu:
             settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
         train = [k for k in range(FOLDS) if k not in pair]
-        command = ("teacher", "--architecture", architecture, "--scale", "full")
-        job = self._job(row, train, [], lambda: command, lambda: settings)
-        return replace(job, evaluations=(), kept=self.answers_path(pair))
+        command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
+        job = self._job(row, train, [], lambda: command, lambda: settings, evaluated=False)
+        return replace(job, kept=self.answers_path(pair))
 
     def answers_job(self, pair: tuple[int, int], trainings: Sequence[StudyJob]) -> StudyJob:
         """The answers of a pair's teachers on all patients, over all flips."""
         row = self.teacher_row("ensemble", pair, pair[0])
-        settings = {"caching#inferer#sw_batch_size": 16 if self.gpu else 2}
+        settings = {"+answers#inferer#sw_batch_size": 16 if self.gpu else 2}
         teachers = []
         for training in trainings:
             architecture = TEACHERS[training.study_row.arm]["architecture"]
             teachers += ["--teacher", f"{training.study_row.arm}={architecture}={training.folder / 'model.pt'}"]
             if architecture == "unetr" and not self.gpu:
                 settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
-        command = ("cache-teachers", "--scale", "full", *teachers, "--tta", "flips", "--cases", "all")
-        job = self._job(row, range(FOLDS), [], lambda: command, lambda: settings, training=False)
+        command = ("cache-teachers", "--scale", TEACHER_SCALE, *teachers, "--tta", "flips", "--cases", "all")
+        job = self._job(row, range(FOLDS), [], lambda: command, lambda: settings, training=False, evaluated=False)
         outputs = tuple(f"{name}/manifest.json" for name in TEACHERS)
         needs = tuple(training.folder / "model.pt" for training in trainings)
         scored = tuple(self.teacher_row(arm, pair, fold) for arm in (*TEACHERS, "ensemble") for fold in pair)
@@ -186,7 +187,7 @@ class StudyPlan:
             settings=self.grid_settings,
             rows=scored,
         )
-        return replace(job, evaluations=(), needs=needs, outputs=outputs, answers=answers)
+        return replace(job, needs=needs, outputs=outputs, answers=answers)
 
     def teacher_row(self, arm: str, pair: tuple[int, int], fold: int) -> StudyRow:
         """The row of a pair's teachers, tested on one of its folds."""
@@ -252,7 +253,8 @@ class StudyPlan:
             unlabelled: folds to train on without their labels.
             recipe: gives the settings of the training; by default the chosen recipe.
         """
-        command = ("distill", *METHODS, *teacher) if teacher else ("train",)
+        command: Command = ("distill", *METHODS, *teacher) if teacher else ("train",)
+        command = (*command, "--unlabelled") if unlabelled else command
 
         def settings() -> dict[str, Any]:
             student = dict(STUDENTS[row.student])
@@ -280,9 +282,9 @@ class StudyPlan:
         teacher = ("--teacher", f"{OUTSIDE}={spec}", "--cache-dir", str(folder / "cache"))
         job = self.student_job(row, train, teacher, unlabelled)
         needs = (*job.needs, *dict.fromkeys(path for paths in sources.values() for path in paths))
-        before = self._command(
-            job, ("cache-teachers", "--teacher", f"{OUTSIDE}={spec}", "--fold", "0"), {}, folder / "cache"
-        )
+        caching: Command = ("cache-teachers", "--teacher", f"{OUTSIDE}={spec}", "--fold", "0")
+        caching = (*caching, "--unlabelled") if unlabelled else caching
+        before = self._command(job, caching, {}, folder / "cache")
         return replace(job, needs=needs, before=(before,), preparations=(*job.preparations, prepare))
 
     def _answers_for(self, row: StudyRow, folds: Sequence[int]) -> dict[str, list[Path]]:
@@ -311,6 +313,7 @@ class StudyPlan:
         command: Callable[[], Command],
         settings: Callable[[], dict[str, Any]],
         training: bool = True,
+        evaluated: bool = True,
     ) -> StudyJob:
         """A training on some folds, evaluated on the row's fold."""
         folder = self._folder(row)
@@ -328,23 +331,31 @@ class StudyPlan:
             write_json({"seed": 0, "folds": [part for part in patients if part]}, folder / "splits.json")
 
         def schedule() -> dict[str, Any]:
-            length = {"max_epochs": epochs, "val_interval": epochs + 1}
+            length = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
             save = {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
             return {**length, **save, "precision": "bfloat16" if self.gpu else "float32"} if training else {}
 
-        notes = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
+        notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
         job = StudyJob(
-            row.name, row.seed, folder, (), study_row=row, results=self.results, preparations=(prepare,), notes=notes
+            row.name,
+            row.seed,
+            folder,
+            (),
+            study_row=row,
+            results=self.results,
+            preparations=(prepare,),
+            notes=notes,
+            folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
         )
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
 
         def commands() -> tuple[Command, ...]:
             first = self._command(job, (*command(), "--fold", "0"), {**settings(), **schedule()}, folder)
-            if not training:
+            if not evaluated:
                 return (first,)
             return first, self._command(job, evaluate, settings(), folder / "eval")
 
-        return replace(job, build=commands)
+        return replace(job, build=commands, evaluations=("eval",) if evaluated else ())
 
     def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
         """A case's row of a data list, with paths relative to the data set's folder."""

@@ -146,14 +146,15 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(head, cells)
 
 
-def cache_teachers(folder: Path, options: Sequence[str]) -> None:
-    """Cache the predictions of all ``TEACHERS``, in a separate process. An existing cache is kept.
+def cache_teachers(folder: Path, options: Sequence[str], architectures: Sequence[str] = TEACHERS) -> None:
+    """Cache the predictions of teachers with random weights, in a separate process. An existing cache is kept.
 
     Args:
         folder: of the cache.
         options: options of ``python -m scripts cache-teachers``.
+        architectures: of the teachers.
     """
-    weights = [word for name in TEACHERS for word in ("--teacher", f"{name}=random")]
+    weights = [word for name in architectures for word in ("--teacher", f"{name}=random")]
     command = ["cache-teachers", *options, *weights, "--output-dir", str(folder)]
     process = multiprocessing.get_context("fork").Process(target=lambda: exit(main(command)))
     process.start()

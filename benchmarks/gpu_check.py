@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check the bundle on one GPU: bf16 training steps, cached and online teachers, memory, and the mask against the CPU's.
+
+Example: python -m benchmarks gpu --output-dir runs/gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from benchmarks.interleaved_timing import Candidate, compose
+from benchmarks.job_queue import use_own_progress_lock
+from benchmarks.options import add_json_option, add_output_options
+from benchmarks.training_step import MIN_ROUNDS, PLAIN, cache_teachers, format_table, random_teachers, time_candidates
+from scripts.cli.config import config_names, read_config
+from scripts.cli.main import main
+from scripts.utils.atomic_files import write_json
+
+MEMORY_STEPS = 3
+STUDIES = 10_000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_output_options(parser, "runs/gpu")
+    parser.add_argument("--device", default="cuda", help="the GPU (default %(default)s)")
+    parser.add_argument("--scale", default="full", choices=config_names("scale"), help="size (default %(default)s)")
+    parser.add_argument("--teachers", nargs="+", default=["unetr", "hdenseformer"], help="architectures")
+    add_json_option(parser)
+
+
+def candidates(args: argparse.Namespace, folder: Path, cache: Path) -> list[Candidate]:
+    """Plain training in float32 and bf16, then the teachers cached and online, in bf16."""
+    base = ("train", "data/phantom", f"scale/{args.scale}")
+    common = {
+        "dataset_dir": str(folder),
+        "threads": 1,
+        "num_workers": 4,
+        "output_dir": str(args.output_dir / "unused"),
+        "device": f"$torch.device('{args.device}')",
+        "precision": "bfloat16",
+    }
+    taught = {**common, "teacher_specs": random_teachers(args.teachers, read_config("data/phantom")["modalities"])}
+    terms = (*base, "distill", "methods/hinton")
+    return [
+        Candidate(PLAIN, base, common),
+        Candidate("plain, float32", base, {**common, "precision": "float32"}),
+        Candidate("cached teachers", (*terms, "cached"), {**taught, "cache_dir": str(cache)}),
+        Candidate("online teachers", terms, taught),
+    ]
+
+
+def _peak_memory(candidate: Candidate, pipe: Connection) -> None:
+    """Worker process: train a few steps and send the peak memory of the GPU in MiB."""
+    use_own_progress_lock()
+    parser = compose(candidate)
+    parser["train#handlers"] = []
+    parser["max_epochs"] = MEMORY_STEPS
+    parser["train#trainer#epoch_length"] = 1
+    parser["locked"] = ""
+    parser.get_parsed_content("initialize")
+    parser.get_parsed_content("train#trainer").run()
+    pipe.send(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
+
+
+def peak_memory(candidate: Candidate) -> float:
+    """Peak memory of the GPU in MiB over a few training steps, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_peak_memory, args=(candidate, there))
+    process.start()
+    there.close()
+    try:
+        return float(here.recv())
+    except EOFError:
+        raise RuntimeError(f"The training '{candidate.name}' ended early. See the error message above.") from None
+    finally:
+        process.join()
+
+
+def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
+    """Segment one phantom on the CPU and on the GPU and compare the masks."""
+    case = folder / "PHANTOM_001"
+    files = ("--ct", case / "CT_image.nii.gz", "--pet", case / "PET_image.nii.gz", "--mr", case / "MR_T1_image.nii.gz")
+    masks = []
+    for name in ("cpu", device):
+        mask = output / f"mask_{name.replace(':', '_')}.nii.gz"
+        options = ("--device", name, "--engine", "torch", "--precision", "fp32", "--output", mask)
+        if main(["segment", *map(str, (*files, *options))]):
+            raise RuntimeError("The phantom was not segmented. See the error message above.")
+        masks.append(np.asarray(nib.load(mask).dataobj) > 0)
+    cpu, gpu = masks
+    both = int(cpu.sum() + gpu.sum())
+    dice = 2 * int((cpu & gpu).sum()) / both if both else 1.0
+    return {"voxels": int(cpu.sum()), "different_voxels": int((cpu != gpu).sum()), "dice": round(dice, 6)}
+
+
+def run(args: argparse.Namespace) -> str:
+    """Run all checks and return the report."""
+    folder, cache = args.output_dir / "phantoms", args.output_dir / "cache"
+    choices = candidates(args, folder, cache)
+    if args.dry_run:
+        return "\n".join(f"{each.name}: {', '.join(each.configs)}" for each in choices)
+    if not folder.is_dir():
+        main(["phantom", "--cases", "10", "--output-dir", str(folder)])
+    masks = compare_masks(folder, args.output_dir, args.device)
+    options = ("--data", "phantom", "--dataset-dir", str(folder), "--scale", args.scale, "--device", args.device)
+    cache_teachers(cache, (*options, "--fold", "0", "--set", "overlap=0"), args.teachers)
+    rows = time_candidates(choices, MIN_ROUNDS)
+    for row, candidate in zip(rows, choices, strict=True):
+        row["gpu_mib"] = round(peak_memory(candidate))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else args.device
+    report = {"device": name, "torch": torch.__version__, "scale": args.scale, "masks": masks, "steps": rows}
+    write_json(report, args.json or args.output_dir / "gpu.json")
+    return _report(name, masks, rows)
+
+
+def _report(device: str, masks: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"device: {device}, torch {torch.__version__}",
+        f"masks of CPU and GPU: {masks['different_voxels']} of {masks['voxels']} voxels differ, Dice {masks['dice']}",
+        format_table(rows),
+        *(f"GPU memory, {row['side']}: {row['gpu_mib']} MiB" for row in rows),
+        *(
+            f"an epoch of {STUDIES} studies, batches of 2, {row['side']}: {row['median_s'] * STUDIES / 2 / 60:.1f} min"
+            for row in rows
+        ),
+    ]
+    return "\n".join(lines)

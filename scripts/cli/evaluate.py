@@ -70,7 +70,6 @@ def run(args: argparse.Namespace) -> None:
             "predictions": args.predictions,
             "run": Expression("@score"),
             "score#network": Expression("$None"),
-            "network_check": Expression("$None"),
         }
         if not has_weights:  # the network that made the masks is unknown
             overrides["score#weights"] = Expression("$None")

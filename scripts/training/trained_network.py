@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from scripts.training.training_record import class_name, task_path
+from scripts.networks.task_file import task_path
+from scripts.training.training_record import class_name
 
 
 def trained_network(definition: dict[str, Any], weights: str | Path) -> dict[str, Any]:

@@ -42,9 +42,13 @@ class Silent(nn.Module):
         return (student * 0).sum()
 
 
-def total(logits: Tensor, label: Tensor) -> Tensor:
-    """A gradient of (3 mean(x_0), 4 mean(x_1)) to the two factors."""
-    return 3 * logits[:, 0].mean() + 4 * logits[:, 1].mean()
+class Total(nn.Module):
+    """A gradient of ``factor`` times (3 mean(x_0), 4 mean(x_1)) to the two factors of the student."""
+
+    factor = 1.0
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        return self.factor * (3 * logits[:, 0].mean() + 4 * logits[:, 1].mean())
 
 
 LABEL = torch.zeros(1, 1, 2, 2, 2)
@@ -57,14 +61,15 @@ class Trainer:
         self.distiller = Distiller(Scale((1.0, 1.0)), {"one": Scale((0.0, 0.0))})
         losses = {"a": FirstChannel(), "b": Silent()}
         terms = {name: {"tap": "logits", "weight": 9.0, "loss": loss} for name, loss in losses.items()}
-        self.loss = DistillationLoss(total, self.distiller, terms)
+        self.segmentation = Total()
+        self.loss = DistillationLoss(self.segmentation, self.distiller, terms)
         self.balance = GradientBalance(self.distiller.student, self.loss, share)
         self.state = SimpleNamespace(max_epochs=epochs, epoch_length=steps, iteration=0, output={})
         self.scaler: Any = None
 
     def step(self, image: Tensor, iteration: int, factor: float = 1.0) -> dict[str, float]:
         """A step on an image, where the gradient of L_seg is ``factor`` times as large; returns the weights."""
-        self.loss.segmentation = lambda logits, label: factor * total(logits, label)
+        self.segmentation.factor = factor
         self.state.iteration = iteration
         self.state.output = {"pred": self.distiller.train()(image), "label": LABEL}
         self.balance(self)
@@ -93,7 +98,6 @@ def test_the_first_step_sets_the_weights_and_the_next_ones_average_the_norms() -
     trainer = Trainer(share=2.0)
     assert trainer.step(IMAGE, 1) == {"a": 10.0, "b": 0.0}  # 2 * 5 / 1
     # Norms (5 + 5) / 2 of L_seg and (1 + 3) / 2 of the term.
-    trainer.loss.segmentation = total
     assert trainer.step(3 * IMAGE, 2, factor=1 / 3) == {"a": 5.0, "b": 0.0}
 
 

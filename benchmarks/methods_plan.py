@@ -19,9 +19,7 @@ DUAL_TEACHERS = ("dynunet", "hdenseformer")  # dual distillation needs a CNN and
 TRANSFORMER_TEACHERS = ("hdenseformer", "unetr")  # Teach-Former's own setting, a row of its own
 COMBINED_METHODS = ("teachformer", "dist")  # the two best of the first two seeds on STS, chosen after seeing the table
 TEACHER_LEARNING_RATE = 0.001
-BALANCE_SHARE = 1.0  # gradient norm of all terms together, relative to that of the segmentation loss
 ALONE = "student alone"
-WARM_UP_ROW = "student warmed up"  # a student of few epochs, on which the weights of the terms are chosen
 PET_THRESHOLDS = {  # row -> SUV, fraction of the maximum
     "PET above SUV 2.5": (2.5, 0.0),
     "PET above 41% of its maximum": (0.0, 0.41),
@@ -64,13 +62,10 @@ class MethodsPlan:
     def jobs(self) -> list[Job]:
         """All jobs: first those that others need, then seed by seed, the controls with random teachers last."""
         rate = ("--set", f"learning_rate={TEACHER_LEARNING_RATE}")
-        warm_up_epochs = max(1, self.epochs // 5)
         jobs = [
-            self._plain(_warm_up_row(method), 0, warm_up_epochs, extra=_student_options(method))
-            for method in ("", "dual")
+            self._plain(f"teacher {architecture}", 0, self.teacher_epochs, architecture, rate)
+            for architecture in dict.fromkeys((*DUAL_TEACHERS, *TRANSFORMER_TEACHERS))
         ]
-        for architecture in dict.fromkeys((*DUAL_TEACHERS, *TRANSFORMER_TEACHERS)):
-            jobs.append(self._plain(f"teacher {architecture}", 0, self.teacher_epochs, architecture, rate))
         for seed in self.seeds:
             jobs.append(self._plain(ALONE, seed, self.epochs))
             jobs += [self._distilled(method, seed, (method,), _teachers(method)) for method in self.methods]
@@ -115,18 +110,15 @@ class MethodsPlan:
         self, row: str, seed: int, methods: Sequence[str], teachers: Sequence[str], random: bool = False
     ) -> Job:
         """A distillation; ``random``: from teachers with random weights."""
-        needs = [] if random else [self.weights(f"teacher {architecture}") for architecture in teachers]
-        student = "dual" if "dual" in methods else ""
-        warmed_up = self.weights(_warm_up_row(student))
-        train: Command = ("distill", "--epochs", str(self.epochs), "--balance", str(BALANCE_SHARE))
-        train = (*train, "--balance-with", str(warmed_up))
+        needs = () if random else tuple(self.weights(f"teacher {architecture}") for architecture in teachers)
+        train: Command = ("distill", "--epochs", str(self.epochs))
         for method in methods:
             train = (*train, "--method", method)
         for architecture in teachers:
             weights = "random" if random else str(self.weights(f"teacher {architecture}"))
             train = (*train, "--teacher", f"{architecture}={weights}")
-        job = self._job(row, seed, train, extra=_student_options(student))
-        return replace(job, needs=(*needs, warmed_up))
+        job = self._job(row, seed, train, extra=_student_options("dual" if "dual" in methods else ""))
+        return replace(job, needs=needs)
 
 
 def _student_options(method: str) -> Command:
@@ -136,10 +128,6 @@ def _student_options(method: str) -> Command:
 
 def _teachers(method: str) -> Command:
     return DUAL_TEACHERS if method == "dual" else DEFAULT_TEACHERS
-
-
-def _warm_up_row(method: str) -> str:
-    return WARM_UP_ROW + (" with selective fusion" if method == "dual" else "")
 
 
 def write_threshold_masks(plan: MethodsPlan) -> Iterator[tuple[str, Path]]:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.job_queue import Job
-from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, WARM_UP_ROW, MethodsPlan
+from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, MethodsPlan
 from scripts.data import datalist, fold_split
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.report.curves import read_curves
@@ -108,7 +108,7 @@ def table_entries(plan: MethodsPlan, jobs: Sequence[Job]) -> list[dict[str, Any]
     folders: dict[str, list[Path]] = {}
     seeds: dict[str, list[int]] = {}
     for job in jobs:
-        if job.done and not job.row.startswith(WARM_UP_ROW):
+        if job.done:
             folders.setdefault(job.row, []).append(job.folder)
             seeds.setdefault(job.row, []).append(job.seed)
     entries = [table_entry(row, each, [folder / "eval" for folder in each]) for row, each in folders.items()]

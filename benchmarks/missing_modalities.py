@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.job_queue import Command, Job, add_queue_options, command_lines, run_jobs, select_jobs
-from benchmarks.methods_plan import BALANCE_SHARE, TEACHER_LEARNING_RATE, WARM_UP_ROW
+from benchmarks.methods_plan import TEACHER_LEARNING_RATE
 from benchmarks.methods_table import format_interval, seed_mean
 from benchmarks.options import add_data_options, add_output_options, add_training_options
 from scripts.cli.config import read_config
@@ -64,19 +64,17 @@ class MissingPlan:
     dropout: float = 0.25
 
     def jobs(self) -> list[Job]:
-        """The teacher, its cache, the warmed-up student that sets the weights of the terms, then all students."""
-        teacher, cache, warmed_up = (self.output / name for name in ("teacher_dynunet", "cache", "warmed"))
+        """The teacher, its cache, then all students."""
+        teacher, cache = (self.output / name for name in ("teacher_dynunet", "cache"))
         network = ("--architecture", "dynunet", "--modalities", *self.modalities, "--epochs", str(self.teacher_epochs))
         train_teacher = (
             *("teacher", *network, *self._run_options(teacher, 0)),
             *("--set", f"learning_rate={TEACHER_LEARNING_RATE}"),
         )
-        warm_up = ("train", "--epochs", str(max(1, self.epochs // 5)), *self._run_options(warmed_up, 0))
         teacher_option = ("--teacher", f"dynunet={teacher / 'model.pt'}")
         write_cache = ("cache-teachers", *teacher_option, *self._run_options(cache, 0))
         jobs = [
             Job("teacher", 0, teacher, (train_teacher,), evaluations=()),
-            Job(WARM_UP_ROW, 0, warmed_up, (warm_up,), evaluations=()),
             Job(
                 *("cache", 0, cache, (write_cache,)),
                 needs=(teacher / "model.pt",),
@@ -84,9 +82,8 @@ class MissingPlan:
                 outputs=("dynunet/manifest.json",),
             ),
         ]
-        needs = (cache / "dynunet" / "manifest.json", warmed_up / "model.pt")
-        balance = ("--balance", str(BALANCE_SHARE), "--balance-with", str(warmed_up / "model.pt"))
-        distill = ("distill", "--method", METHOD, *teacher_option, "--cache-dir", str(cache), *balance)
+        needs = (cache / "dynunet" / "manifest.json",)
+        distill = ("distill", "--method", METHOD, *teacher_option, "--cache-dir", str(cache))
         jobs += [self._student(row, seed, needs, distill) for seed in self.seeds for row in ROWS]
         return jobs
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Overrides, protected, resolved_config, run_bundle, user_overrides
-from scripts.cli.config import CONFIGS, config_names, read_config
+from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
+from scripts.cli.config import config_names, read_config
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -47,9 +46,9 @@ def add_options(parser: Parser) -> None:
         "--balance",
         type=float,
         metavar="SHARE",
-        help="set the weights of the terms so that their gradients are together SHARE times that of L_seg",
+        help="choose the weights of the terms in training, so that their gradients are together SHARE times that of "
+        "L_seg (default: the weights of the papers)",
     )
-    parser.add_argument("--balance-with", metavar="FILE", help="weights of the student that --balance measures")
     parser.add_argument("--stages-dir", metavar="DIR", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
     add_student_options(parser)
     add_training_options(parser)
@@ -72,9 +71,10 @@ def run(args: argparse.Namespace) -> None:
         overrides = _train_stages(args, config, overrides)
     if args.cache_dir:
         overrides["cache_dir"] = args.cache_dir
+    if args.balance is not None:
+        configs.append("balanced")
+        overrides["balance"] = args.balance
     configs += multi_gpu_configs(args)
-    if args.balance is not None and not args.dry_run:
-        overrides |= _balanced_weights(args, configs, overrides)
     run_bundle(args, configs, overrides)
 
 
@@ -116,16 +116,3 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         run_bundle(stage_args, stage_configs, {**shared, **network, **stage.overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
-
-
-def _balanced_weights(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
-    """The weights of the terms by the size of their gradients, as overrides."""
-    weights_file = overrides.get("pretrained") or args.balance_with
-    if not weights_file:
-        raise ValueError("--balance measures a partly trained student. Name its weights with --balance-with.")
-    from scripts.distillation.gradient_balance import balanced_weights
-
-    files = [str(CONFIGS / f"{name}.json") for name in configs]
-    settings = protected({**overrides, **user_overrides(args), "rank": 0, "world": 1})
-    weights = balanced_weights(files, settings, args.balance, weights_file)
-    return {f"loss#terms#{name}#weight": weight for name, weight in weights.items()}

@@ -56,7 +56,7 @@ def test_the_command_line_accepts_every_command_of_the_plan(plan: MethodsPlan) -
         assert option(training, "--output-dir") == str(job.folder)
         assert option(evaluation, "--weights") == str(job.folder / "model.pt")
         assert option(training, "--fold") == option(evaluation, "--fold") == "0"
-        epochs = 100 if job.row.startswith("teacher ") else 2 if "warmed" in job.row else 10
+        epochs = 100 if job.row.startswith("teacher ") else 10
         assert option(training, "--epochs") == str(epochs)
 
 

@@ -99,9 +99,6 @@ ENTRANCES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "evaluate": lambda bad: ("evaluate", "--weights", bad),
     "pretrained": lambda bad: ("train", *TRAINING, "--pretrained", bad),
     "teacher": lambda bad: ("distill", *TRAINING, *BIG, "--teacher", f"{TEACHER}={bad}"),
-    "balance": lambda bad: (
-        "distill", *TRAINING, *BIG, "--teacher", f"{TEACHER}=random", "--balance", 0.5, "--balance-with", bad
-    ),
     "cached teacher": lambda bad: ("cache-teachers", *BIG, "--teacher", f"{TEACHER}={bad}"),
     "export": lambda bad: ("export", "--weights", bad, "--formats", "torchscript"),
 }  # fmt: skip

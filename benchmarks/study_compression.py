@@ -50,21 +50,22 @@ def compression_section(arms: Arms, costs: Sequence[Cost], folder: Path) -> str:
         parts += [markdown_table(COST_COLUMNS, [[cost[key] for key in COST_COLUMNS] for cost in costs]), conditions]
     else:
         parts.append("The costs are not yet measured.")
+    means = {name: patient_means(runs) for name, runs in arms.items()}
     entries = [
-        {"student": student, "arm": arm, "dice": mean_with_interval(patient_means(arm_runs))}
-        for (student, arm), arm_runs in arms.items()
+        {"student": student, "arm": arm, "dice": mean_with_interval(values)}
+        for (student, arm), values in means.items()
+        if values
     ]
-    if any(entry["student"] in matched for entry in entries):
-        ensemble = next((entry for entry in entries if entry["arm"] == TEACHERS), None)
-        draw_dice_by_size(entries, matched, ensemble, folder / "dice_by_size.png")
+    ensemble = next((entry for entry in entries if entry["arm"] == TEACHERS), None)
+    if draw_dice_by_size(entries, matched, ensemble, folder / "dice_by_size.png"):
         parts.append("![Dice by parameters, operations and seconds](dice_by_size.png)")
     return "\n\n".join(parts)
 
 
 def _compression_table(arms: Arms, costs: Mapping[str, Cost]) -> str:
     """The students of experiment C against the teachers' ensemble; empty without the ensemble."""
-    teachers = arms.get((ENSEMBLE, TEACHERS))
-    if not teachers:
+    teachers = arms.get((ENSEMBLE, TEACHERS), ())
+    if not patient_means(teachers):
         return ""
     head = ("student", "arm", "n", "Dice - ensemble", "share of its Dice", "fewer parameters", "CPU seconds", "claim")
     teacher_dice = statistics.fmean(patient_means(teachers).values())

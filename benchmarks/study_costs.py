@@ -18,6 +18,7 @@ from monai.networks.nets import UNETR
 from torch import nn
 
 from benchmarks.lower_bound import cpu_name
+from benchmarks.study_plan import STUDENTS, VIT_SMALL
 from scripts.evaluation.network_cost import network_cost
 from scripts.networks import HDenseFormer, Student
 from scripts.utils.atomic_files import write_json, write_text
@@ -26,11 +27,6 @@ Cost = Mapping[str, Any]
 
 CHANNELS, CLASSES = 3, 2
 PATCH, VOLUME, OVERLAP = (48, 48, 48), (64, 64, 64), 0.25  # voxels of 4 mm
-STUDENTS: dict[str, dict[str, Any]] = {  # the normalisation has no influence on the number of parameters
-    "0.2M": {"features": (6, 12, 24, 48), "full_features": 2, "norm": ("group", {"num_groups": 2})},
-    "0.9M": {"features": (12, 24, 48, 96), "full_features": 4, "norm": ("group", {"num_groups": 4})},
-    "3.5M": {"features": (24, 48, 96, 192), "full_features": 8},
-}
 ENSEMBLE = "ensemble"
 ENSEMBLE_MEMBERS = ("H-DenseFormer", "UNETR ViT-small")
 COST_COLUMNS = ("network", "parameters", "gflops", "cpu_seconds_per_case")
@@ -39,12 +35,23 @@ COST_COLUMNS = ("network", "parameters", "gflops", "cpu_seconds_per_case")
 def study_networks() -> dict[str, nn.Module]:
     """The students, named by their size, and the teachers, with random weights."""
     unetr: dict[str, Any] = {"img_size": PATCH, "feature_size": 16}
+    small: dict[str, Any] = {**unetr, **VIT_SMALL}
     return {
-        **{size: Student(CHANNELS, CLASSES, **arguments) for size, arguments in STUDENTS.items()},
+        **{size: _student(settings) for size, settings in STUDENTS.items()},
         "H-DenseFormer": HDenseFormer(CHANNELS, CLASSES, img_size=PATCH, features=16, depth=24),
-        "UNETR ViT-small": UNETR(CHANNELS, CLASSES, hidden_size=384, mlp_dim=1536, num_heads=6, **unetr),
-        "UNETR ViT-base": UNETR(CHANNELS, CLASSES, hidden_size=768, mlp_dim=3072, num_heads=12, **unetr),
+        "UNETR ViT-small": UNETR(CHANNELS, CLASSES, **small),
+        "UNETR ViT-base": UNETR(CHANNELS, CLASSES, **unetr, hidden_size=768, mlp_dim=3072, num_heads=12),
     }
+
+
+def _student(settings: Mapping[str, Any]) -> Student:
+    return Student(
+        CHANNELS,
+        CLASSES,
+        settings["student_features"],
+        settings["student_full_features"],
+        norm=("group", {"num_groups": settings["groups"]}),
+    )
 
 
 def time_networks(networks: Mapping[str, nn.Module], repeats: int) -> dict[str, float]:
@@ -74,12 +81,13 @@ def time_networks(networks: Mapping[str, nn.Module], repeats: int) -> dict[str, 
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def measure_costs(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
+def measure_costs(folder: Path, repeats: int = 5, members: Sequence[str] = ENSEMBLE_MEMBERS) -> list[dict[str, Any]]:
     """Measure all networks and write ``costs.json``. Run nothing else on the machine meanwhile.
 
     Args:
         folder: of the study.
         repeats: timed passes per network.
+        members: the teachers of the ensemble.
 
     Returns:
         The rows of the file: ``COST_COLUMNS`` and how it was measured. The last is the teachers' ensemble, the sum of
@@ -93,8 +101,7 @@ def measure_costs(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
     }
     for name, median in time_networks(fast_networks, repeats).items():
         costs[name]["cpu_seconds_per_case"] = round(median, 4)
-    members = [costs[name] for name in ENSEMBLE_MEMBERS]
-    costs[ENSEMBLE] = {key: round(sum(member[key] for member in members), 4) for key in COST_COLUMNS[1:]}
+    costs[ENSEMBLE] = {key: round(sum(costs[name][key] for name in members), 4) for key in COST_COLUMNS[1:]}
     conditions = {
         "processor": cpu_name(1),
         "threads": 1,

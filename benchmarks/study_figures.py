@@ -34,7 +34,7 @@ _PANELS = (  # key of a cost, its unit, title
 )
 
 
-def draw_dice_by_size(entries: Sequence[Entry], costs: Mapping[str, Cost], ensemble: Entry | None, path: Path) -> None:
+def draw_dice_by_size(entries: Sequence[Entry], costs: Mapping[str, Cost], ensemble: Entry | None, path: Path) -> bool:
     """Draw the Dice of each arm of experiment C against the size, the operations and the seconds of its student.
 
     Args:
@@ -42,22 +42,28 @@ def draw_dice_by_size(entries: Sequence[Entry], costs: Mapping[str, Cost], ensem
         costs: student -> its costs; other students are left out.
         ensemble: entry of the teachers' ensemble, drawn as a line.
         path: PNG to write.
+
+    Returns:
+        False if there is nothing to draw.
     """
-    figure, axes = plt.subplots(1, len(_PANELS), sharey=True, figsize=(10, 4.2), layout="constrained")
     drawn = [entry for entry in entries if entry["arm"] in _STYLES and entry["student"] in costs]
+    if not drawn:
+        return False
+    figure, axes = plt.subplots(1, len(_PANELS), sharey=True, figsize=(10, 4.2), layout="constrained")
     for axis, (key, unit, title) in zip(axes, _PANELS, strict=True):
+        sizes = {entry["student"]: costs[entry["student"]][key] / unit for entry in drawn}
+        step = (max(sizes.values()) / min(sizes.values())) ** 0.02  # so that the arms stand side by side
         for i, arm in enumerate(_STYLES):
             points = [
-                (costs[entry["student"]][key] / unit * 1.06 ** (i - 2), entry["dice"])  # side by side
-                for entry in drawn
-                if entry["arm"] == arm
+                (sizes[entry["student"]] * step ** (i - 2), entry["dice"]) for entry in drawn if entry["arm"] == arm
             ]
             _draw_arm(axis, arm, sorted(points, key=lambda point: point[0]))
         if ensemble:
             axis.axhline(ensemble["dice"]["mean"], color="black", linewidth=1.5, label="teachers' ensemble")
-        sizes = sorted({costs[entry["student"]][key] / unit for entry in drawn})
+        ticks = sorted(sizes.values())
+        ticks = [tick for i, tick in enumerate(ticks) if i == 0 or tick > 1.15 * ticks[i - 1]]  # no label on another
         axis.set_xscale("log")
-        axis.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axis.set_xticks([], minor=True)
         axis.set_xlabel(title)
         axis.grid(axis="y", alpha=0.3)
@@ -65,6 +71,7 @@ def draw_dice_by_size(entries: Sequence[Entry], costs: Mapping[str, Cost], ensem
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     _save(figure, path)
+    return True
 
 
 def _draw_arm(axis: Axes, arm: str, points: Sequence[tuple[float, Mapping[str, Any]]]) -> None:

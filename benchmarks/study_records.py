@@ -18,6 +18,7 @@ Run = Mapping[str, Any]
 
 RUN_KEYS = ("experiment", "arm", "student", "fold", "source_fold", "seed")
 CASE_COLUMNS = (*RUN_KEYS, "patient_id", *METRICS, "status")
+ROUNDING = 0.05  # steps are rounded up to whole epochs, so the folds of an arm differ by less than this share
 _NEEDED = (*RUN_KEYS, "steps", "commit", "device", "processor", "seconds", "parameters", "cases")
 
 
@@ -29,7 +30,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
     Returns:
         The runs in a fixed order, and one sentence per refused run. A run is refused if it is marked as shortened or
-        has fewer steps than the longest run of its experiment, arm and student.
+        has fewer steps (``same_length``) than the longest run of its experiment, arm and student.
 
     Raises:
         FileNotFoundError: there is no finished job.
@@ -70,7 +71,7 @@ def run_name(run: Run) -> tuple[str, ...]:
 def _refusal(run: Run, runs: Sequence[Run]) -> str:
     """Why a run is refused; empty if it is not."""
     longest = max(other["steps"] or 0 for other in runs if run_name(other)[:3] == run_name(run)[:3])
-    if not run.get("shortened") and (run["steps"] or 0) == longest:
+    if not run.get("shortened") and same_length(run["steps"] or 0, longest):
         return ""
     return f"Refused: {_described(run)} is a shortened run of {run['steps']} steps. It is in no table."
 
@@ -78,6 +79,11 @@ def _refusal(run: Run, runs: Sequence[Run]) -> str:
 def _described(run: Run) -> str:
     numbers = [f"{key} {run[key]}" for key in RUN_KEYS[3:] if run[key] is not None]
     return ", ".join([run["experiment"], run["arm"], run["student"], *numbers])
+
+
+def same_length(steps: int, others: int) -> bool:
+    """Whether two numbers of steps are equal up to the rounding to whole epochs."""
+    return abs(steps - others) <= ROUNDING * max(steps, others)
 
 
 def select_runs(runs: Sequence[Run], experiment: str, arm: str, student: str) -> list[Run]:

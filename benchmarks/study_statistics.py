@@ -171,7 +171,7 @@ def missing_runs(runs: Sequence[Run], seeds: int = SEEDS) -> str:
 def _untested_reason(hypothesis: Hypothesis, runs: Sequence[Run], reference: Sequence[Run]) -> str:
     """Why a hypothesis cannot be tested yet; empty if it can."""
     if not runs or not reference:
-        return "not yet run"
+        return "an arm has no run"
     for arm, arm_runs in ((hypothesis.arm, runs), (hypothesis.reference, reference)):
         if gap := missing_runs(arm_runs):
             return f"{arm} is not complete ({gap})"

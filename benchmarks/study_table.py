@@ -11,7 +11,7 @@ from benchmarks.methods_table import format_interval
 from benchmarks.study_compression import TEACHERS, Arms, compression_section
 from benchmarks.study_costs import read_costs, write_costs
 from benchmarks.study_figures import draw_hypotheses
-from benchmarks.study_records import Run, diverged_runs, failed_cases, read_runs, write_cases
+from benchmarks.study_records import Run, diverged_runs, failed_cases, read_runs, same_length, write_cases
 from benchmarks.study_statistics import (
     HYPOTHESES,
     MARGIN,
@@ -65,7 +65,8 @@ commands, its manifest and its scores. [cases.csv](cases.csv) holds all scores.
   reference and mask are both empty is left out. Diverged runs, in which every case failed, stay in.
 - Brackets hold 95% BCa bootstrap intervals over patients (10,000 resamples, seed 0). Differences are paired by patient.
 - p is from the two-sided Wilcoxon signed-rank test. Holm's correction is over exactly three hypotheses; one that is not
-  yet tested counts as p = 1. All other differences are exploratory.
+  yet tested counts as p = 1. A hypothesis is tested once both of its arms have at least two seeds on each of the five
+  folds, and the same pairs and seeds. All other differences are exploratory.
 - *Helps*: Holm p < 0.05, lower bound > 0 and mean >= +{MARGIN:g}. *Equivalent*: the 90% interval lies within
   +-{MARGIN:g}. Everything else is *undecided*."""
 
@@ -78,13 +79,14 @@ def group_arms(runs: Sequence[Run], experiment: str) -> dict[tuple[str, str], li
     """
     own = [run for run in runs if run["experiment"] == experiment]
     own_arms = {(run["student"], run["arm"]) for run in own}
-    settings = {(run["student"], run["steps"]) for run in own}
     lender, arms = BORROWED.get(experiment, ("", ()))
-    lent = [run for run in runs if run["experiment"] == lender and run["arm"] in arms]
     borrowed = [
         run
-        for run in lent
-        if (run["student"], run["steps"]) in settings and (run["student"], run["arm"]) not in own_arms
+        for run in runs
+        if run["experiment"] == lender
+        and run["arm"] in arms
+        and (run["student"], run["arm"]) not in own_arms
+        and any(run["student"] == other["student"] and same_length(run["steps"], other["steps"]) for other in own)
     ]
     grouped: dict[tuple[str, str], list[Run]] = {}
     for run in [*own, *borrowed]:
@@ -111,7 +113,9 @@ def _arm_table(experiment: str, arms: Arms) -> str:
         seeds = len({run["seed"] for run in runs})
         pairs = len({(run["fold"], run["source_fold"]) for run in runs})
         failed = f"{failed_cases(runs)} of {sum(len(run['cases']) for run in runs)}"
-        counts = (runs[0]["steps"], seeds, pairs, len(runs), len(means["dice"]))
+        lengths = sorted({run["steps"] for run in runs})
+        steps = str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        counts = (steps, seeds, pairs, len(runs), len(means["dice"]))
         origin = "" if runs[0]["experiment"] == experiment else f" (of {runs[0]['experiment']})"
         rows.append((student, arm + origin, *counts, dice, hd95, failed, diverged_runs(runs)))
     return markdown_table(_ARM_COLUMNS, rows)
@@ -178,7 +182,7 @@ def write_study(folder: Path) -> str:
     """Compute every table and figure of the study from its finished jobs.
 
     Args:
-        folder: of the study. It holds ``jobs/*.json`` and, once measured, ``costs.json``. ``README.md``, ``cases.csv``,
+        folder: of the study. It holds ``jobs/*.json`` and, once measured, ``costs.json``. ``table.md``, ``cases.csv``,
             ``hypotheses.json``, ``costs.csv``, ``dice_by_size.png`` and ``hypotheses.png`` are written there.
 
     Returns:
@@ -209,5 +213,5 @@ def write_study(folder: Path) -> str:
             _origin_table(runs),
         ]
     )
-    write_text(page + "\n", folder / "README.md")
+    write_text(page + "\n", folder / "table.md")
     return page

@@ -169,13 +169,8 @@ def test_the_three_hypotheses() -> None:
     assert h1["p_holm"] == pytest.approx(3 * h1["p"])
     assert h1["verdict"] == "helps"
     assert (h2["p"], h2["p_holm"], h2["verdict"]) == (1.0, 1.0, "equivalent")
-    assert (h3["n"], h3["p"], h3["p_holm"], h3["verdict"], h3["untested"]) == (
-        0,
-        None,
-        None,
-        "undecided",
-        "not yet run",
-    )
+    assert (h3["n"], h3["p"], h3["p_holm"], h3["verdict"]) == (0, None, None, "undecided")
+    assert h3["untested"] == "an arm has no run"
 
 
 def test_a_hypothesis_is_tested_only_on_all_folds_with_two_seeds_and_the_same_runs() -> None:

@@ -14,10 +14,10 @@ import torch
 from matplotlib.image import imread
 
 from benchmarks.study_compression import matching_costs
-from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, STUDENTS, study_networks, time_networks
+from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, measure_costs, read_costs, study_networks
+from benchmarks.study_plan import STUDENTS
 from benchmarks.study_records import read_runs
 from benchmarks.study_table import write_study
-from scripts.evaluation.network_cost import network_cost
 
 PARAMETERS = {"0.2M": 200_000, "0.9M": 900_000, ENSEMBLE: 30_000_000}
 
@@ -102,16 +102,16 @@ def test_every_file_is_computed_from_the_jobs(study: Path) -> None:
     for name in ("dice_by_size.png", "hypotheses.png"):
         assert imread(study / name).std() > 0.05
     before = {path: path.read_bytes() for path in study.iterdir() if path.is_file()}
-    assert write_study(study) + "\n" == (study / "README.md").read_text()
+    assert write_study(study) + "\n" == (study / "table.md").read_text()
     assert before == {path: path.read_bytes() for path in study.iterdir() if path.is_file()}
 
 
 @pytest.mark.benchmarks
 def test_the_page_answers_each_experiment(study: Path) -> None:
-    page = (study / "README.md").read_text()
+    page = (study / "table.md").read_text()
     hypotheses = section(page, "Hypotheses")
     assert "| H1 | B1 | 0.9M | kd - control | 10 | +0.083 [" in hypotheses
-    assert "not yet tested: not yet run" in hypotheses
+    assert "not yet tested: an arm has no run" in hypotheses
     assert "No finished run." in section(page, "D: missing modalities")
     assert "| 0.9M | alone (of B1) | 1500 | 2 | 5 | 10 | 10 | 0.560 [" in section(page, "B2")
     assert "| 0.9M | kd - alone | 10 and 10 | 10 | +0.104 [" in section(page, "B2")
@@ -149,13 +149,14 @@ def test_failures_and_diverged_runs_stay_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keys", [{"steps": 100}, {"shortened": True}])
 def test_a_shortened_run_is_in_no_table_and_named(tmp_path: Path, keys: dict[str, Any]) -> None:
     write_job(tmp_path, "B1", "alone", [0.8, 0.6])
+    write_job(tmp_path, "B1", "alone", [0.6, 0.4], fold=1, steps=1507)  # rounded up to whole epochs
     write_job(tmp_path, "B1", "alone", [0.1, 0.1], seed=1, **keys)
     page = write_study(tmp_path)
     steps = keys.get("steps", 1500)
     sentence = f"Refused: B1, alone, 0.9M, fold 0, seed 1 is a shortened run of {steps} steps. It is in no table."
     assert page.count(sentence) == 1
-    assert "| 0.9M | alone | 1500 | 1 | 1 | 1 | 2 | 0.700 [" in page
-    assert (tmp_path / "cases.csv").read_text().count("\n") == 3
+    assert "| 0.9M | alone | 1500 to 1507 | 1 | 2 | 2 | 4 | 0.600 [" in page
+    assert (tmp_path / "cases.csv").read_text().count("\n") == 5
 
 
 def test_damaged_jobs_are_named(tmp_path: Path) -> None:
@@ -186,11 +187,17 @@ def test_the_networks_have_the_parameters_of_the_study() -> None:
 
 
 @pytest.mark.benchmarks
-def test_costs_of_a_convolution_by_arithmetic() -> None:
-    network = torch.nn.Conv3d(3, 2, kernel_size=1)
-    cost = network_cost(network, (48, 48, 48), 3)
-    assert cost == {"parameters": 3 * 2 + 2, "gflops": round(2 * 3 * 2 * 48**3 / 1e9, 2)}
+def test_costs_of_convolutions_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = torch.nn.Conv3d(3, 16, 3, padding=1), torch.nn.Conv3d(3, 2, 1)
+    monkeypatch.setattr("benchmarks.study_costs.study_networks", lambda: {"wide": wide, "narrow": narrow})
     threads = torch.get_num_threads()
-    seconds = time_networks({"wide": torch.nn.Conv3d(3, 16, 3, padding=1), "narrow": network}, repeats=1)
-    assert 0 < seconds["narrow"] < seconds["wide"]
+    costs = {row["network"]: row for row in measure_costs(tmp_path, repeats=1, members=("wide", "narrow"))}
     assert torch.get_num_threads() == threads
+    assert [costs[name]["parameters"] for name in ("wide", "narrow", ENSEMBLE)] == [3 * 16 * 27 + 16, 8, 1320]
+    assert costs["wide"]["gflops"] == pytest.approx(2 * 3 * 16 * 27 * 48**3 / 1e9, abs=0.005)
+    seconds = {name: row["cpu_seconds_per_case"] for name, row in costs.items()}
+    assert 0 < seconds["narrow"] < seconds["wide"] < seconds[ENSEMBLE]
+    assert read_costs(tmp_path) == list(costs.values())
+    (tmp_path / "costs.json").write_text('[{"network": "wide"}]')
+    with pytest.raises(ValueError, match=r"costs\.json is damaged"):
+        read_costs(tmp_path)

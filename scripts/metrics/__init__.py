@@ -9,6 +9,8 @@ from scripts.metrics.aggregate import METRICS as METRICS
 from scripts.metrics.aggregate import STATUSES as STATUSES
 from scripts.metrics.aggregate import Row as Row
 from scripts.metrics.aggregate import aggregate as aggregate
+from scripts.metrics.aggregate import checked_rows as checked_rows
+from scripts.metrics.aggregate import filled_value as filled_value
 from scripts.metrics.aggregate import paired_difference as paired_difference
 from scripts.metrics.aggregate import read_rows as read_rows
 from scripts.metrics.aggregate import write_rows as write_rows

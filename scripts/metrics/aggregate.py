@@ -68,12 +68,12 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
             a failure without ``diagonal_mm``. The message names the case.
     """
     bootstrap = _bootstrap(seed, resamples, level)
-    cases = _checked(rows)
+    cases = checked_rows(rows)
     counts = Counter(row["status"] for row in cases)
     metrics = {}
     for metric in METRICS:
         defined = [(_patient(row), _defined(row, metric)) for row in cases]
-        filled = [(_patient(row), _worst_filled(row, metric)) for row in cases]
+        filled = [(_patient(row), filled_value(row, metric)) for row in cases]
         metrics[metric] = {
             "defined": _summary(defined, seed, resamples, level),
             "worst_filled": _summary(filled, seed, resamples, level),
@@ -112,13 +112,13 @@ def paired_difference(
     bootstrap = _bootstrap(seed, resamples, level)
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}, expected one of {METRICS}.")
-    a, b = ({str(row["case_id"]): row for row in _checked(rows)} for rows in (rows_a, rows_b))
+    a, b = ({str(row["case_id"]): row for row in checked_rows(rows)} for rows in (rows_a, rows_b))
     pairs: list[tuple[str, float | None]] = []
     for case in sorted(a.keys() & b.keys()):
         patient = _patient(a[case])
         if patient != _patient(b[case]):
             raise ValueError(f"case {case!r} belongs to patient {patient!r} and to patient {_patient(b[case])!r}.")
-        left, right = (_worst_filled(x[case], metric) if worst_filled else _defined(x[case], metric) for x in (a, b))
+        left, right = (filled_value(x[case], metric) if worst_filled else _defined(x[case], metric) for x in (a, b))
         pairs.append((patient, None if left is None or right is None else left - right))
     summary = _summary(pairs, seed, resamples, level)
     return {
@@ -188,8 +188,12 @@ def _finite(row: Row, name: str) -> float | None:
     return value
 
 
-def _checked(rows: Sequence[Row]) -> list[Row]:
-    """Check that the values of every row agree with its status; return the rows sorted by case."""
+def checked_rows(rows: Sequence[Row]) -> list[Row]:
+    """Check that the values of every row agree with its status; return the rows sorted by case.
+
+    Raises:
+        ValueError: see ``aggregate``.
+    """
     seen: set[str] = set()
     for row in rows:
         case, status = str(row["case_id"]), row["status"]
@@ -216,7 +220,11 @@ def _defined(row: Row, metric: str) -> float | None:
     return None if row["status"] == "error" else row[metric]
 
 
-def _worst_filled(row: Row, metric: str) -> float | None:
+def filled_value(row: Row, metric: str) -> float | None:
+    """The value of a checked row, where a failure counts as Dice 0 and as the image diagonal in mm.
+
+    None for a true_negative, which has neither Dice nor distances.
+    """
     if row["status"] in FAILURES:
         return 0.0 if metric == "dice" else float(row["diagonal_mm"])
     return _defined(row, metric)

@@ -21,6 +21,7 @@ from benchmarks.interleaved_timing import Candidate, compose
 from benchmarks.job_queue import use_own_progress_lock
 from benchmarks.options import add_json_option, add_output_options
 from benchmarks.training_step import MIN_ROUNDS, PLAIN, cache_teachers, format_table, random_teachers, time_candidates
+from scripts.cli.bundle_run import Expression
 from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
 from scripts.utils.atomic_files import write_json
@@ -46,8 +47,8 @@ def candidates(args: argparse.Namespace, folder: Path, cache: Path) -> list[Cand
         "threads": 1,
         "num_workers": 4,
         "output_dir": str(args.output_dir / "unused"),
-        "device": f"$torch.device('{args.device}')",
-        "precision": "bfloat16",
+        "device": Expression(f"$torch.device({args.device!r})"),
+        "precision": "bfloat16" if args.device.startswith("cuda") else "float32",
     }
     taught = {**common, "teacher_specs": random_teachers(args.teachers, read_config("data/phantom")["modalities"])}
     terms = (*base, "distill", "methods/hinton")

@@ -37,21 +37,11 @@ def study_networks() -> dict[str, nn.Module]:
     unetr: dict[str, Any] = {"img_size": PATCH, "feature_size": 16}
     small: dict[str, Any] = {**unetr, **VIT_SMALL}
     return {
-        **{size: _student(settings) for size, settings in STUDENTS.items()},
+        **{size: Student(CHANNELS, CLASSES, features) for size, features in STUDENTS.items()},
         "H-DenseFormer": HDenseFormer(CHANNELS, CLASSES, img_size=PATCH, features=16, depth=24),
         "UNETR ViT-small": UNETR(CHANNELS, CLASSES, **small),
         "UNETR ViT-base": UNETR(CHANNELS, CLASSES, **unetr, hidden_size=768, mlp_dim=3072, num_heads=12),
     }
-
-
-def _student(settings: Mapping[str, Any]) -> Student:
-    return Student(
-        CHANNELS,
-        CLASSES,
-        settings["student_features"],
-        settings["student_full_features"],
-        norm=("group", {"num_groups": settings["groups"]}),
-    )
 
 
 def time_networks(networks: Mapping[str, nn.Module], repeats: int) -> dict[str, float]:

@@ -88,16 +88,25 @@ def peak_memory(candidate: Candidate) -> float:
         process.join()
 
 
-def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
-    """Segment one phantom on the CPU and on the GPU and compare the masks."""
+def segment_on(device: str, folder: Path, mask: Path) -> None:
+    """Segment one phantom in a process of its own, because a process that has used the GPU must not be forked."""
     case = folder / "PHANTOM_001"
     files = ("--ct", case / "CT_image.nii.gz", "--pet", case / "PET_image.nii.gz", "--mr", case / "MR_T1_image.nii.gz")
+    options = ("--device", device, "--engine", "torch", "--precision", "fp32", "--output", mask)
+    command = ["segment", *map(str, (*files, *options))]
+    process = multiprocessing.get_context("fork").Process(target=lambda: exit(main(command)))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("The phantom was not segmented. See the error message above.")
+
+
+def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
+    """Segment one phantom on the CPU and on the GPU and compare the masks."""
     masks = []
     for name in ("cpu", device):
         mask = output / f"mask_{name.replace(':', '_')}.nii.gz"
-        options = ("--device", name, "--engine", "torch", "--precision", "fp32", "--output", mask)
-        if main(["segment", *map(str, (*files, *options))]):
-            raise RuntimeError("The phantom was not segmented. See the error message above.")
+        segment_on(name, folder, mask)
         masks.append(np.asarray(nib.load(mask).dataobj) > 0)
     cpu, gpu = masks
     both = int(cpu.sum() + gpu.sum())

@@ -8,6 +8,7 @@ Example: python -m benchmarks study --dataset-dir DATA --output-dir runs/study
 from __future__ import annotations
 
 import argparse
+from fnmatch import filter as filter_names
 from pathlib import Path
 
 from benchmarks.job_queue import run_jobs
@@ -30,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--workers", type=positive_int, default=2, help="parallel jobs of one thread (default %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="such as cuda (default %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="EXPERIMENT", help="such as recipe, A, B1 or C")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="NAME", help="patterns of the jobs to run, in this order, as 'B1.*'"
+    )
     parser.add_argument(
         "--shorten", type=positive_int, default=1, metavar="N", help="for a trial: divide all steps by N"
     )
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> str:
         shorten=args.shorten,
         commit=args.commit,
     )
-    jobs = [job for job in plan.jobs() if not args.only or job.study_row.experiment in args.only]
+    by_name = {job.study_row.name: job for job in plan.jobs()}
+    jobs = [by_name[name] for name in dict.fromkeys(name for each in args.only for name in filter_names(by_name, each))]
     if args.dry_run:
         return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in jobs)
     failed = run_jobs(jobs, args.workers)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.job_queue import Command, Job
-from benchmarks.study_answers import Array, NetworkGrid, mean_logit, tumour_logit, without_padding, write_answers
+from benchmarks.study_answers import NetworkGrid, mean_logit, read_answer, tumour_logit, without_padding, write_answers
 from scripts.evaluation.score import score
 from scripts.metrics import read_rows
 from scripts.utils.atomic_files import write_json
@@ -59,47 +59,42 @@ class Answers:
     """The answers of a pair's teachers that a job collects and scores.
 
     Args:
-        path: the answer file.
-        teachers: their names in the cache.
+        paths: answer files; the job writes the first if ``teacher`` is given, else it scores their mean.
         cases: data list of all cases.
         folds: patients of each fold.
         labels: values of the reference masks for each class.
         settings: what decides on the networks' grid.
-        rows: where the scores belong: each teacher and the ensemble on each of the pair's folds.
+        rows: where the scores belong.
+        teacher: name of the teacher in the cache.
     """
 
-    path: Path
-    teachers: tuple[str, ...]
+    paths: tuple[Path, ...]
     cases: Sequence[Mapping[str, Any]]
     folds: Sequence[Sequence[str]]
     labels: Sequence[Sequence[int]]
     settings: Mapping[str, Any]
     rows: tuple[StudyRow, ...]
+    teacher: str = ""
 
-    def collect(self, cache: Path, record: Callable[[StudyRow, list[dict[str, Any]]], None]) -> None:
-        """Write the answer file and score the answers on the folds that the teachers have not seen.
-
-        Args:
-            cache: folder that ``cache-teachers`` wrote.
-            record: keeps the case rows of a result.
-        """
+    def collect(self, cache: Path) -> None:
+        """Write the answer file from what ``cache-teachers`` wrote."""
         grid = NetworkGrid(self.settings)
-        answers: dict[str, dict[str, Array]] = {}
-        affines: dict[str, Array] = {}
+        answers = {}
         for case in self.cases:
             name, image = str(case["case_id"]), grid.image(case)
-            stored = {k: load_plain(cache / k / f"{name}.pt")["logits"] for k in self.teachers}
-            logits = {k: without_padding(tumour_logit(each), image.shape[1:]) for k, each in stored.items()}
-            answers[name] = {**logits, "ensemble": mean_logit(list(logits.values()))}
-            affines[name] = image.affine.numpy()
-        for row in self.rows:
-            tested = [case for case in self.cases if str(case["patient_id"]) in self.folds[row.fold]]
-            folder = cache / row.name
-            grid.write_masks(folder / "masks", [(case, answers[str(case["case_id"])][row.arm]) for case in tested])
-            intensity = self.settings["intensity"]
-            score(row.arm, tested, self.labels, str(folder / "masks"), str(folder), intensity, workers=1)
-            record(row, read_rows(folder / "cases.csv"))
-        write_answers(self.path, {name: (each["ensemble"], affines[name]) for name, each in answers.items()})
+            logits = tumour_logit(load_plain(cache / self.teacher / f"{name}.pt")["logits"])
+            answers[name] = (without_padding(logits, image.shape[1:]), image.affine.numpy())
+        write_answers(self.paths[0], answers)
+
+    def score(self, folder: Path, row: StudyRow) -> list[dict[str, Any]]:
+        """Score the mean answer on a row's fold, which the teachers have not seen; returns a row per case."""
+        tested = [case for case in self.cases if str(case["patient_id"]) in self.folds[row.fold]]
+        logits = [[read_answer(path, str(case["case_id"]))[0] for path in self.paths] for case in tested]
+        masks = zip(tested, map(mean_logit, logits), strict=True)
+        NetworkGrid(self.settings).write_masks(folder / "masks", masks)
+        intensity = {key: self.settings["intensity"][key] for key in self.settings["modalities"]}
+        score(row.arm, tested, self.labels, str(folder / "masks"), str(folder), intensity, workers=1)
+        return read_rows(folder / "cases.csv")
 
 
 @dataclass(frozen=True)
@@ -131,16 +126,18 @@ class StudyJob(Job):
     @property
     def record(self) -> Path:
         """The file of the result."""
-        return self.results / "jobs" / f"{self.study_row.name}.json"
+        return self._record(self.study_row)
+
+    def _record(self, row: StudyRow) -> Path:
+        return self.results / "jobs" / f"{row.name}.json"
 
     @property
     def done(self) -> bool:
         """Whether the result is kept, or nothing needs it any more."""
-        if self.answers is not None:
-            return self.answers.path.is_file()
         if self.kept is not None:
             return self.kept.is_file() or self._trained()
-        return self.record.is_file()
+        rows = self.answers.rows if self.answers else (self.study_row,)
+        return all(self._record(row).is_file() for row in rows)
 
     def typed(self) -> tuple[Command, ...]:
         """The commands, as they are now."""
@@ -149,6 +146,8 @@ class StudyJob(Job):
     @property
     def pending_commands(self) -> list[Command]:
         """The commands whose results do not exist yet; a training's are preceded by what it needs."""
+        if not self.build():
+            return []
         pending = super().pending_commands
         return pending if self._trained() else [*self.before, *pending]
 
@@ -161,7 +160,10 @@ class StudyJob(Job):
     def finish(self) -> None:
         """Keep the result, and remove what nobody needs any more."""
         if self.answers is not None:
-            self.answers.collect(self.folder, self._keep)
+            if self.answers.teacher:
+                self.answers.collect(self.folder)
+            for row in self.answers.rows:
+                self._keep(row, self.answers.score(self.folder / row.name, row))
         elif self.kept is None:
             self._keep(self.study_row, read_rows(self.folder / "eval" / "cases.csv"))
             for name in ("cache", "predictions", "eval"):
@@ -187,7 +189,7 @@ class StudyJob(Job):
             "manifest": {key: manifest.get(key) for key in MANIFEST},
             "cases": [{key: each[key] for key in COLUMNS} for each in rows],
         }
-        write_json(record, self.results / "jobs" / f"{row.name}.json")
+        write_json(record, self._record(row))
 
     def _parameters(self) -> int | None:
         weights = self.folder / "model.pt"

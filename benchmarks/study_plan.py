@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class StudyPlan:
             self.student_job(
                 StudyRow("recipe", recipe, "0.9M", fold, None, seed, RECIPE_STEPS),
                 train=[k for k in inside if k != fold],
-                recipe=lambda recipe=recipe: RECIPES[recipe],
+                recipe=partial(RECIPES.__getitem__, recipe),
             )
             for recipe in RECIPES
             for fold in inside
@@ -144,59 +144,53 @@ class StudyPlan:
     # Experiments A1 and A2: teachers that have not seen two of the folds.
 
     def teacher_jobs(self, pairs: Sequence[tuple[int, int]]) -> list[StudyJob]:
-        """Two Transformers per pair of folds, and their answers on all patients."""
-        jobs = []
-        for pair in pairs:
-            trainings = [self.teacher_training(name, pair) for name in TEACHERS]
-            jobs += [*trainings, self.answers_job(pair, trainings)]
-        return jobs
+        """Two Transformers per pair of folds, the answers of each on all patients, and the ensemble's scores."""
+        jobs = [job for name in TEACHERS for pair in pairs for job in self._one_teacher(name, pair)]
+        return [*jobs, *(self._ensemble(pair) for pair in pairs)]
 
-    def teacher_training(self, name: str, pair: tuple[int, int]) -> StudyJob:
-        """The training of one teacher without the folds of a pair."""
-        row = replace(self.teacher_row(name, pair, pair[0]), experiment="teachers")
+    def _one_teacher(self, name: str, pair: tuple[int, int]) -> list[StudyJob]:
+        """The training of a teacher without the folds of a pair, and its answers over all flips."""
         settings = dict(TEACHERS[name])
         architecture = settings.pop("architecture")
+        sizes = {}
         if architecture == "unetr" and not self.gpu:
-            settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
+            sizes = {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
+        row = self.teacher_row(name, pair, pair[0])
         train = [k for k in range(FOLDS) if k not in pair]
         command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
-        job = self._job(row, train, [], lambda: command, lambda: settings, evaluated=False)
-        return replace(job, kept=self.answers_path(pair))
-
-    def answers_job(self, pair: tuple[int, int], trainings: Sequence[StudyJob]) -> StudyJob:
-        """The answers of a pair's teachers on all patients, over all flips."""
-        row = self.teacher_row("ensemble", pair, pair[0])
-        settings = {"+answers#inferer#sw_batch_size": 16 if self.gpu else 2}
-        teachers = []
-        for training in trainings:
-            architecture = TEACHERS[training.study_row.arm]["architecture"]
-            teachers += ["--teacher", f"{training.study_row.arm}={architecture}={training.folder / 'model.pt'}"]
-            if architecture == "unetr" and not self.gpu:
-                settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
-        command = ("cache-teachers", "--scale", TEACHER_SCALE, *teachers, "--tta", "flips", "--cases", "all")
-        job = self._job(row, range(FOLDS), [], lambda: command, lambda: settings, training=False, evaluated=False)
-        outputs = tuple(f"{name}/manifest.json" for name in TEACHERS)
-        needs = tuple(training.folder / "model.pt" for training in trainings)
-        scored = tuple(self.teacher_row(arm, pair, fold) for arm in (*TEACHERS, "ensemble") for fold in pair)
-        answers = Answers(
-            path=self.answers_path(pair),
-            teachers=tuple(TEACHERS),
-            cases=self.cases,
-            folds=self.folds,
-            labels=self.settings["labels"],
-            settings=self.grid_settings,
-            rows=scored,
+        training_row = replace(row, experiment="teachers")
+        training = self._job(
+            training_row, train, [], lambda: command, lambda: {**settings, **sizes}, schedule=True, evaluated=False
         )
-        return replace(job, needs=needs, outputs=outputs, answers=answers)
+        training = replace(training, kept=self.answers_path(name, pair))
+
+        weights = training.folder / "model.pt"
+        teacher = ("--teacher", f"{name}={architecture}={weights}")
+        caching = ("cache-teachers", "--scale", TEACHER_SCALE, *teacher, "--tta", "flips", "--cases", "all")
+        batch = {"+answers#inferer#sw_batch_size": 16 if self.gpu else 2}
+        job = self._job(row, range(FOLDS), [], lambda: caching, lambda: {**batch, **sizes}, evaluated=False)
+        answers = self._answers([self.answers_path(name, pair)], [replace(row), self.teacher_row(name, pair, pair[1])])
+        job = replace(job, needs=(weights,), outputs=(f"{name}/manifest.json",), answers=replace(answers, teacher=name))
+        return [training, job]
+
+    def _ensemble(self, pair: tuple[int, int]) -> StudyJob:
+        """The scores of the mean answer of a pair's teachers."""
+        rows = [self.teacher_row("ensemble", pair, fold) for fold in pair]
+        paths = [self.answers_path(name, pair) for name in TEACHERS]
+        job = self._job(rows[0], [], [], tuple, dict, evaluated=False)
+        return replace(job, needs=tuple(paths), build=tuple, answers=self._answers(paths, rows))
+
+    def _answers(self, paths: Sequence[Path], rows: Sequence[StudyRow]) -> Answers:
+        return Answers(tuple(paths), self.cases, self.folds, self.settings["labels"], self.grid_settings, tuple(rows))
 
     def teacher_row(self, arm: str, pair: tuple[int, int], fold: int) -> StudyRow:
         """The row of a pair's teachers, tested on one of its folds."""
         (other,) = (k for k in pair if k != fold)
-        return StudyRow("A", arm, "ensemble" if arm == "ensemble" else arm, fold, other, 0, 4000)
+        return StudyRow("A", arm, arm, fold, other, 0, 4000)
 
-    def answers_path(self, pair: tuple[int, int]) -> Path:
-        """The answers of a pair's teachers."""
-        return self.results / "answers" / f"without_{min(pair)}_{max(pair)}.npz"
+    def answers_path(self, name: str, pair: tuple[int, int]) -> Path:
+        """The answers of one teacher of a pair."""
+        return self.results / "answers" / f"{name}_without_{min(pair)}_{max(pair)}.npz"
 
     # Experiment B1: another hospital. Fold j is its own, the teachers come from elsewhere.
 
@@ -260,7 +254,7 @@ class StudyPlan:
             chosen = self.chosen_recipe() if recipe is None else recipe()
             return {"student_features": STUDENTS[row.student], **chosen, **(TERMS if teacher else {})}
 
-        job = self._job(row, train, unlabelled, lambda: command, settings)
+        job = self._job(row, train, unlabelled, lambda: command, settings, schedule=True)
         return job if recipe else replace(job, needs=self.recipe_records)
 
     def taught_job(self, row: StudyRow, train: Sequence[int], unlabelled: Sequence[int] = ()) -> StudyJob:
@@ -293,7 +287,7 @@ class StudyPlan:
             else:
                 pairs = [pair for pair in STAGE_1 if row.fold in pair and source not in pair]
             for case in self._cases_of([source]):
-                sources[str(case["case_id"])] = [self.answers_path(pair) for pair in pairs]
+                sources[str(case["case_id"])] = [self.answers_path(name, pair) for pair in pairs for name in TEACHERS]
         return sources
 
     def _cases_of(self, folds: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -310,7 +304,7 @@ class StudyPlan:
         unlabelled: Sequence[int],
         command: Callable[[], Command],
         settings: Callable[[], dict[str, Any]],
-        training: bool = True,
+        schedule: bool = False,
         evaluated: bool = True,
     ) -> StudyJob:
         """A training on some folds, evaluated on the row's fold."""
@@ -328,10 +322,9 @@ class StudyPlan:
             patients = [sorted({str(case["patient_id"]) for case in part}) for part in (tested, [*labelled, *others])]
             write_json({"seed": 0, "folds": [part for part in patients if part]}, folder / "splits.json")
 
-        def schedule() -> dict[str, Any]:
-            length = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
-            save = {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
-            return {**length, **save, "precision": "bfloat16" if self.gpu else "float32"} if training else {}
+        length: dict[str, Any] = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
+        length |= {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
+        length |= {"precision": "bfloat16" if self.gpu else "float32"}
 
         notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
         job = StudyJob(
@@ -348,7 +341,8 @@ class StudyPlan:
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
 
         def commands() -> tuple[Command, ...]:
-            first = self._command(job, (*command(), "--fold", "0"), {**settings(), **schedule()}, folder)
+            values = {**settings(), **(length if schedule else {})}
+            first = self._command(job, (*command(), "--fold", "0"), values, folder)
             if not evaluated:
                 return (first,)
             return first, self._command(job, evaluate, settings(), folder / "eval")

@@ -74,6 +74,10 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> SeededDataset:
+        """Change nothing. MONAI's ``DataLoader`` seeds every data set, but here the draw seeds each sample."""
+        return self
+
     def __getitem__(self, draw: int) -> Any:
         epoch, case = divmod(draw, len(self.dataset))
         self.dataset.transform.set_random_state(mixed_seed(self.seed, epoch, case))

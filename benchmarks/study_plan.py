@@ -152,8 +152,10 @@ class StudyPlan:
         """The training of a teacher without the folds of a pair, and its answers over all flips."""
         settings = dict(TEACHERS[name])
         architecture = settings.pop("architecture")
-        sizes = {}
-        if architecture == "unetr" and not self.gpu:
+        sizes: dict[str, Any] = {}
+        if self.gpu:
+            settings["num_workers"] = 2
+        elif architecture == "unetr":
             sizes = {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
         row = self.teacher_row(name, pair, pair[0])
         train = [k for k in range(FOLDS) if k not in pair]
@@ -341,7 +343,7 @@ class StudyPlan:
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
 
         def commands() -> tuple[Command, ...]:
-            values = {**settings(), **(length if schedule else {})}
+            values = {**(length if schedule else {}), **settings()}
             first = self._command(job, (*command(), "--fold", "0"), values, folder)
             if not evaluated:
                 return (first,)

@@ -104,7 +104,7 @@ def test_teachers_and_start_weights_are_checked_before_any_case_is_read(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("a case was read")
 
-    monkeypatch.setattr("scripts.data.training_set", read)
+    monkeypatch.setattr("scripts.data.training_set.training_set", read)
     monkeypatch.setattr("monai.data.CacheDataset.__init__", read)
     (tmp_path / "bad.pt").write_text("no weights")
     data = ["--data", "phantom", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]

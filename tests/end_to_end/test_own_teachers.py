@@ -132,7 +132,7 @@ def test_a_wrong_specification_is_refused_before_any_case_is_read(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("a case was read")
 
-    monkeypatch.setattr("scripts.data.training_set", read)
+    monkeypatch.setattr("scripts.data.training_set.training_set", read)
     del spec["layers"]
     changed = {key: value for key, value in {**spec, **changes}.items() if value is not None}
     (tmp_path / "mine.json").write_text(json.dumps(changed))

@@ -9,5 +9,4 @@ from scripts.data.pipelines import postprocessing as postprocessing
 from scripts.data.pipelines import preprocessing as preprocessing
 from scripts.data.sampling import CaseSampler as CaseSampler
 from scripts.data.settings_check import check_settings as check_settings
-from scripts.data.training_set import training_set as training_set
 from scripts.image_io.checks import Rules as Rules

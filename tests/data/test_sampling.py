@@ -14,8 +14,9 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandScaleIntensity
 from torch import nn
 
-from scripts.data import CaseSampler, preprocessing, training_set
+from scripts.data import CaseSampler, preprocessing
 from scripts.data.sampling import SeededDataset
+from scripts.data.training_set import training_set
 
 
 def epoch_of(sampler: CaseSampler, epoch: int) -> list[int]:

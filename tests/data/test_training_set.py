@@ -18,10 +18,10 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from scripts.data import preprocessing, training_set
+from scripts.data import preprocessing
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.data.pipelines import Pipeline
-from scripts.data.training_set import CentreCandidatesd, Volumes
+from scripts.data.training_set import CentreCandidatesd, Volumes, training_set
 
 ROOT = Path(__file__).parents[2]
 SIZE, GIB = 20, 1 << 30

@@ -19,9 +19,9 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from torch import nn
 
-from scripts.data import CaseSampler, Rules, preprocessing, training_set
+from scripts.data import CaseSampler, Rules, preprocessing
 from scripts.data.pipelines import Pipeline
-from scripts.data.training_set import Volumes
+from scripts.data.training_set import Volumes, training_set
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.distillation.teacher_answers import NetworkAnswers

@@ -16,8 +16,9 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from scripts.cli.main import main
-from scripts.data import fold_split, preprocessing, training_set
+from scripts.data import fold_split, preprocessing
 from scripts.data.modalities import UNLABELLED
+from scripts.data.training_set import training_set
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.losses import IntraClassVariationLoss, SoftPredictionLoss

@@ -157,7 +157,7 @@ class StudyPlan:
         settings = dict(TEACHERS[name])
         architecture = settings.pop("architecture")
         if architecture == "unetr" and not self.gpu:
-            settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
+            settings["+architectures#unetr"] = VIT_SMALL
         train = [k for k in range(FOLDS) if k not in pair]
         command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
         job = self._job(row, train, [], lambda: command, lambda: settings, evaluated=False)
@@ -172,7 +172,7 @@ class StudyPlan:
             architecture = TEACHERS[training.study_row.arm]["architecture"]
             teachers += ["--teacher", f"{training.study_row.arm}={architecture}={training.folder / 'model.pt'}"]
             if architecture == "unetr" and not self.gpu:
-                settings |= {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
+                settings["+architectures#unetr"] = VIT_SMALL
         command = ("cache-teachers", "--scale", TEACHER_SCALE, *teachers, "--tta", "flips", "--cases", "all")
         job = self._job(row, range(FOLDS), [], lambda: command, lambda: settings, training=False, evaluated=False)
         outputs = tuple(f"{name}/manifest.json" for name in TEACHERS)

@@ -33,7 +33,6 @@ STUDENT = "student"
 
 def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
     """The networks of docs/results.md and the student with batch normalisation, all with random weights."""
-    options = read_config("scale/small")["architectures"]
     channels = len(MODALITIES)
     built: dict[str, torch.nn.Module] = {
         STUDENT: Student(channels, 2),
@@ -41,7 +40,7 @@ def networks(patch: Sequence[int]) -> dict[str, torch.nn.Module]:
     }
     for modality, architecture in TEACHER_ARCHITECTURES.items():
         built[f"{architecture} ({modality})"] = Teacher(
-            [modality], MODALITIES, 2, patch, architecture=architecture, options=options
+            [modality], MODALITIES, 2, patch, architecture=architecture, scale="small"
         )
     return {
         name: network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

@@ -156,7 +156,7 @@ class StudyPlan:
         if self.gpu:
             settings["num_workers"] = 2
         elif architecture == "unetr":
-            sizes = {f"architectures#unetr#{key}": value for key, value in VIT_SMALL.items()}
+            sizes = {"+architectures#unetr": VIT_SMALL}
         row = self.teacher_row(name, pair, pair[0])
         train = [k for k in range(FOLDS) if k not in pair]
         command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-# Bad input, a file that cannot be read or written, a config that cannot be built. Anything else is a bug of the program
-# and keeps its traceback.
-EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError)
+# Bad input, a file that cannot be read or written, a config that cannot be built or names no class. Anything else is a
+# bug of the program and keeps its traceback.
+EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 
 
 def error_sentence(error: BaseException) -> str:

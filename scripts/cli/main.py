@@ -26,6 +26,7 @@ from scripts.cli import (
     report,
     segment,
     teacher,
+    teachers,
     train,
 )
 from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
@@ -34,7 +35,13 @@ from scripts.cli.options import Parser
 # Every verb is a module with ``add_options(parser)``, ``run(args)``, an ``EXAMPLE``, and its help as docstring.
 VERBS: dict[str, dict[str, ModuleType]] = {
     "data": {"phantom": phantom, "check": check},
-    "training": {"train": train, "teacher": teacher, "distill": distill, "cache-teachers": cache_teachers},
+    "training": {
+        "train": train,
+        "teacher": teacher,
+        "distill": distill,
+        "cache-teachers": cache_teachers,
+        "teachers": teachers,
+    },
     "inference": {"segment": segment, "dicom": dicom, "export": export},
     "evaluation": {"evaluate": evaluate, "report": report},
 }

@@ -86,11 +86,21 @@ def add_training_options(parser: Parser) -> None:
 
 def add_network_options(parser: Parser, architecture: str | None) -> None:
     """Options that name a teacher's network."""
-    names = "unetr, swinunetr, hdenseformer, uxnet, dynunet or segresnet"
-    parser.add_argument("--architecture", default=architecture, help=names)
+    names = ", ".join(config_names("teachers"))
+    parser.add_argument(
+        "--architecture", type=architecture_name, default=architecture, metavar="NAME", help=f"{names}, or a FILE.json"
+    )
     parser.add_argument(
         "--modalities", nargs="+", metavar="MODALITY", help="input of the network, such as ct pet (default: all)"
     )
+
+
+def architecture_name(text: str) -> str:
+    """An option's architecture: the name of a file in configs/teachers, or the path of one."""
+    names = config_names("teachers")
+    if text in names or text.endswith(".json"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(names)}, and no FILE.json")
 
 
 def add_teachers_options(parser: Parser) -> None:
@@ -236,9 +246,9 @@ def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, 
     """The teachers of ``--teacher``, as the config id ``teacher_specs``.
 
     A teacher is ``ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS``, with ``NAME=`` or ``NAME:`` in front where it needs a
-    name of its own; or ``NAME=FILE.json`` with the keys of a specification (docs/how_to/own_teacher.md); or ``label``,
-    the label in a teacher's place. The text of a specification is not evaluated, but ``_target_`` names code: use only
-    files that you trust.
+    name of its own, and where the architecture may be the path of a file; or ``NAME=FILE.json`` with the keys of a
+    specification (docs/how_to/own_teacher.md); or ``label``, the label in a teacher's place. The text of a
+    specification is not evaluated, but ``_target_`` names code: use only files that you trust.
 
     Args:
         args: parsed options.
@@ -266,7 +276,7 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
     if rest.endswith(".json"):
         return first, _read_spec(rest)
     second, equals, weights = rest.partition("=")
-    if equals and re.fullmatch(r"\w+(:[\w+]+)?", second):
+    if equals and re.fullmatch(r"(\w+|.+\.json)(:[\w+]+)?", second):
         name, network = first, second
     else:
         name, network, weights = "", first, rest
@@ -279,7 +289,7 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
         spec = {architecture: weights}
     if seen:
         spec["modalities"] = seen.split("+")
-    return name or network.replace(":", "_").replace("+", "_"), spec
+    return name or os.path.basename(network).replace(".json", "").replace(":", "_").replace("+", "_"), spec
 
 
 def _weights(text: str) -> str | list[str] | None:
@@ -303,9 +313,5 @@ def _read_spec(path: str) -> dict[str, Any]:
 def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:
     """The config overrides of ``--teachers-dir`` and ``--teacher``."""
     specs = teacher_specs(args, modalities)
-    overrides: dict[str, Any] = {}
-    for name, spec in specs.items():
-        for tap, layer in spec.pop("layers", {}).items():
-            overrides[f"layers#{tap}#{name}"] = layer
-    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled, **overrides}
+    values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled}
     return {key: value for key, value in values.items() if value}

@@ -71,7 +71,7 @@ def layers_overrides(args: argparse.Namespace) -> Overrides:
     layers = _read_network(args)[1]
     if not isinstance(layers, dict) or not set(layers) <= set(TAPS):
         raise ValueError(f"{args.network}: layers must name the layer of {', '.join(TAPS)}, or of some of them.")
-    return {f"layers#{tap}#student": layer for tap, layer in layers.items()}
+    return {f"student_layers#{tap}": layer for tap, layer in layers.items()}
 
 
 def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:

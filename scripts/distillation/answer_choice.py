@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from scripts.distillation.imported_predictions import ImportedAnswers
+from scripts.distillation.own_grid import OwnGrid
 from scripts.distillation.teacher_answers import Inferer, NetworkAnswers
 from scripts.distillation.teacher_cache_writer import Answers
 from scripts.distillation.teacher_origin import PredictionFiles, origin_of
-from scripts.networks.teacher import check_spec, load_teachers, weight_files
+from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_spec import check_spec, spec_files
 
 
 def load_answers(
@@ -26,6 +28,7 @@ def load_answers(
     tta: str = "none",
     out_of_fold: bool = False,
     smooth: float = 0.0,
+    own: Mapping[str, OwnGrid] | None = None,
     **common: Any,
 ) -> dict[str, Answers]:
     """Build what answers in the place of each teacher of a cache.
@@ -38,7 +41,8 @@ def load_answers(
         device: device of the networks.
         out_of_fold: each of a teacher's weights files answers only the cases that did not train it.
         smooth: see ``ImportedAnswers``.
-        common: further arguments of ``scripts.networks.teacher.Teacher``.
+        own: name of a teacher -> its own input, where it has one.
+        common: further arguments of ``scripts.networks.teacher.load_teachers``.
     """
     answers: dict[str, Answers] = {}
     for name, spec in specs.items():
@@ -48,7 +52,9 @@ def load_answers(
             answers[name] = ImportedAnswers(origin, preprocessing, labels, smooth)
             continue
         # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
-        parts = [{**spec, "weights": file} for file in weight_files(spec.get("weights"))] if out_of_fold else [spec]
-        teachers = [load_teachers({name: part}, len(labels), **common)[name].to(device) for part in parts]
-        answers[name] = NetworkAnswers(name, teachers, inferer, len(labels), taps, attention_power, tta, origin)
+        parts = [{**spec, "weights": file} for file in spec_files(spec)] if out_of_fold else [spec]
+        teachers = [load_teachers({name: part}, len(labels), cached=True, **common)[name].to(device) for part in parts]
+        answers[name] = NetworkAnswers(
+            name, teachers, inferer, len(labels), taps, attention_power, tta, origin, (own or {}).get(name)
+        )
     return answers

@@ -28,9 +28,9 @@ class Distiller(nn.Module):
     Args:
         student: network to train.
         teachers: name -> ``scripts.networks.teacher.Teacher``; they stay in eval() and get no gradient.
-        taps: tap name -> layer per network. A teacher is looked up by its name, then by its network's class name; the
-            student by ``student``, then by its class name. Layer paths are written nowhere else. ``None`` as a layer
-            excludes that teacher from the tap. A list of layers is for the student only; an adapter fuses them.
+        taps: tap name -> layer by network, ``student`` or the name of a teacher (``feature_taps.tap_layers``). ``None``
+            as a layer excludes that teacher from the tap. A list of layers is for the student only; an adapter fuses
+            them.
         adapters: tap name -> modules that are applied to the student's features before they are compared with a
             teacher's: either a callable ``(student channels, teacher channels) -> module``, called once per teacher,
             or the modules by teacher. Trainable alignment layers belong here, where DDP and the optimizer find them.
@@ -79,7 +79,7 @@ class Distiller(nn.Module):
 
     def _add_tap(self, name: str, layers: Mapping[str, Layers], has_adapter: bool) -> None:
         """Find a tap's layers in the student and in every teacher that the tap applies to."""
-        student_layers = layers_for("student", self.student, name, layers)
+        student_layers = layers_for("student", name, layers)
         if student_layers is None or not (isinstance(student_layers, str) or has_adapter):
             raise ValueError(
                 f"Tap {name!r} uses {student_layers} of the student. Name one layer, or add an adapter that fuses "
@@ -94,14 +94,13 @@ class Distiller(nn.Module):
                 self._add_cached_tap(teacher_name, name, cached, has_adapter)
                 continue
             network = cast(nn.Module, teacher.network)
-            teacher_layers = layers_for(teacher_name, network, name, layers)
+            teacher_layers = layers_for(teacher_name, name, layers)
             if teacher_layers is not None:
                 self._teacher_taps[teacher_name][name] = Tap(teacher_name, network, teacher_layers)
         if not self.teachers_of(name):
-            networks = sorted(kind for kind, layer in layers.items() if layer and kind not in ("student", "Student"))
             raise ValueError(
-                f"No teacher in this run provides a layer for tap {name!r}. Add a teacher with one of these networks: "
-                f"{', '.join(networks)}."
+                f"No teacher in this run provides a layer for tap {name!r}. Add a teacher with a network, such as "
+                "--teacher dynunet=FILE."
             )
 
     def _add_cached_tap(self, teacher: str, name: str, cached: Sequence[str], has_adapter: bool) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.networks.teacher_spec import own_settings
+
 FINAL_FILES = ("model.pt", "manifest.json")  # written at the end of a training; the manifest last
 
 
@@ -63,13 +65,16 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
         ),
     ]
     for name, spec in teachers.items():
-        if not spec.get("architecture") or not isinstance(spec["weights"] or "", str):
-            raise ValueError(f"gkd needs an architecture and one weights file for each teacher; {name} has others.")
+        if not spec.get("architecture") or own_settings(spec) or not isinstance(spec.get("weights") or "", str):
+            raise ValueError(
+                f"gkd needs for each teacher an architecture, one weights file and no settings of its own; {name} has "
+                "others."
+            )
         overrides = {
             "max_epochs": half,
             "architecture": spec["architecture"],
             "teacher_modalities": spec["modalities"],
-            "weights": spec["weights"] or "",
+            "weights": spec.get("weights") or "",
             "autoencoder": autoencoder,
         }
         stages.append(Stage(f"header_{name}", ("teacher", "stages/header"), overrides))

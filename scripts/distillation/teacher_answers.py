@@ -13,10 +13,12 @@ from itertools import chain, combinations
 from typing import Any, cast
 
 import torch
+from monai.data import MetaTensor
 from torch import nn
 from torch.nn import functional
 
-from scripts.distillation.feature_taps import Tap, layers_for, record_outputs
+from scripts.distillation.feature_taps import Tap, record_outputs, teacher_layer
+from scripts.distillation.own_grid import OwnGrid
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, Origin
 from scripts.losses.attention_map import attention_map
@@ -47,7 +49,7 @@ class _LogitsAndMaps(nn.Module):
     def __init__(self, name: str, teacher: nn.Module, taps: Mapping[str, Mapping[str, Any]], power: float) -> None:
         super().__init__()
         network = cast(nn.Module, teacher.network)
-        layers = {tap: layers_for(name, network, tap, table) for tap, table in taps.items()}
+        layers = {tap: teacher_layer(name, teacher, tap, definition) for tap, definition in taps.items()}
         self.taps = {tap: Tap(name, network, layer) for tap, layer in layers.items() if layer}
         self.teacher, self.power = teacher, power
 
@@ -66,10 +68,11 @@ class NetworkAnswers:
         teachers: ``scripts.networks.teacher.Teacher``, all of the same classes and layers.
         inferer: sliding window, called with image and network.
         classes: number of classes, including the background.
-        taps: tap name -> layer per network, for attention maps; by default there are only logits.
+        taps: tap name -> its definition (``feature_taps.tap_layers``), for attention maps; by default only logits.
         attention_power: of the attention maps.
         tta: ``"none"``, or ``"flips"``: the mean over all flips of the image, 8 in 3D and 4 in 2D.
         origin: what the teacher is.
+        own: the teacher's own input, where it cannot use the task's (``scripts.distillation.own_grid``).
 
     Attributes:
         outputs: names of the outputs: ``logits`` and taps.
@@ -89,13 +92,14 @@ class NetworkAnswers:
         attention_power: float = 2.0,
         tta: str = "none",
         origin: Origin | None = None,
+        own: OwnGrid | None = None,
     ) -> None:
         if tta not in TTA:
             raise ValueError(f"Unknown tta {tta!r}: choose one of {', '.join(TTA)}.")
         if any(getattr(teacher, "uses_label", False) for teacher in teachers):
             raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
         self.networks = [_LogitsAndMaps(name, teacher.eval(), taps or {}, attention_power) for teacher in teachers]
-        self.inferer, self.classes, self.tta = inferer, classes, tta
+        self.inferer, self.classes, self.tta, self.own = own.inferer if own else inferer, classes, tta, own
         self.origin = origin or Origin()
         maps = list(self.networks[0].taps)
         self.outputs = [LOGITS, *maps]
@@ -114,11 +118,16 @@ class NetworkAnswers:
             case: item of a data list.
             image: returns the preprocessed image, ``1 M H W [D]``.
         """
-        networks, whole = [self.networks[index] for index in self.origin.members(case)], image()
+        networks, own = [self.networks[index] for index in self.origin.members(case)], self._own_image(case)
+        whole = image() if own is None else own.as_tensor()[None].to(next(networks[0].parameters()).device)
         flips = _subsets(range(2, whole.dim())) if self.tta == "flips" else [()]
         with torch.no_grad():
             predictions = (self.inferer(whole.flip(axes), network).flip(axes) for network in networks for axes in flips)
-            return _mean(predictions, len(networks) * len(flips), self.classes)[0]
+            answer = _mean(predictions, len(networks) * len(flips), self.classes)[0]
+        return answer if self.own is None or own is None else self.own.onto_task_grid(answer, own, case)
+
+    def _own_image(self, case: Case) -> MetaTensor | None:
+        return None if self.own is None else self.own.image(case)
 
 
 def _subsets(axes: Sequence[int]) -> list[tuple[int, ...]]:

@@ -22,7 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.distillation.teacher_origin import Case, Origin, origin_of
-from scripts.networks.teacher import LabelTeacher, check_spec
+from scripts.networks.teacher import LabelTeacher
+from scripts.networks.teacher_spec import check_spec
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -86,7 +87,7 @@ def cached_teachers(
             continue
         manifest = read_manifest(Path(folder), name)
         origin = origin_of(name, spec, manifest.get("out_of_fold", False))
-        for key, value in {**origin.identity, "weights_sha256": origin.sha256}.items():
+        for key, value in {"own_settings": None, **origin.identity, "weights_sha256": origin.sha256}.items():
             require_same(manifest, name, key, value)
         used = [list(channels).index(m) for m in spec["modalities"]]
         power = manifest.get("attention_power", 2.0)  # version 0.8 wrote none

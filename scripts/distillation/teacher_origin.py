@@ -10,7 +10,7 @@ from typing import Any
 
 from scripts.data.case_list import source_files
 from scripts.networks.task_file import read_task, task_path
-from scripts.networks.teacher import join_checksums, weight_files
+from scripts.networks.teacher_spec import join_checksums, spec_files, teacher_identity
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 
@@ -39,7 +39,7 @@ class Origin:
         spec: its specification.
 
     Attributes:
-        identity: its architecture or network class, and its modalities.
+        identity: its architecture, bundle or network class, its modalities, and its own settings.
         sha256: checksum of its weights; None for random weights.
         ingredients: the files that ``sources`` describes, in words.
     """
@@ -48,9 +48,8 @@ class Origin:
 
     def __init__(self, spec: Mapping[str, Any] | None = None) -> None:
         spec = spec or {}
-        architecture = spec.get("architecture") or type(spec.get("network")).__name__
-        self.identity: dict[str, Any] = {"architecture": architecture, "modalities": list(spec.get("modalities", ()))}
-        self.digests = [sha256(file) for file in weight_files(spec.get("weights"))]
+        self.identity: dict[str, Any] = teacher_identity(spec)
+        self.digests = [sha256(file) for file in spec_files(spec)]
         self.sha256 = join_checksums(self.digests)
 
     def require_answers(self, cases: Sequence[Case]) -> None:
@@ -83,7 +82,7 @@ class OutOfFold(Origin):
     def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
         super().__init__(spec)
         self.name, self.identity["out_of_fold"] = name, True
-        self.seen = [_training_ids(name, file) for file in weight_files(spec.get("weights"))]
+        self.seen = [_training_ids(name, file) for file in spec_files(spec)]
         if not self.seen:
             raise ValueError(f"The teacher {name} has random weights, which no fold trained. Remove --out-of-fold.")
 

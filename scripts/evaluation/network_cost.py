@@ -15,7 +15,8 @@ def network_cost(network: nn.Module | None, patch: Sequence[int], channels: int)
     """Count the parameters of a network and the operations of one window.
 
     Args:
-        network: is moved to the CPU and put into eval(); None where it is not known.
+        network: is put into eval(), and moved to the CPU unless it is on the device ``meta``, where nothing is
+            computed; None where it is not known.
         patch: size of the window in voxels.
         channels: of the image.
 
@@ -24,8 +25,9 @@ def network_cost(network: nn.Module | None, patch: Sequence[int], channels: int)
     """
     if network is None:
         return {"parameters": None, "gflops": None}
-    network = network.cpu().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    device = torch.device("meta" if any(parameter.is_meta for parameter in network.parameters()) else "cpu")
+    network = network.to(device).eval()
+    with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, channels, *patch))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return {"parameters": parameters, "gflops": round(counter.get_total_flops() / 1e9, 2)}

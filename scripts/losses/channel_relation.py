@@ -33,7 +33,7 @@ class ChannelRelationLoss(nn.Module):
 
     Config::
 
-        "taps#relation": "@layers#middle",
+        "taps#relation": {"layer": "middle"},
         "adapters#relation": {"_target_": "scripts.networks.ChannelAdapter", "_mode_": "callable"},
         "loss#terms#channels": {
           "tap": "relation", "weight": 1.0, "loss": {"_target_": "scripts.losses.ChannelRelationLoss"}

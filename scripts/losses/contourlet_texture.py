@@ -56,9 +56,8 @@ class ContourletTextureLoss(nn.Module):
 
     Config::
 
-        "taps#texture": "@layers#fine",
         "loss#terms#texture": {
-          "tap": "texture",
+          "tap": "fine",
           "weight": 0.5,
           "loss": {"_target_": "scripts.losses.ContourletTextureLoss", "spacing": "@spacing"}
         }

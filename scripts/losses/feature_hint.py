@@ -24,7 +24,7 @@ class FeatureHintLoss(nn.Module):
 
     Config::
 
-        "taps#hint": "@layers#middle",
+        "taps#hint": {"layer": "middle"},
         "adapters#hint": {"_target_": "scripts.networks.ChannelAdapter", "_mode_": "callable"},
         "loss#terms#hint": {"tap": "hint", "weight": 0.5, "loss": {"_target_": "scripts.losses.FeatureHintLoss"}}
     """

@@ -29,8 +29,7 @@ class PixelRelationLoss(nn.Module):
 
     Config::
 
-        "taps#pairs": "@layers#deep",
-        "loss#terms#pairs": {"tap": "pairs", "weight": 1.0, "loss": {"_target_": "scripts.losses.PixelRelationLoss"}}
+        "loss#terms#pairs": {"tap": "deep", "weight": 1.0, "loss": {"_target_": "scripts.losses.PixelRelationLoss"}}
 
     Args:
         grid: maximum number of cells per axis.

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.networks.nets import DynUNet
+from monai.networks import nets
 
 
-class NNUNet(DynUNet):
+class DynUNet(nets.DynUNet):
     """MONAI's ``DynUNet`` configured as nnU-Net's 3D network.
 
     It has 3^3 kernels, instance normalisation, leaky ReLU and the strides 1, 2, 2, ...

@@ -19,6 +19,7 @@ def check_network(
     patch: Sequence[int],
     batch_size: int = 1,
     training: bool = False,
+    advice: str = "",
 ) -> None:
     """Refuse a network that does not take the patches of a run, or does not return logits for them.
 
@@ -31,6 +32,7 @@ def check_network(
         patch: size in voxels.
         batch_size: patches of a training step, since normalisations need several values.
         training: check the outputs in train(), where a network may have several heads.
+        advice: what to do, as a sentence; by default to correct the definition of the network.
 
     Raises:
         ValueError: the network raises an error, its outputs are not tensors of logits for every class, or the first
@@ -46,7 +48,8 @@ def check_network(
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"{name} does not take an image of {in_channels} channels, one per modality, and patches of {list(patch)} "
-            f"voxels: {reason}. Correct the network's definition (in_channels: {in_channels}), or the patch."
+            f"voxels: {reason}. "
+            + (advice or f"Correct the network's definition (in_channels: {in_channels}), or the patch.")
         ) from error
     is_list = isinstance(output, (list, tuple)) and bool(output)
     if not (isinstance(output, torch.Tensor) or (is_list and all(isinstance(each, torch.Tensor) for each in output))):
@@ -57,8 +60,8 @@ def check_network(
         if not fits:
             wanted = f"{expected}" if index == 0 else f"{out_channels} channels"
             raise ValueError(
-                f"{name} returns {shape} for a patch, not {wanted}: one channel per class on the patch's grid. Correct "
-                f"the network's definition (out_channels: {out_channels})."
+                f"{name} returns {shape} for a patch, not {wanted}: one channel per class on the patch's grid. "
+                + (advice or f"Correct the network's definition (out_channels: {out_channels}).")
             )
 
 

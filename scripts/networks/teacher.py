@@ -4,51 +4,54 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from monai.networks.nets import UNETR, SegResNet, SwinUNETR
 from torch import nn
 
-from scripts.networks import Ensemble, HDenseFormer, NNUNet, UXNet
+from scripts.networks.architecture import architecture_names, changes_of, read_architecture
 from scripts.networks.deep_supervision import first_output
+from scripts.networks.ensemble import Ensemble
+from scripts.networks.network_check import check_network
+from scripts.networks.own_intensity import Rescale, Rule, can_rescale, differing_rules
+from scripts.networks.teacher_spec import CACHED_ONLY, Spec, check_spec, join_checksums, spec_files, weight_files
 from scripts.networks.weights import load_weights
+from scripts.networks.zoo_bundle import bundle_network
 
 logger = logging.getLogger(__name__)
 
-ORIGINS = ("architecture", "network", "label", "predictions")  # exactly one of them says what answers
-CACHED_ONLY = ("predictions",)  # origins that answer from a cache only
 LABEL_LOGIT = 20.0  # of the label's class; with two classes its probability is 1 - 2e-9
-SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256")
-ARCHITECTURES = ("unetr", "swinunetr", "hdenseformer", "uxnet", "dynunet", "segresnet")
 
 
-def _build_network(
-    architecture: str, in_channels: int, out_channels: int, patch: Sequence[int], options: Mapping[str, Any]
-) -> nn.Module:
-    height, width, depth = patch
-    if architecture == "unetr":
-        network = UNETR(in_channels, out_channels, img_size=(height, width, depth), **options)
-        # MONAI adds a cross-attention norm to every block and never calls it. In a training with several processes,
-        # DistributedDataParallel would wait for its gradient.
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_("norm_cross_attn" not in name)
-        return network
-    if architecture == "swinunetr":
-        return SwinUNETR(in_channels, out_channels, **options)
-    if architecture == "hdenseformer":
-        return HDenseFormer(in_channels, out_channels, img_size=(height, width, depth), **options)
-    if architecture == "uxnet":
-        return UXNet(in_channels, out_channels, **options)
-    if architecture == "dynunet":
-        return NNUNet(in_channels, out_channels, **options)
-    if architecture == "segresnet":
-        return SegResNet(in_channels=in_channels, out_channels=out_channels, **options)
-    raise ValueError(f"Unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
+@runtime_checkable
+class TeacherLike(Protocol):
+    """What a distillation needs of a teacher: any ``torch.nn.Module`` with these attributes is one.
+
+    The distiller freezes it, puts it into ``eval()``, moves it to the student's device, and calls it with the whole
+    image. ``Teacher`` is one; put another into the config id ``teachers``.
+
+    Attributes:
+        channels: indices of the image's modalities that it reads. A sample that lacks one of them has no such teacher.
+        network: holds the tapped layers.
+        layers: ``deep``, ``middle``, ``fine`` -> dotted path of a layer in ``network`` whose output is ``B C H W D``;
+            empty where methods that compare features cannot use it.
+        kind: ``"cnn"``, ``"transformer"`` or None, for taps of one kind.
+        sha256: checksum of its weights for the manifest; None where it has none.
+
+    The method ``gkd`` also calls ``encode(image)``, which returns features from shallow to deep, and
+    ``decode(features)``, which returns logits.
+    """
+
+    channels: Sequence[int]
+    network: nn.Module
+    layers: Mapping[str, str]
+    kind: str | None
+    sha256: str | None
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Segment an image ``B M H W D`` with all modalities of the task; returns logits ``B classes H W D``."""
 
 
 class Teacher(nn.Module):
@@ -59,13 +62,19 @@ class Teacher(nn.Module):
         all_modalities: the modalities of the image, in the order of its channels.
         out_channels: number of classes, including the background.
         patch: patch size in voxels. UNETR and H-DenseFormer learn one position per 16^3 cell of it.
-        architecture: one of ``ARCHITECTURES``.
+        architecture: name of a file in configs/teachers, or the path of one.
         network: any network ``B m H W D`` -> logits, or a list of logits whose first has full resolution (deep
             supervision), with one input channel per modality of this teacher. Give either this or ``architecture``.
-        options: architecture -> further arguments of its class.
+        scale: name of a scale, which sets the size of an ``architecture``; None for the defaults of its class.
+        options: architecture -> arguments that replace those of its file.
         weights: file of weights to load strictly; several files are an ensemble that answers as one teacher; None for
             random weights.
         sha256: checksum that the weights file must have. Default: the checksum in ``<weights>.sha256``, if it exists.
+        layers: ``deep``, ``middle``, ``fine`` -> layer to tap; the others are those of the architecture's file.
+        kind: ``"cnn"`` or ``"transformer"``; by default that of the architecture's file.
+        classes: for each class of the task the network's output, or several that count as one (their probabilities are
+            added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs are the classes.
+        rescale: from the task's input to the network's, ``B m H W D`` -> the same.
 
     Raises:
         ValueError: the architecture or a modality is unknown, not exactly one of ``architecture`` and ``network`` is
@@ -81,9 +90,14 @@ class Teacher(nn.Module):
         patch: Sequence[int],
         architecture: str | None = None,
         network: nn.Module | None = None,
+        scale: str | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         weights: str | Sequence[str] | None = None,
         sha256: str | None = None,
+        layers: Mapping[str, str] | None = None,
+        kind: str | None = None,
+        classes: Sequence[int | Sequence[int]] | None = None,
+        rescale: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not modalities or not set(modalities) <= set(all_modalities):
@@ -93,9 +107,14 @@ class Teacher(nn.Module):
         if (architecture is None) == (network is None):
             raise ValueError("A teacher needs exactly one of architecture and network.")
         self.channels = [list(all_modalities).index(modality) for modality in modalities]
+        self.layers, self.kind = dict(layers or {}), kind
+        self.classes = [[each] if isinstance(each, int) else list(each) for each in classes or ()]
+        self.rescale = rescale or nn.Identity()
         if architecture is not None:
-            architecture_options = (options or {}).get(architecture, {})
-            network = _build_network(architecture, len(modalities), out_channels, patch, architecture_options)
+            definition = read_architecture(architecture)
+            changes = changes_of(architecture, options)
+            network = definition.build(len(modalities), out_channels, patch, scale, changes)
+            self.layers, self.kind = {**definition.layers, **self.layers}, kind or definition.kind
         assert network is not None
         self.network: nn.Module = network
         files = weight_files(weights)
@@ -108,24 +127,38 @@ class Teacher(nn.Module):
             digests.append(load_weights(self, file, sha256))
             members.append(self.network)
         if len(members) > 1:
-            self.network = Ensemble(members)
+            self.network, self.layers = Ensemble(members), {}  # members have features, their mean has none
         self.sha256 = join_checksums(digests)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Segment an image ``B M H W D``; returns logits ``B classes H W D``."""
-        seen = image[:, self.channels]
-        return first_output(self.network(seen), seen)
+        image = self._own_input(image)
+        return self._task_logits(first_output(self.network(image), image))
 
     def encode(self, image: torch.Tensor) -> Sequence[torch.Tensor]:
         """Encode an image ``B M H W D``; returns features from shallow to deep.
 
         Only for architectures with a separate encoder: hdenseformer, uxnet and dynunet.
         """
-        return self.network.encode(image[:, self.channels])  # type: ignore[operator, no-any-return]
+        return self.network.encode(self._own_input(image))  # type: ignore[operator, no-any-return]
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Decode the result of ``encode``; returns logits ``B classes H W D``."""
-        return self.network.decode(tuple(features))  # type: ignore[operator, no-any-return]
+        return self._task_logits(self.network.decode(tuple(features)))  # type: ignore[operator]
+
+    def _own_input(self, image: torch.Tensor) -> torch.Tensor:
+        return self.rescale(image[:, self.channels])  # type: ignore[no-any-return]
+
+    def _task_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the task's classes; those of several outputs add up their probabilities."""
+        if not self.classes:
+            return logits
+        last = max(output for outputs in self.classes for output in outputs)
+        if last >= logits.shape[1]:
+            raise ValueError(
+                f"its classes name the output {last}, but its network has outputs 0 to {logits.shape[1] - 1}"
+            )
+        return torch.cat([logits[:, outputs].logsumexp(dim=1, keepdim=True) for outputs in self.classes], dim=1)
 
 
 class LabelTeacher(nn.Module):
@@ -153,69 +186,55 @@ class LabelTeacher(nn.Module):
         return LABEL_LOGIT * (label.long() == classes).float()
 
 
-def weight_files(weights: str | Sequence[str] | None) -> list[str]:
-    """The weights of a teacher as a list of files: none (random weights), one, or the members of an ensemble."""
-    if not weights:
-        return []
-    return [weights] if isinstance(weights, str) else list(weights)
-
-
-def join_checksums(digests: Sequence[str]) -> str | None:
-    """The checksum of a teacher: that of its file, or the sha256 of the checksums of an ensemble's files in order."""
-    if len(digests) < 2:
-        return digests[0] if digests else None
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def check_spec(name: str, spec: Mapping[str, Any]) -> None:
-    """Check the keys of a teacher's specification.
-
-    Raises:
-        ValueError: an unknown key, a missing one, or not exactly one of ``ORIGINS``.
-    """
-    for key in spec:
-        if key not in SPEC_KEYS:
-            nearest = get_close_matches(key, SPEC_KEYS, n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"The teacher {name} has the unknown key {key!r}.{hint} Keys: {', '.join(SPEC_KEYS)}.")
-    origins = [key for key in ORIGINS if spec.get(key)]
-    if len(origins) != 1:
-        given = " and ".join(origins) or "none"
-        raise ValueError(f"The teacher {name} needs exactly one of {', '.join(ORIGINS)}; it has {given}.")
-    if spec.get("label"):
-        others = sorted(set(spec) - {"label"})
-        if others:
-            raise ValueError(f"The teacher {name} is the label, which takes no {', '.join(others)}. Remove them.")
-        return
-    for origin in CACHED_ONLY:
-        if spec.get(origin) and spec.get("weights"):
-            raise ValueError(f"The teacher {name} is described by {origin}, which takes no weights. Remove them.")
-    if not spec.get("modalities"):
-        raise ValueError(f'The teacher {name} names no modalities. Add for example "modalities": ["ct", "pet"].')
-
-
 def load_teachers(
-    specs: Mapping[str, Mapping[str, Any]], out_channels: int, **common: Any
+    specs: Mapping[str, Spec],
+    out_channels: int,
+    all_modalities: Sequence[str],
+    patch: Sequence[int],
+    scale: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    intensity: Mapping[str, Rule] | None = None,
+    spacing: Sequence[float] | None = None,
+    cached: bool = False,
 ) -> dict[str, Teacher | LabelTeacher]:
     """Build the teachers of a distillation and log the checksums of their weights.
 
     Args:
-        specs: name of a teacher -> arguments of ``Teacher`` for this teacher only, see ``SPEC_KEYS``, or
-            ``{"label": true}`` for the label in a teacher's place.
+        specs: name of a teacher -> its specification (``teacher_spec.SPEC_KEYS``), or ``{"label": true}`` for the label
+            in a teacher's place.
         out_channels: number of classes, including the background.
-        common: further arguments of ``Teacher`` that are the same for all.
+        all_modalities: the modalities of the image, in the order of its channels.
+        patch: patch size in voxels.
+        scale: name of a scale, see ``Teacher``.
+        options: architecture -> arguments that replace those of its file.
+        intensity: modality -> rule by which the image was normalised; needed by teachers with an own intensity.
+        spacing: of the image in mm, for teachers with an own one.
+        cached: the teachers answer for whole cases, so that they may have an input of their own
+            (``scripts.distillation.own_grid``).
 
     Returns:
         Name of a teacher -> ``Teacher`` or ``LabelTeacher``.
 
     Raises:
-        ValueError: a specification is wrong (``check_spec``), or a teacher cannot be built; the teacher is named.
+        ValueError: a specification is wrong (``check_spec``), or a teacher cannot be built or cannot answer for a patch
+            of the task; the teacher is named.
     """
     for name, spec in specs.items():
         check_spec(name, spec)
+        if spec.get("classes") and len(spec["classes"]) != out_channels:
+            raise ValueError(
+                f"The teacher {name} names {len(spec['classes'])} classes, the task has {out_channels}. Name the "
+                "teacher's outputs for each class of the task, the background first."
+            )
         if any(spec.get(origin) for origin in CACHED_ONLY):
             raise ValueError(
                 f"The teacher {name} answers from a cache only: store its predictions with cache-teachers, then distil "
+                "with --cache-dir."
+            )
+        reason = own_input(spec, patch, intensity or {}, spacing)
+        if reason and not cached:
+            raise ValueError(
+                f"The teacher {name} {reason}. Only cached predictions can have that: run cache-teachers, then distill "
                 "with --cache-dir."
             )
     teachers: dict[str, Teacher | LabelTeacher] = {}
@@ -224,7 +243,76 @@ def load_teachers(
             teachers[name] = LabelTeacher(out_channels)
             logger.info("teacher %s: the label itself", name)
             continue
-        teacher = teachers[name] = Teacher(out_channels=out_channels, **common, **spec)
+        own_patch = spec.get("patch") or patch
+        rescale = _own_windows(spec, patch, intensity or {}, spacing)
+        try:
+            teacher = _build(spec, out_channels, all_modalities, own_patch, scale, options, rescale)
+            if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
+                advice = (
+                    f"Its network needs {len(spec['modalities'])} input channels, and {out_channels} outputs or "
+                    'the key "classes".'
+                )
+                check_network(teacher, len(all_modalities), out_channels, own_patch, advice=advice)
+        except ValueError as error:
+            raise ValueError(f"The teacher {name} cannot be used: {error}") from error
+        teachers[name] = teacher
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers
+
+
+def _build(
+    spec: Spec,
+    out_channels: int,
+    all_modalities: Sequence[str],
+    patch: Sequence[int],
+    scale: str | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    rescale: nn.Module | None,
+) -> Teacher:
+    return Teacher(
+        spec["modalities"],
+        all_modalities,
+        spec.get("out_channels") or out_channels,
+        patch,
+        architecture=spec.get("architecture"),
+        network=bundle_network(spec["bundle"]) if spec.get("bundle") else spec.get("network"),
+        scale=scale,
+        options=options,
+        weights=spec_files(spec),
+        sha256=spec.get("sha256"),
+        layers=spec.get("layers"),
+        kind=spec.get("kind"),
+        classes=spec.get("classes"),
+        rescale=rescale,
+    )
+
+
+def _own_windows(
+    spec: Spec, patch: Sequence[int], intensity: Mapping[str, Rule], spacing: Sequence[float] | None
+) -> Rescale | None:
+    """The way from the task's input to the teacher's, where they differ and it has no input of its own."""
+    differing = differing_rules(spec.get("intensity") or {}, intensity)
+    if not differing or own_input(spec, patch, intensity, spacing):
+        return None
+    return Rescale(spec["modalities"], {key: rule for key, (rule, _) in differing.items()}, intensity)
+
+
+def own_input(
+    spec: Spec, patch: Sequence[int], intensity: Mapping[str, Rule], spacing: Sequence[float] | None
+) -> str | None:
+    """Why a teacher cannot use the normalised input of the task, as a clause; None if it can.
+
+    Args:
+        spec: of the teacher.
+        patch: of the task in voxels.
+        intensity: of the task; a linear window within the task's is computed from the task's input.
+        spacing: of the task in mm.
+    """
+    for key, own, task in (("spacing", spec.get("spacing"), spacing), ("patch", spec.get("patch"), patch)):
+        if own is not None and [float(x) for x in own] != [float(x) for x in task or ()]:
+            return f"has the {key} {list(own)}, the task {list(task or ())}"
+    for key, (one, two) in differing_rules(spec.get("intensity") or {}, intensity).items():
+        if not can_rescale(one, two):
+            return f"reads {key} by {one}, which the task's {two} does not hold"
+    return None

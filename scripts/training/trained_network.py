@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from scripts.networks.architecture import architecture_names
 from scripts.networks.task_file import task_path
 from scripts.training.training_record import class_name
 
@@ -43,6 +44,8 @@ def trained_network(definition: dict[str, Any], weights: str | Path) -> dict[str
 def _checked(key: str, value: Any) -> Any:
     if key == "_target_":
         return _module_class(str(value))
+    if key == "architecture" and value not in architecture_names():
+        raise ValueError(f"its architecture is the file {value}. Name it with --architecture, if you trust it")
     if key.startswith("_"):
         raise ValueError(f"it has the key {key}")
     if isinstance(value, dict):

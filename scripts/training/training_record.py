@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import pydoc
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
+from scripts.networks.architecture import parameters, read_architecture
 from scripts.networks.task_file import Record, read_task, task_path
-from scripts.networks.teacher import check_spec, join_checksums, weight_files
+from scripts.networks.teacher_spec import check_spec, join_checksums, spec_files
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -30,7 +30,6 @@ from scripts.utils.run_manifest import bundle_version, git_commit, running_parse
 logger = logging.getLogger(__name__)
 
 NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
-FIXED_PATCH = ("unetr", "hdenseformer")  # architectures that learn one position per cell of the patch
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
@@ -66,13 +65,13 @@ def training_record(
             record["loss"] = loss
         record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
     if teachers:
-        record["teachers_sha256"] = {name: _checksum(spec.get("weights")) for name, spec in teachers.items()}
+        record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
 
 
-def _checksum(weights: str | Sequence[str] | None) -> str | None:
-    files = weight_files(weights)
+def _checksum(spec: Mapping[str, Any]) -> str | None:
+    files = spec_files(spec)
     if not all(Path(file).is_file() for file in files):
         return None  # load_weights refuses a missing file
     return join_checksums([sha256(file) for file in files])
@@ -155,6 +154,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         if key in NOT_COMPARED or not (known or key in OPTIONAL):
             continue
         one, two = saved.get(key), current.get(key)
+        if key == "network":
+            one, two = _with_sizes(one), _with_sizes(two)
         clauses += _case_differences(key, one, two) if key.endswith("_cases") else value_differences(key, one, two)
     return clauses
 
@@ -228,9 +229,10 @@ def require_same_teachers(
     A teacher that was trained on validation cases of this run is a warning: it tells the student about them.
 
     Args:
-        specs: name of a teacher -> ``modalities`` and ``weights``; a teacher without weights or record is accepted.
+        specs: name of a teacher -> its specification; a teacher without weights or record is accepted, and its own
+            settings take the place of the task's.
         settings: ``intensity``, ``spacing`` in mm, ``labels`` and ``patch`` in voxels of this run; the patch is
-            compared for ``FIXED_PATCH`` only.
+            compared for architectures with a fixed patch only.
         split: training and validation cases of this run.
         ignore: log the contradictions as a warning instead.
     """
@@ -239,12 +241,12 @@ def require_same_teachers(
         check_spec(name, spec)
     for name, spec in specs.items():
         seen: set[str] = set()
-        for file in weight_files(spec.get("weights")):
+        for file in spec_files(spec):
             task = read_task(file)
             if task is None:
                 continue
-            used = {**settings, "modalities": spec["modalities"]}
-            if spec.get("architecture") not in FIXED_PATCH:
+            used = _own_or_task(settings, spec)
+            if not (spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch):
                 used.pop("patch", None)
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
             _refuse_contradictions(file, _setting_differences(known, used), ignore)
@@ -257,6 +259,16 @@ def require_same_teachers(
                 len(validation),
                 _listed(sorted(seen)),
             )
+
+
+def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a teacher is used with: its own or the task's; no labels beside own classes."""
+    own = {key: spec[key] for key in ("modalities", "spacing", "patch") if spec.get(key)}
+    intensity = {**settings.get("intensity", {}), **(spec.get("intensity") or {})}
+    used = {**settings, **own, "intensity": intensity}
+    if spec.get("classes"):
+        used.pop("labels", None)
+    return used
 
 
 def _setting_differences(task: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -303,16 +315,27 @@ def class_name(target: str) -> str:
 
 def _defaults(target: str) -> dict[str, Any]:
     """The default arguments of a class, by its dotted name or its name in ``monai.networks.nets``."""
-    component = pydoc.locate(class_name(target))
-    if not callable(component):
-        return {}
-    parameters = inspect.signature(component).parameters
-    return {name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty}
+    found = parameters(target) or {}
+    return {name: each.default for name, each in found.items() if each.default is not inspect.Parameter.empty}
 
 
 def _arguments(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that decide about the mask; of a teacher's ``options`` those of its own architecture."""
-    kept = {key: value for key, value in definition.items() if not (key[:1] == "_" or FREE_ARGUMENTS.search(key))}
-    if isinstance(kept.get("options"), Mapping) and "architecture" in kept:
-        kept["options"] = kept["options"].get(kept["architecture"]) or {}
-    return kept
+    """The arguments that decide about the mask."""
+    return {
+        key: value
+        for key, value in _with_sizes(definition).items()
+        if not (key[:1] == "_" or FREE_ARGUMENTS.search(key))
+    }
+
+
+def _with_sizes(definition: Any) -> Any:
+    """A definition with all arguments of a teacher's network instead of its ``scale`` and ``options``.
+
+    A record of release 0.8 or earlier has no scale, and its options hold every size.
+    """
+    if not (isinstance(definition, Mapping) and definition.get("architecture")):
+        return definition
+    known, name = dict(definition), str(definition["architecture"])
+    changes = (known.pop("options", None) or {}).get(name) or {}
+    network = read_architecture(name).definition(known.pop("scale", None), changes)
+    return {**_plain({**_defaults(str(network["_target_"])), **network}), **known}

@@ -35,6 +35,12 @@ def specs(*texts: str) -> dict[str, dict[str, Any]]:
         ("big=unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
         ("big:unetr=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ALL}),
         ("big:unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
+        (
+            "runs/big.json:ct=w.pt",
+            "big_ct",
+            {"architecture": "runs/big.json", "weights": "w.pt", "modalities": ["ct"]},
+        ),
+        ("one=big.json=w.pt", "one", {"architecture": "big.json", "weights": "w.pt", "modalities": ALL}),
         ("unetr=a.pt,b.pt", "unetr", {"architecture": "unetr", "weights": ["a.pt", "b.pt"], "modalities": ALL}),
         (
             "unetr=runs/lr=0.1/w.pt",
@@ -56,17 +62,12 @@ def test_two_teachers_of_one_architecture_both_count() -> None:
 
 def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(
-        json.dumps({"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}})
-    )
+    spec = {"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}}
+    path.write_text(json.dumps(spec))
     overrides = teachers_overrides(
         argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False), ALL
     )
-    assert overrides == {
-        "teacher_specs": {"mine": {"modalities": ALL, "network": {"_target_": "x.Y"}, "weights": "w.pt"}},
-        "layers#deep#mine": "a",
-        "layers#fine#mine": "b",
-    }
+    assert overrides == {"teacher_specs": {"mine": {"modalities": ALL, **spec}}}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def test_a_cache_made_with_other_settings_is_refused(distill: Any, weights: list
     assert "No cache of the teacher dynunet_pet at" in distill(*hinton, folder=tmp_path / "nowhere")
     assert "No cache of the teacher dynunet_ct at" in distill(*hinton, teacher="dynunet:ct=random")
     error = distill("--method", "hint")
-    assert "needs features of the teacher 'dynunet_pet', but its cache contains only logits, coarse, fine" in error
+    assert (
+        "needs features of the teacher 'dynunet_pet', but its cache contains only logits, coarse_map, fine_map" in error
+    )
     assert "train without the cache" in error
 
 
@@ -177,6 +179,6 @@ def test_a_loss_of_another_power_than_the_cached_maps_is_refused(distill: Any) -
         "Term 'fine' has the power p = 4, but the cached attention maps of the teacher 'dynunet_pet' have 2." in error
     )
     assert "cache-teachers --maps --set attention_power=4 --rebuild" in error
-    pixels = '{"tap": "coarse", "weight": 1, "loss": {"_target_": "scripts.losses.PixelRelationLoss"}}'
+    pixels = '{"tap": "coarse_map", "weight": 1, "loss": {"_target_": "scripts.losses.PixelRelationLoss"}}'
     error = distill("--method", "teachformer", "--set", f"+loss#terms#pixels={pixels}")
     assert "Term 'pixels' needs features of the teacher 'dynunet_pet', but its cache contains only attention" in error

@@ -16,7 +16,7 @@ from scripts.distillation.loss import DistillationLoss
 from scripts.losses import AttentionMapLoss, SoftPredictionLoss
 from scripts.networks import ChannelAdapter, Student
 
-TAPS = {"body": {"student": "body", "Net": "body"}}
+TAPS = {"body": {"student": "body", "ct": "body", "petmr": "body"}}
 SIZE = (4, 4, 4)
 
 
@@ -103,7 +103,7 @@ def test_tapped_features_are_those_of_the_named_layers():
     with torch.no_grad():
         assert torch.equal(outputs["petmr.body"], distiller.teachers["petmr"].network.body(image()[:, [2, 1]]))
     assert {name for name, value in outputs.items() if value.requires_grad} == {"logits", "student.body"}
-    named = build(taps={"body": {**TAPS["body"], "ct": "head"}})  # a teacher's own name goes before its class
+    named = build(taps={"body": {**TAPS["body"], "ct": "head"}})
     assert torch.equal(named(image())["ct.body"], outputs["ct.logits"])
 
 
@@ -135,17 +135,17 @@ def test_teachers_are_available_by_the_presence_of_their_modalities():
     assert build()(image())["available"].all()
 
 
-@pytest.mark.parametrize("layers", [{"student": "body", "Net": "tail"}, {"student": "body", "Net": "blocks"}])
-def test_an_unknown_layer_is_refused_and_the_error_names_the_network_and_its_layers(layers):
+@pytest.mark.parametrize("layer", ["tail", "blocks"])
+def test_an_unknown_layer_is_refused_and_the_error_names_the_network_and_its_layers(layer):
     match = r"ct \(Net\) has no layer '(tail|blocks)' to tap\. Its layers are: body, body.0, body.1, blocks.0, head"
     with pytest.raises(ValueError, match=match):
-        build(taps={"deep": layers})
+        build(taps={"deep": {**TAPS["body"], "ct": layer}})
     with pytest.raises(ValueError, match=match.replace("ct", "student")):
-        build(taps={"deep": {**layers, "student": layers["Net"], "Net": "body"}})
+        build(taps={"deep": {**TAPS["body"], "student": layer}})
 
 
 def test_wrong_taps_names_and_teachers_are_refused():
-    with pytest.raises(ValueError, match=r"Tap 'deep' has no layer for petmr \(Net\)\. It has layers for: ct, student"):
+    with pytest.raises(ValueError, match=r"Tap 'deep' has no layer for petmr\. It has layers for: ct, student"):
         build(taps={"deep": {"student": "body", "ct": "body"}})
     with pytest.raises(ValueError, match="rename it"):
         build(taps={"logits": TAPS["body"]})
@@ -343,7 +343,7 @@ def test_an_adapter_is_built_for_every_teacher_from_the_networks_channels():
 
 
 def test_an_adapter_fuses_several_layers_of_the_student():
-    taps = {"both": {"student": ["body.0", "body"], "Net": "body"}}
+    taps = {"both": {"student": ["body.0", "body"], "ct": "body", "petmr": "body"}}
     distiller = build(taps=taps, adapters={"both": Fuse}, window=(3, *SIZE)).train()
     assert distiller.adapters["both"]["ct"].inputs == [4, 4]
     outputs = distiller(image())
@@ -373,11 +373,14 @@ def test_a_term_on_a_tap_of_some_teachers_has_its_full_weight():
     ("options", "words"),
     [
         (
-            {"taps": {"body": {"student": "body", "Net": None}}},
+            {"taps": {"body": {"student": "body", "ct": None, "petmr": None}}},
             "No teacher in this run provides a layer for tap",
         ),
-        ({"taps": {"body": {"student": None, "Net": "body"}}}, "uses None of the student"),
-        ({"taps": {"body": {"student": ["body", "head"], "Net": "body"}}}, "Name one layer, or add an adapter"),
+        ({"taps": {"body": {"student": None, "ct": "body", "petmr": "body"}}}, "uses None of the student"),
+        (
+            {"taps": {"body": {"student": ["body", "head"], "ct": "body", "petmr": "body"}}},
+            "Name one layer, or add an adapter",
+        ),
         ({"taps": TAPS, "adapters": {"body": Fuse}}, "needs `window`, the shape of an image"),
         ({"taps": TAPS, "adapters": {"head": Fuse}, "window": (3, *SIZE)}, "adapter of tap 'head'"),
     ],
@@ -393,7 +396,7 @@ def test_a_tapped_layer_that_is_never_called_is_refused_by_name():
             super().__init__(3)
             self.spare = nn.Conv3d(4, 4, 1)
 
-    taps = {"spare": {"student": "spare", "Net": "body"}}
+    taps = {"spare": {"student": "spare", "ct": "body", "petmr": "body"}}
     distiller = Distiller(Lazy(), {"ct": Expert([0])}, taps).train()
     with pytest.raises(ValueError, match=r"student \(Lazy\) never calls its layer 'spare'"):
         distiller(image())

@@ -135,7 +135,7 @@ def test_a_published_method_has_all_its_terms_at_the_weights_of_its_authors(meth
 
 def test_emkd_compares_two_levels_and_cirkd_keeps_its_memory_in_the_checkpoint() -> None:
     taps = [tap for tap in compose("emkd").get_parsed_content("loss").taps.values() if tap != "logits"]
-    assert sorted(taps) == ["emkd_high", "emkd_high", "emkd_low", "emkd_low"]
+    assert sorted(taps) == ["deep", "deep", "fine", "fine"]
     assert set(compose("cirkd")["train"]["checkpoint_objects"]) >= {"model", "adapters", "memory"}
 
 
@@ -156,7 +156,7 @@ def test_dual_distillation_without_a_cnn_is_refused_and_the_error_names_cnns() -
     while error is not None:
         causes.append(str(error))
         error = error.__cause__
-    remedy = "layer for tap 'local'. Add a teacher with one of these networks: NNUNet, SegResNet, UXNet"
+    remedy = "layer for tap 'local'. Add a teacher of the kind cnn: dynunet, segresnet, student, uxnet."
     assert any(remedy in cause for cause in causes)
 
 
@@ -164,7 +164,7 @@ def test_the_list_of_methods_has_a_line_for_each_with_its_losses(capsys: pytest.
     assert main(["distill", "--list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert sorted(lines) == METHODS
-    assert "TokenRankingLoss(rank_deep)" in lines["rskd"]
+    assert "TokenRankingLoss(deep)" in lines["rskd"]
 
 
 def _arguments(cohort: Path, output: Path) -> list[str]:

@@ -157,12 +157,13 @@ class Online(nn.Module):
     def __init__(self, channels: list[int], seed: int = 0) -> None:
         super().__init__()
         self.channels, self.sha256, self.network = channels, None, Network(channels, seed)
+        self.layers, self.kind = {"fine": "0", "deep": "2"}, None
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.network(image[:, self.channels])
 
 
-TAPS = {"fine": {"Network": "0"}, "deep": {"Network": "2"}}
+TAPS = {tap: {"layer": tap} for tap in ("fine", "deep")}
 
 
 def cached(case: Any, folder: Path, teachers: dict[str, Online], **options: Any) -> tuple[TeacherCache, dict[str, Any]]:
@@ -219,7 +220,7 @@ def test_the_first_loss_equals_that_of_online_teachers_if_the_volume_is_one_wind
     image, label, _ = batch
     prepared = pipeline().prepare(case)
     assert torch.equal(image[0], torch.cat([prepared["ct"], prepared["pet"]]))
-    layers = {"Network": "0", "both": "0", "pet": "0"}
+    layers = {"student": "0", "both": "0", "pet": "0"}
     taps = {"fine": layers, "deep": {key: "2" for key in layers}}
     terms = {
         "soft": SOFT,

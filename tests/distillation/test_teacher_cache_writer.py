@@ -37,7 +37,7 @@ class Fake(nn.Module):
 
     def __init__(self, channels: list[int], seed: int = 0, sha256: str = "a" * 64) -> None:
         super().__init__()
-        self.channels, self.sha256 = channels, sha256
+        self.channels, self.sha256, self.layers, self.kind = channels, sha256, {"deep": "0"}, None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.network = nn.Sequential(
@@ -52,7 +52,7 @@ SPECS = {
     "pair": {"architecture": "fake", "modalities": ["pet", "ct"]},
     "mr": {"architecture": "f", "modalities": ["mr"]},
 }
-TAPS = {"deep": {"Sequential": "0"}}
+TAPS = {"deep": {"layer": "deep"}}
 
 
 def teachers(**changed: Any) -> dict[str, nn.Module]:
@@ -405,5 +405,5 @@ def test_the_command_writes_the_requested_outputs_and_refuses_in_one_sentence(
         "error: The cache of the teacher dynunet_pet is outdated: its spacing is [12.0, 12.0, 12.0], "
     )
     assert main([*arguments, "--set", "spacing=[14,12,12]", "--rebuild", "--maps"]) == 0
-    assert manifest(folder, "dynunet_pet")["outputs"] == ["logits", "coarse", "fine"]
+    assert manifest(folder, "dynunet_pet")["outputs"] == ["logits", "coarse_map", "fine_map"]
     assert manifest(folder, "dynunet_pet")["spacing"] == [14, 12, 12]

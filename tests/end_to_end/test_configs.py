@@ -13,7 +13,7 @@ import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
 from scripts.cli.main import main
-from scripts.networks.teacher import ARCHITECTURES
+from scripts.networks.architecture import architecture_names
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -122,7 +122,7 @@ def test_every_method_and_every_data_set_compose(data: str, method: str) -> None
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architecture_names())
 def test_every_architecture_can_be_a_teacher_at_every_scale(architecture: str, scale: str) -> None:
     parser = _composed("train", "data/sts", f"scale/{scale}", "teacher", architecture=architecture)
     assert parser.get_parsed_content("network_def").channels == [0, 1, 2]  # by default all modalities

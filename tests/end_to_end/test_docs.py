@@ -16,7 +16,16 @@ from scripts.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "configs/methods/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "SECURITY.md",
+            "CHANGELOG.md",
+            "configs/methods/README.md",
+            "configs/teachers/README.md",
+        )
+    ),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 CODE = sorted((ROOT / "scripts").rglob("*.py"))

@@ -95,7 +95,26 @@ def test_features_of_a_users_network_are_tapped_at_the_layers_that_it_names(
     assert row["loss/hint"] > 0
     (tmp_path / "several.json").write_text(json.dumps(spec))
     assert distill(cohort, tmp_path / "refused", "--teacher", f"s={tmp_path / 'several.json'}", "--method", "hint") == 1
-    assert "'up_layers.0'" in capsys.readouterr().err  # no such layer in an ensemble
+    assert "The teacher s names no layer 'middle', which the tap 'hint' needs." in capsys.readouterr().err
+
+
+def test_a_users_architecture_and_a_larger_student_teach(cohort: Path, tmp_path: Path) -> None:
+    architecture = {"network": {**NETWORK, "in_channels": "@in_channels"}, "layers": {"middle": "up_layers.0"}}
+    (tmp_path / "mine.json").write_text(json.dumps(architecture))
+    mine = ["--architecture", str(tmp_path / "mine.json"), "--modalities", "pet", "--output-dir", str(tmp_path / "t")]
+    assert main(["teacher", *TINY, "--dataset-dir", str(cohort), "--epochs", "1", *mine]) == 0
+    teachers = [f"{tmp_path / 'mine.json'}:pet={tmp_path / 't' / 'model.pt'}", "big=student=random"]
+    arguments = [word for text in teachers for word in ("--teacher", text)]
+    smaller = ["--set", '+architectures#student={"features": [8,8,16,16]}']
+    assert distill(cohort, tmp_path / "out", *arguments, *smaller, "--method", "hint") == 0
+    (row,) = read_curves(tmp_path / "out" / "curves.csv")
+    assert (row["weight/mine_pet"], row["weight/big"]) == (0.5, 0.5)
+    assert row["loss/hint"] is not None
+    weights = torch.load(tmp_path / "t" / "model.pt", weights_only=True)
+    torch.manual_seed(0)
+    SegResNet(init_filters=8, in_channels=1, out_channels=2, blocks_down=[1, 1], blocks_up=[1]).load_state_dict(
+        {name.removeprefix("network."): value for name, value in weights.items()}
+    )
 
 
 def test_an_ensemble_is_cached_and_read_back(
@@ -118,11 +137,15 @@ def test_an_ensemble_is_cached_and_read_back(
     ("changes", "sentence"),
     [
         ({"architecture": "unetr"}, "label, predictions; it has architecture and network."),
-        ({"network": None}, "needs exactly one of architecture, network, label, predictions; it has none."),
+        ({"network": None}, "exactly one of architecture, network, bundle, label, predictions; it has none."),
         ({"wieghts": "w.pt"}, "has the unknown key 'wieghts'. Did you mean weights?"),
         ({"modalities": ["xray"]}, "must be one or more of ['ct', 'pet', 'mr']"),
         ({"weights": "nowhere.pt"}, "No weights at nowhere.pt"),
-        ({"network": {**NETWORK, "in_channels": 1}}, "do not fit"),
+        ({"network": {**NETWORK, "in_channels": 1}}, "The teacher mine cannot be used: The weights in"),
+        ({"network": {**NETWORK, "_target_": "monai.networks.nets.SegResNett"}}, "SegResNett"),
+        ({"classes": [0, 1, 2]}, "The teacher mine names 3 classes, the task has 2."),
+        ({"classes": [0, 5]}, "its classes name the output 5, but its network has outputs 0 to 1"),
+        ({"spacing": [1, 1, 1]}, "has the spacing [1, 1, 1], the task [12, 12, 12]. Only cached predictions can"),
     ],
 )
 def test_a_wrong_specification_is_refused_before_any_case_is_read(

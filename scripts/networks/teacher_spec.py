@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of a teacher: its keys, its files, and the errors for wrong ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.networks.architecture import did_you_mean, require_kind
+from scripts.networks.zoo_bundle import bundle_weights
+
+ORIGINS = ("architecture", "network", "bundle", "label", "predictions")  # exactly one of them says what answers
+CACHED_ONLY = ("predictions",)  # origins that answer from a cache only
+OWN_SETTINGS = ("intensity", "classes", "out_channels", "spacing", "patch")  # by default those of the task
+SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "layers", "kind", *OWN_SETTINGS)
+Spec = Mapping[str, Any]
+
+
+def weight_files(weights: str | Sequence[str] | None) -> list[str]:
+    """The weights of a teacher as a list of files: none (random weights), one, or the members of an ensemble."""
+    if not weights:
+        return []
+    return [weights] if isinstance(weights, str) else list(weights)
+
+
+def spec_files(spec: Spec) -> list[str]:
+    """The weights files of a teacher's specification; those of a bundle lie in its folder.
+
+    Raises:
+        ValueError: a bundle has no weights.
+    """
+    if spec.get("bundle") and not spec.get("weights"):
+        return [bundle_weights(spec["bundle"])]
+    return weight_files(spec.get("weights"))
+
+
+def join_checksums(digests: Sequence[str]) -> str | None:
+    """The checksum of a teacher: that of its file, or the sha256 of the checksums of an ensemble's files in order."""
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def own_settings(spec: Spec) -> dict[str, Any]:
+    """What a teacher does otherwise than the task: the keys of ``OWN_SETTINGS`` that it has."""
+    return {key: spec[key] for key in OWN_SETTINGS if spec.get(key) is not None}
+
+
+def teacher_identity(spec: Spec) -> dict[str, Any]:
+    """What a cache notes of a teacher beside its weights: the network's name, its modalities and its own settings."""
+    bundle, own = spec.get("bundle"), own_settings(spec)
+    name = spec.get("architecture") or (Path(bundle).name if bundle else type(spec.get("network")).__name__)
+    identity = {"architecture": name, "modalities": list(spec.get("modalities", ()))}
+    return {**identity, "own_settings": own} if own else identity
+
+
+def check_spec(name: str, spec: Spec) -> None:
+    """Check the keys of a teacher's specification, and the form of their values.
+
+    Raises:
+        ValueError: an unknown key, a missing one, not exactly one of ``ORIGINS``, or a value of another form.
+    """
+    if name == "student":
+        raise ValueError("No teacher can be named student. Name it: --teacher NAME=student=WEIGHTS.")
+    for key in spec:
+        if key not in SPEC_KEYS:
+            hint = did_you_mean(key, SPEC_KEYS)
+            raise ValueError(f"The teacher {name} has the unknown key {key!r}.{hint} Keys: {', '.join(SPEC_KEYS)}.")
+    origins = [key for key in ORIGINS if spec.get(key)]
+    if len(origins) != 1:
+        given = " and ".join(origins) or "none"
+        raise ValueError(f"The teacher {name} needs exactly one of {', '.join(ORIGINS)}; it has {given}.")
+    if spec.get("label"):
+        others = sorted(set(spec) - {"label"})
+        if others:
+            raise ValueError(f"The teacher {name} is the label, which takes no {', '.join(others)}. Remove them.")
+        return
+    for origin in CACHED_ONLY:
+        others = [key for key in ("weights", "layers", *own_settings(spec)) if spec.get(key)]
+        if spec.get(origin) and others:
+            raise ValueError(
+                f"The teacher {name} is described by {origin}, which takes no {', '.join(others)}. Remove them."
+            )
+    if not spec.get("modalities"):
+        raise ValueError(f'The teacher {name} names no modalities. Add for example "modalities": ["ct", "pet"].')
+    require_kind(f"The teacher {name}", spec.get("kind"))
+    _check_own_settings(name, spec)
+
+
+def _check_own_settings(name: str, spec: Spec) -> None:
+    for key, is_right, form in (
+        ("layers", _is_layers, 'an object such as {"middle": "decoder.1"}'),
+        ("classes", _is_classes, "its outputs for each class of the task, such as [0, 1] or [[0, 2], 1], each once"),
+        ("out_channels", _is_count, "a whole number of at least 1"),
+        ("spacing", lambda value: _is_triple(value, _is_positive), "three sizes in mm, such as [1.5, 1.5, 2]"),
+        ("patch", lambda value: _is_triple(value, _is_count), "three sizes in voxels, such as [96, 96, 96]"),
+    ):
+        if spec.get(key) is not None and not is_right(spec[key]):
+            raise ValueError(f"The teacher {name} has the {key} {spec[key]!r}. Write {form}.")
+    for modality, rule in _items(name, spec.get("intensity")):
+        if modality not in spec["modalities"]:
+            raise ValueError(
+                f"The teacher {name} has an intensity for {modality}, which it does not read."
+                f"{did_you_mean(modality, spec['modalities'])} It reads {', '.join(spec['modalities'])}."
+            )
+        if rule != "zscore" and not _is_window(rule):
+            raise ValueError(
+                f'The teacher {name} has the intensity {rule!r} of {modality}. Write [low, high] or "zscore".'
+            )
+    if spec.get("out_channels") and not (spec.get("architecture") and spec.get("classes")):
+        raise ValueError(
+            f"The teacher {name} has out_channels, the outputs of its architecture. Add architecture, and the classes "
+            "among them."
+        )
+
+
+def _items(name: str, intensity: Any) -> list[tuple[str, Any]]:
+    if intensity is not None and not isinstance(intensity, Mapping):
+        raise ValueError(
+            f'The teacher {name} has the intensity {intensity!r}. Write an object such as {{"ct": [-57, 164]}}.'
+        )
+    return list((intensity or {}).items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_triple(value: Any, is_right: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_right, value))
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) and text for text in value.values())
+
+
+def _is_classes(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    groups = [each if isinstance(each, (list, tuple)) else [each] for each in value]
+    outputs = [output for group in groups for output in group]
+    are_indices = all(output == 0 or _is_count(output) for output in outputs)
+    return all(groups) and are_indices and len(set(outputs)) == len(outputs)

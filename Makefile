@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test release-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -94,6 +94,10 @@ label-test: env label-env
 # The tests of benchmarks/, which `make test` leaves out.
 benchmark-test: env
 	$(PY) -m pytest -m "not slow" tests/benchmarks
+
+# Training steps, memory and masks on one GPU, in minutes; it needs an environment with PyTorch for that GPU.
+gpu-check:
+	$(PYTHON) -m benchmarks gpu --output-dir runs/gpu
 
 # The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out.
 release-test: env

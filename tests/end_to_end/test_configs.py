@@ -146,3 +146,20 @@ def test_every_line_that_a_verb_prints_composes_existing_files(capsys: pytest.Ca
         assert "configs/scale/small.json" in line  # the scale of the shipped weights
         for name in line.split("[", 1)[1].split("]", 1)[0].replace('"', "").split(", "):
             assert Path(name).is_file()
+
+
+def _targets(value: object) -> set[str]:
+    """Every ``_target_`` in a config."""
+    if isinstance(value, dict):
+        own = {value["_target_"]} if isinstance(value.get("_target_"), str) else set()
+        return own.union(*map(_targets, value.values()))
+    return set().union(*map(_targets, value)) if isinstance(value, list) else set()
+
+
+def test_no_component_has_the_name_of_a_module() -> None:
+    # pydoc.locate, which MONAI uses, finds the module with Python 3.12, and the component of that name with 3.11.
+    targets = set().union(*(_targets(json.loads(path.read_text())) for path in CONFIGS.rglob("*.json")))
+    own = {target for target in targets if target.startswith("scripts.")}
+    assert len(own) > 40
+    modules = {target for target in own if ROOT.joinpath(*target.split(".")).with_suffix(".py").exists()}
+    assert modules == set()

@@ -8,11 +8,13 @@ Example: python -m benchmarks study --dataset-dir DATA --output-dir runs/study
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from fnmatch import filter as filter_names
 from pathlib import Path
 
 from benchmarks.job_queue import run_jobs
 from benchmarks.options import add_data_options, add_output_options
+from benchmarks.study_job import StudyJob
 from benchmarks.study_plan import StudyPlan
 from scripts.cli.options import positive_int
 
@@ -58,10 +60,21 @@ def run(args: argparse.Namespace) -> str:
         shorten=args.shorten,
         commit=args.commit,
     )
-    by_name = {job.study_row.name: job for job in plan.jobs()}
-    jobs = [by_name[name] for name in dict.fromkeys(name for each in args.only for name in filter_names(by_name, each))]
     if args.dry_run:
-        return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in jobs)
-    failed = run_jobs(jobs, args.workers)
+        return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in chosen(plan, args.only))
+    while True:  # the verdict of the gate brings more jobs
+        known = plan.gate
+        failed = run_jobs(chosen(plan, args.only), args.workers)
+        plan.judge_gate()
+        if plan.gate == known:
+            break
+    jobs = chosen(plan, args.only)
     done = sum(job.done for job in jobs)
-    return f"{done} of {len(jobs)} jobs are done, {len(failed)} failed or wait for others."
+    return f"{done} of {len(jobs)} jobs are done, {len(failed)} failed or wait for others. Gate: {plan.gate or 'open'}."
+
+
+def chosen(plan: StudyPlan, patterns: Sequence[str]) -> list[StudyJob]:
+    """The jobs whose names match some patterns, in the order of the patterns."""
+    by_name = {job.study_row.name: job for job in plan.jobs()}
+    names = (name for pattern in patterns for name in filter_names(by_name, pattern))
+    return [by_name[name] for name in dict.fromkeys(names)]

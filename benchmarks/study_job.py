@@ -51,7 +51,8 @@ class StudyRow:
     def name(self) -> str:
         """Name of its files."""
         source = "" if self.source_fold is None else f".j{self.source_fold}"
-        return f"{self.experiment}.{self.arm}.{self.student}.f{self.fold}{source}.s{self.seed}"
+        student = self.student.replace(" ", "_")
+        return f"{self.experiment}.{self.arm}.{student}.f{self.fold}{source}.s{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,18 @@ The settings were fixed before the first run; deviations from the plan are in do
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.job_queue import Command
 from benchmarks.study_answers import write_predictions
 from benchmarks.study_job import Answers, StudyJob, StudyRow
-from scripts.cli.config import read_config
-from scripts.data import datalist
-from scripts.data.folds import make_splits
+from benchmarks.study_setting import FOLDS, StudySetting
 from scripts.utils.atomic_files import write_json
 
-FOLDS = 5
 STAGE_1 = ((0, 1), (1, 2), (2, 3), (3, 4), (0, 4))
 STAGE_2 = ((0, 2), (1, 3), (2, 4), (0, 3), (1, 4))
 SEEDS = (0, 1)
@@ -33,8 +30,6 @@ STUDENTS: dict[str, list[int]] = {  # widths in multiples of 8: CPUs compute oth
     "0.9M": [8, 24, 48, 96],
     "3.5M": [24, 48, 96, 192],
 }
-BATCH = 2
-GRID = {"spacing": [4.0, 4.0, 4.0], "patch": [48, 48, 48], "ema": 0.99}
 RECIPES: dict[str, dict[str, Any]] = {  # candidates for the lone student's recipe, on top of the bundle's own
     "default": {},
     "batch_dice": {"segmentation_loss#batch": True},
@@ -44,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # candidates for the lone student's reci
 }
 RECIPE_STEPS = 1000
 GATE_MARGIN = 0.03
+TEACHER_STEPS = 4000
 TEACHERS: dict[str, dict[str, Any]] = {
     "t1": {"architecture": "hdenseformer", "learning_rate": 0.001, "gradient_clip": 1.0},
     "t2": {"architecture": "unetr", "learning_rate": 0.0003, "gradient_clip": 1.0},
@@ -56,54 +52,46 @@ LABEL = ("--teacher", "label")
 OUTSIDE = "outside"  # name of the cached teacher
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """Where the study runs, and how.
-
-    Args:
-        data: name of the data set.
-        dataset_dir: its folder.
-        output: folder of the trainings, which are not kept.
-        results: folder of the results, which are kept.
-        device: such as ``cpu`` or ``cuda``.
-        shorten: divide all numbers of steps by this, to try the queue. Such results are marked.
-        commit: commit of the code, where it is not a git checkout.
-    """
-
-    data: str
-    dataset_dir: str
-    output: Path
-    results: Path
-    device: str = "cpu"
-    shorten: int = 1
-    commit: str = ""
-    folds: list[list[str]] = field(init=False)
-    cases: list[dict[str, Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        cases = datalist(self.data, self.dataset_dir)
-        object.__setattr__(self, "cases", cases)
-        object.__setattr__(self, "folds", make_splits((str(case["patient_id"]) for case in cases), FOLDS, seed=0))
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Config of the data set."""
-        return read_config(f"data/{self.data}")
-
-    @property
-    def grid_settings(self) -> dict[str, Any]:
-        """What decides on the networks' grid."""
-        kept = {key: self.settings[key] for key in ("modalities", "intensity", "naming")}
-        return {**kept, "spacing": GRID["spacing"]}
-
-    @property
-    def gpu(self) -> bool:
-        """Whether the trainings run on a GPU."""
-        return self.device.startswith("cuda")
+class StudyPlan(StudySetting):
+    """The jobs of every experiment."""
 
     def jobs(self) -> list[StudyJob]:
-        """All jobs, in the order of their value."""
-        return [*self.recipe_jobs(), *self.teacher_jobs(STAGE_1), *self.another_hospital(), *self.compression()]
+        """All jobs that can be planned, in the order of their value. Until the gate is judged, these are the first
+        pair's teachers and the students without teachers."""
+        students = [*self.another_hospital(), *self.compression()]
+        if self.gate is None:
+            alone = [job for job in students if not job.study_row.arm.startswith("kd")]
+            return [*self.recipe_jobs(), *self.teacher_jobs(STAGE_1[:1]), *alone]
+        return [*self.recipe_jobs(), *self.teacher_jobs(STAGE_1), *students]
+
+    # The gate: are the teachers good enough, or must they train longer?
+
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """The verdict of the gate; None before it is judged."""
+        path = self.results / "gate.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def teacher_steps(self) -> int:
+        """Length of the teachers' trainings, which the gate may double."""
+        gate = self.gate
+        return TEACHER_STEPS if gate is None else int(gate["steps"])
+
+    def judge_gate(self) -> None:
+        """Compare the first pair's ensemble with the lone student on the patients of fold 1, if both are known."""
+        ensemble = self._ensemble(STAGE_1[0])
+        if self.gate is not None or not ensemble.done or not all(path.is_file() for path in self.recipe_records):
+            return
+        chosen = max(RECIPES, key=self._recipe_score)
+        rows = [job for job in self.recipe_jobs() if job.study_row.arm == chosen and job.study_row.fold == 1]
+        scores = {
+            "lone": mean_dice([job.record for job in rows]),
+            "ensemble": mean_dice([self.record(self.teacher_row("ensemble", STAGE_1[0], 1))]),
+        }
+        passed = scores["ensemble"] - scores["lone"] >= GATE_MARGIN
+        steps = TEACHER_STEPS if passed else 2 * TEACHER_STEPS
+        write_json({"recipe": chosen, **scores, "passed": passed, "steps": steps}, self.results / "gate.json")
 
     # Experiment 0: the lone student's recipe, by cross-validation inside folds 1 to 4.
 
@@ -133,20 +121,15 @@ class StudyPlan:
     def _recipe_score(self, recipe: str) -> float:
         return mean_dice([job.record for job in self.recipe_jobs() if job.study_row.arm == recipe])
 
-    def gate(self) -> dict[str, Any]:
-        """The teachers' ensemble of the pair (0, 1) against the lone student on the patients of fold 1."""
-        chosen = max(RECIPES, key=self._recipe_score)
-        rows = [job for job in self.recipe_jobs() if job.study_row.arm == chosen and job.study_row.fold == 1]
-        lone = mean_dice([job.record for job in rows])
-        ensemble = mean_dice([self.results / "jobs" / f"{self.teacher_row('ensemble', (0, 1), 1).name}.json"])
-        return {"recipe": chosen, "lone": lone, "ensemble": ensemble, "passed": ensemble - lone >= GATE_MARGIN}
-
     # Experiments A1 and A2: teachers that have not seen two of the folds.
 
     def teacher_jobs(self, pairs: Sequence[tuple[int, int]]) -> list[StudyJob]:
         """Two Transformers per pair of folds, the answers of each on all patients, and the ensemble's scores."""
-        jobs = [job for name in TEACHERS for pair in pairs for job in self._one_teacher(name, pair)]
-        return [*jobs, *(self._ensemble(pair) for pair in pairs)]
+        jobs = []
+        for pair in pairs:
+            jobs += [job for name in TEACHERS for job in self._one_teacher(name, pair)]
+            jobs.append(self._ensemble(pair))
+        return jobs
 
     def _one_teacher(self, name: str, pair: tuple[int, int]) -> list[StudyJob]:
         """The training of a teacher without the folds of a pair, and its answers over all flips."""
@@ -161,7 +144,7 @@ class StudyPlan:
         train = [k for k in range(FOLDS) if k not in pair]
         command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
         training_row = replace(row, experiment="teachers")
-        training = self._job(
+        training = self.job(
             training_row, train, [], lambda: command, lambda: {**settings, **sizes}, schedule=True, evaluated=False
         )
         training = replace(training, kept=self.answers_path(name, pair))
@@ -170,7 +153,7 @@ class StudyPlan:
         teacher = ("--teacher", f"{name}={architecture}={weights}")
         caching = ("cache-teachers", "--scale", TEACHER_SCALE, *teacher, "--tta", "flips", "--cases", "all")
         batch = {"+answers#inferer#sw_batch_size": 16 if self.gpu else 2}
-        job = self._job(row, range(FOLDS), [], lambda: caching, lambda: {**batch, **sizes}, evaluated=False)
+        job = self.job(row, range(FOLDS), [], lambda: caching, lambda: {**batch, **sizes}, evaluated=False)
         answers = self._answers([self.answers_path(name, pair)], [replace(row), self.teacher_row(name, pair, pair[1])])
         job = replace(job, needs=(weights,), outputs=(f"{name}/manifest.json",), answers=replace(answers, teacher=name))
         return [training, job]
@@ -179,7 +162,7 @@ class StudyPlan:
         """The scores of the mean answer of a pair's teachers."""
         rows = [self.teacher_row("ensemble", pair, fold) for fold in pair]
         paths = [self.answers_path(name, pair) for name in TEACHERS]
-        job = self._job(rows[0], [], [], tuple, dict, evaluated=False)
+        job = self.job(rows[0], [], [], tuple, dict, evaluated=False)
         return replace(job, needs=tuple(paths), build=tuple, answers=self._answers(paths, rows))
 
     def _answers(self, paths: Sequence[Path], rows: Sequence[StudyRow]) -> Answers:
@@ -188,11 +171,11 @@ class StudyPlan:
     def teacher_row(self, arm: str, pair: tuple[int, int], fold: int) -> StudyRow:
         """The row of a pair's teachers, tested on one of its folds."""
         (other,) = (k for k in pair if k != fold)
-        return StudyRow("A", arm, arm, fold, other, 0, 4000)
+        return StudyRow("A", arm, f"{self.teacher_steps} steps", fold, other, 0, self.teacher_steps)
 
     def answers_path(self, name: str, pair: tuple[int, int]) -> Path:
         """The answers of one teacher of a pair."""
-        return self.results / "answers" / f"{name}_without_{min(pair)}_{max(pair)}.npz"
+        return self.results / "answers" / f"{name}_without_{min(pair)}_{max(pair)}_{self.teacher_steps}.npz"
 
     # Experiment B1: another hospital. Fold j is its own, the teachers come from elsewhere.
 
@@ -256,7 +239,7 @@ class StudyPlan:
             chosen = self.chosen_recipe() if recipe is None else recipe()
             return {"student_features": STUDENTS[row.student], **chosen, **(TERMS if teacher else {})}
 
-        job = self._job(row, train, unlabelled, lambda: command, settings, schedule=True)
+        job = self.job(row, train, unlabelled, lambda: command, settings, schedule=True)
         return job if recipe else replace(job, needs=self.recipe_records)
 
     def taught_job(self, row: StudyRow, train: Sequence[int], unlabelled: Sequence[int] = ()) -> StudyJob:
@@ -266,7 +249,7 @@ class StudyPlan:
         answered by the teachers that have seen that patient.
         """
         sources = self._answers_for(row, [*train, *unlabelled])
-        folder = self._folder(row)
+        folder = self.job_folder(row)
         spec, predictions = folder / "teacher.json", folder / "predictions"
 
         def prepare() -> None:
@@ -278,7 +261,7 @@ class StudyPlan:
         needs = (*job.needs, *dict.fromkeys(path for paths in sources.values() for path in paths))
         caching: Command = ("cache-teachers", "--teacher", f"{OUTSIDE}={spec}", "--fold", "0")
         caching = (*caching, "--unlabelled") if unlabelled else caching
-        before = self._command(job, caching, {}, folder / "cache")
+        before = self.command(job, caching, {}, folder / "cache")
         return replace(job, needs=needs, before=(before,), preparations=(*job.preparations, prepare))
 
     def _answers_for(self, row: StudyRow, folds: Sequence[int]) -> dict[str, list[Path]]:
@@ -288,87 +271,9 @@ class StudyPlan:
                 pairs = [(row.fold, source)]
             else:
                 pairs = [pair for pair in STAGE_1 if row.fold in pair and source not in pair]
-            for case in self._cases_of([source]):
+            for case in self.cases_of([source]):
                 sources[str(case["case_id"])] = [self.answers_path(name, pair) for pair in pairs for name in TEACHERS]
         return sources
-
-    def _cases_of(self, folds: Sequence[int]) -> Iterator[dict[str, Any]]:
-        patients = {patient for k in folds for patient in self.folds[k]}
-        return (case for case in self.cases if str(case["patient_id"]) in patients)
-
-    def _folder(self, row: StudyRow) -> Path:
-        return self.output / row.name
-
-    def _job(
-        self,
-        row: StudyRow,
-        train: Sequence[int],
-        unlabelled: Sequence[int],
-        command: Callable[[], Command],
-        settings: Callable[[], dict[str, Any]],
-        schedule: bool = False,
-        evaluated: bool = True,
-    ) -> StudyJob:
-        """A training on some folds, evaluated on the row's fold."""
-        folder = self._folder(row)
-        steps = max(1, row.steps // self.shorten)
-        labelled, others = list(self._cases_of(train)), list(self._cases_of(unlabelled))
-        tested = [case for case in self._cases_of([row.fold]) if case not in labelled]
-        per_epoch = max(1, (len(labelled) + len(others)) // BATCH)
-        epochs = -(-steps // per_epoch)
-
-        def prepare() -> None:
-            rows = [self._list_row(case) for case in (*labelled, *tested)]
-            rows += [{key: value for key, value in self._list_row(case).items() if key != "label"} for case in others]
-            write_json(rows, folder / "cases.json")
-            patients = [sorted({str(case["patient_id"]) for case in part}) for part in (tested, [*labelled, *others])]
-            write_json({"seed": 0, "folds": [part for part in patients if part]}, folder / "splits.json")
-
-        length: dict[str, Any] = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
-        length |= {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
-        length |= {"precision": "bfloat16" if self.gpu else "float32"}
-
-        notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
-        job = StudyJob(
-            row.name,
-            row.seed,
-            folder,
-            (),
-            study_row=row,
-            results=self.results,
-            preparations=(prepare,),
-            notes=notes,
-            folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
-        )
-        evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
-
-        def commands() -> tuple[Command, ...]:
-            values = {**(length if schedule else {}), **settings()}
-            first = self._command(job, (*command(), "--fold", "0"), values, folder)
-            if not evaluated:
-                return (first,)
-            return first, self._command(job, evaluate, settings(), folder / "eval")
-
-        return replace(job, build=commands, evaluations=("eval",) if evaluated else ())
-
-    def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
-        """A case's row of a data list, with paths relative to the data set's folder."""
-        files = {key: case[key] for key in (*self.settings["modalities"], "label") if key in case}
-        paths = {key: Path(path).relative_to(self.dataset_dir).as_posix() for key, path in files.items()}
-        return {"case_id": str(case["case_id"]), "patient_id": str(case["patient_id"]), **paths}
-
-    def _command(self, job: StudyJob, verb: Command, settings: dict[str, Any], output: Path) -> Command:
-        """A command of a job: its data, folders, device and settings."""
-        files = ("--data-list", str(job.folder / "cases.json"), "--set", f"splits_file={job.folder / 'splits.json'}")
-        where = ("--data", self.data, "--dataset-dir", self.dataset_dir, *files, "--output-dir", str(output))
-        how = ["--seed", str(job.seed), "--threads", "1", "--device", self.device]
-        if verb[0] != "evaluate":
-            how += ["--set", f"volumes_dir={self.output / 'volumes'}"]
-        values = {**GRID, **settings}
-        if verb[0] == "evaluate":
-            values = {key: value for key, value in values.items() if key in ("spacing", "patch") or "student" in key}
-        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        return (*verb, *where, *how, *sets)
 
 
 def mean_dice(records: Sequence[Path]) -> float:

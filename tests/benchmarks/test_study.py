@@ -17,7 +17,8 @@ import benchmarks.study_plan as study_plan
 from benchmarks.job_queue import run_jobs
 from benchmarks.study_answers import mean_logit, read_answer, without_padding, write_answers, write_predictions
 from benchmarks.study_job import StudyJob
-from benchmarks.study_plan import FOLDS, RECIPES, STAGE_1, StudyPlan
+from benchmarks.study_plan import RECIPES, STAGE_1, StudyPlan
+from benchmarks.study_setting import FOLDS
 from scripts.cli.main import main
 
 FILES = {"ct": "CT.nii.gz", "pet": "PET.nii.gz", "mr": "MR.nii.gz", "label": "mask.nii.gz"}
@@ -31,7 +32,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyPlan:
         name = f"P{number:02d}"
         files = {key: str(tmp_path / "data" / name / file) for key, file in FILES.items()}
         cases.append({"case_id": name, "patient_id": name, "image": files["ct"], **files})
-    monkeypatch.setattr(study_plan, "datalist", lambda *_: cases)
+    monkeypatch.setattr("benchmarks.study_setting.datalist", lambda *_: cases)
     return StudyPlan("sts", str(tmp_path / "data"), tmp_path / "runs", tmp_path / "results")
 
 
@@ -64,7 +65,33 @@ def choose(plan: StudyPlan, best: str) -> None:
         write_record(job, 0.7 if job.study_row.arm == best else 0.6)
 
 
+def pass_gate(plan: StudyPlan, ensemble: float) -> None:
+    """Judge the gate with this Dice of the ensemble; the lone student has 0.7."""
+    choose(plan, "batch_dice")
+    for job in plan.teacher_jobs(STAGE_1[:1]):
+        for row in job.answers.rows if job.answers else ():
+            plan.record(row).write_text(json.dumps({"cases": [{"patient_id": "0", "dice": ensemble, "status": "ok"}]}))
+    plan.judge_gate()
+
+
+@pytest.mark.parametrize(("ensemble", "steps"), [(0.729, 8000), (0.731, 4000)])
+def test_the_gate_decides_how_long_the_teachers_train(plan: StudyPlan, ensemble: float, steps: int) -> None:
+    before = plan.jobs()
+    assert plan.gate is None
+    assert not any(job.study_row.arm.startswith("kd") for job in before)
+    pass_gate(plan, ensemble)
+    verdict = {"passed": steps == 4000, "steps": steps}
+    assert plan.gate == {
+        "recipe": "batch_dice", "lone": pytest.approx(0.7), "ensemble": ensemble, **verdict
+    }  # fmt: skip
+    trainings = [job for job in plan.jobs() if job.study_row.experiment == "teachers"]
+    assert len(trainings) == 10
+    assert {options(job)["max_epochs"] for job in trainings} <= {str(-(-steps // 11)), str(-(-steps // 12))}
+    assert sum(job.study_row.arm.startswith("kd") for job in plan.jobs()) == 40
+
+
 def test_no_training_and_no_teacher_sees_the_tested_fold(plan: StudyPlan) -> None:
+    pass_gate(plan, 0.9)
     tested = 0
     for job in plan.jobs():
         row = job.study_row
@@ -78,7 +105,7 @@ def test_no_training_and_no_teacher_sees_the_tested_fold(plan: StudyPlan) -> Non
             assert row.source_fold is not None
             assert not training & set(plan.folds[row.source_fold])
         answers = [path.stem for path in job.needs if path.suffix == ".npz"]
-        assert all(f"{row.fold}" in stem.split("_")[2:] for stem in answers)  # t1_without_0_1
+        assert all(f"{row.fold}" in stem.split("_")[2:4] for stem in answers)  # t1_without_0_1_4000
         assert bool(answers) == row.arm.startswith("kd")
         tested += 1
     assert tested == 40 + 10 + 50 + 60
@@ -135,10 +162,10 @@ def test_without_labels_the_training_list_has_none(plan: StudyPlan) -> None:
 def test_in_sample_answers_come_from_teachers_that_have_seen_the_patient(plan: StudyPlan) -> None:
     job = next(job for job in plan.compression() if job.study_row.arm == "kd_in_sample" and job.study_row.fold == 2)
     stems = {path.stem for path in job.needs if path.suffix == ".npz"}
-    pairs = {tuple(map(int, stem.split("_")[2:])) for stem in stems}
+    pairs = {tuple(map(int, stem.split("_")[2:4])) for stem in stems}
     assert pairs == {(1, 2), (2, 3)}  # the pairs of stage 1 with fold 2
     sources = plan._answers_for(job.study_row, [1])
-    assert {path.stem for paths in sources.values() for path in paths} == {"t1_without_2_3", "t2_without_2_3"}
+    assert {path.stem for paths in sources.values() for path in paths} == {"t1_without_2_3_4000", "t2_without_2_3_4000"}
     assert all(len(pair) == 2 and pair[0] < pair[1] for pair in STAGE_1)
 
 

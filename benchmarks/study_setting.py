@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the study runs: data, folds, folders and device; it turns a row of the plan into a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.job_queue import Command
+from benchmarks.study_job import StudyJob, StudyRow
+from scripts.cli.config import read_config
+from scripts.data import datalist
+from scripts.data.folds import make_splits
+from scripts.utils.atomic_files import write_json
+
+FOLDS = 5
+BATCH = 2
+GRID = {"spacing": [4.0, 4.0, 4.0], "patch": [48, 48, 48], "ema": 0.99}
+
+
+@dataclass(frozen=True)
+class StudySetting:
+    """Where the study runs, and how.
+
+    Args:
+        data: name of the data set.
+        dataset_dir: its folder.
+        output: folder of the trainings, which are not kept.
+        results: folder of the results, which are kept.
+        device: such as ``cpu`` or ``cuda``.
+        shorten: divide all numbers of steps by this, to try the queue. Such results are marked.
+        commit: commit of the code, where it is not a git checkout.
+    """
+
+    data: str
+    dataset_dir: str
+    output: Path
+    results: Path
+    device: str = "cpu"
+    shorten: int = 1
+    commit: str = ""
+    folds: list[list[str]] = field(init=False)
+    cases: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        cases = datalist(self.data, self.dataset_dir)
+        object.__setattr__(self, "cases", cases)
+        object.__setattr__(self, "folds", make_splits((str(case["patient_id"]) for case in cases), FOLDS, seed=0))
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Config of the data set."""
+        return read_config(f"data/{self.data}")
+
+    @property
+    def grid_settings(self) -> dict[str, Any]:
+        """What decides on the networks' grid."""
+        kept = {key: self.settings[key] for key in ("modalities", "intensity", "naming")}
+        return {**kept, "spacing": GRID["spacing"]}
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the trainings run on a GPU."""
+        return self.device.startswith("cuda")
+
+    def cases_of(self, folds: Sequence[int]) -> Iterator[dict[str, Any]]:
+        patients = {patient for k in folds for patient in self.folds[k]}
+        return (case for case in self.cases if str(case["patient_id"]) in patients)
+
+    def record(self, row: StudyRow) -> Path:
+        """The file of a row's result."""
+        return self.results / "jobs" / f"{row.name}.json"
+
+    def job_folder(self, row: StudyRow) -> Path:
+        return self.output / row.name
+
+    def job(
+        self,
+        row: StudyRow,
+        train: Sequence[int],
+        unlabelled: Sequence[int],
+        verb: Callable[[], Command],
+        settings: Callable[[], dict[str, Any]],
+        schedule: bool = False,
+        evaluated: bool = True,
+    ) -> StudyJob:
+        """A training on some folds, evaluated on the row's fold."""
+        folder = self.job_folder(row)
+        steps = max(1, row.steps // self.shorten)
+        labelled, others = list(self.cases_of(train)), list(self.cases_of(unlabelled))
+        tested = [case for case in self.cases_of([row.fold]) if case not in labelled]
+        per_epoch = max(1, (len(labelled) + len(others)) // BATCH)
+        epochs = -(-steps // per_epoch)
+
+        def prepare() -> None:
+            rows = [self._list_row(case) for case in (*labelled, *tested)]
+            rows += [{key: value for key, value in self._list_row(case).items() if key != "label"} for case in others]
+            write_json(rows, folder / "cases.json")
+            patients = [sorted({str(case["patient_id"]) for case in part}) for part in (tested, [*labelled, *others])]
+            write_json({"seed": 0, "folds": [part for part in patients if part]}, folder / "splits.json")
+
+        length: dict[str, Any] = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
+        length |= {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
+        length |= {"precision": "bfloat16" if self.gpu else "float32"}
+
+        notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
+        job = StudyJob(
+            row.name,
+            row.seed,
+            folder,
+            (),
+            study_row=row,
+            results=self.results,
+            preparations=(prepare,),
+            notes=notes,
+            folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
+        )
+        evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
+
+        def commands() -> tuple[Command, ...]:
+            values = {**(length if schedule else {}), **settings()}
+            first = self.command(job, (*verb(), "--fold", "0"), values, folder)
+            if not evaluated:
+                return (first,)
+            return first, self.command(job, evaluate, settings(), folder / "eval")
+
+        return replace(job, build=commands, evaluations=("eval",) if evaluated else ())
+
+    def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
+        """A case's row of a data list, with paths relative to the data set's folder."""
+        files = {key: case[key] for key in (*self.settings["modalities"], "label") if key in case}
+        paths = {key: Path(path).relative_to(self.dataset_dir).as_posix() for key, path in files.items()}
+        return {"case_id": str(case["case_id"]), "patient_id": str(case["patient_id"]), **paths}
+
+    def command(self, job: StudyJob, verb: Command, settings: dict[str, Any], output: Path) -> Command:
+        """A command of a job: its data, folders, device and settings."""
+        files = ("--data-list", str(job.folder / "cases.json"), "--set", f"splits_file={job.folder / 'splits.json'}")
+        where = ("--data", self.data, "--dataset-dir", self.dataset_dir, *files, "--output-dir", str(output))
+        how = ["--seed", str(job.seed), "--threads", "1", "--device", self.device]
+        if verb[0] != "evaluate":
+            how += ["--set", f"volumes_dir={self.output / 'volumes'}"]
+        values = {**GRID, **settings}
+        if verb[0] == "evaluate":
+            values = {key: value for key, value in values.items() if key in ("spacing", "patch") or "student" in key}
+        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        return (*verb, *where, *how, *sets)

@@ -55,7 +55,7 @@ def trained(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFac
     base = tmp_path_factory.mktemp("nnunet")
     write_dataset(base / "raw", phantoms)
     folders = {f"nnUNet_{name}": str(base / name) for name in ("raw", "preprocessed", "results")}
-    environment = {**os.environ, **folders, "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    environment = {**os.environ, **folders, "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     command = [sys.executable, str(Path(__file__).with_name("train_nnunet.py")), str(base), *FOLDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def train(base: Path, folds: list[str]) -> Path:
     arguments.update(n_stages=4, features_per_stage=[FEATURES * 2**i for i in range(4)])
     path.write_text(json.dumps(plans))
     preprocess([1], configurations=("3d_fullres",), num_processes=(1,))
+    os.environ.update({"nnUNet_n_proc_DA": "0"})  # augment in this process; planning refuses 0
     for fold in folds:
         trainer = get_trainer_from_args("1", "3d_fullres", int(fold), device=torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 3, STEPS, 1

@@ -32,7 +32,8 @@ class NNUNetAnswers:
     """The answers of a trained nnU-Net.
 
     The modalities of a case are read as they are, without this task's intensity ranges, and resampled to the grid of
-    the reference image where they lie on another one, as nnU-Net requires.
+    the reference image where they lie on another one, as nnU-Net requires: linearly, and 0 outside their field of view,
+    as SimpleITK does.
 
     Args:
         origin: the folder of the training.
@@ -87,7 +88,7 @@ class NNUNetAnswers:
         """A modality on the reference's grid, ``z y x``, float32."""
         volume = self.files.volume(case, key)
         matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), reference.affine)
-        resampled = resample(convert_to_tensor(volume[0], track_meta=False), matrix, reference.shape[:3], outside=None)
+        resampled = resample(convert_to_tensor(volume[0], track_meta=False), matrix, reference.shape[:3])
         return resampled.permute(2, 1, 0).contiguous().numpy()
 
 

@@ -81,8 +81,8 @@ def test_an_nnunet_is_cached_as_it_predicts_itself_and_teaches(
             for name in ("nn", "files")
         )
         difference = (ours.softmax(0) - theirs.softmax(0)).abs()
-        assert float(difference.max()) < 0.05
-        assert float(difference.mean()) < 1e-3
+        assert float(difference.max()) < 5e-3  # the files hold half precision
+        assert float(difference.mean()) < 1e-4
         assert theirs.softmax(0)[1].std() > 1e-3  # it learned something to compare
     distill = ["distill", *common, "--teacher", f"nn=nnunet={folder}", "--method", "hinton", "--epochs", "4"]
     distill += ["--cache-dir", str(tmp_path / "cache"), "--set", "val_interval=4"]

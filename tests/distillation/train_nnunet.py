@@ -35,6 +35,8 @@ def train(base: Path, folds: list[str]) -> Path:
     for fold in folds:
         trainer = get_trainer_from_args("1", "3d_fullres", int(fold), device=torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 3, STEPS, 1
+        trainer.initialize()
+        trainer.inference_allowed_mirroring_axes = (0,)  # one flip instead of seven
         trainer.run_training()
     return Path(trainer.output_folder_base)
 

@@ -69,13 +69,16 @@ def test_an_nnunet_is_cached_as_it_predicts_itself_and_teaches(
 ) -> None:
     folder, predicted = trained
     common = [*TINY, "--dataset-dir", str(cohort), "--set", f"splits_file={tmp_path / 'splits.json'}"]
-    cache = ["cache-teachers", *common, "--cases", "all", "--output-dir", str(tmp_path / "cache")]
-    assert main([*cache, "--teacher", f"nn=nnunet={folder}"]) == 0
-    assert main([*cache, "--predictions", str(predicted), "--name", "files"]) == 0
+    ids = [case["case_id"] for case in phantoms]
+    (tmp_path / "splits.json").write_text(json.dumps({"seed": 0, "folds": [ids[:2], ids[2:]]}))
+    cache = ["cache-teachers", *common, "--output-dir", str(tmp_path / "cache")]
+    assert main([*cache, "--cases", "all", "--teacher", f"nn=nnunet={folder}"]) == 0
+    # nnU-Net itself has predicted the two cases of the validation.
+    assert main([*cache, "--cases", "validation", "--predictions", str(predicted), "--name", "files"]) == 0
     manifest = json.loads((tmp_path / "cache" / "nn" / "manifest.json").read_text())
     assert manifest["architecture"] == "nnunet"
     assert len(manifest["weights_sha256"]) == 64
-    for case in phantoms:
+    for case in phantoms[:2]:
         ours, theirs = (
             torch.load(tmp_path / "cache" / name / f"{case['case_id']}.pt", weights_only=True)["logits"].float()
             for name in ("nn", "files")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-FEATURES, PATCH, STEPS = 8, 32, 12
+FEATURES, PATCH, STEPS = 4, 32, 12
+PREDICTED = 2  # cases
 
 
 def train(base: Path, folds: list[str]) -> Path:
@@ -35,8 +36,6 @@ def train(base: Path, folds: list[str]) -> Path:
     for fold in folds:
         trainer = get_trainer_from_args("1", "3d_fullres", int(fold), device=torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 3, STEPS, 1
-        trainer.initialize()
-        trainer.inference_allowed_mirroring_axes = (0,)  # one flip instead of seven
         trainer.run_training()
     return Path(trainer.output_folder_base)
 
@@ -48,7 +47,9 @@ def predict(folder: Path, folds: list[str], images: Path, output: Path) -> None:
     predictor = nnUNetPredictor(perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder), tuple(folds))
     output.mkdir()
-    predictor.predict_from_files_sequential(str(images), str(output), save_probabilities=True)
+    cases = sorted({path.name[: -len("_0000.nii.gz")] for path in images.iterdir()})[:PREDICTED]
+    inputs = [[str(images / f"{case}_000{channel}.nii.gz") for channel in range(3)] for case in cases]
+    predictor.predict_from_files_sequential(inputs, [str(output / case) for case in cases], save_probabilities=True)
 
 
 if __name__ == "__main__":

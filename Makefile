@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -106,6 +106,20 @@ release-test: env
 # Needs Chromium, and says so where it is absent: apt-get install chromium
 browser-test: env
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
+
+# An nnU-Net is trained on phantoms, cached and distilled from, in an environment of its own. torch is installed first, so
+# that no other package chooses its build.
+NNUNET_PY := .venv-nnunet/bin/python
+
+nnunet-env: .venv-nnunet/ready
+.venv-nnunet/ready: pyproject.toml requirements.txt requirements-nnunet.txt
+	$(PYTHON) -m venv .venv-nnunet
+	$(NNUNET_PY) -m pip install -q --disable-pip-version-check torch==2.13.0 torchvision==0.28.0
+	$(NNUNET_PY) -m pip install -q --disable-pip-version-check -e ".[nnunet]" pytest pytest-timeout torch==2.13.0 torchvision==0.28.0
+	touch $@
+
+nnunet-test: nnunet-env
+	$(NNUNET_PY) -m pytest -m nnunet -s tests/distillation/test_nnunet_teacher.py
 
 lint: env
 	.venv/bin/ruff check .

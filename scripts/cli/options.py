@@ -13,7 +13,7 @@ from scripts.cli.config import config_names, read_config
 
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
-FILE_ORIGINS = ("predictions",)  # teachers that are a folder
+FILE_ORIGINS = ("predictions", "nnunet")  # teachers that are a folder
 DEFAULT_DATA, DEFAULT_SCALE = "sts", "small"
 LABEL = "label"  # in a teacher's place: the control of every distillation
 
@@ -111,8 +111,8 @@ def add_teachers_options(parser: Parser) -> None:
         action="append",
         metavar="SPEC",
         help="a teacher instead of the default three, repeatable: [NAME=]ARCHITECTURE[:MODALITY+MODALITY]=WEIGHTS, "
-        "NAME=FILE.json, NAME=predictions=FOLDER, or label (a control). WEIGHTS is a file, several files with commas "
-        "between them (an ensemble), or random",
+        "NAME=FILE.json, NAME=predictions=FOLDER, NAME=nnunet=FOLDER, or label (a control). WEIGHTS is a file, several "
+        "files with commas between them (an ensemble), or random",
     )
     parser.add_argument(
         "--unlabelled", action="store_true", help="accept cases without a label: they learn from the teachers alone"

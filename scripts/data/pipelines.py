@@ -7,13 +7,14 @@ modalities are stacked into ``image``. The reference modality and the target spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from monai import transforms as mt
 
+from scripts.data.case_files import CaseFiles
 from scripts.data.memory_check import require_memory
 from scripts.data.modalities import (
     CropToBoxd,
@@ -23,15 +24,13 @@ from scripts.data.modalities import (
     ScaleToUnitd,
     SplitStackd,
     StackModalitiesd,
-    cropped_grid,
 )
-from scripts.data.resampling import OntoGridd, RestoreGridd, network_grid
+from scripts.data.resampling import OntoGridd, RestoreGridd
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
-from scripts.image_io.headers import Affine, Header
 from scripts.image_io.nifti import SaveMaskd
-from scripts.image_io.reader import LoadModalitiesd, header_of
+from scripts.image_io.reader import LoadModalitiesd
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
@@ -242,23 +241,8 @@ def preprocessing(
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
     gather = GatherModalitiesd(modalities, naming, allow_missing, reference, present, stacked)
-    pipeline.rules = checks or Rules()
-    pipeline.header = partial(_reference_header, gather=gather, rules=pipeline.rules)
-    pipeline.grid = partial(_grid, header=pipeline.header, spacing=spacing)
-    pipeline.patch = tuple(patch)
+    pipeline.files = CaseFiles(gather, checks or Rules(), spacing, patch, modalities if stacked else ())
     return pipeline
-
-
-def _reference_header(case: Mapping[Hashable, Any], gather: GatherModalitiesd, rules: Rules) -> Header:
-    return header_of(gather(case)[gather.reference], rules)
-
-
-def _grid(
-    case: Mapping[Hashable, Any], header: Callable[[Any], Header], spacing: Sequence[float]
-) -> tuple[Affine, tuple[int, ...]]:
-    own = header(case)
-    affine, low, high = cropped_grid(case, own.affine, own.shape)
-    return network_grid(affine, [int(n) for n in high - low], spacing)
 
 
 def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from monai.data import Dataset, get_track_meta, set_track_meta
 from monai.transforms import Compose, Transform
 from tqdm import tqdm
 
+from scripts.data.case_files import CaseFiles
 from scripts.data.case_list import Item, source_files
 from scripts.data.sampling import SeededDataset
-from scripts.image_io.checks import Rules
-from scripts.image_io.headers import Affine, Header
 from scripts.utils.atomic_files import atomic_file
 
 
@@ -33,18 +32,11 @@ class Pipeline(Compose):
     Attributes:
         fixed: number of fixed transforms.
         cached: the reader of cached teacher predictions, if the random part uses them.
-        rules: what is accepted of image files.
-        header: for training, returns the header of a case's reference image.
-        grid: for training, returns affine (RAS, mm) and shape of a case's volumes before they are padded to a patch,
-            from headers alone.
-        patch: for training, the size that volumes are padded to at least.
+        files: for training, the image files of cases, for what does not go through the pipeline.
     """
 
     cached: Any
-    rules: Rules
-    header: Callable[[Item], Header]
-    grid: Callable[[Item], tuple[Affine, tuple[int, ...]]]
-    patch: tuple[int, ...]
+    files: CaseFiles
 
     def __init__(self, fixed: Sequence[Any], random: Sequence[Any], settings: Mapping[str, Any]) -> None:
         super().__init__([*fixed, *random])

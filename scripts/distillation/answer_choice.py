@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose what answers in the place of each teacher of a cache: networks, or files."""
+"""Choose what answers in the place of each teacher of a cache: networks, files, or nnU-Net."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from scripts.distillation.imported_predictions import ImportedAnswers
+from scripts.distillation.nnunet_teacher import NNUNetAnswers
 from scripts.distillation.own_grid import OwnGrid
 from scripts.distillation.teacher_answers import Inferer, NetworkAnswers
 from scripts.distillation.teacher_cache_writer import Answers
-from scripts.distillation.teacher_origin import PredictionFiles, origin_of
+from scripts.distillation.teacher_origin import NNUNetFolder, PredictionFiles, origin_of
 from scripts.networks.teacher import load_teachers
 from scripts.networks.teacher_spec import check_spec, spec_files
 
@@ -49,7 +50,10 @@ def load_answers(
         check_spec(name, spec)
         origin = origin_of(name, spec, out_of_fold and not spec.get("label"))
         if isinstance(origin, PredictionFiles):
-            answers[name] = ImportedAnswers(origin, preprocessing, labels, smooth)
+            answers[name] = ImportedAnswers(origin, preprocessing.files, labels, smooth)
+            continue
+        if isinstance(origin, NNUNetFolder):
+            answers[name] = NNUNetAnswers(origin, preprocessing.files, len(labels), device)
             continue
         # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
         parts = [{**spec, "weights": file} for file in spec_files(spec)] if out_of_fold else [spec]

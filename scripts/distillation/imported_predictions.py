@@ -17,6 +17,7 @@ from monai.transforms import SpatialPad
 from monai.utils import convert_to_tensor
 from scipy.ndimage import gaussian_filter
 
+from scripts.data.case_files import CaseFiles
 from scripts.data.modalities import MapLabelsd
 from scripts.data.resampling import resample
 from scripts.distillation.teacher_cache import LOGITS
@@ -42,8 +43,8 @@ class ImportedAnswers:
     (probabilities, or logits), or a mask with the values of the label files.
 
     Args:
-        origin: the files.
-        pipeline: the training pipeline, which gives the grids.
+        origin: the files of predictions.
+        files: the image files of the cases, which give the grids.
         labels: per class the values of a mask.
         smooth: standard deviation in mm of the Gaussian that softens the borders of masks; 0 leaves them hard.
 
@@ -53,11 +54,11 @@ class ImportedAnswers:
     """
 
     def __init__(
-        self, origin: PredictionFiles, pipeline: Any, labels: Sequence[Sequence[float]], smooth: float = 0.0
+        self, origin: PredictionFiles, files: CaseFiles, labels: Sequence[Sequence[float]], smooth: float = 0.0
     ) -> None:
         if smooth < 0:
             raise ValueError(f"--smooth is {smooth:g}. Give the width of a Gaussian in mm, at least 0.")
-        self.origin, self.pipeline, self.labels, self.smooth = origin, pipeline, labels, float(smooth)
+        self.origin, self.files, self.labels, self.smooth = origin, files, labels, float(smooth)
         self.outputs = [LOGITS]
         self.settings: dict[str, Any] = {"smooth_mm": self.smooth} if smooth else {}
 
@@ -83,7 +84,7 @@ class ImportedAnswers:
                     f"{path} holds {_sizes(shape[-3:])} voxels, but {header.path} {_sizes(header.shape)}. Export the "
                     "probabilities of the whole image, or put the mask on their grid beside them."
                 )
-            affine, size = self.pipeline.grid(case)
+            affine, size = self.files.grid(case)
             if not _overlap(np.linalg.solve(header.affine, affine), size, header.shape):
                 raise ValueError(f"{path} shares no space with the images of case {case['case_id']}. Check its affine.")
         logger.warning(
@@ -100,18 +101,18 @@ class ImportedAnswers:
             probabilities = _read_npz(path)
             beside = self.origin.mask_beside(path)
             if beside is not None:
-                _require_agreement(path, probabilities, beside, self.pipeline.rules)
+                _require_agreement(path, probabilities, beside, self.files.rules)
         else:
-            volume = read_volume(header, self.pipeline.rules)
+            volume = read_volume(header, self.files.rules)
             probabilities = _of_channels(path, volume) if len(shape) == 4 else self._of_mask(case, volume, header)
-        return logits_on_grid(probabilities, header.affine, self.pipeline.grid(case), self.pipeline.patch)
+        return logits_on_grid(probabilities, header.affine, self.files.grid(case), self.files.patch)
 
     def _shape_and_grid(self, path: Path, case: Case) -> tuple[tuple[int, ...], Header]:
         """The file's shape, ``[classes] H W D``, and the header of the grid that it lies on."""
-        rules = self.pipeline.rules
+        rules = self.files.rules
         if path.suffix == ".npz":
             beside = self.origin.mask_beside(path)
-            header = read_header(beside, rules.max_voxels, rules.voxel_size) if beside else self.pipeline.header(case)
+            header = read_header(beside, rules.max_voxels, rules.voxel_size) if beside else self.files.header(case)
             shape = _npz_shape(path)
             return (shape[0], *shape[:0:-1]), header
         header = read_header(path, rules.max_voxels, rules.voxel_size)

@@ -46,10 +46,10 @@ class OwnGrid:
 
         The space beyond the image, which those have where a case is smaller than a patch, repeats the border.
         """
-        affine, shape = self.task.grid(dict(case))
+        affine, shape = self.task.files.grid(dict(case))
         matrix = np.linalg.solve(np.asarray(image.affine, dtype=np.float64), affine)
         channels = [resample(channel, matrix, shape, outside=None) for channel in answer.float().cpu()]
-        padded = SpatialPad(self.task.patch, mode="edge")(torch.stack(channels))
+        padded = SpatialPad(self.task.files.patch, mode="edge")(torch.stack(channels))
         return convert_to_tensor(padded, track_meta=False)  # type: ignore[no-any-return]
 
 
@@ -71,7 +71,7 @@ def own_grids(
         spacing: of the task in mm.
         overlap: of the windows.
     """
-    patch = task.patch
+    patch = task.files.patch
     found = {}
     for name, spec in specs.items():
         if own_input(spec, patch, intensity, spacing):

@@ -111,7 +111,7 @@ def _require_space(cases: Sequence[Case], preprocessing: Any, writers: Sequence[
     """
     total = missing = 0
     for case in cases:
-        voxels = math.prod(map(max, preprocessing.grid(case)[1], preprocessing.patch))
+        voxels = math.prod(map(max, preprocessing.files.grid(case)[1], preprocessing.files.patch))
         for writer in writers:
             size = voxels * (writer.head["channels"] + len(writer.answers.outputs) - 1) * BYTES_PER_VALUE
             total += size

@@ -29,6 +29,13 @@ def origin_of(name: str, spec: Mapping[str, Any], out_of_fold: bool = False) -> 
     """
     if spec.get("predictions"):
         return PredictionFiles(name, spec)
+    if spec.get("nnunet") and out_of_fold:
+        raise ValueError(
+            f"The nnU-Net of the teacher {name} cannot answer out of fold here. Use the probabilities of its own "
+            "cross-validation, by --predictions."
+        )
+    if spec.get("nnunet"):
+        return NNUNetFolder(name, spec)
     return OutOfFold(name, spec) if out_of_fold else Origin(spec)
 
 
@@ -165,6 +172,33 @@ class PredictionFiles(Origin):
         self.require_answers([case])
         prediction = {**case, "prediction": str(self.path(case))}
         return source_fingerprint(prediction, checksums)
+
+
+class NNUNetFolder(Origin):
+    """A teacher that is a trained nnU-Net: the folder of its ``plans.json``, with ``fold_N/checkpoint_final.pth``.
+
+    Args:
+        name: of the teacher, for errors.
+        spec: its specification, with the folder as ``nnunet``, and ``folds`` to use; by default all that are there.
+
+    Raises:
+        FileNotFoundError: a checkpoint is missing.
+    """
+
+    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+        self.name, self.folder = name, Path(spec["nnunet"])
+        found = sorted(path.parent.name[len("fold_") :] for path in self.folder.glob("fold_*/checkpoint_final.pth"))
+        folds = [str(fold) for fold in spec.get("folds") or found]
+        missing = [fold for fold in folds if fold not in found]
+        if missing or not folds:
+            which = f"fold_{missing[0]}" if missing else "fold_0"
+            raise FileNotFoundError(
+                f"No checkpoint at {self.folder / which / 'checkpoint_final.pth'}. Give the folder of a finished "
+                f"nnU-Net training for the teacher {name}, and its folds."
+            )
+        self.paths = [self.folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        weights = [str(path) for path in self.paths]
+        super().__init__({"architecture": "nnunet", "modalities": spec["modalities"], "weights": weights})
 
 
 def source_fingerprint(case: Case, checksums: bool = True) -> dict[str, Any]:

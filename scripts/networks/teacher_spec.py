@@ -11,10 +11,10 @@ from typing import Any
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
 
-ORIGINS = ("architecture", "network", "bundle", "label", "predictions")  # exactly one of them says what answers
-CACHED_ONLY = ("predictions",)  # origins that answer from a cache only
+ORIGINS = ("architecture", "network", "bundle", "label", "predictions", "nnunet")  # exactly one of them says what answers
+CACHED_ONLY = ("predictions", "nnunet")  # origins that answer from a cache only
 OWN_SETTINGS = ("intensity", "classes", "out_channels", "spacing", "patch")  # by default those of the task
-SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "layers", "kind", *OWN_SETTINGS)
+SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "folds", "layers", "kind", *OWN_SETTINGS)
 Spec = Mapping[str, Any]
 
 
@@ -83,6 +83,8 @@ def check_spec(name: str, spec: Spec) -> None:
             raise ValueError(
                 f"The teacher {name} is described by {origin}, which takes no {', '.join(others)}. Remove them."
             )
+    if spec.get("folds") and not spec.get("nnunet"):
+        raise ValueError(f"The teacher {name} names folds, which only nnunet has. List its weights instead.")
     if not spec.get("modalities"):
         raise ValueError(f'The teacher {name} names no modalities. Add for example "modalities": ["ct", "pet"].')
     require_kind(f"The teacher {name}", spec.get("kind"))

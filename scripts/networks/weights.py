@@ -53,7 +53,7 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
             f"{path} has the sha256 {digest[:12]}..., not {expected[:12]}...: it is not the expected file."
         )
     place, weights = _state_dict(path, load_plain(path))
-    _require_finite(path, weights)
+    require_finite(path, weights)
     network.load_state_dict(_renamed(path, place, weights, network), strict=True)
     return digest
 
@@ -149,7 +149,7 @@ def _described(value: Any) -> str:
     return f"{list(value.shape)} of {str(value.dtype).removeprefix('torch.')}" if is_tensor else type(value).__name__
 
 
-def _require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
+def require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
     """Reject NaN or infinite weights: such a network silently returns an empty mask."""
     tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
     nonfinite = sum(not bool(value.float().isfinite().all()) for value in tensors if value.is_floating_point())

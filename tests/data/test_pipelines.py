@@ -310,9 +310,9 @@ def test_the_grid_from_headers_is_that_of_the_training_volumes(oblique: Any, wor
     case = oblique if box is None else {**oblique, "bbox_mm": box}
     settings: dict[str, Any] = {"intensity": INTENSITY, "spacing": (3.0, 2.5, 3.5), "patch": [40, 8, 21]}
     pipeline = preprocessing(MODALITIES, mode="train", labels=[[0], [1]], **settings)
-    affine, shape = pipeline.grid(case)
+    affine, shape = pipeline.files.grid(case)
     volume = pipeline.prepare(case)["ct"][0].numpy()
-    assert volume.shape == tuple(map(max, shape, settings["patch"])) == tuple(map(max, shape, pipeline.patch))
+    assert volume.shape == tuple(map(max, shape, settings["patch"])) == tuple(map(max, shape, pipeline.files.patch))
     assert volume.shape != shape  # an axis was padded, as MONAI pads: half before, the rest behind
     before = [(padded - size) // 2 for padded, size in zip(volume.shape, shape, strict=True)]
     volume = volume[tuple(slice(start, start + size) for start, size in zip(before, shape, strict=True))]

@@ -58,7 +58,7 @@ def answers(case: Any, folder: Path, smooth: float = 0.0, spacing: Any = (3.0, 2
     """By default the network's grid has the voxels of the image, turned to RAS."""
     pipeline = preprocessing(["ct"], spacing=spacing, **SETTINGS)
     origin = PredictionFiles("a", {"predictions": str(folder), "modalities": ["ct"]})
-    return ImportedAnswers(origin, pipeline, SETTINGS["labels"], smooth)
+    return ImportedAnswers(origin, pipeline.files, SETTINGS["labels"], smooth)
 
 
 def logits(case: Any, folder: Path, **options: Any) -> torch.Tensor:

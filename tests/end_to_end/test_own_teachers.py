@@ -136,8 +136,8 @@ def test_an_ensemble_is_cached_and_read_back(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architecture": "unetr"}, "label, predictions; it has architecture and network."),
-        ({"network": None}, "exactly one of architecture, network, bundle, label, predictions; it has none."),
+        ({"architecture": "unetr"}, "label, predictions, nnunet; it has architecture and network."),
+        ({"network": None}, "exactly one of architecture, network, bundle, label, predictions, nnunet; it has none."),
         ({"wieghts": "w.pt"}, "has the unknown key 'wieghts'. Did you mean weights?"),
         ({"modalities": ["xray"]}, "must be one or more of ['ct', 'pet', 'mr']"),
         ({"weights": "nowhere.pt"}, "No weights at nowhere.pt"),

@@ -11,7 +11,14 @@ from typing import Any
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
 
-ORIGINS = ("architecture", "network", "bundle", "label", "predictions", "nnunet")  # exactly one of them says what answers
+ORIGINS = (
+    "architecture",
+    "network",
+    "bundle",
+    "label",
+    "predictions",
+    "nnunet",
+)  # exactly one of them says what answers
 CACHED_ONLY = ("predictions", "nnunet")  # origins that answer from a cache only
 OWN_SETTINGS = ("intensity", "classes", "out_channels", "spacing", "patch")  # by default those of the task
 SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "folds", "layers", "kind", *OWN_SETTINGS)

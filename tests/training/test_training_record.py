@@ -86,8 +86,11 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     assert task["teachers_sha256"] == {"dynunet_pet": sha256(teacher / "model.pt")}
     term = {"tap": "logits", "weight": 0.5, "loss": {"_target_": "scripts.losses.SoftPredictionLoss"}}
     assert task["loss"] == {
-        "_target_": "scripts.distillation.loss.DistillationLoss", "weighting": "mean", "terms": {"hinton": term}
-    }  # fmt: skip
+        "_target_": "scripts.distillation.loss.DistillationLoss",
+        "weighting": "mean",
+        "unlabelled": False,
+        "terms": {"hinton": term},
+    }
     assert task["network"] == STUDENT
 
 

@@ -127,7 +127,7 @@ def all_candidates(volume: Volume, plan: InferencePlan) -> list[Candidate]:
     data = ("inference", f"data/{plan.data}")
     student, baseline = (*data, "scale/small"), "benchmark/stock"
     teachers = (*data, f"scale/{volume.teacher_scale}", baseline)
-    random_weights: dict[str, Any] = {"handlers": []}  # no handler that loads weights
+    random_weights: dict[str, Any] = {"handlers": [], "ignore_task": True}  # no handler that loads weights
     segresnet = {
         "architecture": "segresnet",
         "teacher_modalities": read_config(f"data/{plan.data}")["modalities"],

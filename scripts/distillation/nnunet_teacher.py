@@ -72,7 +72,10 @@ class NNUNetAnswers:
             )
 
     def check(self, cases: Sequence[Case]) -> None:
-        """Every case can be answered: its files have been checked with the data list."""
+        """Raise a ValueError, before anything is written, if a case lacks a modality that the network reads."""
+        for case in cases:
+            for key in self.modalities:
+                self.files.header(case, key)
 
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The logits of a case on the grid of its preprocessed volumes, ``classes H W D``; see ``logits_on_grid``."""

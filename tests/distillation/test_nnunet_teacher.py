@@ -16,7 +16,8 @@ import torch
 
 from scripts.cli.main import main
 from scripts.distillation.teacher_origin import NNUNetFolder
-from scripts.networks.teacher import check_spec, load_teachers
+from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_spec import check_spec
 from scripts.report.curves import read_curves
 
 TINY = [
@@ -113,7 +114,7 @@ def test_an_nnunet_of_other_modalities_or_classes_is_refused(
 def test_an_nnunet_answers_from_a_cache_only_and_by_the_folds_that_it_has(tmp_path: Path) -> None:
     spec: dict[str, Any] = {"nnunet": str(tmp_path), "modalities": ["ct"]}
     with pytest.raises(ValueError, match="The teacher nn answers from a cache only: store its predictions with"):
-        load_teachers({"nn": spec}, 2)
+        load_teachers({"nn": spec}, 2, ["ct"], [16, 16, 16])
     with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*fold_0/checkpoint_final\.pth\. Give the folder"):
         NNUNetFolder("nn", spec)
     for fold in ("0", "3"):

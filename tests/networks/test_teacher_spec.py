@@ -28,7 +28,7 @@ TASK: dict[str, Any] = {
         ({"clases": [0, 1]}, r"has the unknown key 'clases'\. Did you mean classes\?"),
         (
             {"bundle": "zoo"},
-            "exactly one of architecture, network, bundle, label, predictions; it has architecture and bundle",
+            "exactly one of architecture, network, bundle, label, predictions, nnunet; it has architecture and bundle",
         ),
         ({"modalities": []}, "names no modalities"),
         ({"kind": "rnn"}, "The teacher one is of the kind 'rnn'"),

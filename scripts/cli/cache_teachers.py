@@ -82,13 +82,19 @@ def _teacher_of_runs(runs: Sequence[str], name: str | None) -> str:
     """The ``--teacher`` whose weights files are the ``model.pt`` of these runs.
 
     Raises:
-        ValueError: a run has no description of its training, or it trained no teacher, or another one.
+        FileNotFoundError: a run has no weights.
+        ValueError: a run is given twice, has no description of its training, or trained no teacher, or another one.
     """
     from scripts.networks.task_file import read_task, task_path
 
     files = [str(Path(run) / "model.pt") for run in runs]
+    repeated = sorted({file for file in files if files.count(file) > 1})
+    if repeated:
+        raise ValueError(f"--out-of-fold names {repeated[0]} twice. Give each run once.")
     kinds: dict[str, str] = {}  # description -> architecture
     for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"There are no weights at {file}. Give the folders of finished runs of `teacher`.")
         network = (read_task(file) or {}).get("network")
         if not isinstance(network, dict) or not network.get("architecture"):
             raise ValueError(

@@ -281,9 +281,16 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
     else:
         name, network, weights = "", first, rest
     architecture, _, seen = network.partition(":")
-    if not name and seen and not set(seen.partition(":")[0].split("+")) <= set(modalities):
+    second = seen.partition(":")[0]
+    if not name and (second in [*config_names("teachers"), *FILE_ORIGINS] or second.endswith(".json")):
         name, network = architecture, seen  # NAME:ARCHITECTURE[:MODALITY+MODALITY]
         architecture, _, seen = network.partition(":")
+    unknown = sorted(set(seen.split("+")) - set(modalities)) if seen else []
+    if unknown:
+        raise ValueError(
+            f"--teacher {text}: {unknown[0]} is no modality ({', '.join(modalities)}) and no architecture "
+            f"({', '.join(config_names('teachers'))})."
+        )
     spec: dict[str, Any] = {"architecture": architecture, "weights": _weights(weights)}
     if architecture in FILE_ORIGINS:
         spec = {architecture: weights}
@@ -300,6 +307,8 @@ def _weights(text: str) -> str | list[str] | None:
 
 
 def _read_spec(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no specification of a teacher at {path}. Check the path.")
     try:
         with open(path, encoding="utf-8-sig") as file:
             spec = json.load(file)

@@ -76,7 +76,8 @@ def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
         (["unetr"], "--teacher unetr has no weights"),
         (["=w.pt"], "has no weights"),
         (["unetr="], "has no weights"),
-        (["mine=nowhere.json"], "nowhere.json"),
+        (["mine=nowhere.json"], "There is no specification of a teacher at nowhere.json"),
+        (["unetr:ct+foo=w.pt"], "foo is no modality (ct, pet, mr) and no architecture (dynunet, "),
         (["a=unetr=random", "a=dynunet=random"], "Two teachers are named a"),
     ],
 )

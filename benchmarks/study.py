@@ -17,6 +17,7 @@ from benchmarks.options import add_data_options, add_output_options
 from benchmarks.study_job import StudyJob
 from benchmarks.study_plan import StudyPlan
 from scripts.cli.options import positive_int
+from scripts.utils.markdown import markdown_table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shorten", type=positive_int, default=1, metavar="N", help="for a trial: divide all steps by N"
     )
     parser.add_argument("--commit", default="", help="commit of the code, where it is not a git checkout")
+    parser.add_argument("--costs", action="store_true", help="only measure the networks' costs, on an idle machine")
     parser.add_argument("--table", action="store_true", help="run nothing, only write tables, figures and statistics")
 
 
 def run(args: argparse.Namespace) -> str:
     """Run what is not done yet, and return the state of the queue or the tables."""
+    if args.costs:
+        from benchmarks.study_costs import COST_COLUMNS, measure_costs
+
+        return markdown_table(COST_COLUMNS, ([row[key] for key in COST_COLUMNS] for row in measure_costs(args.results)))
     if args.table:
         from benchmarks.study_table import write_study
 

@@ -14,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from scipy.special import expit, logit
 
 from scripts.data import preprocessing
 from scripts.data.resampling import RestoreGridd
@@ -25,26 +25,15 @@ STEP, LIMIT = 0.1, 127
 Array = np.ndarray[Any, Any]
 
 
-def probability(logits: Array) -> Array:
-    """The tumour's probability from its logit."""
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
-
-
-def logit(probabilities: Array) -> Array:
-    """The logit of a probability, within what an answer file can hold."""
-    p = probabilities.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        return np.clip(np.log(p) - np.log1p(-p), -STEP * LIMIT, STEP * LIMIT)
-
-
 def tumour_logit(logits: torch.Tensor) -> Array:
     """The logit of the second of two classes, from logits ``2 H W D``."""
     return (logits[1].float() - logits[0].float()).numpy()
 
 
 def mean_logit(logits: Sequence[Array]) -> Array:
-    """The logit of the mean probability of several answers on one grid."""
-    return logit(np.mean([probability(each) for each in logits], axis=0))
+    """The logit of the mean probability of several answers on one grid, within what an answer file can hold."""
+    mean = np.mean([expit(np.float64(each)) for each in logits], axis=0)
+    return np.clip(logit(mean), -STEP * LIMIT, STEP * LIMIT)
 
 
 def write_answers(path: Path, answers: Mapping[str, tuple[Array, Array]]) -> None:
@@ -85,32 +74,19 @@ def write_predictions(folder: Path, answers: Mapping[str, Sequence[Path]]) -> No
         nib.save(image, folder / f"{case}.nii.gz")
 
 
-class NetworkGrid:
-    """The grid that the networks see of each case, and the way back to the case's own grid.
+def write_masks(folder: Path, cases: Iterable[tuple[Mapping[str, Any], Array]], settings: Mapping[str, Any]) -> None:
+    """Write the masks of some answers on the cases' own grids.
 
     Args:
-        settings: ``modalities``, ``intensity``, ``spacing`` and ``naming`` of the data set.
+        folder: folder of the masks.
+        cases: case of the data list, and its logits (H W D).
+        settings: ``modalities``, ``intensity``, ``spacing`` and ``naming``, which decide on the networks' grid.
     """
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.pipeline = preprocessing(mode="infer", **settings)
-
-    def image(self, case: Mapping[str, Any]) -> MetaTensor:
-        """A case's image on the network's grid, ``M H W D``."""
-        return self.pipeline(dict(case))["image"]  # type: ignore[no-any-return]
-
-    def write_masks(self, folder: Path, cases: Iterable[tuple[Mapping[str, Any], Array]]) -> None:
-        """Write the masks of some answers on the cases' own grids.
-
-        Args:
-            folder: folder of the masks.
-            cases: case of the data list, and its logits (H W D).
-        """
-        restore, save = RestoreGridd("pred", "image"), SaveMaskd("pred", str(folder))
-        for case, logits in cases:
-            tumour = torch.as_tensor(np.asarray(logits, dtype=np.float32))
-            item = self.pipeline(dict(case))
-            save(restore({**item, "pred": torch.stack([torch.zeros_like(tumour), tumour])}))
+    pipeline = preprocessing(mode="infer", **settings)
+    restore, save = RestoreGridd("pred", "image"), SaveMaskd("pred", str(folder))
+    for case, logits in cases:
+        tumour = torch.as_tensor(np.asarray(logits, dtype=np.float32))
+        save(restore({**pipeline(dict(case)), "pred": torch.stack([torch.zeros_like(tumour), tumour])}))
 
 
 def without_padding(volume: Array, shape: Sequence[int]) -> Array:

@@ -22,12 +22,14 @@ from benchmarks.study_plan import STUDENTS, VIT_SMALL
 from scripts.evaluation.network_cost import network_cost
 from scripts.networks import HDenseFormer, Student
 from scripts.utils.atomic_files import write_json, write_text
+from scripts.utils.run_manifest import git_commit
 
 Cost = Mapping[str, Any]
 
 CHANNELS, CLASSES = 3, 2
 PATCH, VOLUME, OVERLAP = (48, 48, 48), (64, 64, 64), 0.25  # voxels of 4 mm
 ENSEMBLE = "ensemble"
+THIN = "0.9M, 4 channels at full resolution"  # the plan's first choice
 ENSEMBLE_MEMBERS = ("H-DenseFormer", "UNETR ViT-small")
 COST_COLUMNS = ("network", "parameters", "gflops", "cpu_seconds_per_case")
 
@@ -38,6 +40,7 @@ def study_networks() -> dict[str, nn.Module]:
     small: dict[str, Any] = {**unetr, **VIT_SMALL}
     return {
         **{size: Student(CHANNELS, CLASSES, features) for size, features in STUDENTS.items()},
+        THIN: Student(CHANNELS, CLASSES, (12, 24, 48, 96), 4, norm=("group", {"num_groups": 4})),
         "H-DenseFormer": HDenseFormer(CHANNELS, CLASSES, img_size=PATCH, features=16, depth=24),
         "UNETR ViT-small": UNETR(CHANNELS, CLASSES, **small),
         "UNETR ViT-base": UNETR(CHANNELS, CLASSES, **unetr, hidden_size=768, mlp_dim=3072, num_heads=12),
@@ -94,6 +97,8 @@ def measure_costs(folder: Path, repeats: int = 5, members: Sequence[str] = ENSEM
     costs[ENSEMBLE] = {key: round(sum(costs[name][key] for name in members), 4) for key in COST_COLUMNS[1:]}
     conditions = {
         "processor": cpu_name(1),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "commit": git_commit(),
         "threads": 1,
         "volume": list(VOLUME),
         "patch": list(PATCH),

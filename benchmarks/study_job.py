@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,9 @@ from typing import Any, cast
 import torch
 
 from benchmarks.job_queue import Command, Job
-from benchmarks.study_answers import NetworkGrid, mean_logit, read_answer, tumour_logit, without_padding, write_answers
+from benchmarks.lower_bound import cpu_name
+from benchmarks.study_answers import mean_logit, read_answer, tumour_logit, without_padding, write_answers, write_masks
+from scripts.data import preprocessing
 from scripts.evaluation.score import score
 from scripts.metrics import read_rows
 from scripts.utils.atomic_files import write_json
@@ -79,12 +80,12 @@ class Answers:
 
     def collect(self, cache: Path) -> None:
         """Write the answer file from what ``cache-teachers`` wrote."""
-        grid = NetworkGrid(self.settings)
+        files = preprocessing(mode="train", labels=self.labels, patch=[1, 1, 1], **self.settings).files
         answers = {}
         for case in self.cases:
-            name, image = str(case["case_id"]), grid.image(case)
+            name, (affine, shape) = str(case["case_id"]), files.grid(case)
             logits = tumour_logit(load_plain(cache / self.teacher / f"{name}.pt")["logits"])
-            answers[name] = (without_padding(logits, image.shape[1:]), image.affine.numpy())
+            answers[name] = (without_padding(logits, shape), affine)
         write_answers(self.paths[0], answers)
 
     def score(self, folder: Path, row: StudyRow) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ class Answers:
         tested = [case for case in self.cases if str(case["patient_id"]) in self.folds[row.fold]]
         logits = [[read_answer(path, str(case["case_id"]))[0] for path in self.paths] for case in tested]
         masks = zip(tested, map(mean_logit, logits), strict=True)
-        NetworkGrid(self.settings).write_masks(folder / "masks", masks)
+        write_masks(folder / "masks", masks, self.settings)
         intensity = {key: self.settings["intensity"][key] for key in self.settings["modalities"]}
         score(row.arm, tested, self.labels, str(folder / "masks"), str(folder), intensity, workers=1)
         return read_rows(folder / "cases.csv")
@@ -183,7 +184,8 @@ class StudyJob(Job):
             **self.notes,
             "commit": manifest.get("git_commit") or self.notes.get("commit"),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "processor": processor(),
+            "processor": cpu_name(1),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "seconds": manifest.get("wall_seconds"),
             "parameters": self._parameters(),
             "commands": commands,
@@ -198,12 +200,3 @@ class StudyJob(Job):
             return None
         state = cast("Mapping[str, torch.Tensor]", load_plain(weights))
         return sum(value.numel() for value in state.values())
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -10,6 +10,7 @@ The settings were fixed before the first run; deviations from the plan are in do
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from benchmarks.job_queue import Command
 from benchmarks.study_answers import write_predictions
 from benchmarks.study_job import Answers, StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, StudySetting
+from benchmarks.study_statistics import patient_means
 from scripts.utils.atomic_files import write_json
 
 STAGE_1 = ((0, 1), (1, 2), (2, 3), (3, 4), (0, 4))
@@ -277,11 +279,6 @@ class StudyPlan(StudySetting):
 
 
 def mean_dice(records: Sequence[Path]) -> float:
-    """Mean Dice over the patients of some results, each patient's mean over its results first. A failure counts 0."""
-    values: dict[str, list[float]] = {}
-    for record in records:
-        for case in json.loads(record.read_text(encoding="utf-8"))["cases"]:
-            if case["status"] != "true_negative":
-                values.setdefault(str(case["patient_id"]), []).append(float(case["dice"] or 0.0))
-    means = [sum(each) / len(each) for each in values.values()]
-    return sum(means) / len(means)
+    """Mean Dice over the patients of some results, see ``patient_means``."""
+    runs = [json.loads(record.read_text(encoding="utf-8")) for record in records]
+    return statistics.fmean(patient_means(runs).values())

@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from scripts.cli.config import config_names, read_config
+from scripts.cli.config import config_names, read_config, read_object
 
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
@@ -274,7 +274,7 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
     if not equals or not first or not rest:
         raise ValueError(f"--teacher {text} has no weights. Write ARCHITECTURE=FILE, or ARCHITECTURE=random.")
     if rest.endswith(".json"):
-        return first, _read_spec(rest)
+        return first, read_object(rest, "specification of a teacher")
     second, equals, weights = rest.partition("=")
     if equals and re.fullmatch(r"(\w+|.+\.json)(:[\w+]+)?", second):
         name, network = first, second
@@ -304,19 +304,6 @@ def _weights(text: str) -> str | list[str] | None:
     if files == ["random"]:
         return None
     return text if len(files) < 2 or os.path.exists(text) else files
-
-
-def _read_spec(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no specification of a teacher at {path}. Check the path.")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            spec = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Write the specification of a teacher.") from error
-    if not isinstance(spec, dict):
-        raise ValueError(f"{path} is not the specification of a teacher. Write an object with its keys.")
-    return spec
 
 
 def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pydoc
 from typing import Any
 
 from scripts.cli.bundle_run import Overrides, interpreted
+from scripts.cli.config import read_object
 from scripts.cli.options import Parser
 
 LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
@@ -61,7 +61,11 @@ def loss_overrides(args: argparse.Namespace) -> Overrides:
     if not args.segmentation_loss:
         return {}
     path = args.segmentation_loss
-    return {"segmentation_loss": interpreted(_require_class(path, _read_object(path, "loss"), "loss", "DiceFocalLoss"))}
+    return {
+        "segmentation_loss": interpreted(
+            _require_class(path, read_object(path, "definition of a loss"), "loss", "DiceFocalLoss")
+        )
+    }
 
 
 def layers_overrides(args: argparse.Namespace) -> Overrides:
@@ -76,23 +80,12 @@ def layers_overrides(args: argparse.Namespace) -> Overrides:
 
 def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The definition of ``--network`` and its layers; in the file it stands alone, or under the key ``network``."""
-    content = _read_object(args.network, "network")
-    definition = {**content.get("network", content)}
+    content = read_object(args.network, "definition of a network")
+    definition = content.get("network", content)
+    definition = {**definition} if isinstance(definition, dict) else {}
     layers = content.get(LAYERS, {})
     definition.pop(LAYERS, None)
     return _require_class(args.network, definition, "network", "monai.networks.nets.UNet"), layers
-
-
-def _read_object(path: str, kind: str) -> dict[str, Any]:
-    """Read a JSON file that defines something; ValueError where it is none."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            definition = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Write the definition of a {kind}.") from error
-    if not isinstance(definition, dict) or not isinstance(definition.get(kind, {}), dict):
-        raise ValueError(f"{path} defines no {kind}. Write an object with its _target_ and its arguments.")
-    return definition
 
 
 def _require_class(path: str, definition: dict[str, Any], kind: str, example: str) -> dict[str, Any]:

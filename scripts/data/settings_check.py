@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
+
 
 class _Rule(NamedTuple):
     """What a setting must be: a test, and the words for it."""
@@ -16,60 +18,38 @@ class _Rule(NamedTuple):
     expected: str
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
 def _at_least(least: int) -> _Rule:
-    return _Rule(lambda value: _is_whole(value) and value >= least, f"a whole number of at least {least}")
-
-
-def _is_three(value: Any, accepts: Callable[[Any], bool]) -> bool:
-    return _is_list(value) and len(value) == 3 and all(accepts(each) and each > 0 for each in value)
+    return _Rule(lambda value: is_whole(value) and value >= least, f"a whole number of at least {least}")
 
 
 def _are_modalities(value: Any) -> bool:
-    names = list(value) if _is_list(value) else []
+    names = list(value) if is_list(value) else []
     are_names = bool(names) and all(isinstance(name, str) and name for name in names)
     return are_names and len(set(names)) == len(names) and not {"image", "label"} & set(names)
 
 
-def _is_range(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "zscore"
-    return _is_list(value) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
-
-
 def _are_classes(value: Any) -> bool:
-    return _is_list(value) and len(value) >= 2 and all(_is_list(each) and each for each in value)
+    return is_list(value) and len(value) >= 2 and all(is_list(each) and each for each in value)
 
 
 _FLAG = _Rule(lambda value: isinstance(value, bool), "true or false")
-_NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number of at least 0")
+_NOT_NEGATIVE = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 RULES: dict[str, _Rule] = {
-    "spacing": _Rule(lambda value: _is_three(value, _is_number), "three positive numbers in mm, such as [3, 3, 3]"),
+    "spacing": _Rule(lambda value: is_three(value, is_number), "three positive numbers in mm, such as [3, 3, 3]"),
     "patch": _Rule(
-        lambda value: _is_three(value, _is_whole),
+        lambda value: is_three(value, is_whole),
         "three positive whole numbers, such as [64, 64, 64]: patches are volumes, not slices",
     ),
-    "overlap": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1, such as 0.25"),
+    "overlap": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1, such as 0.25"),
     "modalities": _Rule(
         _are_modalities, 'a list of different names, such as ["ct", "pet"], none of them image or label'
     ),
     "labels": _Rule(_are_classes, "a list of the label's values for each class, the background first: [[0], [1, 2]]"),
-    "memory_gib": _Rule(lambda value: _is_number(value) and value > 0, "a positive number of GiB"),
-    "ema": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "the decay of the average, from 0 to below 1"),
-    "modality_dropout": _Rule(lambda value: _is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
+    "memory_gib": _Rule(lambda value: is_number(value) and value > 0, "a positive number of GiB"),
+    "ema": _Rule(lambda value: is_number(value) and 0 <= value < 1, "the decay of the average, from 0 to below 1"),
+    "modality_dropout": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
     "fold": _Rule(
-        lambda value: value is None or (_is_whole(value) and value >= 0), "the number of a fold, from 0, or null"
+        lambda value: value is None or (is_whole(value) and value >= 0), "the number of a fold, from 0, or null"
     ),
     **{
         name: _at_least(1)
@@ -134,7 +114,7 @@ def _check_labels(labels: Sequence[Sequence[float]]) -> None:
     classes: dict[float, int] = {}
     for index, values in enumerate(labels):
         for value in values:
-            if not _is_number(value):
+            if not is_number(value):
                 raise ValueError(f"labels lists {_shown(value)} in class {index}. Give numbers.")
             first = classes.setdefault(value, index)
             if first != index:
@@ -149,7 +129,7 @@ def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) ->
     if missing:
         raise ValueError(f"intensity has no entry for {missing}. Every modality needs one.")
     for key, value in intensity.items():
-        if not _is_range(value):
+        if not is_range(value):
             raise ValueError(
                 f'intensity["{key}"] is {_shown(value)}. Give [low, high] in the modality\'s units, low below high, '
                 'or "zscore".'
@@ -158,7 +138,7 @@ def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) ->
 
 def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, features: Sequence[int] | None) -> None:
     """Refuse a normalisation whose statistics would come from too few values."""
-    name = str(norm[0] if _is_list(norm) else norm).lower()
+    name = str(norm[0] if is_list(norm) else norm).lower()
     advice = 'student_norm=["group", {"num_groups": 8}]'
     if name == "batch" and batch_size == 1:
         raise ValueError(

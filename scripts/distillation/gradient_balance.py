@@ -128,8 +128,8 @@ class GradientBalance:
         output, scale = engine.state.output, 1.0 if engine.scaler is None else engine.scaler.get_scale()
         norms = gradient_norms(self.student, self.loss, output[CommonKeys.PRED], output[CommonKeys.LABEL], scale)
         norms = {name: float(idist.all_reduce(norm)) / idist.get_world_size() for name, norm in norms.items()}
-        if not all(math.isfinite(norm) for norm in norms.values()):
-            return
+        if not all(math.isfinite(norm) for norm in norms.values()) or norms[SEGMENTATION] == 0:
+            return  # without a label in the batch there is nothing to compare with
         self.norms.append(norms)
         means = {name: sum(each[name] for each in self.norms) / len(self.norms) for name in norms}
         measured = shared_weights(means, self.share)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from scripts.distillation.teacher_origin import Case, Origin, origin_of
 from scripts.networks.teacher import LabelTeacher
-from scripts.networks.teacher_spec import check_spec
+from scripts.networks.teacher_spec import OWN_SETTINGS, check_spec
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -87,8 +87,9 @@ def cached_teachers(
             continue
         manifest = read_manifest(Path(folder), name)
         origin = origin_of(name, spec, manifest.get("out_of_fold", False))
-        for key, value in {"own_settings": None, **origin.identity, "weights_sha256": origin.sha256}.items():
-            require_same(manifest, name, key, value)
+        expected = {**origin.identity, "weights_sha256": origin.sha256}
+        for key in dict.fromkeys([*expected, *(f"own_{key}" for key in OWN_SETTINGS)]):
+            require_same(manifest, name, key, expected.get(key))
         used = [list(channels).index(m) for m in spec["modalities"]]
         power = manifest.get("attention_power", 2.0)  # version 0.8 wrote none
         teachers[name] = CachedTeacher(used, manifest["outputs"], origin.sha256, power, origin)

@@ -47,9 +47,8 @@ def check_network(
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"{name} does not take an image of {in_channels} channels, one per modality, and patches of {list(patch)} "
-            f"voxels: {reason}. "
-            + (advice or f"Correct the network's definition (in_channels: {in_channels}), or the patch.")
+            f"{name} cannot segment an image of {in_channels} channels, one per modality, and {list(patch)} voxels: "
+            f"{reason}. " + (advice or f"Correct the network's definition (in_channels: {in_channels}), or the patch.")
         ) from error
     is_list = isinstance(output, (list, tuple)) and bool(output)
     if not (isinstance(output, torch.Tensor) or (is_list and all(isinstance(each, torch.Tensor) for each in output))):

@@ -221,22 +221,7 @@ def load_teachers(
     """
     for name, spec in specs.items():
         check_spec(name, spec)
-        if spec.get("classes") and len(spec["classes"]) != out_channels:
-            raise ValueError(
-                f"The teacher {name} names {len(spec['classes'])} classes, the task has {out_channels}. Name the "
-                "teacher's outputs for each class of the task, the background first."
-            )
-        if any(spec.get(origin) for origin in CACHED_ONLY):
-            raise ValueError(
-                f"The teacher {name} answers from a cache only: store its predictions with cache-teachers, then distil "
-                "with --cache-dir."
-            )
-        reason = own_input(spec, patch, intensity or {}, spacing)
-        if reason and not cached:
-            raise ValueError(
-                f"The teacher {name} {reason}. Only cached predictions can have that: run cache-teachers, then distill "
-                "with --cache-dir."
-            )
+        _require_usable(name, spec, out_channels, own_input(spec, patch, intensity or {}, spacing), cached)
     teachers: dict[str, Teacher | LabelTeacher] = {}
     for name, spec in specs.items():
         if spec.get("label"):
@@ -259,6 +244,25 @@ def load_teachers(
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers
+
+
+def _require_usable(name: str, spec: Spec, out_channels: int, other_input: str | None, cached: bool) -> None:
+    """Refuse a teacher that fits its keys but not the task; arguments as for ``load_teachers`` and ``own_input``."""
+    if spec.get("classes") and len(spec["classes"]) != out_channels:
+        raise ValueError(
+            f"The teacher {name} names {len(spec['classes'])} classes, the task has {out_channels}. Name the teacher's "
+            "outputs for each class of the task, the background first."
+        )
+    if any(spec.get(origin) for origin in CACHED_ONLY):
+        raise ValueError(
+            f"The teacher {name} answers from a cache only: store its predictions with cache-teachers, then distil "
+            "with --cache-dir."
+        )
+    if other_input and not cached:
+        raise ValueError(
+            f"The teacher {name} {other_input}. Only cached predictions can have that: run cache-teachers, then "
+            "distill with --cache-dir."
+        )
 
 
 def _build(

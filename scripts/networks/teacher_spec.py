@@ -10,15 +10,10 @@ from typing import Any
 
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
+from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
 
-ORIGINS = (
-    "architecture",
-    "network",
-    "bundle",
-    "label",
-    "predictions",
-    "nnunet",
-)  # exactly one of them says what answers
+# Exactly one of them says what answers.
+ORIGINS = ("architecture", "network", "bundle", "label", "predictions", "nnunet")
 CACHED_ONLY = ("predictions", "nnunet")  # origins that answer from a cache only
 OWN_SETTINGS = ("intensity", "classes", "out_channels", "spacing", "patch")  # by default those of the task
 SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "folds", "layers", "kind", *OWN_SETTINGS)
@@ -60,7 +55,7 @@ def teacher_identity(spec: Spec) -> dict[str, Any]:
     bundle, own = spec.get("bundle"), own_settings(spec)
     name = spec.get("architecture") or (Path(bundle).name if bundle else type(spec.get("network")).__name__)
     identity = {"architecture": name, "modalities": list(spec.get("modalities", ()))}
-    return {**identity, "own_settings": own} if own else identity
+    return {**identity, **{f"own_{key}": value for key, value in own.items()}}
 
 
 def check_spec(name: str, spec: Spec) -> None:
@@ -102,9 +97,9 @@ def _check_own_settings(name: str, spec: Spec) -> None:
     for key, is_right, form in (
         ("layers", _is_layers, 'an object such as {"middle": "decoder.1"}'),
         ("classes", _is_classes, "its outputs for each class of the task, such as [0, 1] or [[0, 2], 1], each once"),
-        ("out_channels", _is_count, "a whole number of at least 1"),
-        ("spacing", lambda value: _is_triple(value, _is_positive), "three sizes in mm, such as [1.5, 1.5, 2]"),
-        ("patch", lambda value: _is_triple(value, _is_count), "three sizes in voxels, such as [96, 96, 96]"),
+        ("out_channels", lambda value: is_whole(value) and value > 0, "a whole number of at least 1"),
+        ("spacing", lambda value: is_three(value, is_number), "three sizes in mm, such as [1.5, 1.5, 2]"),
+        ("patch", lambda value: is_three(value, is_whole), "three sizes in voxels, such as [96, 96, 96]"),
     ):
         if spec.get(key) is not None and not is_right(spec[key]):
             raise ValueError(f"The teacher {name} has the {key} {spec[key]!r}. Write {form}.")
@@ -114,7 +109,7 @@ def _check_own_settings(name: str, spec: Spec) -> None:
                 f"The teacher {name} has an intensity for {modality}, which it does not read."
                 f"{did_you_mean(modality, spec['modalities'])} It reads {', '.join(spec['modalities'])}."
             )
-        if rule != "zscore" and not _is_window(rule):
+        if not is_range(rule):
             raise ValueError(
                 f'The teacher {name} has the intensity {rule!r} of {modality}. Write [low, high] or "zscore".'
             )
@@ -133,34 +128,15 @@ def _items(name: str, intensity: Any) -> list[tuple[str, Any]]:
     return list((intensity or {}).items())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_triple(value: Any, is_right: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_right, value))
-
-
-def _is_window(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
-
-
 def _is_layers(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(text, str) and text for text in value.values())
 
 
 def _is_classes(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
+    if not is_list(value) or not value:
         return False
-    groups = [each if isinstance(each, (list, tuple)) else [each] for each in value]
+    groups = [each if is_list(each) else [each] for each in value]
     outputs = [output for group in groups for output in group]
-    are_indices = all(output == 0 or _is_count(output) for output in outputs)
-    return all(groups) and are_indices and len(set(outputs)) == len(outputs)
+    return (
+        all(groups) and all(is_whole(output) and output >= 0 for output in outputs) and len({*outputs}) == len(outputs)
+    )

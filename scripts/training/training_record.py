@@ -22,7 +22,7 @@ from monai.bundle.config_item import ConfigItem
 from scripts.data.case_list import Item
 from scripts.networks.architecture import parameters, read_architecture
 from scripts.networks.task_file import Record, read_task, task_path
-from scripts.networks.teacher_spec import check_spec, join_checksums, spec_files
+from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -249,7 +249,9 @@ def require_same_teachers(
             if not (spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch):
                 used.pop("patch", None)
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
-            _refuse_contradictions(file, _setting_differences(known, used), ignore)
+            own = own_settings(spec)
+            advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
+            _refuse_contradictions(file, _setting_differences(known, used), ignore, advice)
             seen |= validation & {case["case_id"] for case in task.get("training_cases", [])}
         if seen:
             logger.warning(

@@ -166,3 +166,9 @@ def test_terms_that_all_have_no_gradient_are_refused() -> None:
 def test_a_share_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="--balance must be positive, got 0"):
         Trainer(share=0)
+
+
+def test_a_batch_without_labels_is_no_measurement() -> None:
+    trainer = Trainer()
+    assert trainer.step(IMAGE, 1, factor=0) == {"a": 9.0, "b": 9.0}  # those of the config
+    assert trainer.step(IMAGE, 2) == {"a": 5.0, "b": 0.0}

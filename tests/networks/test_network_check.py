@@ -50,7 +50,7 @@ LOGITS = torch.zeros(1, 2, *PATCH)
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "input channels": (
         UNet(3, 2, 2, (4, 8), (2,)),
-        "UNet does not take an image of 3 channels, one per modality, and patches of [16, 16, 16] voxels: Given groups",
+        "UNet cannot segment an image of 3 channels, one per modality, and [16, 16, 16] voxels: Given groups",
     ),
     "output channels": (
         UNet(3, 3, 4, (4, 8), (2,)),

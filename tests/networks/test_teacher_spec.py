@@ -101,7 +101,9 @@ def test_a_cache_notes_what_a_teacher_does_otherwise_than_the_task() -> None:
     assert teacher_identity(SPEC) == {"architecture": "segresnet", "modalities": ["ct", "pet"]}
     own = {"classes": [0, 1], "spacing": [1, 1, 1]}
     bundle = teacher_identity({"bundle": "a/zoo", "modalities": ["ct"], **own})
-    assert bundle == {"architecture": "zoo", "modalities": ["ct"], "own_settings": own}
+    assert bundle == {
+        "architecture": "zoo", "modalities": ["ct"], "own_classes": [0, 1], "own_spacing": [1, 1, 1]
+    }  # fmt: skip
     assert teacher_identity({"network": nn.Conv3d(1, 2, 1), "modalities": ["ct"]})["architecture"] == "Conv3d"
 
 

@@ -17,16 +17,22 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks.interleaved_timing import Candidate, compose
-from benchmarks.job_queue import use_own_progress_lock
+from benchmarks.interleaved_timing import Candidate
 from benchmarks.options import add_json_option, add_output_options
-from benchmarks.training_step import MIN_ROUNDS, PLAIN, cache_teachers, format_table, random_teachers, time_candidates
+from benchmarks.training_step import (
+    MIN_ROUNDS,
+    PLAIN,
+    bare_trainer,
+    cache_teachers,
+    format_table,
+    random_teachers,
+    time_candidates,
+)
 from scripts.cli.bundle_run import Expression
 from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
 from scripts.utils.atomic_files import write_json
 
-MEMORY_STEPS = 3
 STUDIES = 10_000
 
 
@@ -61,20 +67,13 @@ def candidates(args: argparse.Namespace, folder: Path, cache: Path) -> list[Cand
 
 
 def _peak_memory(candidate: Candidate, pipe: Connection) -> None:
-    """Worker process: train a few steps and send the peak memory of the GPU in MiB."""
-    use_own_progress_lock()
-    parser = compose(candidate)
-    parser["train#handlers"] = []
-    parser["max_epochs"] = MEMORY_STEPS
-    parser["train#trainer#epoch_length"] = 1
-    parser["locked"] = ""
-    parser.get_parsed_content("initialize")
-    parser.get_parsed_content("train#trainer").run()
+    """Worker process: train an epoch and send the peak memory of the GPU in MiB."""
+    bare_trainer(candidate, epochs=1).run()
     pipe.send(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
 
 
 def peak_memory(candidate: Candidate) -> float:
-    """Peak memory of the GPU in MiB over a few training steps, in a process of its own."""
+    """Peak memory of the GPU in MiB over an epoch, in a process of its own."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=_peak_memory, args=(candidate, there))
@@ -107,7 +106,7 @@ def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
     for name in ("cpu", device):
         mask = output / f"mask_{name.replace(':', '_')}.nii.gz"
         segment_on(name, folder, mask)
-        masks.append(np.asarray(nib.load(mask).dataobj) > 0)
+        masks.append(np.asarray(nib.load(mask).dataobj) > 0  # type: ignore[attr-defined])
     cpu, gpu = masks
     both = int(cpu.sum() + gpu.sum())
     dice = 2 * int((cpu & gpu).sum()) / both if both else 1.0

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from tqdm import tqdm
@@ -113,7 +114,12 @@ class StepTimer:
         self.batch_loaded = time.perf_counter()
 
     def record_step(self, engine: Engine) -> None:
-        """Record the step. At the end of a round, send all its steps to the parent."""
+        """Record the step. At the end of a round, send all its steps to the parent.
+
+        A GPU works behind the program, so a step is over when the GPU has finished it.
+        """
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.steps.append((time.perf_counter() - self.step_start, self.batch_loaded - self.step_start))
         self.steps_left -= 1
         if self.steps_left == 0:

@@ -38,15 +38,20 @@ TEACHER_COUNTS = (1, 3, 5)  # the first one, three or five of TEACHERS
 PLAIN = "plain"
 
 
-def _train(candidate: Candidate, pipe: Connection) -> None:
-    """Worker process: run the bundle's trainer without its handlers, so that it neither validates nor writes."""
+def bare_trainer(candidate: Candidate, epochs: int) -> Any:
+    """The bundle's trainer without its handlers, so that it neither validates nor writes, in a forked process."""
     use_own_progress_lock()
     parser = compose(candidate)
     parser["train#handlers"] = []
-    parser["max_epochs"] = 10**6
+    parser["max_epochs"] = epochs
     parser["locked"] = ""  # no output folder is locked, because nothing is written
     parser.get_parsed_content("initialize")
-    trainer = parser.get_parsed_content("train#trainer")
+    return parser.get_parsed_content("train#trainer")
+
+
+def _train(candidate: Candidate, pipe: Connection) -> None:
+    """Worker process: train, and time every step."""
+    trainer = bare_trainer(candidate, epochs=10**6)
     StepTimer(pipe).attach(trainer)
     trainer.run()
 

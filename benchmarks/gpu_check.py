@@ -106,7 +106,7 @@ def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
     for name in ("cpu", device):
         mask = output / f"mask_{name.replace(':', '_')}.nii.gz"
         segment_on(name, folder, mask)
-        masks.append(np.asarray(nib.load(mask).dataobj) > 0  # type: ignore[attr-defined])
+        masks.append(np.asanyarray(nib.load(mask).dataobj) > 0)  # type: ignore[attr-defined]
     cpu, gpu = masks
     both = int(cpu.sum() + gpu.sum())
     dice = 2 * int((cpu & gpu).sum()) / both if both else 1.0

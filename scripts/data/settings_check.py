@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from scripts.data.regions import HEADS, check_classes
 from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
 
 
@@ -32,6 +33,24 @@ def _are_classes(value: Any) -> bool:
     return is_list(value) and len(value) >= 2 and all(is_list(each) and each for each in value)
 
 
+def _are_names(value: Any) -> bool:
+    return is_list(value) and bool(value) and all(isinstance(each, str) and each.strip() for each in value)
+
+
+def _are_regions(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(str(name).strip() for name in value)
+
+
+def _are_axes(value: Any) -> bool:
+    return (
+        is_list(value) and len(set(value)) == len(value) and all(is_whole(axis) and axis in range(3) for axis in value)
+    )
+
+
+def _are_angles(value: Any) -> bool:
+    return is_list(value) and len(value) == 3 and all(is_number(angle) and 0 <= angle <= 180 for angle in value)
+
+
 _FLAG = _Rule(lambda value: isinstance(value, bool), "true or false")
 _NOT_NEGATIVE = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 RULES: dict[str, _Rule] = {
@@ -45,6 +64,18 @@ RULES: dict[str, _Rule] = {
         _are_modalities, 'a list of different names, such as ["ct", "pet"], none of them image or label'
     ),
     "labels": _Rule(_are_classes, "a list of the label's values for each class, the background first: [[0], [1, 2]]"),
+    "classes": _Rule(
+        lambda value: value is None or _are_names(value), 'the name of each class, such as ["background", "tumour"]'
+    ),
+    "regions": _Rule(
+        lambda value: value is None or _are_regions(value),
+        'the label\'s values of each region, such as {"WT": [1, 2, 4], "ET": [4]}',
+    ),
+    "ignore": _Rule(lambda value: value is None or is_number(value), "one value of the label, or null"),
+    "head": _Rule(HEADS.__contains__, " or ".join(HEADS)),
+    "mask_values": _Rule(("file", "index").__contains__, '"file" or "index"'),
+    "flips": _Rule(_are_axes, "the axes that may be flipped, such as [0, 1, 2], or []"),
+    "rotation": _Rule(_are_angles, "the largest angle about each axis in degrees, such as [15, 15, 15]"),
     "memory_gib": _Rule(lambda value: is_number(value) and value > 0, "a positive number of GiB"),
     "ema": _Rule(lambda value: is_number(value) and 0 <= value < 1, "the decay of the average, from 0 to below 1"),
     "modality_dropout": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
@@ -95,7 +126,8 @@ def check_settings(
         if not RULES[name].accepts(value):
             raise ValueError(f"{name} is {_shown(value)}. Give {RULES[name].expected}.")
     if "labels" in settings:
-        _check_labels(settings["labels"])
+        names = ("classes", "regions", "ignore", "head")
+        check_classes(settings["labels"], **{name: settings[name] for name in names if name in settings})
     if intensity is not None:
         _check_intensity(intensity, settings.get("modalities", ()))
     if student_norm is not None:
@@ -108,20 +140,6 @@ def _shown(value: Any) -> str:
         return json.dumps(value)
     except TypeError:
         return repr(value)
-
-
-def _check_labels(labels: Sequence[Sequence[float]]) -> None:
-    classes: dict[float, int] = {}
-    for index, values in enumerate(labels):
-        for value in values:
-            if not is_number(value):
-                raise ValueError(f"labels lists {_shown(value)} in class {index}. Give numbers.")
-            first = classes.setdefault(value, index)
-            if first != index:
-                raise ValueError(
-                    f"labels lists the value {value:g} in classes {first} and {index}. Overlapping regions are not "
-                    "supported: give each value to one class."
-                )
 
 
 def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) -> None:

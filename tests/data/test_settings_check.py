@@ -32,7 +32,7 @@ SHARED = {
     "labels=[]": "labels is []. Give a list of the label's values for each class",
     "labels=[[0],[]]": "labels is [[0], []]. Give a list of the label's values for each class",
     "labels=[0,1]": "labels is [0, 1]. Give a list of the label's values for each class",
-    "labels=[[0],[1,2],[2]]": "labels lists the value 2 in classes 1 and 2. Overlapping regions are not supported",
+    "labels=[[0],[1,2],[2]]": "labels lists the value 2 in classes 1 and 2. Give each value to one class",
     'modalities=["ct","ct"]': 'modalities is ["ct", "ct"]. Give a list of different names',
     "allow_missing=no": 'allow_missing is "no". Give true or false',
     "stacked=1": "stacked is 1. Give true or false",
@@ -95,9 +95,7 @@ def test_segment_refuses_a_wrong_setting_before_anything_is_read_or_written(
 def test_every_verb_refuses_wrong_settings(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting in ("spacing=[0,3,3]", "labels=[[0,1],[1]]"):
         message = refusal(capsys, verb, "--dataset-dir", tmp_path / "none", "--set", setting)
-        assert message.startswith(
-            SHARED.get(setting, "labels lists the value 1 in classes 0 and 1. Overlapping regions")
-        )
+        assert message.startswith(SHARED.get(setting, "labels lists the value 1 in classes 0 and 1. Give each value"))
 
 
 def test_cache_teachers_checks_its_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

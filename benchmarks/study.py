@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> str:
     if args.dry_run:
         return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in chosen(plan, args.only))
     while True:  # the verdict of the gate brings more jobs
-        known = plan.gate
+        known = plan.verdict
         failed = run_jobs(chosen(plan, args.only), args.workers)
         plan.judge_gate()
-        if plan.gate == known:
+        if plan.verdict == known:
             break
     jobs = chosen(plan, args.only)
     done = sum(job.done for job in jobs)

@@ -15,8 +15,8 @@ from matplotlib.image import imread
 
 from benchmarks.study_compression import matching_costs
 from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, measure_costs, read_costs, study_networks
-from benchmarks.study_students import STUDENTS
 from benchmarks.study_records import read_runs
+from benchmarks.study_students import STUDENTS
 from benchmarks.study_table import write_study
 
 PARAMETERS = {"0.2M": 200_000, "0.9M": 900_000, ENSEMBLE: 30_000_000}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.job_queue import Command
 from benchmarks.missing_modalities import subsets
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
@@ -131,7 +132,7 @@ class StudyExperiments(StudyTaught):
 
     def missing_modalities(self) -> list[StudyJob]:
         """Students with modality dropout, scored on every subset, and students of fixed inputs; then the experts."""
-        every_subset = subsets(self.settings["modalities"])
+        every_subset = on_every_subset(self.settings["modalities"])
         dropout = {"modality_dropout": DROPOUT}
         jobs = []
         for seed in SEEDS:
@@ -140,10 +141,14 @@ class StudyExperiments(StudyTaught):
                 answers = self.in_sample(fold, train)
                 jobs += [
                     self.student_job(
-                        _all_row("D", "alone_dropout", fold, seed), train, student=dropout, subsets=every_subset
+                        _all_row("D", "alone_dropout", fold, seed), train, student=dropout, evaluations=every_subset
                     ),
                     self.taught_job(
-                        _all_row("D", "kd_dropout", fold, seed), answers, train, student=dropout, subsets=every_subset
+                        _all_row("D", "kd_dropout", fold, seed),
+                        answers,
+                        train,
+                        student=dropout,
+                        evaluations=every_subset,
                     ),
                 ]
                 for fixed in FIXED:
@@ -177,13 +182,18 @@ class StudyExperiments(StudyTaught):
                         train,
                         lesson=CONFIDENCE,
                         student={"modality_dropout": DROPOUT},
-                        subsets=subsets(modalities),
+                        evaluations=on_every_subset(modalities),
                     )
                 )
         return jobs
 
     def _expert_answers(self, modality: str, fold: int) -> Path:
         return self.results / "answers" / f"expert_{modality}_without_{fold}_{TEACHER_STEPS}.npz"
+
+
+def on_every_subset(modalities: Sequence[str]) -> dict[str, Command]:
+    """The evaluations of a student with each non-empty subset of its modalities."""
+    return {"+".join(subset): ("--present", *subset) for subset in subsets(modalities)}
 
 
 def _hospital_row(arm: str, fold: int, own: int, seed: int, experiment: str = "B1") -> StudyRow:

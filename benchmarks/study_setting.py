@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,20 +93,20 @@ class StudySetting:
         settings: Callable[[], dict[str, Any]],
         schedule: bool = False,
         evaluated: bool = True,
-        subsets: Sequence[Sequence[str]] = (),
+        evaluations: Mapping[str, Command] | None = None,
         staged: bool = False,
     ) -> StudyJob:
         """A training on some folds, evaluated on the row's fold.
 
         Args:
-            row: where the result belongs; the arm of a subset's result is ``ARM@MODALITY+MODALITY``.
+            row: where the result belongs.
             train: folds to train on with their labels.
             unlabelled: folds to train on without their labels.
             verb: gives the verb and its options, when the job starts.
             settings: gives config id -> value, when the job starts.
             schedule: set the length of the training.
             evaluated: evaluate the weights.
-            subsets: of the modalities, for one evaluation each; by default one evaluation with all modalities.
+            evaluations: name -> options, where there are several; the arm of such a result is ``ARM@NAME``.
             staged: the verb divides ``--epochs`` among its stages, so that no setting may replace it.
         """
         folder = self.job_folder(row)
@@ -140,21 +140,20 @@ class StudySetting:
             folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
         )
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
-        evaluations: dict[str, Command] = {f"eval_{'_'.join(part)}": ("--present", *part) for part in subsets}
-        evaluations = evaluations or {"eval": ()} if evaluated else {}
+        named = {f"eval_{name.replace('+', '_')}": chosen for name, chosen in (evaluations or {}).items()}
+        folders: dict[str, Command] = (named or {"eval": ()}) if evaluated else {}
 
         def commands() -> tuple[Command, ...]:
             values = {**(length if schedule else {}), **settings()}
             epochs_option = ("--epochs", str(values.pop("max_epochs"))) if staged else ()
             first = self.command(job, (*verb(), *epochs_option, "--fold", "0"), values, folder)
             others = (
-                self.command(job, (*evaluate, *present), settings(), folder / name)
-                for name, present in evaluations.items()
+                self.command(job, (*evaluate, *chosen), settings(), folder / name) for name, chosen in folders.items()
             )
             return first, *others
 
-        scored = tuple(replace(row, arm=f"{row.arm}@{'+'.join(part)}") for part in subsets)
-        return replace(job, build=commands, evaluations=tuple(evaluations), scored=scored)
+        scored = tuple(replace(row, arm=f"{row.arm}@{name}") for name in evaluations or ())
+        return replace(job, build=commands, evaluations=tuple(folders), scored=scored)
 
     def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
         """A case's row of a data list, with paths relative to the data set's folder."""

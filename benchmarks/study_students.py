@@ -72,7 +72,7 @@ class StudyStudents(StudySetting):
         unlabelled: Sequence[int] = (),
         recipe: Callable[[], dict[str, Any]] | None = None,
         student: Mapping[str, Any] | None = None,
-        subsets: Sequence[Sequence[str]] = (),
+        evaluations: Mapping[str, Command] | None = None,
     ) -> StudyJob:
         """A student alone, or with teachers.
 
@@ -83,7 +83,7 @@ class StudyStudents(StudySetting):
             unlabelled: folds to train on without their labels.
             recipe: gives the settings of the training; by default the chosen recipe.
             student: settings of this student, such as its modalities.
-            subsets: of the modalities, see ``StudySetting.job``.
+            evaluations: see ``StudySetting.job``.
         """
         command: Command = ("distill", *lesson.options) if lesson else ("train",)
         command = (*command, "--unlabelled") if unlabelled else command
@@ -94,7 +94,9 @@ class StudyStudents(StudySetting):
             return {"student_features": STUDENTS[row.student], **chosen, **taught, **(student or {})}
 
         staged = lesson is not None and lesson.staged
-        job = self.job(row, train, unlabelled, lambda: command, settings, schedule=True, subsets=subsets, staged=staged)
+        job = self.job(
+            row, train, unlabelled, lambda: command, settings, schedule=True, evaluations=evaluations, staged=staged
+        )
         return job if recipe else replace(job, needs=self.recipe_records)
 
     def recipe_jobs(self) -> list[StudyJob]:

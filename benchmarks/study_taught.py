@@ -16,6 +16,7 @@ from benchmarks.study_teachers import Origin, Sources, StudyTeachers
 from scripts.utils.atomic_files import write_json
 
 OUTSIDE = "outside"  # name of a cached teacher that reads all modalities of its student
+SHARED = ("modalities", "spacing", "patch", "fold")  # settings of a student that its teachers' cache needs, too
 
 
 class StudyTaught(StudyTeachers):
@@ -29,7 +30,7 @@ class StudyTaught(StudyTeachers):
         unlabelled: Sequence[int] = (),
         lesson: Lesson = KD,
         student: Mapping[str, Any] | None = None,
-        subsets: Sequence[Sequence[str]] = (),
+        evaluations: Mapping[str, Command] | None = None,
     ) -> StudyJob:
         """A student that learns from answers.
 
@@ -37,7 +38,7 @@ class StudyTaught(StudyTeachers):
             row: where the result belongs.
             teachers: of one teacher, which needs what the student reads; or the modality that an expert needs -> its
                 answers.
-            train, unlabelled, student, subsets: see ``student_job``.
+            train, unlabelled, student, evaluations: see ``student_job``.
             lesson: the methods.
         """
         first = next(iter(teachers.values()))
@@ -55,11 +56,11 @@ class StudyTaught(StudyTeachers):
 
         specs = tuple(part for name, (spec, _) in files.items() for part in ("--teacher", f"{name}={spec}"))
         lesson = lesson.by(*specs, "--cache-dir", str(folder / "cache"))
-        job = self.student_job(row, train, lesson, unlabelled, student=student, subsets=subsets)
+        job = self.student_job(row, train, lesson, unlabelled, student=student, evaluations=evaluations)
         answers = (path for sources in named.values() for paths in sources.values() for path in paths)
         caching: Command = ("cache-teachers", *specs, "--fold", "0")
         caching = (*caching, "--unlabelled") if unlabelled else caching
-        shared = {key: value for key, value in student.items() if key == "modalities"}
+        shared = {key: value for key, value in student.items() if key in SHARED}
         before = self.command(job, caching, shared, folder / "cache")
         needs = (*job.needs, *dict.fromkeys(answers))
         return replace(job, needs=needs, before=(before,), preparations=(*job.preparations, prepare))

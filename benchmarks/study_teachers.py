@@ -184,16 +184,7 @@ class StudyTeachers(StudyStudents):
         """
         trained = training.study_row
         row = replace(trained, experiment="weights", arm=f"{trained.experiment}_{trained.arm}")
-        return replace(
-            training,
-            row=row.name,
-            study_row=row,
-            needs=(*training.needs, *needs),
-            kept=training.folder / "model.pt",
-            build=lambda: training.build()[:1],
-            evaluations=(),
-            scored=(),
-        )
+        return replace(weights_only(training), row=row.name, study_row=row, needs=(*training.needs, *needs))
 
     def ensemble(self, paths: Sequence[Path], rows: Sequence[StudyRow]) -> StudyJob:
         """The scores of the mean answer of several teachers."""
@@ -245,3 +236,14 @@ class StudyTeachers(StudyStudents):
     def same_answers(self, folds: Sequence[int], paths: Sequence[Path]) -> Sources:
         """The same answer files for each case."""
         return self.sources(folds, lambda _: paths)
+
+
+def weights_only(training: StudyJob) -> StudyJob:
+    """A training that is not evaluated and leaves its weights."""
+    return replace(
+        training,
+        kept=training.folder / "model.pt",
+        build=lambda: training.build()[:1],
+        evaluations=(),
+        scored=(),
+    )

@@ -114,7 +114,7 @@ class StudySetting:
         labelled, others = list(self.cases_of(train)), list(self.cases_of(unlabelled))
         tested = [case for case in self.cases_of([row.fold]) if case not in labelled]
         per_epoch = max(1, (len(labelled) + len(others)) // BATCH)
-        epochs = -(-steps // per_epoch)
+        epochs = max(2 if staged else 1, -(-steps // per_epoch))
 
         def prepare() -> None:
             rows = [self._list_row(case) for case in (*labelled, *tested)]

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.study_taught as study_taught
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_plan import StudyPlan
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_students import RECIPES
-from benchmarks.study_teachers import STAGE_1, STAGE_2
+from benchmarks.study_teachers import STAGE_1, STAGE_2, TEACHERS
 from scripts.data.folds import make_splits
+from scripts.networks.architecture import read_architecture
 
 FILES = {"ct": "CT.nii.gz", "pet": "PET.nii.gz", "mr": "MR.nii.gz", "label": "mask.nii.gz"}
 ALL = set(range(FOLDS))
@@ -359,6 +361,17 @@ def test_self_training_waits_for_the_lone_student_and_trains_it_again_only_if_it
         assert restored.evaluations == ()
         assert not restored.done
         assert options(job.typed()[0], "--tta") == ["flips"]
+
+
+@pytest.mark.benchmarks
+@pytest.mark.parametrize(("name", "millions"), [("t1", 4.5), ("t2", 29.4), ("dynunet", 5.6)])
+def test_teachers_have_their_sizes_and_fit_the_patch(plan: StudyPlan, name: str, millions: float) -> None:
+    architecture = TEACHERS[name]["architecture"]
+    changes = plan.sizes(name).get(f"+architectures#{architecture}", {})
+    with torch.device("meta"):
+        network = read_architecture(architecture).build(3, 2, [48, 48, 48], "full", changes)
+        assert network(torch.zeros(1, 3, 48, 48, 48)).shape == (1, 2, 48, 48, 48)
+    assert round(sum(weights.numel() for weights in network.parameters()) / 1e6, 1) == millions
 
 
 # The recipe and the gate.

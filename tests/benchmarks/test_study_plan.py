@@ -301,6 +301,9 @@ def test_students_of_fixed_inputs_read_nothing_else(jobs: list[StudyJob]) -> Non
             assert len(commands) == (3 if job.study_row.arm.startswith("kd") else 2)
             assert all(json.loads(settings(command)["modalities"]) == modalities for command in commands)
             assert job.rows == (job.study_row,)
+            data_folds(job)
+            rows = json.loads((job.folder / "cases.json").read_text())
+            assert all(set(row) == {"case_id", "patient_id", "label", *modalities} for row in rows)
 
 
 def test_methods_on_features_have_a_teacher_that_has_not_seen_the_tested_fold(jobs: list[StudyJob]) -> None:

@@ -19,7 +19,7 @@ from scripts.utils.atomic_files import write_json
 
 FOLDS = 5
 BATCH = 2
-EVALUATED = ("spacing", "patch", "modalities", "selective_fusion")  # settings that an evaluation needs, too
+EVALUATED = ("spacing", "patch", "modalities", "intensity", "selective_fusion")  # settings of an evaluation, too
 GRID = {"spacing": [4.0, 4.0, 4.0], "patch": [48, 48, 48], "ema": 0.99}
 
 

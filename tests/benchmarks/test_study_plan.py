@@ -300,6 +300,7 @@ def test_students_of_fixed_inputs_read_nothing_else(jobs: list[StudyJob]) -> Non
             commands = [*job.before, *job.typed()]
             assert len(commands) == (3 if job.study_row.arm.startswith("kd") else 2)
             assert all(json.loads(settings(command)["modalities"]) == modalities for command in commands)
+            assert all(list(json.loads(settings(command)["intensity"])) == modalities for command in commands)
             assert job.rows == (job.study_row,)
             data_folds(job)
             rows = json.loads((job.folder / "cases.json").read_text())

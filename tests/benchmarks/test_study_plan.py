@@ -316,6 +316,7 @@ def test_methods_on_features_have_a_teacher_that_has_not_seen_the_tested_fold(jo
         for teacher in options(command, "--teacher"):
             name, architecture, weights = teacher.split("=")
             training = by_weights[Path(weights)]
+            assert Path(weights) in job.needs
             assert job.study_row.fold not in data_folds(training)[0]
             assert training.study_row.arm == name
             kinds[job.study_row.arm].add(architecture)

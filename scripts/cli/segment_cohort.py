@@ -59,9 +59,10 @@ def segment_cohort(args: argparse.Namespace) -> None:
         run_bundle(args, configs, engine_overrides(args) | overrides)
         return
     build_item(args, configs, overrides, "same_task")  # once, not per case
-    modalities = resolved_config(args, configs, overrides)["modalities"]
+    config = resolved_config(args, configs, overrides)
+    modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(data_set(args), args.dataset_dir, args.data_list, modalities, args.allow_outside)
+    cases = datalist(data_set(args), args.dataset_dir, args.data_list, modalities, args.allow_outside, config["layout"])
     masks = _mask_paths(args, cases, modalities, output)
     with hold(output):  # a second batch, or the resume of a running one, is refused
         _segment_cases(args, cases, masks, modalities, output)

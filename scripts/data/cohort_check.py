@@ -133,11 +133,11 @@ def _absent_classes(classes: Sequence[set[int] | None], criteria: Criteria) -> l
     read = [each for each in classes if each is not None]
     if not read:
         return []
-    names = class_names(criteria.labels, criteria.classes)
+    names = [name.removeprefix("class ") for name in class_names(criteria.labels, criteria.classes)]
     absent = set(range(1, len(names))).difference(*read)
     values = {index: ", ".join(f"{value:g}" for value in criteria.labels[index]) for index in absent}
     return [
-        Finding(WARNING, f"No case has the class {names[index]} (label value {values[index]}): no network can learn it")
+        Finding(WARNING, f"No case has class {names[index]} (label value {values[index]}): no network can learn it")
         for index in sorted(absent)
     ]
 

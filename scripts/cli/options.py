@@ -206,7 +206,7 @@ def data_set(args: argparse.Namespace) -> str:
         return str(args.data)
     if "weights" in args:
         from scripts.cli.trained_task import weights_path
-        from scripts.networks.task_file import read_task
+        from scripts.utils.task_file import read_task
 
         cohort = (read_task(weights_path(args)) or {}).get("cohort")
         return cohort if cohort in config_names("data") else DEFAULT_DATA

@@ -35,9 +35,9 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     Raises:
         ValueError: the record is damaged, or its network cannot be used; see ``trained_network``.
     """
-    from scripts.networks.task_file import read_task
     from scripts.training.trained_network import trained_network
     from scripts.training.training_record import network_definition, network_differences
+    from scripts.utils.task_file import read_task
 
     weights = weights_path(args)
     task = read_task(weights)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.options import Parser, add_common_options, context_configs, data_set, image_rules, positive_int
+from scripts.cli.options import Parser, add_common_options, context_configs, image_rules, positive_int
 
 EXAMPLE = "python -m scripts check --data sts --dataset-dir DATA"
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         config["ignore"],
     )
     findings, cases = check_cohort(
-        data_set(args),
+        config["cohort"],
         args.dataset_dir or "",
         criteria,
         args.data_list or "",

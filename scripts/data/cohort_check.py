@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import IncompleteError, Item, datalist
 from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds
 from scripts.data.resampling import network_grid, resample, vanished_classes, vanished_message
@@ -33,7 +33,7 @@ from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
-from scripts.utils.process_pool import PROCESS_DIED, run_jobs
+from scripts.utils.process_pool import PROCESS_DIED
 
 USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
 MAX_TABLE_ROWS = 200  # the JSON file contains all findings
@@ -91,12 +91,9 @@ def check_cohort(
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error))], 0
     if cases:
-        jobs = {str(case["case_id"]): case for case in cases}
-        with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
-            one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            work = partial(check_case, criteria=criteria)
-            results = run_jobs(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
-        findings += [finding for case_findings in results.values() for finding in case_findings]
+        work = partial(check_case, criteria=criteria)
+        results = run_cases(work, cases, workers, "checking", _process_died)
+        findings += [finding for case_findings in results for finding in case_findings]
     return findings, len(cases)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from scripts.cli.options import (
     parse_set,
     positive_int,
 )
-from scripts.cli.task import REQUIRED, file_settings, is_file
+from scripts.cli.task import FILES, REQUIRED, file_settings, is_file
 
 if TYPE_CHECKING:
     from scripts.data.planner import Proposal
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.dataset_dir and not args.data_list:
         raise ValueError("No data to plan for. Name a folder with --dataset-dir, or a table with --data-list.")
-    given = _given(args)
+    given, fixed = _task(args)
     config = {**resolved_config(args, ["train", *context_configs(args)], {}, complete=False), **given}
     if args.dry_run:
         return
@@ -72,24 +73,24 @@ def run(args: argparse.Namespace) -> None:
     from scripts.data.planner import plan_task
     from scripts.data.settings_check import check_settings
 
-    names = ("modalities", "labels", "classes", "regions", "ignore", "head", *PLANNED)
-    check_settings(**{name: given[name] for name in names if name in given and name != "student_strides"})
-    cases = _cases(args, config)
+    names = ("modalities", "labels", "classes", "regions", "ignore", "head", *PLANNED[1:])
+    check_settings(**{name: given[name] for name in names if name in given})
+    cases, problems = _cases(args, config)
     background = [*given.get("labels", [[0]])[0], *([given["ignore"]] if given.get("ignore") is not None else [])]
     source = Source(given["modalities"], image_rules(config), config.get("naming", ()), config["stacked"], background)
     fingerprint = fingerprint_cohort(cases, source, args.workers)
     readable = [case for case in fingerprint if not case.problem]
     if not readable:
         raise ValueError(f"No case could be read. {fingerprint[0].problem}")
-    fixed = given if _keeps(args) else {key: value for key, value in given.items() if key not in PLANNED}
     features, full_features = config["student_features"], config["student_full_features"]
     proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args))
     task = {**{each.name: each.value for each in proposals if each.value is not None}, **fixed}
     task = {key: task[key] for key in (*fixed, *task)}
     if isinstance(fixed.get("intensity"), Mapping):  # some modalities may be given, the others proposed
         task["intensity"] = next(each.value for each in proposals if each.name == "intensity")
-    print(_table(args, proposals, given))
-    for text in plan_warnings(fingerprint, task):
+    check_settings(modalities=task["modalities"], intensity=task["intensity"])
+    print(_table(args, proposals, given, fixed))
+    for text in [*problems, *plan_warnings(fingerprint, task)]:
         print(f"warning: {text}")
     if args.output:
         from scripts.utils.atomic_files import write_text
@@ -98,33 +99,51 @@ def run(args: argparse.Namespace) -> None:
         print(f"The task is in {args.output}. Look at it, then run check with --data {args.output}.")
 
 
-def _keeps(args: argparse.Namespace) -> bool:
-    """Whether what the task says already is kept; a named data set is only compared."""
-    return is_file(args.data)
+def _task(args: argparse.Namespace) -> tuple[Config, Config]:
+    """What the task says already, and the part of it that is fixed.
 
-
-def _given(args: argparse.Namespace) -> Config:
-    """What the task says already.
+    A file's settings are fixed, and those of ``--set``. The settings of a named data set are only compared.
 
     Raises:
         ValueError: it names no modalities.
     """
-    task = file_settings(args) if is_file(args.data) else read_config(f"data/{data_set(args)}")
     ids = ("cohort", *REQUIRED, *IDENTITY, *PLANNED)
-    task = {**task, **{key: value for key, value in parse_set(args.set).items() if key in ids}}
-    if "modalities" not in task:
-        patterns = [key for key in task.get("layout") or {} if key != "label"]
-        if task["cohort"] != "files" or not patterns:
-            raise ValueError(f'{args.data} names no modalities. Add them, such as "modalities": ["ct", "pet"].')
-        task["modalities"] = patterns
-    return {key: value for key, value in task.items() if key not in PLANNED or value is not None}
+    chosen = {key: value for key, value in parse_set(args.set).items() if key in ids}
+    if is_file(args.data):
+        given = fixed = {**file_settings(args), **chosen}
+    elif args.data_list and not args.data:
+        folder = args.dataset_dir or os.path.dirname(args.data_list) or "."
+        given = fixed = {"cohort": "table", "layout": {"file": os.path.relpath(args.data_list, folder)}, **chosen}
+    else:
+        given = {**read_config(f"data/{data_set(args)}"), **chosen}
+        fixed = {key: value for key, value in given.items() if key not in PLANNED or key in chosen}
+    patterns = [key for key in given.get("layout") or {} if key != "label"]
+    if "modalities" not in given and given["cohort"] == FILES and patterns:
+        given["modalities"] = patterns
+    if "modalities" not in given:
+        raise ValueError('The task names no modalities. Add them, such as "modalities": ["ct", "pet"].')
+    return given, fixed
 
 
-def _cases(args: argparse.Namespace, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cases of the data set that may be trained on."""
+def _cases(args: argparse.Namespace, config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The cases that may be trained on, and sentences about cases that cannot be used.
+
+    Raises:
+        ValueError: there is no case to train on.
+    """
     from scripts.data import datalist
+    from scripts.data.case_list import TEST, CohortError
 
-    return datalist(config["cohort"], args.dataset_dir or "", args.data_list, config["modalities"], args.allow_outside)
+    files = (args.dataset_dir, args.data_list, config["modalities"], args.allow_outside, config["layout"])
+    cases, problems = [], []
+    try:
+        cases = datalist(config["cohort"], *files)
+    except CohortError as error:
+        cases, problems = error.cases, error.problems
+    cases = [case for case in cases if case.get("partition") != TEST]
+    if not cases:
+        raise ValueError(" ".join(["No case to plan for.", *problems]))
+    return cases, problems
 
 
 def _memory_gib(args: argparse.Namespace) -> float:
@@ -141,12 +160,12 @@ def _memory_gib(args: argparse.Namespace) -> float:
     return min(CPU_GIB, available_bytes() / 2 / 2**30)
 
 
-def _table(args: argparse.Namespace, proposals: Sequence[Proposal], given: Mapping[str, Any]) -> str:
+def _table(args: argparse.Namespace, proposals: Sequence[Proposal], given: Config, fixed: Config) -> str:
     """The proposals beside what the task says, as a Markdown table."""
     from scripts.utils.markdown import markdown_table
 
-    owner = args.data if _keeps(args) else f"configs/data/{data_set(args)}.json"
-    head = ("setting", "proposal", f"{owner} {'(kept)' if _keeps(args) else '(hand-written)'}", "why")
+    hand_written = fixed is not given
+    head = ("setting", "proposal", f"configs/data/{data_set(args)}.json" if hand_written else "given, kept", "why")
     rows = [
         (
             each.name,

@@ -116,7 +116,8 @@ def fingerprint_case(case: Item, source: Source) -> CaseFingerprint:
 
 
 def _read_case(case_id: str, case: Item, source: Source) -> CaseFingerprint:
-    item = GatherModalitiesd(source.modalities, source.naming, allow_missing=True, stacked=source.stacked)({**case})
+    named: dict[Any, Any] = {**case}
+    item = GatherModalitiesd(source.modalities, source.naming, allow_missing=True, stacked=source.stacked)(named)
     stacked = source.modalities if source.stacked else ()
     keys = [key for key in (*source.modalities, LABEL) if key in item]
     headers = {key: header_of(item[key], source.rules) for key in keys}

@@ -111,51 +111,80 @@ def training_bytes(patch: Sequence[int], batch: int, strides: Strides, size: Stu
     return PEAK_FACTOR * FLOAT_BYTES * batch * values
 
 
-def plan_patch(spacing: Sequence[float], shapes: Sequence[Sequence[int]], size: StudentSize, gib: float) -> PatchPlan:
-    """The largest patch of which ``MIN_BATCH`` fit in the memory, and the largest batch of it.
+def plan_patch(
+    spacing: Sequence[float],
+    shapes: Sequence[Sequence[int]],
+    size: StudentSize,
+    gib: float,
+    patch: Sequence[int] | None = None,
+    strides: Strides | None = None,
+    batch: int | None = None,
+) -> PatchPlan:
+    """The largest patch of which a batch fits in the memory, and the largest batch of it.
 
     The patch begins with ``LARGEST_PATCH`` voxels, equally long in mm along all axes, at most the median shape. While
-    it needs too much memory, the axis that covers the largest part of the median shape is made shorter. The batch
-    grows as far as the memory allows, to ``COVERED`` of the data set at most.
+    ``MIN_BATCH`` of it need too much memory, the axis that covers the largest part of the median shape is made
+    shorter. The batch grows as far as the memory allows, to ``COVERED`` of the data set at most, and has no case twice.
 
     Args:
         spacing: of the network's grid in mm.
         shapes: of all cases on that grid, in voxels.
         size: of the student.
         gib: memory of a step in GiB.
+        patch, strides, batch: fixed ones; by default they are chosen.
     """
-    stages, median = len(size.features), median_shape(shapes)
-    edge = (LARGEST_PATCH * math.prod(spacing)) ** (1 / 3)
-    patch = [max(1, min(round(edge / length), n)) for length, n in zip(spacing, median, strict=True)]
-    patch = _divisible(patch, spacing, stages)
-    while True:
-        strides = student_strides(spacing, patch, stages)
-        one = training_bytes(patch, 1, strides, size)
-        if MIN_BATCH * one <= gib * GIB or max(patch) <= MIN_EDGE:
+    stages, least = len(size.features), batch or min(MIN_BATCH, trained_cases(len(shapes)))
+    median = median_shape(shapes)
+    if patch:
+        chosen, steps = list(patch), strides or _dividing(patch, spacing, stages)
+    else:
+        chosen, steps = _fitted(_first_patch(spacing, median), spacing, stages, strides)
+    while not patch and least * training_bytes(chosen, 1, steps, size) > gib * GIB:
+        shorter = [_fitted(_shortened(chosen, axis), spacing, stages, strides) for axis in range(3)]
+        axes = [axis for axis in range(3) if math.prod(shorter[axis][0]) < math.prod(chosen)]
+        if not axes:
             break
-        longest = max(
-            (axis for axis in range(3) if patch[axis] > MIN_EDGE), key=lambda axis: patch[axis] / median[axis]
-        )
-        patch[longest] -= 1
-        patch = _divisible(patch, spacing, stages)
-    covered = COVERED * sum(math.prod(shape) for shape in shapes) / math.prod(patch)
-    batch = max(MIN_BATCH, min(int(gib * GIB // one), round(covered)))
-    batch = max(1, min(batch, trained_cases(len(shapes))))
-    return PatchPlan(patch, strides, batch, training_bytes(patch, batch, strides, size) / GIB)
+        longest = max(axes, key=lambda axis: chosen[axis] / median[axis])
+        chosen, steps = shorter[longest]
+    if not batch:
+        fitting = int(gib * GIB // training_bytes(chosen, 1, steps, size))
+        covered = round(COVERED * sum(math.prod(shape) for shape in shapes) / math.prod(chosen))
+        batch = min(max(least, min(fitting, covered)), trained_cases(len(shapes)))
+    return PatchPlan(chosen, steps, batch, training_bytes(chosen, batch, steps, size) / GIB)
+
+
+def _first_patch(spacing: Sequence[float], median: Sequence[int]) -> list[int]:
+    edge = (LARGEST_PATCH * math.prod(spacing)) ** (1 / 3)
+    return [max(1, min(round(edge / length), n)) for length, n in zip(spacing, median, strict=True)]
+
+
+def _shortened(patch: Sequence[int], axis: int) -> list[int]:
+    return [max(1, n - (index == axis)) for index, n in enumerate(patch)]
+
+
+def _fitted(
+    patch: Sequence[int], spacing: Sequence[float], stages: int, strides: Strides | None
+) -> tuple[list[int], Strides]:
+    """The largest patch within another one that its strides divide, and those strides."""
+    steps = strides or student_strides(spacing, patch, stages)
+    return [max(n // step, 1) * step for n, step in zip(patch, divisor(steps), strict=True)], steps
+
+
+def _dividing(patch: Sequence[int], spacing: Sequence[float], stages: int) -> Strides:
+    """The strides for a patch that cannot be changed: where they do not divide it, the deepest stages halve less."""
+    strides = student_strides(spacing, patch, stages)
+    for step in reversed(strides):
+        for axis in range(3):
+            if patch[axis] % divisor(strides)[axis]:
+                step[axis] = 1
+    return strides
 
 
 def trained_cases(cases: int) -> int:
-    """The cases that one of five folds trains on; a step takes no case twice."""
-    return cases - math.ceil(cases / 5)
+    """The cases that one of five folds trains on, at least 1."""
+    return max(1, cases - math.ceil(cases / 5))
 
 
 def median_shape(shapes: Sequence[Sequence[int]]) -> list[int]:
     """The median of the shapes along each axis, in voxels."""
     return [sorted(along_axis)[len(shapes) // 2] for along_axis in zip(*shapes, strict=True)]
-
-
-def _divisible(patch: Sequence[int], spacing: Sequence[float], stages: int) -> list[int]:
-    """The largest patch within another one that its own strides divide."""
-    return [
-        size // step * step for size, step in zip(patch, divisor(student_strides(spacing, patch, stages)), strict=True)
-    ]

@@ -53,15 +53,14 @@ def _load_and_resample(
     intensity: Intensity,
     spacing: Sequence[float],
     naming: Sequence[Mapping[str, str]],
-    labels: Sequence[Sequence[float]] | None,
+    map_label: MapLabelsd | None,
     allow_missing: bool,
     reference: str,
     present: Sequence[str] | None,
     load: partial[LoadModalitiesd],
-    unlabelled: bool,
 ) -> list[mt.Transform]:
     """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
-    label = [LABEL] if labels else []
+    label = [LABEL] if map_label else []
     used = {key: intensity[key] for key in modalities}
     # Outside its field of view a modality is 0 after normalisation, like an absent one.
     outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
@@ -69,7 +68,7 @@ def _load_and_resample(
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
-        *([MapLabelsd(LABEL, labels, optional=unlabelled)] if labels else []),
+        *([map_label] if map_label else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
         *_normalise(used),
     ]
@@ -155,6 +154,7 @@ def preprocessing(
     stacked: bool = False,
     memory_gib: float | None = None,
     unlabelled: bool = False,
+    ignore: float | None = None,
 ) -> Pipeline:
     """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
@@ -176,6 +176,7 @@ def preprocessing(
         stacked: ``image`` names one 4D file whose last axis is ``modalities``.
         memory_gib: limit for one pass of the network; if given, a case that would not fit in memory is refused.
         unlabelled: accept training cases without a label; theirs is ``UNLABELLED`` in every voxel.
+        ignore: the label file's value of voxels that count in no loss and no score; they become ``IGNORED``.
         cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
 
     Returns:
@@ -192,7 +193,7 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the label values of each class (`labels`).")
-    given: dict[str, Any] = {"labels": labels, "patch": patch}
+    given: dict[str, Any] = {"labels": labels, "patch": patch, "ignore": ignore}
     check_settings(
         modalities=modalities,
         intensity=intensity,
@@ -214,9 +215,11 @@ def preprocessing(
         settings["series_uids"] = sorted(checks.series_uids)
     if stacked:
         settings["stacked"] = True
+    if ignore is not None:
+        settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
         settings["voxel_size"] = checks.voxel_size
-    with_label = labels if mode != "infer" else None
+    map_label = MapLabelsd(LABEL, labels, unlabelled, ignore) if labels and mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
         LoadModalitiesd,
@@ -228,7 +231,7 @@ def preprocessing(
         intensity=intensity,
     )
     fixed = _load_and_resample(
-        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load, unlabelled
+        modalities, intensity, spacing, naming, map_label, allow_missing, reference, present, load
     )
     # Absent modalities become zeros here, because the random transforms expect every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))

@@ -70,10 +70,10 @@ def _spacing_warnings(cases: Sequence[CaseFingerprint], spacing: Sequence[float]
     for axis, name in enumerate(AXES):
         larger = [case for case in cases if case.spacing[axis] > MUCH_LARGER * spacing[axis]]
         if larger:
-            most = max(case.spacing[axis] for case in larger)
+            most, names = max(case.spacing[axis] for case in larger), _some([case.case_id for case in larger])
             texts.append(
-                f"{len(larger)} of {len(cases)} cases have {name} voxels more than {MUCH_LARGER} times as long as "
-                f"planned (up to {most:.3g} mm, {_some([case.case_id for case in larger])}). Do they belong to this task?"
+                f"{len(larger)} of {len(cases)} cases ({names}) have {name} voxels more than {MUCH_LARGER} times as long "
+                f"as planned, up to {most:.3g} mm. Check that they belong to this task."
             )
     across = sorted({AXES[thick] for case in cases if (thick := thick_axis(case.spacing)) is not None})
     if len(across) > 1:

@@ -17,12 +17,10 @@ from scripts.data.patch_plan import (
     divisor,
     median_shape,
     plan_patch,
-    student_strides,
-    training_bytes,
 )
 from scripts.data.regions import region_values
 from scripts.image_io.checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
-from scripts.inference.sliding_window import GIB
+from scripts.utils.values import is_whole
 
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 THICK = 3  # ratio of the coarsest spacing to the others
@@ -73,7 +71,7 @@ def plan_task(
     shapes = grid_shapes(cases, spacing)
     channels = len(region_values(labels, None, task.get("regions"))) if task.get("head") == "sigmoid" else len(labels)
     student = StudentSize(len(task["modalities"]), channels, features, full_features)
-    proposals += plan_training(spacing, shapes, student, gib, task.get("patch"))
+    proposals += plan_training(spacing, shapes, student, gib, task)
     names = [*(task.get("classes") or ()), *(task.get("regions") or ())]
     return [*proposals, plan_flips(names), plan_rotation(spacing), plan_mask_values()]
 
@@ -132,7 +130,7 @@ def plan_training(
     shapes: Sequence[Sequence[int]],
     student: StudentSize,
     gib: float,
-    patch: Sequence[int] | None = None,
+    task: Mapping[str, Any],
 ) -> list[Proposal]:
     """Patch, strides of the student and batch size.
 
@@ -141,53 +139,41 @@ def plan_training(
         shapes: of the cases on that grid, in voxels.
         student: its size.
         gib: memory of a step in GiB.
-        patch: the patch, if it is fixed.
+        task: settings that are fixed.
     """
-    plan = plan_patch(spacing, shapes, student, gib)
-    proposed = Proposal(
-        "patch",
-        plan.patch,
-        f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; {plan.batch} such patch(es) need "
-        f"about {plan.gib:.2g} of {gib:.2g} GiB in training",
-    )
-    if patch is not None:
-        plan = _with_patch(patch, spacing, len(shapes), student, gib)
+    patch, batch = task.get("patch"), task.get("batch_size")
+    given = task.get("student_strides")
+    strides = given and [[step] * 3 if is_whole(step) else list(step) for step in given]
+    free = plan_patch(spacing, shapes, student, gib, None, strides, batch)
+    plan = plan_patch(spacing, shapes, student, gib, patch, strides, batch)
     uniform = all(step == [2, 2, 2] for step in plan.strides)
-    strides = [2 if step == [2, 2, 2] else step for step in plan.strides]
-    shown = _sizes(divisor(plan.strides))
-    reason = (
-        "voxels are about as long along all axes: every stage halves all of them"
-        if uniform
-        else f"an axis is halved while its voxels are less than twice as long as the shortest; the patch must be "
-        f"divisible by {shown}"
-    )
-    batch = f"{plan.batch} patches need about {plan.gib:.2g} of {gib:.2g} GiB and hold at most 5% of all voxels"
-    if plan.batch <= MIN_BATCH:
-        batch = "the smallest that averages over patches" if plan.batch == MIN_BATCH else "there are few cases"
+    steps = [2 if step == [2, 2, 2] else step for step in plan.strides]
     return [
-        proposed,
-        Proposal("student_strides", None if uniform else strides, reason),
-        Proposal("batch_size", plan.batch, batch),
+        Proposal(
+            "patch",
+            free.patch,
+            f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; {free.batch} such patch(es) need "
+            f"about {free.gib:.2g} of {gib:.2g} GiB in training",
+        ),
+        Proposal(
+            "student_strides",
+            None if uniform else steps,
+            "every stage halves all axes"
+            if uniform
+            else "an axis is halved while its voxels are less than twice as long as the shortest, and enough cells are "
+            f"left; the patch must be divisible by {_sizes(divisor(plan.strides))}",
+        ),
+        Proposal("batch_size", plan.batch, _batch_reason(plan, gib)),
     ]
 
 
-def _with_patch(
-    patch: Sequence[int], spacing: Sequence[float], cases: int, student: StudentSize, gib: float
-) -> PatchPlan:
-    """What follows from a patch that the task fixes: strides that divide it, and the smallest batch."""
-    limits = [_two_adic(n) for n in patch]
-    strides = student_strides(spacing, patch, len(student.features))
-    for axis in range(3):
-        for step in strides[::-1]:  # the deepest stages give way first
-            if divisor(strides)[axis] > limits[axis]:
-                step[axis] = 1
-    batch = min(MIN_BATCH, max(1, cases - 1))
-    return PatchPlan(list(patch), strides, batch, training_bytes(patch, batch, strides, student) / GIB)
-
-
-def _two_adic(number: int) -> int:
-    """The largest power of 2 that divides a number."""
-    return number & -number
+def _batch_reason(plan: PatchPlan, gib: float) -> str:
+    needed = f"about {plan.gib:.2g} of {gib:.2g} GiB"
+    if plan.gib > gib:
+        return f"{needed}: more than planned, lower the patch or the batch if training runs out of memory"
+    if plan.batch < MIN_BATCH:
+        return f"{needed}; there are few cases"
+    return f"{needed}, and at most 5% of the voxels of all cases" if plan.batch > MIN_BATCH else f"{needed}"
 
 
 def plan_intensity(cases: Sequence[CaseFingerprint], modalities: Sequence[str], fixed: Mapping[str, Any]) -> Proposal:

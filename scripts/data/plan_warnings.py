@@ -72,8 +72,8 @@ def _spacing_warnings(cases: Sequence[CaseFingerprint], spacing: Sequence[float]
         if larger:
             most, names = max(case.spacing[axis] for case in larger), _some([case.case_id for case in larger])
             texts.append(
-                f"{len(larger)} of {len(cases)} cases ({names}) have {name} voxels more than {MUCH_LARGER} times as long "
-                f"as planned, up to {most:.3g} mm. Check that they belong to this task."
+                f"{len(larger)} of {len(cases)} cases ({names}) have {name} voxels more than {MUCH_LARGER} times as "
+                f"long as planned, up to {most:.3g} mm. Check that they belong to this task."
             )
     across = sorted({AXES[thick] for case in cases if (thick := thick_axis(case.spacing)) is not None})
     if len(across) > 1:

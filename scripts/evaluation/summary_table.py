@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.metrics.aggregate import FAILURES
+from scripts.metrics.case_rows import FAILURES
 from scripts.utils.markdown import markdown_table
 
 _HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")

@@ -117,9 +117,9 @@ def region_metrics(
     whole = union_box(bounding_box(p), bounding_box(r)) or (slice(0, 0),) * p.ndim
     results = {}
     for name, values in regions.items():
-        inside = [np.isin(array[whole], list(values)) for array in (p, r)]
-        box = union_box(*map(bounding_box, inside))
-        results[name] = _metrics_in_box(*inside, box, step, workers)
+        p_region, r_region = (np.isin(array[whole], list(values)) for array in (p, r))
+        box = union_box(bounding_box(p_region), bounding_box(r_region))
+        results[name] = _metrics_in_box(p_region, r_region, box, step, workers)
     return results
 
 

@@ -189,18 +189,18 @@ def test_cases_are_chosen_by_their_mean_dice_over_regions() -> None:
 
 
 def test_the_regions_of_a_config_reach_the_table(tmp_path: Path, write_nifti: Any) -> None:
-    path = write_nifti(tmp_path / "a.nii.gz", tumour(), AFFINE)
-    write_nifti(tmp_path / "masks" / "a.nii.gz", tumour(), AFFINE)
-    (tmp_path / "list.csv").write_text(f"case_id,ct,pet,mr,label\na,{path},{path},{path},{path}\n")
+    for name in ("ct", "label", "masks/a"):
+        write_nifti(tmp_path / f"{name}.nii.gz", tumour(), AFFINE)
+    (tmp_path / "list.csv").write_text("case_id,ct,label\na,ct.nii.gz,label.nii.gz\n")
     values = ["labels=[[0],[1],[2],[4]]", "classes=null", 'regions={"WT":[1,2,4],"ET":[4]}']
     settings = [part for value in values for part in ("--set", value)]
-    arguments = ["evaluate", "--data", "phantom", "--data-list", tmp_path / "list.csv", "--allow-outside"]
+    arguments = ["evaluate", "--data", "phantom", "--data-list", tmp_path / "list.csv"]
     arguments += ["--predictions", tmp_path / "masks", "--output-dir", tmp_path / "out", *settings]
     assert main([str(each) for each in arguments]) == 0
     with open(tmp_path / "out" / "cases.csv", newline="") as file:
         assert [(row["region"], row["dice"]) for row in csv.DictReader(file)] == [("WT", "1.0"), ("ET", "1.0")]
     arguments = ["report", "--evaluations", tmp_path / "out", "--output-dir", tmp_path / "both"]
-    arguments += ["--data-list", tmp_path / "list.csv", "--allow-outside"]
+    arguments += ["--data-list", tmp_path / "list.csv"]
     assert main([str(each) for each in arguments]) == 0  # the manifest holds labels and regions
     page = (tmp_path / "both" / "report.html").read_text()
     assert "worst: a, mean Dice 1.000" in page

@@ -82,10 +82,8 @@ def segment_properties(regions: Iterable[str], codes: Mapping[str, Any]) -> dict
 def is_lesion(code: Any) -> bool:
     """Whether a region is an abnormal structure, such as a tumour, by its entry in the task's ``codes``."""
     given = _given(code)
-    category, kind = given.get("category"), given.get("type")
-    if _is_triple(category):
-        return tuple(category[:2]) == ABNORMAL[:2]
-    return _is_triple(kind) and tuple(kind[:2]) in LESIONS
+    category, kind = (given[key] if _is_triple(given.get(key)) else () for key in ("category", "type"))
+    return tuple(category[:2]) == ABNORMAL[:2] if category else tuple(kind[:2]) in LESIONS
 
 
 def _property(region: str, code: Any) -> Property:

@@ -40,7 +40,7 @@ def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[st
             known = ", ".join(modalities)
             raise ValueError(f"dicom has a rule for {key}, which is no modality of this task. Use {known}.")
     defaults = {key: {"Modality": value} for key, value in DICOM_MODALITIES.items()}
-    complete = {}
+    complete: dict[str, Rule] = {}
     for key in modalities:
         if key not in rules and key not in defaults:
             raise ValueError(

@@ -159,9 +159,9 @@ def _segment(number: int, name: str, what: Property, version: str) -> Any:
 
 
 def _description(regions: Regions) -> str:
-    """The description of a series; of many regions it tells their number only."""
+    """The description of a series; it names the regions if DICOM has room for them."""
     named = f"{', '.join(regions)}, research only"
-    return named if len(named) <= MAX_LONG else f"{len(regions)} region{'s'[: len(regions) > 1]}, research only"
+    return named if len(named) <= MAX_LONG else "Segmentation, research only"
 
 
 def _character_set(head: Any, texts: Iterable[str]) -> Any:

@@ -186,7 +186,11 @@ def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("found", "uids", "message"),
     [
-        ([_series("CT", "1.1"), _series("CT", "1.2")], [], r"has 2 series for ct \(Modality CT\)\. Choose one with --series-uid: 1\.1"),
+        (
+            [_series("CT", "1.1"), _series("CT", "1.2")],
+            [],
+            r"has 2 series for ct \(Modality CT\)\. Choose one with --series-uid: 1\.1",
+        ),
         ([_series("CT", "1.1")], ["7.7"], "has no series 7.7. It has 1.1"),
         ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 have 2 different patients"),
         (

@@ -245,13 +245,24 @@ def preprocessing(
     return pipeline
 
 
-def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:
+def postprocessing(
+    output_dir: str,
+    save: bool = True,
+    regions: Sequence[Sequence[int]] | None = None,
+    values: Sequence[float] | None = None,
+) -> mt.Compose:
     """Make the transforms from logits on the network's grid to a mask on the reference's own grid.
 
-    The mask is written as ``<case_id>.nii.gz``.
+    The mask is written as ``<case_id>.nii.gz``. The returned one holds class indices.
 
     Args:
         output_dir: folder of the masks.
         save: whether to write them.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
+        values: what to write for each class (``scripts.data.regions.mask_values``); by default its index.
+
+    Raises:
+        ValueError: a value is no integer, so that no mask can hold it.
     """
-    return mt.Compose([RestoreGridd("pred", "image"), *([SaveMaskd("pred", output_dir)] if save else [])])
+    writer = [SaveMaskd("pred", output_dir, values)] if save else []
+    return mt.Compose([RestoreGridd("pred", "image", regions), *writer])

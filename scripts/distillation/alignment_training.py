@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from torch import nn
 from torch.nn import functional
 
 from scripts.distillation.distiller import LOGITS
+from scripts.losses import SegmentationLoss
 from scripts.networks import AlignmentHeader, SemanticAutoEncoder
 from scripts.networks.weights import load_weights
 
@@ -130,8 +130,7 @@ class AlignmentLoss(nn.Module):
 
     def __init__(self, segmentation: nn.Module | None = None) -> None:
         super().__init__()
-        default = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        self.segmentation = segmentation or default
+        self.segmentation = segmentation or SegmentationLoss()
         self.logged: dict[str, float] = {}
 
     def forward(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:

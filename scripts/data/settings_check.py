@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scripts.data.regions import HEADS, check_classes
-from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
+from scripts.data.regions import check_classes
+from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 
 class _Rule(NamedTuple):

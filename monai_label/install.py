@@ -18,8 +18,8 @@ from typing import Any
 from scripts.cli.bundle_run import protected
 from scripts.cli.config import read_config, set_value
 from scripts.cli.trained_task import SETTINGS
-from scripts.networks.task_file import read_task
 from scripts.training.trained_network import trained_network
+from scripts.utils.task_file import read_task
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "distilled_segmentation"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.options import Parser, add_common_options, context_configs, data_set, image_rules, positive_int
+from scripts.cli.options import Parser, add_common_options, context_configs, image_rules, positive_int
 
 EXAMPLE = "python -m scripts check --data sts --dataset-dir DATA"
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         config["spacing"],
     )
     findings, cases = check_cohort(
-        data_set(args), args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
+        config["cohort"], args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
     )
     print(findings_table(findings, cases))
     if args.json:

@@ -52,6 +52,22 @@ def segment_case(args: argparse.Namespace) -> None:
         print(f"report: {write_mask_report(mask, images, bool(args.stacked), rules, config['intensity'])}")
 
 
+def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:
+    """The image of each modality that the options name, in the order of the modalities.
+
+    Raises:
+        ValueError: a modality is unknown, or is named twice.
+    """
+    images: dict[str, str] = {}
+    for key, path in args.image or []:
+        if key not in modalities:
+            raise ValueError(f"--image {key}={path}: {key} is no modality of this task. Use {', '.join(modalities)}.")
+        if key in images:
+            raise ValueError(f"Two images are named as {key}: {images[key]} and {path}. Keep one.")
+        images[key] = path
+    return {key: images[key] for key in modalities if key in images}
+
+
 def mask_and_images(
     args: argparse.Namespace, modalities: Sequence[str], allow_missing: bool
 ) -> tuple[Path, dict[str, str], str]:
@@ -73,8 +89,7 @@ def mask_and_images(
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
         raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")
-    options = vars(args)
-    images = {key: options[key] for key in modalities if options.get(key)}
+    images = named_images(args, modalities)
     if args.stacked:
         images = dict.fromkeys(modalities, args.stacked)
     if not images:

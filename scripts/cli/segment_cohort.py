@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
 from scripts.cli.errors import error_sentence
-from scripts.cli.options import context_configs, data_set, engine_overrides, modality_names, profile_configs
+from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.trained_task import weights_path, with_trained_task
@@ -59,9 +59,10 @@ def segment_cohort(args: argparse.Namespace) -> None:
         run_bundle(args, configs, engine_overrides(args) | overrides)
         return
     build_item(args, configs, overrides, "same_task")  # once, not per case
-    modalities = resolved_config(args, configs, overrides)["modalities"]
+    config = resolved_config(args, configs, overrides)
+    modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(data_set(args), args.dataset_dir, args.data_list, modalities, args.allow_outside)
+    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside)
     masks = _mask_paths(args, cases, modalities, output)
     with hold(output):  # a second batch, or the resume of a running one, is refused
         _segment_cases(args, cases, masks, modalities, output)
@@ -98,7 +99,7 @@ def _segment_cases(
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
-    used = [key for key in ("output", "stacked", "profile", *modality_names()) if getattr(args, key)]
+    used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
         raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
 
@@ -149,11 +150,11 @@ def _case_options(
     args: argparse.Namespace, case: Mapping[str, Any], modalities: Sequence[str], mask: Path
 ) -> argparse.Namespace:
     """The options of ``segment`` for one case."""
-    images = {key: case.get(key) for key in modalities}
+    images = {key: case[key] for key in modalities if key in case}
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
-    own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask)}
-    return argparse.Namespace(**{**vars(args), **images, **own})
+    own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask), "image": [*images.items()]}
+    return argparse.Namespace(**{**vars(args), **own})
 
 
 def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:

@@ -41,7 +41,8 @@ def segment_study(args: argparse.Namespace) -> None:
     output = Path(args.output_dir or "runs/dicom")
     mask = output / "mask.nii.gz"
     if args.dry_run:  # as if one folder held every series
-        segment_case(argparse.Namespace(**{**vars(args), **dict.fromkeys(modalities, args.study), "output": str(mask)}))
+        images = [(key, args.study) for key in modalities]
+        segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
         return
     for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
         dicom_package(name)  # before anything is segmented
@@ -57,7 +58,8 @@ def segment_study(args: argparse.Namespace) -> None:
     with hold(output):  # until the last file is written: another study's mask must not come between
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = _series_folders(chosen, Path(links))
-            segment_case(argparse.Namespace(**{**vars(args), **folders, "output": str(mask), "series_uid": uids}))
+            images = [*folders.items()]
+            segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "series_uid": uids}))
         write_dicom(mask, reference, segment_label(), output, args.rtstruct, args.debug)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
-from scripts.networks.task_file import read_task, task_path
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
+from scripts.utils.task_file import read_task, task_path
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
 

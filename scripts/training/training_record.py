@@ -21,11 +21,11 @@ from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
 from scripts.networks.architecture import parameters, read_architecture
-from scripts.networks.task_file import Record, read_task, task_path
 from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
+from scripts.utils.task_file import Record, read_task, task_path
 
 logger = logging.getLogger(__name__)
 

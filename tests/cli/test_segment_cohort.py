@@ -192,7 +192,7 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
     [
         (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked cannot be combined with --data-list"),
-        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--ct cannot be combined with --data-list"),
+        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--image cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--profile"], "--profile cannot be combined with --data-list"),
         (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of a table"),
         (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),

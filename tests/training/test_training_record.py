@@ -14,9 +14,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from scripts.cli.main import main
-from scripts.networks.task_file import read_task, task_path
 from scripts.training.training_record import definition, differences, training_record
 from scripts.utils.checksums import sha256
+from scripts.utils.task_file import read_task, task_path
 
 TINY = [
     "--data", "phantom", "--threads", "1", "--device", "cpu", "--set", "patch=[16,16,16]",

@@ -37,16 +37,16 @@ def classes_from_logits(logits: torch.Tensor, regions: Regions | None = None) ->
     return (logits[1] > logits[0]).to(torch.uint8) if len(logits) == 2 else logits.argmax(0).to(torch.uint8)
 
 
-def classes_from_probabilities(
-    probabilities: Sequence[torch.Tensor], regions: Regions | None = None
-) -> torch.Tensor:
+def classes_from_probabilities(probabilities: Sequence[torch.Tensor], regions: Regions | None = None) -> torch.Tensor:
     """As ``classes_from_logits``, from the probabilities of each channel, ``H W D`` each."""
     if regions is not None:
         return _classes_of_regions(probabilities, regions, 0.5)
     return torch.stack(list(probabilities)).argmax(0).to(torch.uint8)
 
 
-def _classes_of_regions(channels: Sequence[torch.Tensor] | torch.Tensor, regions: Regions, limit: float) -> torch.Tensor:
+def _classes_of_regions(
+    channels: Sequence[torch.Tensor] | torch.Tensor, regions: Regions, limit: float
+) -> torch.Tensor:
     if len(channels) != len(regions):
         raise ValueError(
             f"The network has {len(channels)} output channels, the task has {len(regions)} regions. Use the weights of "

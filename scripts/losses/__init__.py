@@ -4,6 +4,7 @@
 No loss has trainable parameters.
 """
 
+from scripts.losses._class_regions import NO_CLASS as NO_CLASS
 from scripts.losses.attention_map import AttentionMapLoss as AttentionMapLoss
 from scripts.losses.channel_relation import ChannelRelationLoss as ChannelRelationLoss
 from scripts.losses.channel_wise_divergence import ChannelWiseDivergence as ChannelWiseDivergence

@@ -77,8 +77,8 @@ class SegmentationLoss(nn.Module):
         """
         if self.regions is not None and logits.shape[1] != len(self.regions):
             raise ValueError(
-                f"The network has {logits.shape[1]} output channels, the task has {len(self.regions)} regions. Build it "
-                "with one channel per region."
+                f"The network has {logits.shape[1]} output channels, the task has {len(self.regions)} regions. Build "
+                "it with one channel per region."
             )
         counted = label != self.ignored
         number = int(counted.sum())

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+Regions = Sequence[Sequence[int]]  # the classes of each channel of a sigmoid head
 
-def region_logits(logits: torch.Tensor, regions: Sequence[Sequence[int]]) -> torch.Tensor:
+
+def region_logits(logits: torch.Tensor, regions: Regions) -> torch.Tensor:
     """The logits of regions that a softmax over classes implies: log p(region) - log(1 - p(region)).
 
     Args:

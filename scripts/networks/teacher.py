@@ -14,9 +14,10 @@ from torch import nn
 from scripts.networks.architecture import architecture_names, changes_of, read_architecture
 from scripts.networks.deep_supervision import first_output
 from scripts.networks.ensemble import Ensemble
+from scripts.networks.label_teacher import LabelTeacher
 from scripts.networks.network_check import check_network
 from scripts.networks.own_intensity import Rescale, Rule, can_rescale, differing_rules
-from scripts.networks.region_logits import region_logits
+from scripts.networks.region_logits import Regions, region_logits
 from scripts.networks.teacher_spec import (
     CACHED_ONLY,
     Spec,
@@ -30,9 +31,6 @@ from scripts.networks.weights import load_weights
 from scripts.networks.zoo_bundle import bundle_network
 
 logger = logging.getLogger(__name__)
-
-LABEL_LOGIT = 20.0  # of the label's class; with two classes its probability is 1 - 2e-9
-Regions = Sequence[Sequence[int]]  # the classes of each channel of a sigmoid head
 
 
 @runtime_checkable
@@ -143,7 +141,10 @@ class Teacher(nn.Module):
             digests.append(load_weights(self, file, sha256))
             members.append(self.network)
         if len(members) > 1:
-            self.network, self.layers = Ensemble(members, head == "sigmoid"), {}  # members have features, their mean has none
+            self.network, self.layers = (
+                Ensemble(members, head == "sigmoid"),
+                {},
+            )  # members have features, their mean has none
         self.sha256 = join_checksums(digests)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -179,31 +180,6 @@ class Teacher(nn.Module):
                 f"its classes name the output {last}, but its network has outputs 0 to {logits.shape[1] - 1}"
             )
         return torch.cat([logits[:, outputs].logsumexp(dim=1, keepdim=True) for outputs in self.classes], dim=1)
-
-
-class LabelTeacher(nn.Module):
-    """The label in a teacher's place: the control that every claim of transferred knowledge needs.
-
-    It answers with ``LABEL_LOGIT`` for the label's class and 0 for the others, or with the logits of regions that
-    follow from those. It has no layers to tap, and is there for every sample.
-
-    Args:
-        classes: number of classes, including the background.
-        regions: the classes of each channel of a task with a sigmoid head.
-    """
-
-    uses_label = True
-
-    def __init__(self, classes: int, regions: Regions | None = None) -> None:
-        super().__init__()
-        self.classes, self.regions, self.sha256 = classes, regions, None
-        self.channels: list[int] = []
-
-    def forward(self, label: torch.Tensor) -> torch.Tensor:
-        """Class indices ``B 1 H W [D]`` to logits ``B C H W [D]``, one channel per class or region."""
-        classes = torch.arange(self.classes, device=label.device).view(1, -1, *[1] * (label.dim() - 2))
-        logits = LABEL_LOGIT * (label.long() == classes).float()
-        return logits if self.regions is None else region_logits(logits, self.regions)
 
 
 def load_teachers(
@@ -260,9 +236,7 @@ def load_teachers(
         rescale = _own_windows(spec, patch, intensity or {}, spacing)
         outputs = classes if heads[name] == "softmax" else out_channels
         try:
-            teacher = _build(
-                spec, outputs, all_modalities, own_patch, scale, options, rescale, heads[name], regions
-            )
+            teacher = _build(spec, outputs, all_modalities, own_patch, scale, options, rescale, heads[name], regions)
             if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
                 advice = (
                     f"Its network needs {len(spec['modalities'])} input channels, and {outputs} outputs or "

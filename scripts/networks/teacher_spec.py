@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.networks.architecture import did_you_mean, require_kind
-from scripts.networks.task_file import read_task, task_path
 from scripts.networks.zoo_bundle import bundle_weights
+from scripts.utils.task_file import read_task, task_path
 from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 # Exactly one of them says what answers.

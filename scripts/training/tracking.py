@@ -141,8 +141,9 @@ class LossOnly:
 class OverlayWriter:
     """Draw one picture per validation: outlines of label and prediction on each modality of the first case.
 
-    All foreground classes are one outline, and voxels that count in no score are left out. The picture shows the axial slice with the largest label area and is saved as ``overlays/epoch_0010.png``. Attach
-    this handler to the validation's evaluator.
+    All foreground classes are one outline, and voxels that count in no score are left out. The picture shows the axial
+    slice with the largest label area and is saved as ``overlays/epoch_0010.png``. Attach this handler to the
+    validation's evaluator.
 
     Args:
         output_dir: folder of the training.

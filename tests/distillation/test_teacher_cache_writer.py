@@ -68,7 +68,7 @@ def write(
     cases: Any, folder: Path, asked: Any = None, transform: Any = None, rebuild: bool = False, **options: Any
 ) -> None:
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
-    settings = {"modalities": MODALITIES, "classes": 2, "spacing": SPACING, "overlap": 0.5}
+    settings = {"modalities": MODALITIES, "channels": 2, "spacing": SPACING, "overlap": 0.5}
     answers = {}
     for name, teacher in (asked or teachers()).items():
         origin = Origin(SPECS[name])

@@ -67,7 +67,7 @@ def test_a_volume_beyond_the_memory_limit_is_cut_into_parts_that_agree_with_one_
 @pytest.mark.parametrize("limit", [1e4, 2e5, 3e6, 1e8])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
 def test_parts_keep_to_the_limit(size: list[int], limit: float, overlap: float) -> None:
-    part = part_size(size, limit, overlap, 16)
+    part = part_size(size, limit, overlap, [16] * 3)
     assert math.prod(part) <= limit
     assert all(p % 16 == 0 and p <= n for p, n in zip(part, size, strict=True))
     if math.prod(size) <= limit:

@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
     config = resolved_config(args, ["inference", *context_configs(args)], task)
     if args.dry_run:
         return
-    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
+    cases = datalist(
+        config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside, config["layout"]
+    )
     output = args.output_dir or "runs/report"
     table = compare(
         args.evaluations,

@@ -54,15 +54,14 @@ def _load_and_resample(
     intensity: Intensity,
     spacing: Sequence[float],
     naming: Sequence[Mapping[str, str]],
-    labels: Sequence[Sequence[float]] | None,
+    map_label: MapLabelsd | None,
     allow_missing: bool,
     reference: str,
     present: Sequence[str] | None,
     load: partial[LoadModalitiesd],
-    unlabelled: bool,
 ) -> list[mt.Transform]:
     """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
-    label = [LABEL] if labels else []
+    label = [LABEL] if map_label else []
     used = {key: intensity[key] for key in modalities}
     # Outside its field of view a modality is 0 after normalisation, like an absent one.
     outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
@@ -70,7 +69,7 @@ def _load_and_resample(
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
-        *([MapLabelsd(LABEL, labels, optional=unlabelled)] if labels else []),
+        *([map_label] if map_label else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
         *_normalise(used),
     ]
@@ -164,6 +163,7 @@ def preprocessing(
     unlabelled: bool = False,
     flips: Sequence[int] = (0, 1, 2),
     rotation: Sequence[float] = (15, 15, 15),
+    ignore: float | None = None,
 ) -> Pipeline:
     """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
@@ -185,6 +185,7 @@ def preprocessing(
         stacked: ``image`` names one 4D file whose last axis is ``modalities``.
         memory_gib: limit for one pass of the network; if given, a case that would not fit in memory is refused.
         unlabelled: accept training cases without a label; theirs is ``UNLABELLED`` in every voxel.
+        ignore: the label file's value of voxels that count in no loss and no score; they become ``IGNORED``.
         cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
         flips: axes of training patches that may be flipped, in RAS: 0 exchanges left and right.
         rotation: largest angle about each axis of training patches, in degrees.
@@ -203,7 +204,7 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the label values of each class (`labels`).")
-    given: dict[str, Any] = {"labels": labels, "patch": patch}
+    given: dict[str, Any] = {"labels": labels, "patch": patch, "ignore": ignore}
     check_settings(
         modalities=modalities,
         intensity=intensity,
@@ -229,9 +230,11 @@ def preprocessing(
         settings["stacked"] = True
     if len(labels or ()) > 2:
         settings["centres"] = "by class"  # as version 0.9 did not
+    if ignore is not None:
+        settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
         settings["voxel_size"] = checks.voxel_size
-    with_label = labels if mode != "infer" else None
+    map_label = MapLabelsd(LABEL, labels, unlabelled, ignore) if labels and mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
         LoadModalitiesd,
@@ -243,7 +246,7 @@ def preprocessing(
         intensity=intensity,
     )
     fixed = _load_and_resample(
-        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load, unlabelled
+        modalities, intensity, spacing, naming, map_label, allow_missing, reference, present, load
     )
     # Absent modalities become zeros here, because the random transforms expect every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))

@@ -20,6 +20,7 @@ from monai.data.utils import compute_shape_offset, zoom_affine
 from monai.transforms import MapTransform
 
 from scripts.data.decision import Regions, classes_from_logits, classes_from_probabilities
+from scripts.data.regions import IGNORED
 from scripts.image_io.headers import Affine
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,12 @@ def vanished_classes(label: torch.Tensor, resampled: torch.Tensor) -> dict[int, 
     """The foreground classes that a label has on its own grid, but not after resampling.
 
     Args:
-        label, resampled: class indices, of any shape.
+        label, resampled: class indices, of any shape; ``IGNORED`` and ``UNLABELLED`` are no classes.
 
     Returns:
         The number of voxels on the label's own grid by class.
     """
-    classes = range(1, int(label.max()) + 1)
+    classes = range(1, int(torch.where(label < IGNORED, label, 0).max()) + 1)
     lost = [index for index in classes if not (resampled == index).any()]
     counts = {index: int((label == index).sum()) for index in lost}
     return {index: count for index, count in counts.items() if count}

@@ -312,6 +312,17 @@ def test_without_saving_the_mask_is_only_returned(reference: Path, tmp_path: Pat
     assert not (tmp_path / "masks").exists()
 
 
+def test_ignored_voxels_stay_so_in_training_and_validation(simple: Any) -> None:
+    label = np.zeros((16,) * 3, np.uint8)
+    label[4:12, 4:12, 4:12], label[:2] = 1, 7
+    item = simple(label=label, ct=boxes(16))
+    done = whole(item, "validate", labels=[[0], [1]], ignore=7)["label"]
+    assert {int(value): int((done == value).sum()) for value in done.unique()} == {0: 3072, 1: 512, 254: 512}
+    pipeline = preprocessing(["ct"], {"ct": [0, 1]}, (1, 1, 1), "train", labels=[[0], [1]], patch=(16,) * 3, ignore=7)
+    assert int((pipeline.prepare(item)["label"] == 254).sum()) == 512
+    assert float(pipeline(item)[0]["label"].max()) == 254
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

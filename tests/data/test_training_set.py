@@ -120,6 +120,7 @@ def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tm
     names.append(volume_file(cases, tmp_path, intensity={"ct": [0, 2], "pet": [0, 1]}))
     names.append(volume_file(cases, tmp_path, patch=(24,) * 3))
     names.append(volume_file(cases, tmp_path, labels=[[0], [1, 2]]))
+    names.append(volume_file(cases, tmp_path, ignore=9))
     for key in ("pet", "label"):  # the same size at another time, as when voxels are corrected
         path = Path(cases[0][key])
         content = bytearray(path.read_bytes())
@@ -128,7 +129,11 @@ def test_other_settings_and_other_input_files_lead_to_other_files(cases: Any, tm
         later = time.time_ns() + 10**9
         os.utime(path, ns=(later, later))
         names.append(volume_file(cases, tmp_path))
-    assert len(set(names)) == len(names) == 7
+    assert len(set(names)) == len(names) == 8
+
+
+def test_a_task_that_ignores_nothing_keeps_its_files() -> None:
+    assert pipeline(ignore=None).fingerprint == pipeline().fingerprint != pipeline(ignore=9).fingerprint
 
 
 def test_volumes_are_reused_if_the_same_files_have_moved(cases: Any, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import CohortError, Item, datalist, missing_file
 from scripts.data.cohorts.nnunet_task import label_contradiction
 from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds, stack_advice
@@ -37,7 +37,7 @@ from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
-from scripts.utils.process_pool import PROCESS_DIED, run_jobs
+from scripts.utils.process_pool import PROCESS_DIED
 
 USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
 MAX_TABLE_ROWS = 200  # the JSON file contains all findings
@@ -118,13 +118,9 @@ def check_cohort(
         return [*findings, Finding(ERROR, str(error))], 0
     criteria = replace(criteria, one_grid=is_nnunet)
     if cases:
-        jobs = {str(case["case_id"]): case for case in cases}
-        with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
-            one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            work = partial(_check_case, criteria=criteria)
-            results = run_jobs(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
-        findings += [finding for result in results.values() for finding in result.findings]
-        findings += _absent_classes([result.classes for result in results.values()], criteria)
+        results = run_cases(partial(_check_case, criteria=criteria), cases, workers, "checking", _process_died)
+        findings += [finding for result in results for finding in result.findings]
+        findings += _absent_classes([result.classes for result in results], criteria)
     return findings, len(cases)
 
 

@@ -89,16 +89,23 @@ def user_overrides(args: argparse.Namespace) -> Overrides:
     return {**common_overrides(args), **device, **set_values}
 
 
-def _all_overrides(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
+def _all_overrides(
+    args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, complete: bool = True
+) -> Overrides:
     """The overrides of a run, the strongest last: the task's file, the verb's own, the user's."""
     known, task = merge_configs(configs), file_settings(args)
-    require_complete(args, task)
+    if complete:
+        require_complete(args, task)
     task = {key: value for key, value in task.items() if key in known}
     return {**task, **overrides, **user_overrides(args)}
 
 
-def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> dict[str, Any]:
+def resolved_config(
+    args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, complete: bool = True
+) -> dict[str, Any]:
     """The merged configs with all overrides, as plain values; expressions stay text.
+
+    ``complete`` refuses a task file that lacks what every run needs; without it the configs' defaults stand in.
 
     Raises:
         ValueError: ``--set`` names an id that the configs do not hold.
@@ -107,7 +114,7 @@ def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides:
     for key in parse_set(args.set):
         if not key.startswith("+"):
             require_id(config, key)
-    for key, value in _all_overrides(args, configs, overrides).items():
+    for key, value in _all_overrides(args, configs, overrides, complete).items():
         try:
             set_value(config, key, value)
         except (KeyError, IndexError, ValueError, TypeError):

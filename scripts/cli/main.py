@@ -23,6 +23,7 @@ from scripts.cli import (
     evaluate,
     export,
     phantom,
+    plan,
     report,
     segment,
     teacher,
@@ -35,7 +36,7 @@ from scripts.cli.segment import take_images
 
 # Every verb is a module with ``add_options(parser)``, ``run(args)``, an ``EXAMPLE``, and its help as docstring.
 VERBS: dict[str, dict[str, ModuleType]] = {
-    "data": {"phantom": phantom, "check": check},
+    "data": {"phantom": phantom, "check": check, "plan": plan},
     "training": {
         "train": train,
         "teacher": teacher,

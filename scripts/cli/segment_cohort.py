@@ -62,7 +62,9 @@ def segment_cohort(args: argparse.Namespace) -> None:
     config = resolved_config(args, configs, overrides)
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside)
+    cases = datalist(
+        config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, config["layout"]
+    )
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused

@@ -67,7 +67,7 @@ def _of_data_set(args: argparse.Namespace) -> Config:
     task = _read_file(str(args.data))
     if task["cohort"] != NNUNET or not args.dataset_dir:
         return {}
-    from scripts.data.cohorts.nnunet import nnunet_task
+    from scripts.data.cohorts.nnunet_task import nnunet_task
 
     return {key: value for key, value in nnunet_task(Path(args.dataset_dir)).items() if key not in task}
 

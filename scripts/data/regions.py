@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from scripts.utils.values import is_list, is_number
+from scripts.metrics.case_rows import FOREGROUND
+from scripts.utils.values import HEADS, is_list, is_number
 
-HEADS = ("softmax", "sigmoid")
-FOREGROUND = "foreground"  # the region of a task with one class that it does not name
 IGNORED = 254  # class index of voxels that count in no loss and no score
 
 Labels = Sequence[Sequence[float]]

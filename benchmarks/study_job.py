@@ -22,7 +22,7 @@ from scripts.metrics import read_rows
 from scripts.utils.atomic_files import write_json
 from scripts.utils.tensor_files import load_plain
 
-COLUMNS = ("case_id", "patient_id", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
+COLUMNS = ("case_id", "patient_id", "region", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
 MANIFEST = ("bundle_version", "versions", "threads", "wall_seconds", "peak_mib", "teachers_sha256", "data_sha256")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from scripts.cli.config import CONFIGS, SEPARATOR, merge_configs, require_id, set_value
 from scripts.cli.options import MULTI_GPU, common_overrides, parse_set
+from scripts.cli.task import file_settings, require_complete
 
 Overrides = dict[str, Any]
 _SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
@@ -30,12 +31,7 @@ class Expression(str):
 
 
 def interpreted(value: Any) -> Any:
-    """A value of ``--set`` with every text marked as ``Expression``; ``None`` becomes the expression ``$None``.
-
-    ``monai.bundle run`` drops overrides that are None.
-    """
-    if value is None:
-        return Expression("$None")
+    """A value of ``--set`` with every text marked as ``Expression``."""
     if isinstance(value, str):
         return Expression(value)
     if isinstance(value, dict):
@@ -51,7 +47,12 @@ def literal(text: str) -> str:
 
 
 def protected(value: Any) -> Any:
-    """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``."""
+    """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``.
+
+    ``None`` becomes the expression ``$None``, because ``monai.bundle run`` drops overrides that are None.
+    """
+    if value is None:
+        return "$None"
     if isinstance(value, Expression):
         return str(value)
     if isinstance(value, str):
@@ -88,8 +89,23 @@ def user_overrides(args: argparse.Namespace) -> Overrides:
     return {**common_overrides(args), **device, **set_values}
 
 
-def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> dict[str, Any]:
+def _all_overrides(
+    args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, complete: bool = True
+) -> Overrides:
+    """The overrides of a run, the strongest last: the task's file, the verb's own, the user's."""
+    known, task = merge_configs(configs), file_settings(args)
+    if complete:
+        require_complete(args, task)
+    task = {key: value for key, value in task.items() if key in known}
+    return {**task, **overrides, **user_overrides(args)}
+
+
+def resolved_config(
+    args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, complete: bool = True
+) -> dict[str, Any]:
     """The merged configs with all overrides, as plain values; expressions stay text.
+
+    ``complete`` refuses a task file that lacks what every run needs; without it the configs' defaults stand in.
 
     Raises:
         ValueError: ``--set`` names an id that the configs do not hold.
@@ -98,7 +114,7 @@ def resolved_config(args: argparse.Namespace, configs: Sequence[str], overrides:
     for key in parse_set(args.set):
         if not key.startswith("+"):
             require_id(config, key)
-    for key, value in {**overrides, **user_overrides(args)}.items():
+    for key, value in _all_overrides(args, configs, overrides, complete).items():
         try:
             set_value(config, key, value)
         except (KeyError, IndexError, ValueError, TypeError):
@@ -122,7 +138,7 @@ def config_parser(args: argparse.Namespace, configs: Sequence[str], overrides: O
 
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in configs])
-    parser.update(protected({**overrides, **user_overrides(args)}))
+    parser.update(protected(_all_overrides(args, configs, overrides)))
     return parser
 
 
@@ -152,7 +168,7 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
         ValueError: ``--set`` names an unknown id, or the run refuses its input.
     """
     resolved_config(args, configs, overrides)
-    overrides = protected({**overrides, **user_overrides(args)})
+    overrides = protected(_all_overrides(args, configs, overrides))
     command = command_line(configs, overrides)
     if args.dry_run or args.verbose:
         print(command, flush=True)

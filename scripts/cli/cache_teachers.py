@@ -85,7 +85,7 @@ def _teacher_of_runs(runs: Sequence[str], name: str | None) -> str:
         FileNotFoundError: a run has no weights.
         ValueError: a run is given twice, has no description of its training, or trained no teacher, or another one.
     """
-    from scripts.networks.task_file import read_task, task_path
+    from scripts.utils.task_file import read_task, task_path
 
     files = [str(Path(run) / "model.pt") for run in runs]
     repeated = sorted({file for file in files if files.count(file) > 1})

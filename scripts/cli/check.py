@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.options import Parser, add_common_options, context_configs, data_set, image_rules, positive_int
+from scripts.cli.options import Parser, add_common_options, context_configs, image_rules, positive_int
 
 EXAMPLE = "python -m scripts check --data sts --dataset-dir DATA"
 
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from scripts.data.cohort_check import ERROR, Criteria, check_cohort, findings_table, write_findings
     from scripts.data.settings_check import check_settings
 
-    names = ("spacing", "modalities", "intensity", "labels", "allow_missing", "stacked")
-    check_settings(**{name: config[name] for name in names})
+    names = ("spacing", "modalities", "intensity", "labels", "classes", "regions", "ignore", "head")
+    check_settings(**{name: config[name] for name in (*names, "allow_missing", "stacked")})
     criteria = Criteria(
         config["modalities"],
         config["labels"],
@@ -43,9 +43,17 @@ def run(args: argparse.Namespace) -> None:
         config["stacked"],
         config["intensity"],
         config["spacing"],
+        config["classes"],
+        config["ignore"],
     )
     findings, cases = check_cohort(
-        data_set(args), args.dataset_dir or "", criteria, args.data_list or "", args.allow_outside, args.workers
+        config["cohort"],
+        args.dataset_dir or "",
+        criteria,
+        args.data_list or "",
+        args.allow_outside,
+        args.workers,
+        config["layout"],
     )
     print(findings_table(findings, cases))
     if args.json:

@@ -23,6 +23,7 @@ from scripts.cli import (
     evaluate,
     export,
     phantom,
+    plan,
     report,
     segment,
     teacher,
@@ -31,10 +32,11 @@ from scripts.cli import (
 )
 from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 from scripts.cli.options import Parser
+from scripts.cli.segment import take_images
 
 # Every verb is a module with ``add_options(parser)``, ``run(args)``, an ``EXAMPLE``, and its help as docstring.
 VERBS: dict[str, dict[str, ModuleType]] = {
-    "data": {"phantom": phantom, "check": check},
+    "data": {"phantom": phantom, "check": check, "plan": plan},
     "training": {
         "train": train,
         "teacher": teacher,
@@ -96,6 +98,16 @@ class ConsoleHandler(logging.Handler):
             print(text, file=sys.stderr)
 
 
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the options of a verb. The options of a task's images are known only when the task is."""
+    parser = build_parser()
+    args, others = parser.parse_known_args(arguments)
+    unknown = take_images(args, others) if others else []
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def configure_logging(verbose: bool, debug: bool) -> None:
     """Print the bundle's own messages and warnings; MONAI's log with ``verbose``, ignite's with ``debug``."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[ConsoleHandler()])
@@ -115,7 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["benchmark"]:
         return _forward_benchmark(arguments[1:])
-    args = build_parser().parse_args(arguments)
+    try:
+        args = parse_arguments(arguments)
+    except EXPECTED_ERRORS as error:  # of a task's file, whose modalities are options
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error_sentence(error)}", file=sys.stderr)
+        return 1
     warnings.filterwarnings("ignore")
     configure_logging(args.verbose, args.debug)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:

@@ -9,7 +9,9 @@ import os
 import re
 from typing import Any
 
-from scripts.cli.config import config_names, read_config, read_object
+from scripts.cli.config import config_names, read_object
+from scripts.cli.task import is_file, task_name
+from scripts.utils.task_file import read_task
 
 Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
@@ -29,20 +31,15 @@ def positive_int(text: str) -> int:
     return number
 
 
-def modality_names() -> list[str]:
-    """Every modality of the data sets in configs/data."""
-    return list(
-        dict.fromkeys(key for name in config_names("data") for key in read_config(f"data/{name}")["modalities"])
-    )
-
-
 def add_common_options(parser: Parser) -> None:
     """Options of every verb."""
     group = parser.add_argument_group("data and output")
     group.add_argument(
         "--data",
-        choices=config_names("data"),
-        help=f"data set (default: that of the weights where a verb uses weights, else {DEFAULT_DATA})",
+        type=task_name,
+        metavar="TASK",
+        help=f"{', '.join(config_names('data'))}, or a FILE.json that describes your data (docs/how_to/own_data.md; "
+        f"default: that of the weights where a verb uses weights, else {DEFAULT_DATA})",
     )
     group.add_argument("--dataset-dir", metavar="DIR", help="folder of the data set, as downloaded")
     group.add_argument(
@@ -206,7 +203,6 @@ def data_set(args: argparse.Namespace) -> str:
         return str(args.data)
     if "weights" in args:
         from scripts.cli.trained_task import weights_path
-        from scripts.networks.task_file import read_task
 
         cohort = (read_task(weights_path(args)) or {}).get("cohort")
         return cohort if cohort in config_names("data") else DEFAULT_DATA
@@ -214,8 +210,9 @@ def data_set(args: argparse.Namespace) -> str:
 
 
 def context_configs(args: argparse.Namespace) -> list[str]:
-    """The configs of the data set and the scale."""
-    return [f"data/{data_set(args)}", f"scale/{args.scale or DEFAULT_SCALE}"]
+    """The configs of the data set and the scale; a task in a file is no config, but a set of overrides."""
+    scale = f"scale/{args.scale or DEFAULT_SCALE}"
+    return [scale] if is_file(args.data) else [f"data/{data_set(args)}", scale]
 
 
 def multi_gpu_configs(args: argparse.Namespace) -> list[str]:

@@ -25,6 +25,7 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from scripts.data import datalist
+    from scripts.data.regions import region_values
     from scripts.evaluation.compare import compare
     from scripts.evaluation.records import evaluated_task
 
@@ -32,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
     config = resolved_config(args, ["inference", *context_configs(args)], task)
     if args.dry_run:
         return
-    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside)
+    cases = datalist(
+        config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside, config["layout"]
+    )
     output = args.output_dir or "runs/report"
     table = compare(
         args.evaluations,
@@ -43,5 +46,8 @@ def run(args: argparse.Namespace) -> None:
         args.title,
         config["labels"],
         image_rules(config),
+        region_values(config["labels"], config["classes"], config["regions"]),
+        config["ignore"],
+        config["mask_values"],
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")

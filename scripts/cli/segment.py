@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from scripts.cli.options import (
     Parser,
     add_common_options,
     add_engine_options,
     add_weights_option,
-    modality_names,
     positive_int,
 )
 from scripts.cli.student_options import add_network_option
@@ -23,8 +23,13 @@ EXAMPLE = (
 
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
-    for modality in modality_names():
-        parser.add_argument(f"--{modality}", metavar="FILE", help="image file or DICOM folder")
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=image_of,
+        metavar="MODALITY=FILE",
+        help="image file or DICOM folder; --MODALITY FILE is the same, for each modality of the task",
+    )
     parser.add_argument("--stacked", metavar="FILE", help="one 4D file with the modalities on its last axis, in order")
     parser.add_argument("--output", metavar="FILE", help="the mask to write, .nii.gz")
     parser.add_argument("--report", action="store_true", help="also write an HTML report beside the mask")
@@ -36,6 +41,39 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--bids", action="store_true", help="with --data-list: name the masks as BIDS derivatives")
     add_engine_options(parser)
     add_common_options(parser)
+
+
+def image_of(text: str) -> tuple[str, str]:
+    """The modality and the path of ``--image``."""
+    modality, equals, path = text.partition("=")
+    if not equals or not modality or not path:
+        raise argparse.ArgumentTypeError(f"{text} is no MODALITY=FILE, such as ct=ct.nii.gz")
+    return modality, path
+
+
+def take_images(args: argparse.Namespace, others: list[str]) -> list[str]:
+    """Take ``--MODALITY FILE`` for each modality of the task from arguments that the verb does not know.
+
+    Args:
+        args: parsed options; ``image`` gets the images.
+        others: the unknown arguments.
+
+    Returns:
+        The arguments that are still unknown.
+    """
+    if "image" not in args:
+        return others
+    from scripts.cli.trained_task import task_of
+
+    modalities = task_of(args)["modalities"]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for modality in modalities:
+        parser.add_argument(f"--{modality}", dest="image", action="append", type=partial(_named_image, modality))
+    return parser.parse_known_args(others, args)[1]
+
+
+def _named_image(modality: str, path: str) -> tuple[str, str]:
+    return modality, path
 
 
 def run(args: argparse.Namespace) -> None:

@@ -46,10 +46,28 @@ def segment_case(args: argparse.Namespace) -> None:
         return
     print(f"mask: {mask}")
     if args.report:
+        from scripts.data.regions import region_mask_values
         from scripts.report.mask_report import write_mask_report
 
-        rules = image_rules(config)
-        print(f"report: {write_mask_report(mask, images, bool(args.stacked), rules, config['intensity'])}")
+        regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
+        report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)
+        print(f"report: {report}")
+
+
+def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:
+    """The image of each modality that the options name, in the order of the modalities.
+
+    Raises:
+        ValueError: a modality is unknown, or is named twice.
+    """
+    images: dict[str, str] = {}
+    for key, path in args.image or []:
+        if key not in modalities:
+            raise ValueError(f"--image {key}={path}: {key} is no modality of this task. Use {', '.join(modalities)}.")
+        if key in images:
+            raise ValueError(f"Two images are named as {key}: {images[key]} and {path}. Keep one.")
+        images[key] = path
+    return {key: images[key] for key in modalities if key in images}
 
 
 def mask_and_images(
@@ -73,8 +91,7 @@ def mask_and_images(
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
         raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")
-    options = vars(args)
-    images = {key: options[key] for key in modalities if options.get(key)}
+    images = named_images(args, modalities)
     if args.stacked:
         images = dict.fromkeys(modalities, args.stacked)
     if not images:

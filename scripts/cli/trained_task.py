@@ -11,9 +11,14 @@ from pathlib import Path
 from scripts import bundle_root
 from scripts.cli.bundle_run import Overrides, config_parser, resolved_config
 from scripts.cli.config import SEPARATOR, Config, read_config
-from scripts.cli.options import parse_set
+from scripts.cli.options import context_configs, parse_set
+from scripts.cli.task import file_settings, is_file
+from scripts.utils.task_file import read_task
 
-SETTINGS = ("modalities", "intensity", "labels", "spacing", "patch")
+SETTINGS = (
+    *("modalities", "intensity", "labels", "spacing", "patch"),
+    *("classes", "regions", "ignore", "head", "mask_values", "codes", "dicom", "cohort", "layout"),
+)
 
 
 def weights_path(args: argparse.Namespace) -> Path:
@@ -35,7 +40,6 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     Raises:
         ValueError: the record is damaged, or its network cannot be used; see ``trained_network``.
     """
-    from scripts.networks.task_file import read_task
     from scripts.training.trained_network import trained_network
     from scripts.training.training_record import network_definition, network_differences
 
@@ -44,8 +48,7 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     if task is None:
         return overrides
     config = resolved_config(args, configs, overrides)
-    named = _named_settings(args)
-    used = {key: task[key] for key in SETTINGS if key in task and key not in named and task[key] != config[key]}
+    used = _trained_settings(args, task, config)
     if not _names_network(args, config, overrides) and isinstance(task.get("network"), dict):
         network = trained_network(task["network"], weights)
         current = network_definition(config_parser(args, configs, {**used, **overrides}))
@@ -54,10 +57,25 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     return {**used, **overrides}
 
 
+def task_of(args: argparse.Namespace) -> Config:
+    """The settings of a verb's task: those of ``--data``, ``--scale`` and ``--set``, the others from its weights."""
+    configs = ["inference", *context_configs(args)]
+    config = resolved_config(args, configs, {})
+    task = read_task(weights_path(args)) if "weights" in args else None
+    return {**config, **_trained_settings(args, task or {}, config)}
+
+
+def _trained_settings(args: argparse.Namespace, task: Config, config: Config) -> Config:
+    """The settings that the weights were trained with, where the user names no others."""
+    named = _named_settings(args) | {key.removeprefix("+") for key in parse_set(args.set)}
+    return {key: task[key] for key in SETTINGS if key in task and key not in named and task[key] != config.get(key)}
+
+
 def _named_settings(args: argparse.Namespace) -> set[str]:
     """The settings in the configs that ``--data`` and ``--scale`` name."""
-    names = {"data": args.data, "scale": args.scale}
-    return {key for folder, name in names.items() if name for key in read_config(f"{folder}/{name}")}
+    names = {"data": None if is_file(args.data) else args.data, "scale": args.scale}
+    configs = {key for folder, name in names.items() if name for key in read_config(f"{folder}/{name}")}
+    return configs | set(file_settings(args))
 
 
 def _names_network(args: argparse.Namespace, config: Config, overrides: Overrides) -> bool:

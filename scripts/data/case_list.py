@@ -2,7 +2,9 @@
 """Data lists: one dictionary of paths per case.
 
 An item has `case_id`, `patient_id`, `image` (path of the reference modality), one key per modality that exists on disk
-(`ct`, `pet`, ...), and `label` if its file exists. Paths are strings. No file is opened here.
+(`ct`, `pet`, ...), and `label` if its file exists. Paths are strings. No image is opened here. Where the data set
+divides its cases itself, an item also has `fold` (the fold that it validates) or `partition` (`TEST`: it neither trains
+nor validates).
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data.case_table import ID_COLUMNS, read_case_table
-from scripts.data.modalities import GatherModalitiesd, modalities_used
+from scripts.data.modalities import GatherModalitiesd, modalities_used, stack_advice
 
 logger = logging.getLogger(__name__)
 
-DATASETS = ("phantom", "sts", "hecktor21", "picai22")
+FIXED = ("phantom", "sts", "hecktor21", "picai22")  # data sets whose layout is known
+GENERAL = ("files", "nnunet", "decathlon", "bids", "table")  # layouts of any data set
+DATASETS = (*FIXED, *GENERAL)
+TEST = "test"  # the partition of cases that take part in no training and no validation
 
 Item = dict[str, Any]
 
@@ -29,6 +34,7 @@ def datalist(
     file: str | Path | None = None,
     modalities: Sequence[str] = (),
     allow_outside: bool = False,
+    layout: Mapping[str, str] | None = None,
 ) -> list[Item]:
     """List the cases of a data set, sorted by `case_id`.
 
@@ -36,12 +42,15 @@ def datalist(
         name: one of `DATASETS`: the module of `scripts.data.cohorts` that knows the layout.
         root: folder of the data set. Empty or None returns [], so that a config can be inspected without data.
         file: a table of the cases instead of a known layout, see `scripts.data.case_table`.
-        modalities: columns of that table, the reference first.
-        allow_outside: accept paths in that table that lead out of `root`.
+        modalities: those of the task, the reference first.
+        allow_outside: accept paths in tables and lists that lead out of `root`.
+        layout: what the readers in `GENERAL` need to know of the files, see their modules.
 
     Raises:
-        ValueError: `name` is unknown, or two cases have the same id.
-        FileNotFoundError: `root` does not exist, contains no case, or a case has no reference modality.
+        ValueError: `name` is unknown, the layout does not fit it, two cases have the same id, or the files contradict
+            each other (``ContradictionError``).
+        FileNotFoundError: `root` does not exist, contains no case, or a case has no reference modality
+            (``IncompleteError``).
     """
     if name not in DATASETS:
         raise ValueError(f"Unknown data set '{name}'. Choose one of {', '.join(DATASETS)}.")
@@ -49,21 +58,32 @@ def datalist(
         return read_case_table(file, root or "", [*modalities, "image", "label"], allow_outside)
     if root is None or str(root) == "":
         return []
-    items: list[Item] = importlib.import_module(f"scripts.data.cohorts.{name}").datalist(Path(root))
+    if layout and name in FIXED:
+        raise ValueError(f"The layout of the data set '{name}' is fixed. Remove layout, or use the cohort 'files'.")
+    reader = importlib.import_module(f"scripts.data.cohorts.{name}")
+    items: list[Item] = reader.datalist(Path(root), modalities, layout or {}, allow_outside)
     return items
 
 
-class IncompleteError(FileNotFoundError):
-    """Files of a cohort are missing.
+class CohortError(Exception):
+    """Some cases of a data set cannot be used.
 
     Attributes:
         cases: items of the cases that can be read.
-        missing_paths: the missing files.
+        problems: one sentence per problem.
     """
 
-    def __init__(self, message: str, cases: list[Item], missing_paths: list[str]) -> None:
+    def __init__(self, message: str, cases: list[Item], problems: list[str]) -> None:
         super().__init__(message)
-        self.cases, self.missing_paths = cases, missing_paths
+        self.cases, self.problems = cases, problems
+
+
+class IncompleteError(CohortError, FileNotFoundError):
+    """Files of a data set are missing."""
+
+
+class ContradictionError(CohortError, ValueError):
+    """Files of a data set contradict each other."""
 
 
 def require_folder(root: str | Path, name: str, layout: str) -> Path:
@@ -78,17 +98,53 @@ def require_folder(root: str | Path, name: str, layout: str) -> Path:
     return root
 
 
-def make_item(case_id: str, patient_id: str, files: dict[str, Path], label: Path) -> Item:
+def refuse_unknown_keys(layout: Mapping[str, str], known: Sequence[str], name: str) -> None:
+    """Refuse keys of a layout that its reader does not know.
+
+    Raises:
+        ValueError: there is such a key, or a value that is no text.
+    """
+    unknown = [key for key in layout if key not in known]
+    if unknown:
+        expected = f"Use {', '.join(known)}" if known else "It needs none"
+        raise ValueError(f"layout has the key {unknown[0]}, which the cohort '{name}' does not know. {expected}.")
+    for key, value in layout.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f'layout["{key}"] is {value!r}. Give text.')
+
+
+def require_patterns(layout: Mapping[str, str], modalities: Sequence[str], name: str, example: str) -> None:
+    """Refuse a layout that does not have one pattern for each modality and at most one for the label.
+
+    Raises:
+        ValueError: a pattern is absent, or a key unknown.
+    """
+    refuse_unknown_keys(layout, (*modalities, "label"), name)
+    absent = [key for key in modalities if key not in layout]
+    if absent or not modalities:
+        raise ValueError(
+            f"layout has no pattern for {', '.join(absent) or 'any modality'}. Add one, such as {example}."
+        )
+
+
+def make_item(case_id: str, patient_id: str, files: Mapping[str, Path], label: Path | None = None) -> Item:
     """Build one item from the expected files, reference modality first; files that do not exist are left out."""
-    present = {key: str(path) for key, path in files.items() if path.is_file()}
+    present = {key: str(path) for key, path in files.items() if path.exists()}
     reference = next(iter(files.values()))
     item: Item = {"case_id": case_id, "patient_id": patient_id, "image": str(reference), **present}
-    if label.is_file():
+    if label is not None and label.exists():
         item["label"] = str(label)
     return item
 
 
-def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name: str, layout: str) -> list[Item]:
+def missing_file(path: object) -> str:
+    """The sentence about a file of a case that does not exist."""
+    return f"{path} is missing. Add it, or remove the case."
+
+
+def check_cases(
+    cases: Sequence[tuple[Item, Mapping[str, Path]]], root: Path, name: str, layout: str, problems: Sequence[str] = ()
+) -> list[Item]:
     """Check a cohort as a whole and return its items sorted by `case_id`.
 
     Args:
@@ -96,35 +152,42 @@ def check_cases(cases: Sequence[tuple[Item, dict[str, Path]]], root: Path, name:
         root: folder of the data set.
         name: of the data set.
         layout: the expected file names, for error messages.
+        problems: other problems that the reader found, one sentence each.
 
     Raises:
         FileNotFoundError: no case, or a case without its reference modality. The message names every missing image file
             of the cohort. Other modalities may be absent.
-        ValueError: two cases have the same id.
+        ValueError: two cases have the same id, or there are other problems. The message names all of them.
     """
-    if not cases:
+    if not cases and not problems:
         raise FileNotFoundError(f"No cases of the data set '{name}' found in {root}. Expected: {layout}.")
-    image_by_id: dict[str, str] = {}
+    problems = list(problems)
+    first: dict[str, Item] = {}
     for item, _ in cases:
         case_id, image = item["case_id"], item["image"]
-        if case_id in image_by_id:
-            raise ValueError(f"Case {case_id} occurs twice, as {image_by_id[case_id]} and {image}. Remove one of them.")
-        image_by_id[case_id] = image
-    missing = [[str(path) for path in files.values() if not path.is_file()] for _, files in cases]
-    if any(item["image"] in paths for (item, _), paths in zip(cases, missing, strict=True)):
-        missing_paths = sorted(path for paths in missing for path in paths)
-        raise IncompleteError(
-            f"{len(missing_paths)} image file(s) of the data set '{name}' are missing, at least one of them of the "
-            f"reference modality, which every case needs (expected: {layout}): {', '.join(missing_paths)}.",
-            [item for (item, _), paths in zip(cases, missing, strict=True) if item["image"] not in paths],
-            missing_paths,
+        other = first.setdefault(case_id, item)
+        if other is not item:
+            problems.append(f"Case {case_id} occurs twice, as {other['image']} and {image}. Remove one of them.")
+    missing = [[str(path) for path in files.values() if not path.exists()] for _, files in cases]
+    without_reference = [item["image"] in paths for (item, _), paths in zip(cases, missing, strict=True)]
+    readable = [item for (item, _), lacks in zip(cases, without_reference, strict=True) if not lacks]
+    readable = sorted((item for item in readable if first[item["case_id"]] is item), key=lambda item: item["case_id"])
+    if any(without_reference):
+        paths = sorted({path for paths in missing for path in paths})
+        message = (
+            f"{len(paths)} image file(s) of the data set '{name}' are missing, at least one of them of the reference "
+            f"modality, which every case needs (expected: {layout}): {', '.join(paths)}."
         )
-    return sorted((item for item, _ in cases), key=lambda item: item["case_id"])
+        raise IncompleteError(" ".join([message, *problems]), readable, [*map(missing_file, paths), *problems])
+    if problems:
+        raise ContradictionError(" ".join(problems), readable, problems)
+    return readable
 
 
 def source_files(case: Mapping[str, Any]) -> dict[str, Path]:
     """The existing files of a case by key; files of a DICOM folder by key and file name."""
-    paths = {key: Path(case[key]) for key in sorted(case) if isinstance(case[key], str) and key not in ID_COLUMNS}
+    no_files = (*ID_COLUMNS, "partition")
+    paths = {key: Path(case[key]) for key in sorted(case) if isinstance(case[key], str) and key not in no_files}
     files = {key: path for key, path in paths.items() if path.is_file()}
     for key, folder in paths.items():
         if folder.is_dir():
@@ -184,7 +247,7 @@ def require_cases(
     for case in cases:
         case_id, label = case.get("case_id"), case.get("label")
         if label is None:
-            unlabelled.append(str(case_id))
+            unlabelled += [str(case_id)] * (case.get("partition") != TEST)
         elif not Path(label).exists():
             errors.append(FileNotFoundError(f"Case {case_id}: no such file: {label}."))
         try:
@@ -196,7 +259,8 @@ def require_cases(
     messages = [*map(str, errors)] + (["Add the files, or remove these cases from the list."] if errors else [])
     if absent and not allow_missing:
         option = "--allow_missing True (--allow-missing)"
-        messages.append(f"Modalities are absent ({'; '.join(absent)}). Add the files, or use {option}.")
+        advice = next(filter(None, (stack_advice(case, modalities) for case in cases)), "")
+        messages.append(f"Modalities are absent ({'; '.join(absent)}). Add the files, or use {option}.{advice}")
     if unlabelled and labelled:
         messages.append(
             f"Labels are absent ({'; '.join(unlabelled)}). Add the files, or remove these cases; distill takes them "

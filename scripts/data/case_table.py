@@ -111,7 +111,7 @@ def _make_item(
         item["bbox_mm"] = _parse_box(item["bbox_mm"], where)
     for key in keys:
         if key in item:
-            item[key] = _path_inside(_path_text(item[key], key, keys, where), root, allow_outside, f"{where}, {key}")
+            item[key] = path_inside(_path_text(item[key], key, keys, where), root, allow_outside, f"{where}, {key}")
     reference = item.get("image", next((item[key] for key in keys if key in item and key != "label"), None))
     if reference is None:
         raise ValueError(f"{where} names no image. Fill in one of {', '.join(keys)}.")
@@ -158,7 +158,7 @@ def _id_text(value: Any, key: str, where: str) -> str:
     return nfc(str(value))
 
 
-def _path_inside(text: str, root: Path, allow_outside: bool, where: str) -> str:
+def path_inside(text: str, root: Path, allow_outside: bool, where: str) -> str:
     """A path below the root, as it is on disk; links are resolved before the check.
 
     Spaces around a path, and backslashes instead of slashes (Windows), are only kept if there is such a file.

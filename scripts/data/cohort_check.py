@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from scripts.data.case_list import IncompleteError, Item, datalist
-from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds
+from scripts.data.case_jobs import run_cases
+from scripts.data.case_list import CohortError, Item, datalist, missing_file
+from scripts.data.cohorts.nnunet_task import label_contradiction
+from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds, stack_advice
+from scripts.data.regions import class_names
 from scripts.data.resampling import network_grid, resample, vanished_classes, vanished_message
 from scripts.image_io.checks import (
     ERROR,
@@ -28,12 +30,14 @@ from scripts.image_io.checks import (
     check_headers,
     check_intensities,
     expected_extra_axes,
+    grids_overlap,
+    same_grid,
 )
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
-from scripts.utils.process_pool import PROCESS_DIED, run_jobs
+from scripts.utils.process_pool import PROCESS_DIED
 
 USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
 MAX_TABLE_ROWS = 200  # the JSON file contains all findings
@@ -52,6 +56,9 @@ class Criteria:
         stacked: whether each case's ``image`` is one 4D file of all modalities.
         intensity: per modality the range that the network gets, or ``"zscore"``.
         spacing: of the network's grid in mm; None does not look for labels that vanish on it.
+        classes: names of the classes.
+        ignore: the label's value of voxels that count in no loss and no score.
+        one_grid: whether the data set's format requires that all files of a case have one grid.
     """
 
     modalities: Sequence[str]
@@ -62,6 +69,9 @@ class Criteria:
     stacked: bool = False
     intensity: Mapping[str, Sequence[float] | str] = field(default_factory=dict)
     spacing: Sequence[float] | None = None
+    classes: Sequence[str] | None = None
+    ignore: float | None = None
+    one_grid: bool = False
 
     @property
     def stacked_modalities(self) -> Sequence[str]:
@@ -69,13 +79,26 @@ class Criteria:
         return self.modalities if self.stacked else ()
 
 
+class CaseCheck(NamedTuple):
+    """What is found in one case; the foreground classes of its label, None if no label could be read."""
+
+    findings: list[Finding]
+    classes: set[int] | None
+
+
 def check_cohort(
-    name: str, root: str, criteria: Criteria, file: str = "", allow_outside: bool = False, workers: int = 2
+    name: str,
+    root: str,
+    criteria: Criteria,
+    file: str = "",
+    allow_outside: bool = False,
+    workers: int = 2,
+    layout: Mapping[str, str] | None = None,
 ) -> tuple[list[Finding], int]:
     """Check every case; each process keeps one volume in memory at a time.
 
     Args:
-        name, root, file, allow_outside: of the data list, see ``scripts.data.case_list.datalist``.
+        name, root, file, allow_outside, layout: of the data list, see ``scripts.data.case_list.datalist``.
         criteria: what each case is checked against.
         workers: number of processes.
 
@@ -83,34 +106,49 @@ def check_cohort(
         The findings, and the number of cases.
     """
     findings: list[Finding] = []
+    is_nnunet = name == "nnunet" and not file
     try:
-        cases = datalist(name, root, file, criteria.modalities, allow_outside)
-    except IncompleteError as error:
+        if is_nnunet and (contradiction := label_contradiction(Path(root), criteria.labels, criteria.ignore)):
+            findings.append(Finding(ERROR, contradiction))
+        cases = datalist(name, root, file, criteria.modalities, allow_outside, layout)
+    except CohortError as error:
         cases = error.cases
-        findings += [Finding(ERROR, _missing_file(path)) for path in error.missing_paths]
+        findings += [Finding(ERROR, problem) for problem in error.problems]
     except USER_ERRORS as error:
-        return [Finding(ERROR, str(error))], 0
+        return [*findings, Finding(ERROR, str(error))], 0
+    criteria = replace(criteria, one_grid=is_nnunet)
     if cases:
-        jobs = {str(case["case_id"]): case for case in cases}
-        with tqdm(total=len(jobs), desc="checking", unit="case") as bar:
-            one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            work = partial(check_case, criteria=criteria)
-            results = run_jobs(work, jobs, workers, _process_died, lambda *_: bar.update(), **one_thread)
-        findings += [finding for case_findings in results.values() for finding in case_findings]
+        results = run_cases(partial(_check_case, criteria=criteria), cases, workers, "checking", _process_died)
+        findings += [finding for result in results for finding in result.findings]
+        findings += _absent_classes([result.classes for result in results], criteria)
     return findings, len(cases)
 
 
-def _missing_file(path: object) -> str:
-    return f"{path} is missing. Add it, or remove the case."
+def _absent_classes(classes: Sequence[set[int] | None], criteria: Criteria) -> list[Finding]:
+    """A warning for each class that no label has; none if no label could be read."""
+    read = [each for each in classes if each is not None]
+    if not read:
+        return []
+    names = [name.removeprefix("class ") for name in class_names(criteria.labels, criteria.classes)]
+    absent = set(range(1, len(names))).difference(*read)
+    values = {index: ", ".join(f"{value:g}" for value in criteria.labels[index]) for index in absent}
+    return [
+        Finding(WARNING, f"No case has class {names[index]} (label value {values[index]}): no network can learn it")
+        for index in sorted(absent)
+    ]
 
 
-def _process_died(case_id: str) -> list[Finding]:
+def _process_died(case_id: str) -> CaseCheck:
     text = f"Case {case_id}: {PROCESS_DIED}. Check it alone, or on a machine with more memory."
-    return [Finding(ERROR, text, case_id)]
+    return CaseCheck([Finding(ERROR, text, case_id)], None)
 
 
 def check_case(case: Item, criteria: Criteria) -> list[Finding]:
     """Check one case: its files, their headers, their voxels, its label."""
+    return _check_case(case, criteria).findings
+
+
+def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
     paths, findings = _existing_files(case, criteria)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
@@ -119,11 +157,38 @@ def check_case(case: Item, criteria: Criteria) -> list[Finding]:
         except USER_ERRORS as error:
             findings.append(Finding(ERROR, str(error), key=key))
     findings += check_headers(headers, criteria.modalities[0], criteria.stacked_modalities)
+    findings += _check_grids(headers, criteria)
+    reference, classes = headers.get(criteria.modalities[0]), None
     for key, header in headers.items():
-        if header.shape[3:] == expected_extra_axes(key, criteria.stacked_modalities):
-            findings += _check_voxels(key, header, criteria, headers.get(criteria.modalities[0]), case.get("bbox_mm"))
+        if header.shape[3:] != expected_extra_axes(key, criteria.stacked_modalities):
+            continue
+        if key == LABEL:
+            of_label, classes = _check_label(header, criteria, reference, case.get("bbox_mm"))
+            findings += of_label
+        else:
+            findings += _check_voxels(key, header, criteria)
     findings += check_all_constant(findings, {key: str(path) for key, path in paths.items() if key != LABEL})
-    return [finding._replace(case_id=str(case["case_id"])) for finding in findings]
+    return CaseCheck([finding._replace(case_id=str(case["case_id"])) for finding in findings], classes)
+
+
+def _check_grids(headers: Mapping[str, Header], criteria: Criteria) -> list[Finding]:
+    """Warnings about a label on a grid of its own, and about images on several grids where the format forbids it."""
+    reference = headers.get(criteria.modalities[0])
+    if reference is None:
+        return []
+    findings = []
+    for key, header in headers.items():
+        others = [other for name, other in headers.items() if name != LABEL] if key == LABEL else [reference]
+        if any(same_grid(header, other) for other in others) or not grids_overlap(reference, header):
+            continue  # files that do not overlap are an error
+        if key == LABEL:
+            text = f"{header.path} lies on the grid of none of the case's images: it is resampled to that of"
+        elif criteria.one_grid:
+            text = f"{header.path} lies on another grid, which nnU-Net itself would refuse: it is resampled to that of"
+        else:
+            continue
+        findings.append(Finding(WARNING, f"{text} {reference.path}", key=key))
+    return findings
 
 
 def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], list[Finding]]:
@@ -132,7 +197,7 @@ def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], lis
     keys = (*modalities, "image", LABEL)
     missing = {key: case[key] for key in keys if key in case and not Path(case[key]).exists()}
     first_key = {path: key for key, path in reversed(missing.items())}  # one file may provide several modalities
-    findings = [Finding(ERROR, _missing_file(path), key=first_key[path]) for path in dict.fromkeys(missing.values())]
+    findings = [Finding(ERROR, missing_file(path), key=first_key[path]) for path in dict.fromkeys(missing.values())]
     item: dict[Any, Any] = {key: value for key, value in case.items() if key not in missing}
     try:
         item = GatherModalitiesd(modalities, criteria.naming, allow_missing=True, stacked=criteria.stacked)(item)
@@ -142,27 +207,36 @@ def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], lis
     absent = [key for key in modalities if key not in item and key not in missing]
     if absent:
         level = WARNING if criteria.allow_missing else ERROR
-        findings.append(Finding(level, f"{', '.join(absent)} is absent. Add it, or allow it with --allow-missing."))
+        advice = f"Add it, or allow it with --allow-missing.{stack_advice(case, modalities)}"
+        findings.append(Finding(level, f"{', '.join(absent)} is absent. {advice}"))
     return {key: item[key] for key in keys if key in item and key != "image"}, findings
 
 
-def _check_voxels(
-    key: str, header: Header, criteria: Criteria, reference: Header | None, box: Sequence[float] | None
-) -> list[Finding]:
-    """Read and check a file's voxels; the volume is released afterwards."""
+def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]:
+    """Read and check an image's voxels; the volume is released afterwards."""
     try:
         volume = read_modality(key, header, criteria.rules, criteria.stacked_modalities)
-        if key != LABEL:
-            return check_intensities(volume, key, criteria.rules, criteria.intensity.get(key))
-        mapped = MapLabelsd(LABEL, criteria.labels)({LABEL: volume})[LABEL].as_tensor()
+        return check_intensities(volume, key, criteria.rules, criteria.intensity.get(key))
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]
-    if not mapped.any():
-        return [Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=key)]
+
+
+def _check_label(
+    header: Header, criteria: Criteria, reference: Header | None, box: Sequence[float] | None
+) -> CaseCheck:
+    """Read and check a label's voxels; the volume is released afterwards."""
+    try:
+        volume = read_modality(LABEL, header, criteria.rules)
+        mapped = MapLabelsd(LABEL, criteria.labels, ignore=criteria.ignore)({LABEL: volume})[LABEL].as_tensor()
+    except USER_ERRORS as error:
+        return CaseCheck([Finding(ERROR, str(error), key=LABEL)], None)
+    classes = {index for index in range(1, len(criteria.labels)) if (mapped == index).any()}
+    if not classes:
+        return CaseCheck([Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=LABEL)], classes)
     if reference is None or criteria.spacing is None:
-        return []
+        return CaseCheck([], classes)
     message = _vanished(header, mapped[0], reference, box, criteria.spacing)
-    return [Finding(WARNING, message, key=key)] if message else []
+    return CaseCheck([Finding(WARNING, message, key=LABEL)] if message else [], classes)
 
 
 def _vanished(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from monai.data import partition_dataset
 
-from scripts.data.case_list import Item
+from scripts.data.case_list import TEST, Item
 from scripts.utils.atomic_files import write_text
 from scripts.utils.file_names import nfc
 
@@ -39,27 +39,36 @@ def fold_split(
 ) -> tuple[list[Item], list[Item]]:
     """Divide the cases into training and validation; validation has the patients of one fold.
 
+    If the data set itself gives the folds (items with `fold`), they are used; a case without one then always trains,
+    unless its patient is in the validation. Cases of the `partition` `TEST` take part in neither.
+
     If only some cases have a label, the folds are made of their patients, so that they do not depend on the other
     cases. A case without a label trains, unless its patient is in the validation; no such case validates.
 
     Args:
-        cases: items with `patient_id`.
-        fold: index of the validation fold, from 0; None uses all cases for training.
+        cases: items with `patient_id`, and optionally `fold` and `partition`.
+        fold: index of the validation fold, from 0; None uses all cases for training, except those of `TEST`.
         folds: number of folds, if `file` does not exist.
         seed: of the shuffle, if `file` does not exist.
         file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: read if it exists, else written.
 
     Raises:
-        ValueError: the fold does not exist, there are fewer patients than folds, or the file is not such a JSON, lists
-            a patient twice, lists patients without a case, or does not list patients that have one.
+        ValueError: the fold does not exist or has no case, there are fewer patients than folds, the data set puts a
+            patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients without a
+            case, or does not list patients that have one.
     """
+    listed = len(cases)
+    cases = [case for case in cases if case.get("partition") != TEST]
+    if len(cases) < listed:
+        logger.info("%d of %d cases are test cases: they neither train nor validate", listed - len(cases), listed)
     if not cases or fold is None:
         return list(cases), []
     labelled = [case for case in cases if case.get("label")] or cases
     if len(labelled) < len(cases):
         without = len(cases) - len(labelled)
         logger.info("%d of %d cases have no label: they train, but do not validate", without, len(cases))
-    patients = _patients(labelled)
+    own_folds = _own_folds(labelled)
+    patients = {patient for part in own_folds for patient in part} or _patients(labelled)
     path = Path(file) if file else None
     if path is not None and path.is_dir():
         raise ValueError(f"The split file {path} is a folder. Name a JSON file.")
@@ -67,14 +76,36 @@ def fold_split(
         splits = _read_splits(path)
         _check_patients(splits, patients, _patients(cases), path)
     else:
-        splits = make_splits(patients, folds, seed)
+        splits = own_folds or make_splits(patients, folds, seed)
     if not 0 <= fold < len(splits):
         raise ValueError(f"Fold {fold} does not exist. Choose one of 0 to {len(splits) - 1}.")
+    if not splits[fold]:
+        raise ValueError(f"Fold {fold} has no patient. Choose another fold, or correct the data set's folds.")
     if path is not None and not path.exists():
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     validation_patients = set(splits[fold])
     training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
     return training, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
+
+
+def _own_folds(cases: Iterable[Item]) -> list[list[str]]:
+    """The patients of each fold that the data set gives itself; [] if it gives none.
+
+    Raises:
+        ValueError: a patient is in two folds.
+    """
+    fold_by_patient: dict[str, int] = {}
+    for case in cases:
+        if case.get("fold") is not None:
+            patient = nfc(str(case["patient_id"]))
+            fold = fold_by_patient.setdefault(patient, case["fold"])
+            if fold != case["fold"]:
+                raise ValueError(
+                    f"The data set puts patient {patient} into the folds {fold} and {case['fold']}. Put all cases of a "
+                    "patient into one fold."
+                )
+    count = max(fold_by_patient.values(), default=-1) + 1
+    return [sorted(patient for patient, own in fold_by_patient.items() if own == fold) for fold in range(count)]
 
 
 def _patients(cases: Iterable[Item]) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
+from scripts.data.regions import IGNORED
 from scripts.data.resampling import copy_between_layouts, with_affine
 from scripts.image_io.headers import LPS_TO_RAS, Affine
 
@@ -41,6 +42,13 @@ def modalities_used(modalities: Sequence[str], present: Sequence[str] | None = N
     if present is not None and (not present or not set(present) <= set(modalities)):
         raise ValueError(f"present is {list(present)}. Name one or more of {', '.join(modalities)}.")
     return [key for key in modalities if present is None or key in present]
+
+
+def stack_advice(case: Mapping[Any, Any], modalities: Sequence[str]) -> str:
+    """The advice for a case of several modalities that names one image only; empty for others."""
+    if len(modalities) > 1 and "image" in case and not any(key in case for key in modalities):
+        return " If the image is a 4D file of all modalities, use --set stacked=true."
+    return ""
 
 
 class GatherModalitiesd(Transform):
@@ -107,7 +115,7 @@ class GatherModalitiesd(Transform):
         if absent and not self.allow_missing:
             raise ValueError(
                 f"Case {item.get('case_id')}: no {', '.join(absent)} was given or found next to {item['image']}. "
-                "Add the file, or allow absent modalities."
+                f"Add the file, or allow absent modalities.{stack_advice(data, self.modalities)}"
             )
         return item
 
@@ -171,14 +179,20 @@ class MapLabelsd(MapTransform):
         key: the label's key.
         classes: per class its values: ``[[0], [1, 2, 3]]`` maps 1, 2 and 3 to class 1.
         optional: leave an item without a label as it is.
+        ignore: the value of voxels that count in no loss and no score; they become ``IGNORED``.
 
     Raises:
         ValueError: (when called) the label is missing, or contains any other value, including NaN.
     """
 
-    def __init__(self, key: str, classes: Sequence[Sequence[float]], optional: bool = False) -> None:
+    def __init__(
+        self, key: str, classes: Sequence[Sequence[float]], optional: bool = False, ignore: float | None = None
+    ) -> None:
         super().__init__(key, allow_missing_keys=optional)
         self.classes = [list(values) for values in classes]
+        self.values = {value: index for index, values in enumerate(classes) for value in values}
+        if ignore is not None:
+            self.values[ignore] = IGNORED
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -188,20 +202,20 @@ class MapLabelsd(MapTransform):
         if key not in item:
             raise ValueError(f"Case {item.get('case_id')} has no label. Training and validation need one.")
         values, plain = item[key], _plain(item[key])  # plain: a MetaTensor would copy its metadata at every step
-        mapped, known = torch.zeros_like(values), torch.zeros_like(plain, dtype=torch.bool)
-        for index, members in enumerate(self.classes):
-            for value in members:
-                matches = plain == value
-                known |= matches
-                if index:
-                    _plain(mapped)[matches] = index
+        dtype = torch.int16 if values.dtype == torch.int8 else values.dtype  # int8 cannot hold IGNORED
+        mapped, known = torch.zeros_like(values, dtype=dtype), torch.zeros_like(plain, dtype=torch.bool)
+        for value, index in self.values.items():
+            matches = plain == value
+            known |= matches
+            if index:
+                _plain(mapped)[matches] = index
         if not known.all():
             # dict.fromkeys, because unique() lists every NaN
             unknown = list(dict.fromkeys(f"{value:.7g}" for value in plain[~known].unique().tolist()))
             path = values.meta.get("filename_or_obj", "The label")
             raise ValueError(
                 f"{path} contains the values {', '.join(unknown[:5])}, which are not in the data set's mapping "
-                f"{self.classes}. Correct the file or the config's `labels`."
+                f"{self.classes}. Correct the file or the config's `labels` (or `ignore`)."
             )
         item[key] = mapped
         return item

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from monai import transforms as mt
 
@@ -53,15 +54,14 @@ def _load_and_resample(
     intensity: Intensity,
     spacing: Sequence[float],
     naming: Sequence[Mapping[str, str]],
-    labels: Sequence[Sequence[float]] | None,
+    map_label: MapLabelsd | None,
     allow_missing: bool,
     reference: str,
     present: Sequence[str] | None,
     load: partial[LoadModalitiesd],
-    unlabelled: bool,
 ) -> list[mt.Transform]:
     """From file paths to normalised volumes on the reference's grid at ``spacing``, with one key per modality."""
-    label = [LABEL] if labels else []
+    label = [LABEL] if map_label else []
     used = {key: intensity[key] for key in modalities}
     # Outside its field of view a modality is 0 after normalisation, like an absent one.
     outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
@@ -69,7 +69,7 @@ def _load_and_resample(
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
-        *([MapLabelsd(LABEL, labels, optional=unlabelled)] if labels else []),
+        *([map_label] if map_label else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
         *_normalise(used),
     ]
@@ -89,7 +89,13 @@ def _end_of_fixed_part(modalities: Sequence[str], patch: Sequence[int]) -> list[
 
 
 def _augment(
-    modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int, cached: Any
+    modalities: Sequence[str],
+    patch: Sequence[int],
+    positives: int,
+    negatives: int,
+    cached: Any,
+    flips: Sequence[int],
+    rotation: Sequence[float],
 ) -> list[Callable[..., Any]]:
     """Random patch, flips, small rotations and scaling for all keys; gain, blur, contrast and noise per modality.
 
@@ -109,12 +115,12 @@ def _augment(
         mt.CastToTyped("stack", torch.float32),
         mt.RandAffined(
             **spatial,
-            rotate_range=(0.26,) * 3,
+            rotate_range=np.deg2rad(rotation).tolist(),
             scale_range=(0.15,) * 3,
             mode=["bilinear", "nearest"],
             padding_mode="border",
         ),
-        *(mt.RandFlipd(**spatial, spatial_axis=axis) for axis in range(3)),
+        *(mt.RandFlipd(**spatial, spatial_axis=axis) for axis in flips),
         SplitStackd("stack", modalities, rest="cached" if cached else None),
     ]
     for key in modalities:
@@ -155,6 +161,9 @@ def preprocessing(
     stacked: bool = False,
     memory_gib: float | None = None,
     unlabelled: bool = False,
+    flips: Sequence[int] = (0, 1, 2),
+    rotation: Sequence[float] = (15, 15, 15),
+    ignore: float | None = None,
 ) -> Pipeline:
     """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
 
@@ -176,7 +185,10 @@ def preprocessing(
         stacked: ``image`` names one 4D file whose last axis is ``modalities``.
         memory_gib: limit for one pass of the network; if given, a case that would not fit in memory is refused.
         unlabelled: accept training cases without a label; theirs is ``UNLABELLED`` in every voxel.
+        ignore: the label file's value of voxels that count in no loss and no score; they become ``IGNORED``.
         cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
+        flips: axes of training patches that may be flipped, in RAS: 0 exchanges left and right.
+        rotation: largest angle about each axis of training patches, in degrees.
 
     Returns:
         A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool) and ``label``
@@ -192,13 +204,15 @@ def preprocessing(
         raise ValueError("The mode 'train' needs a patch size.")
     if mode != "infer" and not labels:
         raise ValueError(f"The mode '{mode}' needs the label values of each class (`labels`).")
-    given: dict[str, Any] = {"labels": labels, "patch": patch}
+    given: dict[str, Any] = {"labels": labels, "patch": patch, "ignore": ignore}
     check_settings(
         modalities=modalities,
         intensity=intensity,
         spacing=spacing,
         allow_missing=allow_missing,
         stacked=stacked,
+        flips=list(flips),
+        rotation=list(rotation),
         **{key: value for key, value in given.items() if value is not None},
     )
     reference = reference or modalities[0]
@@ -214,9 +228,13 @@ def preprocessing(
         settings["series_uids"] = sorted(checks.series_uids)
     if stacked:
         settings["stacked"] = True
+    if len(labels or ()) > 2:
+        settings["centres"] = "by class"  # as version 0.9 did not
+    if ignore is not None:
+        settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
         settings["voxel_size"] = checks.voxel_size
-    with_label = labels if mode != "infer" else None
+    map_label = MapLabelsd(LABEL, labels, unlabelled, ignore) if labels and mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
         LoadModalitiesd,
@@ -228,7 +246,7 @@ def preprocessing(
         intensity=intensity,
     )
     fixed = _load_and_resample(
-        modalities, intensity, spacing, naming, with_label, allow_missing, reference, present, load, unlabelled
+        modalities, intensity, spacing, naming, map_label, allow_missing, reference, present, load
     )
     # Absent modalities become zeros here, because the random transforms expect every key.
     fixed.append(StackModalitiesd(modalities, False, reference, present))
@@ -236,7 +254,7 @@ def preprocessing(
     if mode != "train" or patch is None:
         select = mt.SelectItemsd(["image", LABEL, "presence", "case_id"], allow_missing_keys=True)
         return Pipeline([*fixed, stack, *([select] if mode == "validate" else [])], [], settings)
-    random = _augment(modalities, patch, positives, negatives, cached)
+    random = _augment(modalities, patch, positives, negatives, cached, flips, rotation)
     fixed += _end_of_fixed_part(modalities, patch)
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
@@ -245,13 +263,24 @@ def preprocessing(
     return pipeline
 
 
-def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:
+def postprocessing(
+    output_dir: str,
+    save: bool = True,
+    regions: Sequence[Sequence[int]] | None = None,
+    values: Sequence[float] | None = None,
+) -> mt.Compose:
     """Make the transforms from logits on the network's grid to a mask on the reference's own grid.
 
-    The mask is written as ``<case_id>.nii.gz``.
+    The mask is written as ``<case_id>.nii.gz``. The returned one holds class indices.
 
     Args:
         output_dir: folder of the masks.
         save: whether to write them.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
+        values: what to write for each class (``scripts.data.regions.mask_values``); by default its index.
+
+    Raises:
+        ValueError: a value is no integer, so that no mask can hold it.
     """
-    return mt.Compose([RestoreGridd("pred", "image"), *([SaveMaskd("pred", output_dir)] if save else [])])
+    writer = [SaveMaskd("pred", output_dir, values)] if save else []
+    return mt.Compose([RestoreGridd("pred", "image", regions), *writer])

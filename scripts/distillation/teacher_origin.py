@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data.case_list import source_files
-from scripts.networks.task_file import read_task, task_path
 from scripts.networks.teacher_spec import join_checksums, spec_files, teacher_identity
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
+from scripts.utils.task_file import read_task, task_path
 
 ENDINGS = (".npz", ".nii.gz", ".nii", ".mha", ".nrrd")  # of predictions
 NAMES_SHOWN = 5  # cases that a sentence names

@@ -233,6 +233,13 @@ def grids_overlap(first: Header, second: Header) -> bool:
     return not separated.any()
 
 
+def same_grid(first: Header, second: Header) -> bool:
+    """Whether the voxels of two images lie at the same places, in whatever order, within ``MAX_SHIFT`` voxels."""
+    volumes = (header._replace(shape=header.shape[:3]) for header in (first, second))
+    shift = _largest_shift(*map(_canonical, volumes))
+    return shift is not None and shift[0] <= MAX_SHIFT
+
+
 def check_mask(reference: Header, mask: Header) -> list[Finding]:
     """Compare the header of a predicted mask with the header of its reference mask.
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from scripts.networks.architecture import architecture_names
-from scripts.networks.task_file import task_path
 from scripts.training.training_record import class_name
+from scripts.utils.task_file import task_path
 
 
 def trained_network(definition: dict[str, Any], weights: str | Path) -> dict[str, Any]:

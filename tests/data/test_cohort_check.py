@@ -226,3 +226,83 @@ def test_one_volume_at_a_time_is_in_memory(cohort: Path, monkeypatch: pytest.Mon
     finally:
         gc.unfreeze()
     assert alive_before == [0] * 12
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path, write_nifti: Callable[..., Path]) -> Path:
+    """Three cases of CT and PET, 8 x 8 x 8 voxels of 1 mm, with the classes 1 and 2 in each, and an ignored voxel."""
+    root, rng = tmp_path / "Dataset001", np.random.default_rng(0)
+    for part in ("imagesTr", "labelsTr"):
+        (root / part).mkdir(parents=True)
+    for case in "abc":
+        write_nifti(root / f"imagesTr/{case}_0000.nii.gz", rng.uniform(-1000, 1000, (8, 8, 8)).astype(np.float32))
+        write_nifti(root / f"imagesTr/{case}_0001.nii.gz", rng.gamma(1, 1, (8, 8, 8)).astype(np.float32))
+        label = np.zeros((8, 8, 8), np.uint8)
+        label[2:4, 2:4, 2:4], label[5:7, 5:7, 5:7], label[0, 0, 0] = 1, 2, 3
+        write_nifti(root / f"labelsTr/{case}.nii.gz", label)
+    labels = {"background": 0, "core": 1, "oedema": 2, "ignore": 3}
+    content = {"channel_names": {"0": "CT", "1": "PET"}, "labels": labels, "numTraining": 3}
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+def check_task(name: str, root: Path, **changed: Any) -> dict[tuple[str, str], str]:
+    """Errors and warnings of a task of two classes: level and case -> messages."""
+    settings = {"labels": [[0], [1], [2]], "classes": ["background", "core", "oedema"], "ignore": 3, **changed}
+    layout = settings.pop("layout", None)
+    criteria = cohort_check.Criteria(["ct", "pet"], spacing=[1, 1, 1], **settings)
+    findings, _ = cohort_check.check_cohort(name, str(root), criteria, workers=1, layout=layout)
+    found: dict[tuple[str, str], str] = {}
+    for each in findings:
+        if each.level != "note":
+            found[each.level, each.case_id] = f"{found.get((each.level, each.case_id), '')} {each.what}".strip()
+    return found
+
+
+def test_a_data_set_of_nnunet_without_faults_has_no_findings(nnunet: Path) -> None:
+    assert check_task("nnunet", nnunet) == {}
+
+
+def test_all_findings_of_a_data_set_of_nnunet_are_listed_at_once(
+    nnunet: Path, write_nifti: Callable[..., Path]
+) -> None:
+    shifted = np.diag([1.0, 1, 1, 1])
+    shifted[0, 3] = 1  # one voxel
+    for name in ("imagesTr/b_0001", "labelsTr/c"):
+        image = nib.load(nnunet / f"{name}.nii.gz")
+        write_nifti(nnunet / f"{name}.nii.gz", np.asarray(image.dataobj), shifted)
+    rewrite(nnunet / "labelsTr/a.nii.gz", lambda voxels: np.where(voxels == 2, 4, voxels))
+    (nnunet / "imagesTr/a_0001.nii.gz").unlink()
+    write_nifti(nnunet / "labelsTr/x.nii.gz", np.zeros((8, 8, 8), np.uint8))
+    content = json.loads((nnunet / "dataset.json").read_text())
+    (nnunet / "dataset.json").write_text(json.dumps({**content, "numTraining": 4}))
+    found = check_task("nnunet", nnunet, labels=[[0], [1], [2], [5]], classes=None)
+    whole = found.pop(("error", ""))
+    assert "contradicts the task's labels: only the task has the value(s) 5." in whole
+    assert "numTraining 4, but there are 3 cases" in whole
+    assert "labelsTr/x.nii.gz has no image" in whole
+    assert "contains the values 4, which are not in" in found["error", "a"]
+    assert "pet is absent" in found.pop(("error", "a"))
+    assert "b_0001.nii.gz lies on another grid, which nnU-Net itself would refuse" in found.pop(("warning", "b"))
+    assert "labelsTr/c.nii.gz lies on the grid of none of the case's images" in found.pop(("warning", "c"))
+    assert found == {("warning", ""): "No case has class 3 (label value 5): no network can learn it"}
+
+
+def test_images_on_several_grids_are_no_finding_elsewhere_and_a_class_of_no_case_is(
+    nnunet: Path, write_nifti: Callable[..., Path]
+) -> None:
+    for case in "abc":
+        rewrite(nnunet / f"labelsTr/{case}.nii.gz", lambda voxels: np.where(voxels == 2, 1, voxels))
+        write_nifti(nnunet / f"imagesTr/{case}_0001.nii.gz", np.random.default_rng(1).gamma(1, 1, (8, 8, 4)))
+    layout = {
+        "ct": "imagesTr/{case}_0000.nii.gz",
+        "pet": "imagesTr/{case}_0001.nii.gz",
+        "label": "labelsTr/{case}.nii.gz",
+    }
+    assert check_task("files", nnunet, layout=layout) == {
+        ("warning", ""): "No case has class oedema (label value 2): no network can learn it"
+    }
+
+
+def test_a_folder_that_is_no_data_set_of_nnunet_is_one_error(tmp_path: Path) -> None:
+    assert list(check_task("nnunet", tmp_path)) == [("error", "")]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,61 @@ def test_a_fold_that_does_not_exist_is_refused_and_nothing_is_written(fold: int,
     with pytest.raises(ValueError, match="Choose one of 0 to 4"):
         fold_split(CASES, fold=fold, file=tmp_path / "splits.json")
     assert not list(tmp_path.iterdir())
+
+
+def own(case: str, patient: str = "", **more: Any) -> dict[str, Any]:
+    return {"case_id": case, "patient_id": patient or case, "label": f"{case}.nii.gz", **more}
+
+
+OWN_FOLDS = [own("a", fold=1), own("b", fold=0), own("c", fold=1), own("d"), own("t", partition="test")]
+
+
+@pytest.mark.parametrize(("fold", "training", "validation"), [(0, "acd", "b"), (1, "bd", "ac")])
+def test_the_folds_of_the_data_set_are_used_and_written(
+    fold: int, training: str, validation: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "splits.json"
+    for _ in range(2):  # made, then read from the file
+        parts = fold_split(OWN_FOLDS, fold, file=file)
+        assert [[case["case_id"] for case in part] for part in parts] == [list(training), list(validation)]
+    assert json.loads(file.read_text())["folds"] == [["b"], ["a", "c"]]
+
+
+def test_a_split_file_comes_before_the_folds_of_the_data_set(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps({"folds": [["a", "b"], ["c", "d"]]}))
+    assert [case["case_id"] for case in fold_split(OWN_FOLDS, 1, file=file)[1]] == ["c", "d"]
+
+
+def test_a_case_without_a_fold_follows_its_patient() -> None:
+    training, validation = fold_split([own("a1", "a", fold=0), own("a2", "a"), own("b", fold=1)], 0)
+    assert [case["case_id"] for case in training] == ["b"]
+    assert [case["case_id"] for case in validation] == ["a1", "a2"]
+
+
+def test_a_patient_in_two_folds_of_the_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"puts patient a into the folds 0 and 1\. Put all cases"):
+        fold_split([own("a1", "a", fold=0), own("a2", "a", fold=1)], 0)
+
+
+def test_a_fold_without_a_patient_is_refused(tmp_path: Path) -> None:
+    cases = [own("a", fold=0), own("b", fold=2)]
+    with pytest.raises(ValueError, match=r"Fold 1 has no patient\. Choose another"):
+        fold_split(cases, 1, file=tmp_path / "splits.json")
+    with pytest.raises(ValueError, match=r"Fold 3 does not exist\. Choose one of 0 to 2"):
+        fold_split(cases, 3)
+
+
+@pytest.mark.parametrize("fold", [0, None])
+def test_test_cases_neither_train_nor_validate_and_their_number_is_logged(
+    fold: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    test = [own("t1", partition="test"), own("t2", partition="test")]
+    with caplog.at_level(logging.INFO, "scripts"):
+        training, validation = fold_split([*CASES, *test], fold)
+    assert (training, validation) == fold_split(CASES, fold)
+    assert "2 of 31 cases are test cases: they neither train nor validate" in caplog.text
+    assert fold_split(test, fold) == ([], [])
 
 
 def test_the_chosen_cases_are_training_validation_or_all() -> None:

@@ -191,6 +191,16 @@ def test_label_values_are_mapped_to_classes() -> None:
     assert swapped.flatten().tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float32, torch.float64])
+def test_ignored_voxels_get_an_index_of_their_own_in_every_voxel_type(dtype: torch.dtype) -> None:
+    label = label_of([0, 1, 9, 1, 9]).to(dtype)
+    mapped = MapLabelsd("label", [[0], [1]], ignore=9)({"label": label})["label"]
+    assert mapped.flatten().tolist() == [0, 1, 254, 1, 254]
+    assert mapped.meta["filename_or_obj"] == "folder/label.nii.gz"
+    with pytest.raises(ValueError, match=r"contains the values 9, which.*`labels` \(or `ignore`\)"):
+        MapLabelsd("label", [[0], [1]])({"label": label})
+
+
 @pytest.mark.parametrize(("value", "shown"), [(255, "255"), (-1, "-1"), (0.9999, "0.9999"), (float("nan"), "nan")])
 def test_any_other_label_value_is_refused_with_file_and_value(value: float, shown: str) -> None:
     with pytest.raises(

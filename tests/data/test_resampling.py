@@ -155,3 +155,11 @@ def test_only_classes_that_a_label_had_can_vanish() -> None:
     assert vanished_classes(label, torch.zeros(2, 2, 2)) == {1: 3, 3: 1}
     assert vanished_classes(label, torch.full((2, 2, 2), 3.0)) == {1: 3}
     assert vanished_classes(label * 0, torch.zeros(2, 2, 2)) == {}
+
+
+@pytest.mark.parametrize("value", [254, 255])  # ignored, unlabelled
+def test_voxels_of_no_class_cannot_vanish(value: int) -> None:
+    label = torch.zeros(4, 4, 4)
+    label[0], label[1, 0, 0] = value, 2
+    assert vanished_classes(label, torch.zeros(2, 2, 2)) == {2: 1}
+    assert vanished_classes(torch.full((4, 4, 4), float(value)), torch.zeros(2, 2, 2)) == {}

@@ -14,9 +14,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from scripts.cli.main import main
-from scripts.networks.task_file import read_task, task_path
 from scripts.training.training_record import definition, differences, training_record
 from scripts.utils.checksums import sha256
+from scripts.utils.task_file import read_task, task_path
 
 TINY = [
     "--data", "phantom", "--threads", "1", "--device", "cpu", "--set", "patch=[16,16,16]",
@@ -31,6 +31,7 @@ STUDENT = {
     "features": [4, 8, 8, 8],
     "norm": ["group", {"num_groups": 4}],
     "full_features": 8,
+    "strides": None,
     "selective_fusion": False,
     "modality_dropout": 0.0,
 }
@@ -54,7 +55,8 @@ def test_a_training_keeps_its_record_in_the_checkpoint_and_beside_the_weights(co
         "learning_rate": 0.001,
         "network": STUDENT,
         "segmentation_loss": {
-            "_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True, "include_background": False
+            "_target_": "scripts.losses.SegmentationLoss", "regions": None, "ignored": 254, "include_background": False,
+            "batch": False,
         },
         "optimizer": {"_target_": "torch.optim.AdamW"},
     }  # fmt: skip
@@ -88,6 +90,7 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     assert task["loss"] == {
         "_target_": "scripts.distillation.loss.DistillationLoss",
         "weighting": "mean",
+        "regions": None,
         "unlabelled": False,
         "terms": {"hinton": term},
     }

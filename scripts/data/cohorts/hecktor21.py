@@ -26,7 +26,7 @@ CORNERS = ("x1", "y1", "z1", "x2", "y2", "z2")
 LAYOUT = "hecktor2021_train/hecktor_nii/<patient>_ct.nii.gz (reference), _pt.nii.gz and _gtvt.nii.gz"
 
 
-def datalist(root: Path) -> list[Item]:
+def datalist(root: Path, *_: object) -> list[Item]:
     """List the cases: keys `ct` (reference), `pet`, `label`.
 
     Each item also has `centre`, the leading letters of the patient id (CHUM001 -> CHUM), and `bbox_mm` = [x1, y1, z1,

@@ -253,6 +253,6 @@ def _check_parameters(root: Path, parameters: str) -> None:
         )
 
 
-def datalist(root: Path) -> list[Item]:
+def datalist(root: Path, *_: object) -> list[Item]:
     """List the phantoms, with the keys and errors of `scripts.data.cohorts.sts.datalist`."""
     return read_layout(root, "phantom", "PHANTOM_")

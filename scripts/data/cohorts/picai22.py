@@ -27,7 +27,7 @@ LABELS = Path("picai_labels/csPCa_lesion_delineations/human_expert/resampled")
 LAYOUT = f"images/<patient>/<patient>_<study>_t2w.mha (reference), _adc.mha, _hbv.mha; labels in {LABELS.as_posix()}"
 
 
-def datalist(root: Path) -> list[Item]:
+def datalist(root: Path, *_: object) -> list[Item]:
     """List the studies: keys `t2w` (reference), `adc`, `hbv`; `label` if there is a human delineation.
 
     `case_id` is "<patient>_<study>". Split by `patient_id`: 1476 patients have 1500 studies.

@@ -31,7 +31,7 @@ def mask_name(modality: str) -> str:
     return f"{PREFIXES[modality]}_mask.nii.gz"
 
 
-def datalist(root: Path) -> list[Item]:
+def datalist(root: Path, *_: object) -> list[Item]:
     """List the cases: keys `ct` (reference), `pet`, `mr`; `label` is the mask on the CT grid.
 
     Raises:

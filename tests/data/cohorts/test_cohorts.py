@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.case_list import DATASETS, datalist
+from scripts.data.case_list import DATASETS, FIXED, datalist
 
 SAMPLES = Path(__file__).parents[3].parent / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"the real samples are not in {SAMPLES}")
@@ -46,13 +46,19 @@ def test_an_unknown_data_set_is_refused_with_the_valid_names(tmp_path: Path) -> 
         datalist("brats", tmp_path)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", FIXED)
 def test_a_folder_that_does_not_exist_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist. Expected: .*(CT|ct|t2w)"):
         datalist(name, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", FIXED)
+def test_a_layout_is_refused_where_it_is_fixed(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"layout of the data set '{name}' is fixed\. Remove layout"):
+        datalist(name, tmp_path, layout={"ct": "{case}.nii.gz"})
+
+
+@pytest.mark.parametrize("name", FIXED)
 def test_a_folder_without_a_case_is_named_with_the_expected_layout(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"No cases.*{tmp_path.name}. Expected: .*(CT|ct|t2w)"):
         datalist(name, str(tmp_path))

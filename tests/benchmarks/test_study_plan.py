@@ -162,10 +162,14 @@ def test_the_order_of_the_jobs_is_that_of_their_value(jobs: list[StudyJob]) -> N
             return f"C {'3.5M' if row.student == '3.5M' else 'small' + late}"
         if row.experiment == "B1":
             return f"B1 {((row.source_fold or 0) - row.fold) % FOLDS}"
-        return {"few_labels_teachers": "B2", "answers": "B2", "experts": "D"}.get(row.experiment, row.experiment)
+        if row.arm.startswith(("expert", "kd_experts")):
+            return "D experts"
+        return {"few_labels_teachers": "B2", "answers": "B2", "experts": "D experts"}.get(
+            row.experiment, row.experiment
+        )
 
     rows = [job.study_row for job in jobs if job.study_row.experiment != "weights" and job.study_row.arm != "dynunet"]
     assert list(dict.fromkeys(map(group, rows))) == [
         *("recipe", "A1", "B1 1", "C small", "B2", "D", "A2", "C small out of fold", "B1 2"),
-        *("C small long", "C 3.5M", "E", "F"),
+        *("C small long", "D experts", "C 3.5M", "E", "F"),
     ]

@@ -244,7 +244,12 @@ def write_dicom_study(story: Story, folder: Path) -> Path:
             dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
             dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
             dataset.Modality, dataset.SeriesDescription, dataset.PatientID = story.modality[name], name, "P1"
-            dataset.PatientName, dataset.StudyDate, dataset.StudyTime, dataset.StudyID = "A^B", "20200101", "120000", "1"
+            dataset.PatientName, dataset.StudyDate, dataset.StudyTime, dataset.StudyID = (
+                "A^B",
+                "20200101",
+                "120000",
+                "1",
+            )
             dataset.SeriesNumber, dataset.InstanceNumber = number, k + 1
             dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = volume.shape[1], volume.shape[0], 1
             dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 1

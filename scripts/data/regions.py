@@ -126,6 +126,23 @@ def region_mask_values(
     }
 
 
+def class_mask_values(
+    labels: Labels, classes: Sequence[str] | None = None, regions: Regions | None = None, mode: str = "file"
+) -> dict[str, float]:
+    """The value of each foreground class in written masks, by the name of the class.
+
+    A class that the task does not name has the name of the region that consists of it alone, if there is one.
+    Arguments as for ``region_classes`` and ``mask_values``.
+    """
+    names = class_names(labels, classes)
+    if not classes:
+        alone = {
+            members[0]: name for name, members in region_classes(labels, None, regions).items() if len(members) == 1
+        }
+        names = [alone.get(index, name) for index, name in enumerate(names)]
+    return dict(zip(names[1:], mask_values(labels, mode)[1:], strict=True))
+
+
 def check_classes(
     labels: Labels,
     classes: Sequence[str] | None = None,

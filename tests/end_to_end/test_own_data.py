@@ -34,7 +34,7 @@ STORIES = {
     "thick": write_thick_mr,
 }
 RUN = ["--threads", "1", "--device", "cpu"]
-SIZES = {"dynunet": {"filters": [4, 8]}}
+SIZES = {"dynunet": {"filters": [4, 8, 8]}}
 TINY = ["--set", "student_features=[8,8,8,8]", "--epochs", "1"]
 
 

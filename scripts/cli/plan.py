@@ -25,7 +25,7 @@ from scripts.cli.task import FILES, REQUIRED, file_settings, is_file
 if TYPE_CHECKING:
     from scripts.data.planner import Proposal
 
-EXAMPLE = "python -m scripts plan --data task.json --dataset-dir DATA --output planned.json"
+EXAMPLE = "python -m scripts plan --data sts --dataset-dir DATA --output planned.json"
 PLANNED = ("intensity", "spacing", "patch", "student_strides", "batch_size", "flips", "rotation", "mask_values")
 IDENTITY = ("layout", "naming", "classes", "regions", "ignore", "head", "stacked", "allow_missing")
 CPU_GIB = 0.5  # about what a step of --scale small needs; on a CPU time is the limit, not memory
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     features, full_features = config["student_features"], config["student_full_features"]
     proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args))
     task = {**{each.name: each.value for each in proposals if each.value is not None}, **fixed}
-    task = {key: task[key] for key in (*fixed, *task)}
+    task = {key: task[key] for key in (*fixed, *task) if task[key] or key not in IDENTITY}
     if isinstance(fixed.get("intensity"), Mapping):  # some modalities may be given, the others proposed
         task["intensity"] = next(each.value for each in proposals if each.name == "intensity")
     check_settings(modalities=task["modalities"], intensity=task["intensity"])

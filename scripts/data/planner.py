@@ -152,8 +152,8 @@ def plan_training(
         Proposal(
             "patch",
             free.patch,
-            f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; {free.batch} such patch(es) "
-            f"need about {free.gib:.2g} of {gib:.2g} GiB in training",
+            f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; a batch of {free.batch} such "
+            f"patches needs about {free.gib:.2g} of {gib:.2g} GiB in training",
         ),
         Proposal(
             "student_strides",

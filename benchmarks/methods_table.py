@@ -20,6 +20,7 @@ from benchmarks.job_queue import Job
 from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, MethodsPlan
 from scripts.data import datalist, fold_split
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
+from scripts.metrics.case_rows import row_key
 from scripts.report.curves import read_curves
 from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
@@ -32,24 +33,26 @@ Entry = Mapping[str, Any]
 
 
 def seed_mean(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Average the rows of several seeds case by case. A failure counts as Dice 0 and the image's diagonal in mm.
+    """Average the rows of several seeds, case by case and region by region.
+
+    A failure counts as Dice 0 and the image's diagonal in mm.
 
     Args:
         runs: one sequence of rows per seed, all of the same cases.
 
     Returns:
-        One row per case.
+        One row per case and region.
     """
-    by_case: dict[str, list[Row]] = {}
+    by_key: dict[tuple[str, str], list[Row]] = {}
     for rows in runs:
         for row in rows:
-            by_case.setdefault(str(row["case_id"]), []).append(row)
+            by_key.setdefault(row_key(row), []).append(row)
     merged = []
-    for case, rows in by_case.items():
+    for (case, region), rows in by_key.items():
         worst = {"dice": 0.0, "hd95_mm": rows[0]["diagonal_mm"], "assd_mm": rows[0]["diagonal_mm"]}
         filled = {m: [worst[m] if row[m] is None else float(row[m]) for row in rows] for m in METRICS}
         means = {m: statistics.fmean(values) for m, values in filled.items()}
-        merged.append({**rows[0], **means, "case_id": case, "status": "ok"})
+        merged.append({**rows[0], **means, "case_id": case, "region": region, "status": "ok"})
     return merged
 
 

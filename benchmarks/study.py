@@ -16,6 +16,7 @@ from benchmarks.job_queue import run_jobs
 from benchmarks.options import add_data_options, add_output_options
 from benchmarks.study_job import StudyJob
 from benchmarks.study_plan import StudyPlan
+from benchmarks.study_shipped import StudyShipped
 from scripts.cli.options import positive_int
 from scripts.utils.markdown import markdown_table
 
@@ -41,6 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shorten", type=positive_int, default=1, metavar="N", help="for a trial: divide all steps by N"
     )
     parser.add_argument("--commit", default="", help="commit of the code, where it is not a git checkout")
+    parser.add_argument(
+        "--shipped", action="store_true", help="train the weights that are shipped, once the study is done"
+    )
     parser.add_argument("--costs", action="store_true", help="only measure the networks' costs, on an idle machine")
     parser.add_argument("--table", action="store_true", help="run nothing, only write tables, figures and statistics")
 
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> str:
         return write_study(args.results)
     if not args.dataset_dir:
         raise ValueError("The study needs --dataset-dir, the folder of the data set.")
-    plan = StudyPlan(
+    kind = StudyShipped if args.shipped else StudyPlan
+    plan = kind(
         data=args.data,
         dataset_dir=args.dataset_dir,
         output=args.output_dir.resolve(),
@@ -69,17 +74,17 @@ def run(args: argparse.Namespace) -> str:
     if args.dry_run:
         return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in chosen(plan, args.only))
     while True:  # the verdict of the gate brings more jobs
-        known = plan.gate
+        known = plan.verdict
         failed = run_jobs(chosen(plan, args.only), args.workers)
         plan.judge_gate()
-        if plan.gate == known:
+        if plan.verdict == known:
             break
     jobs = chosen(plan, args.only)
     done = sum(job.done for job in jobs)
     return f"{done} of {len(jobs)} jobs are done, {len(failed)} failed or wait for others. Gate: {plan.gate or 'open'}."
 
 
-def chosen(plan: StudyPlan, patterns: Sequence[str]) -> list[StudyJob]:
+def chosen(plan: StudyPlan | StudyShipped, patterns: Sequence[str]) -> list[StudyJob]:
     """The jobs whose names match some patterns, in the order of the patterns."""
     by_name = {job.study_row.name: job for job in plan.jobs()}
     names = (name for pattern in patterns for name in filter_names(by_name, pattern))

@@ -18,7 +18,8 @@ from monai.networks.nets import UNETR
 from torch import nn
 
 from benchmarks.lower_bound import cpu_name
-from benchmarks.study_plan import STUDENTS, VIT_SMALL
+from benchmarks.study_students import STUDENTS
+from benchmarks.study_teachers import VIT_SMALL
 from scripts.evaluation.network_cost import network_cost
 from scripts.networks import HDenseFormer, Student
 from scripts.utils.atomic_files import write_json, write_text

@@ -22,7 +22,7 @@ from scripts.metrics import read_rows
 from scripts.utils.atomic_files import write_json
 from scripts.utils.tensor_files import load_plain
 
-COLUMNS = ("case_id", "patient_id", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
+COLUMNS = ("case_id", "patient_id", "region", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
 MANIFEST = ("bundle_version", "versions", "threads", "wall_seconds", "peak_mib", "teachers_sha256", "data_sha256")
 
 
@@ -113,6 +113,7 @@ class StudyJob(Job):
         folders: folder -> what stands for it in the commands of the record.
         kept: a file that makes this job unnecessary.
         answers: what a job of the teachers collects instead of an evaluation.
+        scored: where the results of the evaluations belong, if there are several.
     """
 
     study_row: StudyRow = field(kw_only=True)
@@ -124,6 +125,12 @@ class StudyJob(Job):
     folders: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     kept: Path | None = field(default=None, kw_only=True)
     answers: Answers | None = field(default=None, kw_only=True)
+    scored: tuple[StudyRow, ...] = field(default=(), kw_only=True)
+
+    @property
+    def rows(self) -> tuple[StudyRow, ...]:
+        """Where the results of this job belong."""
+        return self.answers.rows if self.answers else self.scored or (self.study_row,)
 
     @property
     def record(self) -> Path:
@@ -138,8 +145,8 @@ class StudyJob(Job):
         """Whether the result is kept, or nothing needs it any more."""
         if self.kept is not None:
             return self.kept.is_file() or self._trained()
-        rows = self.answers.rows if self.answers else (self.study_row,)
-        return all(self._record(row).is_file() for row in rows)
+        written = not (self.answers and self.answers.teacher) or self.answers.paths[0].is_file()
+        return written and all(self._record(row).is_file() for row in self.rows)
 
     def typed(self) -> tuple[Command, ...]:
         """The commands, as they are now."""
@@ -167,8 +174,9 @@ class StudyJob(Job):
             for row in self.answers.rows:
                 self._keep(row, self.answers.score(self.folder / row.name, row))
         elif self.kept is None:
-            self._keep(self.study_row, read_rows(self.folder / "eval" / "cases.csv"))
-            for name in ("cache", "predictions", "eval"):
+            for name, row in zip(self.evaluations, self.rows, strict=True):
+                self._keep(row, read_rows(self.folder / name / "cases.csv"))
+            for name in ("cache", "predictions", *self.evaluations):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         for state in self.folder.glob("checkpoint*.pt"):
             state.unlink()

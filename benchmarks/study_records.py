@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.metrics import METRICS, checked_rows
-from scripts.metrics.aggregate import FAILURES
+from scripts.metrics.case_rows import FAILURES
 from scripts.utils.atomic_files import write_text
 
 Run = Mapping[str, Any]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,13 @@ from scripts.utils.atomic_files import write_json
 
 FOLDS = 5
 BATCH = 2
+EVALUATED = ("spacing", "patch", "modalities", "selective_fusion")  # settings that an evaluation needs, too
 GRID = {"spacing": [4.0, 4.0, 4.0], "patch": [48, 48, 48], "ema": 0.99}
+
+
+def other_folds(*left_out: int) -> list[int]:
+    """All folds but these."""
+    return [k for k in range(FOLDS) if k not in left_out]
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class StudySetting:
         return self.results / "jobs" / f"{row.name}.json"
 
     def job_folder(self, row: StudyRow) -> Path:
-        return self.output / row.name
+        return self.output / row.name.replace("@", "_")  # MONAI reads @ as a reference
 
     def job(
         self,
@@ -87,8 +93,22 @@ class StudySetting:
         settings: Callable[[], dict[str, Any]],
         schedule: bool = False,
         evaluated: bool = True,
+        evaluations: Mapping[str, Command] | None = None,
+        staged: bool = False,
     ) -> StudyJob:
-        """A training on some folds, evaluated on the row's fold."""
+        """A training on some folds, evaluated on the row's fold.
+
+        Args:
+            row: where the result belongs.
+            train: folds to train on with their labels.
+            unlabelled: folds to train on without their labels.
+            verb: gives the verb and its options, when the job starts.
+            settings: gives config id -> value, when the job starts.
+            schedule: set the length of the training.
+            evaluated: evaluate the weights.
+            evaluations: name -> options, where there are several; the arm of such a result is ``ARM@NAME``.
+            staged: the verb divides ``--epochs`` among its stages, so that no setting may replace it.
+        """
         folder = self.job_folder(row)
         steps = max(1, row.steps // self.shorten)
         labelled, others = list(self.cases_of(train)), list(self.cases_of(unlabelled))
@@ -120,15 +140,20 @@ class StudySetting:
             folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
         )
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")
+        named = {f"eval_{name.replace('+', '_')}": chosen for name, chosen in (evaluations or {}).items()}
+        folders: dict[str, Command] = (named or {"eval": ()}) if evaluated else {}
 
         def commands() -> tuple[Command, ...]:
             values = {**(length if schedule else {}), **settings()}
-            first = self.command(job, (*verb(), "--fold", "0"), values, folder)
-            if not evaluated:
-                return (first,)
-            return first, self.command(job, evaluate, settings(), folder / "eval")
+            epochs_option = ("--epochs", str(values.pop("max_epochs"))) if staged else ()
+            first = self.command(job, (*verb(), *epochs_option, "--fold", "0"), values, folder)
+            others = (
+                self.command(job, (*evaluate, *chosen), settings(), folder / name) for name, chosen in folders.items()
+            )
+            return first, *others
 
-        return replace(job, build=commands, evaluations=("eval",) if evaluated else ())
+        scored = tuple(replace(row, arm=f"{row.arm}@{name}") for name in evaluations or ())
+        return replace(job, build=commands, evaluations=tuple(folders), scored=scored)
 
     def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
         """A case's row of a data list, with paths relative to the data set's folder."""
@@ -145,6 +170,6 @@ class StudySetting:
             how += ["--set", f"volumes_dir={self.output / 'volumes'}"]
         values = {**GRID, **settings}
         if verb[0] == "evaluate":
-            values = {key: value for key, value in values.items() if key in ("spacing", "patch") or "student" in key}
+            values = {key: value for key, value in values.items() if key in EVALUATED or "student" in key}
         sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
         return (*verb, *where, *how, *sets)

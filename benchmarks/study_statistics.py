@@ -179,11 +179,30 @@ def _untested_reason(hypothesis: Hypothesis, runs: Sequence[Run], reference: Seq
     return "" if folds_and_seeds[0] == folds_and_seeds[1] else "the two arms differ in their pairs of folds or seeds"
 
 
+def _complete_rounds(runs: Sequence[Run], reference: Sequence[Run]) -> list[list[Run]]:
+    """The runs of two arms in the rounds of five pairs that are complete in both; all runs if there is none.
+
+    A round has one pair of folds per tested fold: all of its source folds lie equally far behind the tested ones.
+    """
+    arms = [list(runs), list(reference)]
+    distances = {_distance(run) for run in runs}
+    complete = [
+        distance
+        for distance in distances
+        if not any(missing_runs([run for run in arm if _distance(run) == distance]) for arm in arms)
+    ]
+    return [[run for run in arm if _distance(run) in complete] for arm in arms] if complete else arms
+
+
+def _distance(run: Run) -> int | None:
+    return None if run["source_fold"] is None else (run["source_fold"] - run["fold"]) % len(FOLDS)
+
+
 def hypothesis_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The results of the three hypotheses.
 
     A hypothesis is tested once both arms are complete (every fold, at least two seeds) and have the same pairs and
-    seeds. Until then it has no p-value: nothing is tested on a part of the runs and again on all.
+    seeds. Until then it has no p-value. B1 has two rounds of five pairs; the second counts once it is complete.
 
     Args:
         runs: all runs of the study.
@@ -194,7 +213,9 @@ def hypothesis_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     results = []
     for each in HYPOTHESES:
-        arms = [select_runs(runs, each.experiment, arm, each.student) for arm in (each.arm, each.reference)]
+        arms = _complete_rounds(
+            *(select_runs(runs, each.experiment, arm, each.student) for arm in (each.arm, each.reference))
+        )
         result = {"id": each.name, **compare_arms(*arms), "untested": _untested_reason(each, *arms)}
         result["p"] = None if result["untested"] else wilcoxon_p(result["differences"])
         results.append(result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods_table import format_interval
+from benchmarks.missing_modalities import subsets
 from benchmarks.study_compression import TEACHERS, Arms, compression_section
 from benchmarks.study_costs import read_costs, write_costs
 from benchmarks.study_figures import draw_hypotheses
@@ -23,17 +24,26 @@ from benchmarks.study_statistics import (
 from scripts.utils.atomic_files import write_json, write_text
 from scripts.utils.markdown import markdown_table
 
+SUBSETS = ["+".join(subset) for subset in subsets(("ct", "pet", "mr"))]
+_D_ARMS = ("alone_dropout@{}", "alone_{}", "kd_dropout@{}", "kd_experts_dropout@{}", "kd_{}", "expert@{}")
+_D_CONTRASTS = {
+    "alone_{}": ("alone_dropout@{}",),
+    "kd_dropout@{}": ("alone_dropout@{}",),
+    "kd_experts_dropout@{}": ("kd_dropout@{}", "alone_dropout@{}"),
+    "kd_{}": ("alone_{}", "kd_dropout@{}"),
+}
+_COMPARED = ("alone", "control", "kd_in_sample")
 EXPERIMENTS: dict[str, tuple[str, tuple[str, ...]]] = {  # title, arms in the order of the table; others follow
     "recipe": ("the recipe of the student alone", ()),
-    "A": ("the teachers", ("t1", "t2", "ensemble")),
+    "A": ("the teachers", ("t1", "t2", "dynunet", "ensemble", "ensemble_widened")),
     "B1": ("another hospital", ("alone", "elsewhere", "control", "kd_unlabelled", "kd")),
-    "B2": ("few labels", ("alone", "self_training", "kd")),
+    "B2": ("few labels", ("alone", "self_training", "kd", "t1", "t2", "ensemble")),
     "C": ("compression", ("alone", "alone_long", "control", "kd_in_sample", "kd_out_of_fold", TEACHERS)),
-    "D": ("missing modalities", ()),
-    "E": ("methods that use predictions only", ("alone", "control")),
-    "F": ("methods that use features", ("alone", "control")),
+    "D": ("missing modalities", tuple(arm.format(subset) for subset in SUBSETS for arm in _D_ARMS)),
+    "E": ("methods that use predictions only", _COMPARED),
+    "F": ("methods that use features", _COMPARED),
 }
-BORROWED = {"B2": ("B1", ("alone",)), "E": ("C", ("alone", "control")), "F": ("C", ("alone", "control"))}
+BORROWED = {"B2": ("B1", ("alone",)), "E": ("C", _COMPARED), "F": ("C", _COMPARED)}
 CONTRASTS: dict[str, dict[str, tuple[str, ...]]] = {  # arm -> the arms that are subtracted
     "A": {},
     "B1": {
@@ -47,6 +57,11 @@ CONTRASTS: dict[str, dict[str, tuple[str, ...]]] = {  # arm -> the arms that are
         "kd_out_of_fold": ("control", "alone", "alone_long", "kd_in_sample"),
         "kd_in_sample": ("control", "alone", "alone_long"),
         "control": ("alone",),
+    },
+    "D": {
+        arm.format(subset): tuple(other.format(subset) for other in others)
+        for subset in SUBSETS
+        for arm, others in _D_CONTRASTS.items()
     },
 }
 REFERENCES = ("alone", "control")  # subtracted from every arm of the other experiments

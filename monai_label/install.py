@@ -12,19 +12,22 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.cli.bundle_run import protected
 from scripts.cli.config import read_config, set_value
-from scripts.cli.trained_task import SETTINGS
+from scripts.cli.main import build_parser
+from scripts.cli.trained_task import SETTINGS, task_of
+from scripts.data.regions import class_mask_values
 from scripts.training.trained_network import trained_network
-from scripts.utils.task_file import read_task
+from scripts.utils.task_file import read_task, task_path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "distilled_segmentation"
-COPIED = ("configs", "scripts", "LICENSE", "metadata.json")
-LAYOUT = {"ct": "{case}", "pet": "pet/{case}", "mr": "mr/{case}"}
+COPIED = ("configs", "scripts", "LICENSE")
+PHANTOM_FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}
 # MONAI Label reads one inference config and one training config. It sets data and epochs by fixed ids.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "inference": {
@@ -33,6 +36,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "allow_missing": "@displayable_configs#allow_missing",
         # As the bundle itself prepares it. In another memory format masks differ by rounding.
         "network_def": {"_target_": "scripts.networks.deep_supervision.segmentation_network", "network": "@student"},
+        "mask_values": "file",  # so that a corrected mask is a label to train with
     },
     "train": {
         "output_dir": "$os.path.join(@bundle_root, 'runs', 'label')",
@@ -41,7 +45,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "locked": "",
         "overwrite": True,  # every training starts anew, with the labels that the store has by then
         "batch_size": 1,  # so that one label is enough
-        "naming": [LAYOUT],
         "cases": "@train#dataset#data",  # set by MONAI Label
         "split": "$[@cases, []]",
         "lr_scheduler#total_iters": "@train#trainer#max_epochs",
@@ -72,7 +75,8 @@ def install_app(folder: Path) -> Path:
 def install_bundle(app: Path, weights: Path) -> Path:
     """Copy the bundle into the app. Existing weights are kept.
 
-    Its configs get the ``OVERRIDES``, and the network and the settings that the weights were trained with.
+    Its configs get the ``OVERRIDES``, and the network and the settings that the weights were trained with; its metadata
+    the labels and modalities of their task.
 
     Returns:
         The folder of the bundle.
@@ -88,46 +92,101 @@ def install_bundle(app: Path, weights: Path) -> Path:
     target.parent.mkdir(exist_ok=True)
     if not target.exists():  # else they may have been trained here
         shutil.copy(weights, target)
-        task = weights.with_name(f"{weights.stem}.task.json")
-        if task.is_file():
-            shutil.copy(task, target.with_name("model.task.json"))
-    trained = trained_settings(target)
+        record = task_path(weights)
+        if record.is_file():
+            shutil.copy(record, task_path(target))
+    task, network = trained_task(target), trained_definition(target)
+    naming = [study_layout(task["modalities"])]
     for name, overrides in OVERRIDES.items():
-        config = {**read_config(name), **protected(trained)}
+        config = {**read_config(name), **protected({**task, **network, "naming": naming})}
         if "network_def" in overrides:
             config["student"] = config["network_def"]
         for key, value in overrides.items():
             set_value(config, key, value)
-        (bundle / "configs" / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_json(config, bundle / "configs" / f"{name}.json")
+    _write_json(app_metadata(read_config("metadata"), task), bundle / "configs" / "metadata.json")
     return bundle
 
 
-def trained_settings(weights: Path) -> dict[str, Any]:
-    """The settings and the definition of the network in the record beside weights; empty without a record.
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def trained_task(weights: Path) -> dict[str, Any]:
+    """The settings of the task that weights were trained on, from the record beside them.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    task = task_of(build_parser().parse_args(["segment", "--weights", str(weights)]))
+    return {key: task[key] for key in SETTINGS}
+
+
+def trained_definition(weights: Path) -> dict[str, Any]:
+    """The definition of the network in the record beside weights, by its config id; empty without a record.
 
     Raises:
         ValueError: the record is damaged, or its network cannot be used.
     """
     task = read_task(weights) or {}
-    network = {"network_def": trained_network(task["network"], weights)} if "network" in task else {}
-    return {**{key: task[key] for key in SETTINGS if key in task}, **network}
+    return {"network_def": trained_network(task["network"], weights)} if "network" in task else {}
 
 
-def install_studies(folder: Path, cases: int) -> Path:
-    """Write phantoms in the layout of MONAI Label: CT files on top, PET and MR in sub folders with the same names.
+def study_layout(modalities: Sequence[str]) -> dict[str, str]:
+    """The layout of MONAI Label's studies: the first modality's files on top, others with these names in sub folders."""
+    return {key: f"{key}/{{case}}" if number else "{case}" for number, key in enumerate(modalities)}
+
+
+def app_metadata(metadata: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """The bundle's metadata for one task: MONAI Label takes the names and values of its labels from it.
+
+    Args:
+        metadata: of the bundle, for its own task.
+        task: settings of another.
+
+    Raises:
+        ValueError: a value of the label files is no whole number, which MONAI Label requires.
+    """
+    values = class_mask_values(task["labels"], task["classes"], task["regions"])
+    for name, value in values.items():
+        if value != int(value):
+            raise ValueError(f"MONAI Label requires whole numbers as labels, but {name} is {value:g} in labels.")
+    names = {"0": "background", **{str(int(value)): name for name, value in values.items()}}
+    inputs = dict(enumerate(task["modalities"]))
+    title = f"Segmentation of {', '.join(values)} in {', '.join(task['modalities'])}"
+    described = ", ".join(f"{value} {name}" for value, name in names.items())
+    texts = {"task": title, "description": f"{title}, for research only", "label_classes": described}
+    texts |= {"image_classes": f"channels: {', '.join(task['modalities'])}", "pred_classes": described}
+    images, masks = (metadata["network_data_format"][key] for key in ("inputs", "outputs"))
+    image = {**images["image"], "num_channels": len(inputs), "channel_def": {str(k): key for k, key in inputs.items()}}
+    pred = {**masks["pred"], "num_channels": len(names), "channel_def": names}
+    others = {key: value for key, value in metadata.items() if not key.endswith("_data_format")}  # of the teachers
+    formats = {"inputs": {"image": image}, "outputs": {"pred": pred}}
+    return {**others, **texts, "network_data_format": formats}
+
+
+def install_studies(folder: Path, cases: int, modalities: Sequence[str]) -> Path:
+    """Make the folder of the studies: files of the first modality on top, of others in sub folders with the same names.
+
+    Phantoms are written into it if they have all of the modalities.
 
     Returns:
         The folder of the studies.
     """
     phantoms, studies = folder / "phantoms", folder / "studies"
+    layout = study_layout(modalities)
+    for pattern in layout.values():
+        (studies / pattern).parent.mkdir(parents=True, exist_ok=True)
+    if not set(modalities) <= set(PHANTOM_FILES):
+        print(f"No phantoms have {', '.join(modalities)}. Put your studies into {studies}.")
+        return studies
     arguments = ["phantom", "--cases", str(cases), "--output-dir", str(phantoms)]
     subprocess.run([sys.executable, "-W", "ignore", "-m", "scripts", *arguments], cwd=ROOT, check=True)
     for case in sorted(phantoms.glob("PHANTOM_*")):
-        for key, name in (("ct", "CT_image"), ("pet", "PET_image"), ("mr", "MR_T1_image")):
-            target = studies / LAYOUT[key].format(case=f"{case.name}.nii.gz")
-            target.parent.mkdir(parents=True, exist_ok=True)
+        for key, pattern in layout.items():
+            target = studies / pattern.format(case=f"{case.name}.nii.gz")
             if not target.exists():
-                shutil.copy(case / f"{name}.nii.gz", target)
+                shutil.copy(case / f"{PHANTOM_FILES[key]}.nii.gz", target)
     return studies
 
 
@@ -146,8 +205,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     folder = args.folder.resolve()
-    install_bundle(install_app(folder), args.weights)
-    install_studies(folder, args.cases)
+    bundle = install_bundle(install_app(folder), args.weights)
+    install_studies(folder, args.cases, trained_task(bundle / "models" / "model.pt")["modalities"])
 
 
 if __name__ == "__main__":

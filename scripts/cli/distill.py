@@ -20,7 +20,13 @@ from scripts.cli.options import (
     teachers_overrides,
     training_overrides,
 )
-from scripts.cli.student_options import add_student_options, layers_overrides, loss_overrides, network_overrides
+from scripts.cli.student_options import (
+    add_student_options,
+    layers_overrides,
+    loss_overrides,
+    network_overrides,
+    require_own_loss_fits,
+)
 
 EXAMPLE = (
     "python -m scripts distill --list\n"
@@ -66,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         configs.append("cached")
     student = {**training_overrides(args), **network_overrides(args), **loss_overrides(args)}
     config = resolved_config(args, configs, student)
+    require_own_loss_fits(args, config)
     overrides = {**student, **layers_overrides(args), **teachers_overrides(args, config["modalities"])}
     if STAGED_METHOD in methods:
         overrides = _train_stages(args, config, overrides)
@@ -104,7 +111,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared.pop("pretrained", None)
     shared |= loss_overrides(args)
-    for stage in gkd_stages(folder, teachers, epochs):
+    for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
         if is_finished(output):
             continue

@@ -25,6 +25,7 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from scripts.data import datalist
+    from scripts.data.regions import region_values
     from scripts.evaluation.compare import compare
     from scripts.evaluation.records import evaluated_task
 
@@ -45,5 +46,8 @@ def run(args: argparse.Namespace) -> None:
         args.title,
         config["labels"],
         image_rules(config),
+        region_values(config["labels"], config["classes"], config["regions"]),
+        config["ignore"],
+        config["mask_values"],
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")

@@ -46,10 +46,12 @@ def segment_case(args: argparse.Namespace) -> None:
         return
     print(f"mask: {mask}")
     if args.report:
+        from scripts.data.regions import region_mask_values
         from scripts.report.mask_report import write_mask_report
 
-        rules = image_rules(config)
-        print(f"report: {write_mask_report(mask, images, bool(args.stacked), rules, config['intensity'])}")
+        regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
+        report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)
+        print(f"report: {report}")
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

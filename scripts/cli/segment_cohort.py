@@ -24,7 +24,7 @@ from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.trained_task import weights_path, with_trained_task
 from scripts.data import Rules, datalist
-from scripts.data.bids import bids_name, write_dataset_description, write_mask_sidecar
+from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, write_dataset_description
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -65,9 +65,10 @@ def segment_cohort(args: argparse.Namespace) -> None:
     cases = datalist(
         config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, config["layout"]
     )
-    masks = _mask_paths(args, cases, modalities, output)
+    bids = bids_task(config) if args.bids else None
+    masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused
-        _segment_cases(args, cases, masks, modalities, output)
+        _segment_cases(args, cases, masks, modalities, output, bids)
 
 
 def _segment_cases(
@@ -76,12 +77,13 @@ def _segment_cases(
     masks: Mapping[str, Path],
     modalities: Sequence[str],
     output: Path,
+    bids: BidsTask | None,
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
     _refuse_other_weights(output / RECORD, checksum)
-    if args.bids:
-        write_dataset_description(output)
+    if bids:
+        write_dataset_description(output, bids)
     remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
@@ -94,9 +96,9 @@ def _segment_cases(
             if case_id in outcomes
         }
         write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
-    if args.bids:
+    if bids:
         for case in cases:
-            write_mask_sidecar(masks[case["case_id"]], case, modalities)
+            describe_mask(masks[case["case_id"]], case, modalities, bids)
     _report({case_id: outcomes[case_id] for case_id in masks})
 
 
@@ -107,12 +109,16 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
 
 
 def _mask_paths(
-    args: argparse.Namespace, cases: Sequence[Mapping[str, Any]], modalities: Sequence[str], output: Path
+    args: argparse.Namespace,
+    cases: Sequence[Mapping[str, Any]],
+    modalities: Sequence[str],
+    output: Path,
+    bids: BidsTask | None,
 ) -> dict[str, Path]:
     """The mask of each case; ValueError where two would share a path, or one is the path of an image."""
     masks = {}
     for case in cases:
-        name = bids_name(dict(case), modalities) if args.bids else f"{case['case_id']}{SUFFIX}"
+        name = bids_name(case, modalities, bids) if bids else f"{case['case_id']}{SUFFIX}"
         masks[case["case_id"]] = output / name
     if len(set(masks.values())) < len(masks):
         raise ValueError(

@@ -6,20 +6,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.config import read_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.trained_task import with_trained_task
+from scripts.data.regions import region_mask_values
 from scripts.image_io.checks import WARNING, Finding, report_findings
+from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
 from scripts.image_io.dicom_series import series_files
-from scripts.image_io.dicom_study import DICOM_MODALITIES, Series, choose_series, find_series
-from scripts.image_io.dicom_writer import RefusedError, read_slices, write_rtstruct, write_seg
+from scripts.image_io.dicom_study import Series, choose_series, find_series
+from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
@@ -30,14 +32,15 @@ def segment_study(args: argparse.Namespace) -> None:
     Writes ``mask.nii.gz``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` into ``args.output_dir``.
 
     Raises:
-        ValueError: the study lacks a series, holds several of a kind, or mixes patients or frames of reference; the
-            reference series is missing, or is multi-frame and an RTSTRUCT is wanted; an optional package is not
-            installed; a table of cases is given.
+        ValueError: the study lacks a series, holds several for a modality, or mixes patients or frames of reference;
+            the reference series is missing, or is multi-frame and an RTSTRUCT is wanted; the task's rules or codes are
+            wrong; an optional package is not installed; a table of cases is given.
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
     configs = ["inference", *context_configs(args)]
-    modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
+    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
+    modalities = task["modalities"]
     output = Path(args.output_dir or "runs/dicom")
     mask = output / "mask.nii.gz"
     if args.dry_run:  # as if one folder held every series
@@ -46,8 +49,12 @@ def segment_study(args: argparse.Namespace) -> None:
         return
     for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
         dicom_package(name)  # before anything is segmented
-    chosen = choose_series(find_series(args.study), modalities, args.series_uid or ())
-    _require_series(args, chosen, modalities)
+    rules = series_rules(modalities, task["dicom"])
+    regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
+    properties = segment_properties(regions, task["codes"])
+    keywords = {keyword for rule in rules.values() for keyword in rule}
+    chosen = choose_series(find_series(args.study, sorted(keywords)), rules, args.series_uid or ())
+    _require_series(args, chosen, rules)
     reference = chosen[modalities[0]]
     if args.rtstruct and reference.enhanced:
         raise ValueError(
@@ -60,15 +67,16 @@ def segment_study(args: argparse.Namespace) -> None:
             folders = _series_folders(chosen, Path(links))
             images = [*folders.items()]
             segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "series_uid": uids}))
-        write_dicom(mask, reference, segment_label(), output, args.rtstruct, args.debug)
+        write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug)
 
 
-def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], modalities: list[str]) -> None:
-    missing = [key for key in modalities if key not in chosen]
-    if missing and (modalities[0] in missing or not args.allow_missing):
-        names = ", ".join(DICOM_MODALITIES[key] for key in missing)
-        advice = "Add it." if modalities[0] in missing else "Add it, or use --allow-missing."
-        raise ValueError(f"{args.study} has no series of {names}. {advice}")
+def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule]) -> None:
+    missing = [key for key in rules if key not in chosen]
+    reference = next(iter(rules))
+    if missing and (reference in missing or not args.allow_missing):
+        names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
+        advice = "Add it" if reference in missing else "Add it, use --allow-missing"
+        raise ValueError(f"{args.study} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
 
 
 def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
@@ -89,13 +97,22 @@ def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]
     return folders
 
 
-def write_dicom(mask: Path, reference: Series, label: str, output: Path, rtstruct: bool, debug: bool = False) -> None:
+def write_dicom(
+    mask: Path,
+    reference: Series,
+    regions: Regions,
+    properties: Mapping[str, Property],
+    output: Path,
+    rtstruct: bool,
+    debug: bool = False,
+) -> None:
     """Write the mask as DICOM SEG and, on request, as RTSTRUCT.
 
     Args:
         mask: the NIfTI mask on the grid of ``reference``.
         reference: series that the objects refer to.
-        label: name of the segment.
+        regions: name -> values of the mask.
+        properties: what each region is.
         output: folder of ``seg.dcm`` and ``rtstruct.dcm``.
         rtstruct: also write the structure set.
         debug: let the errors of the DICOM packages through, which may quote the patient's data.
@@ -103,13 +120,20 @@ def write_dicom(mask: Path, reference: Series, label: str, output: Path, rtstruc
     path = output / "seg.dcm"
     with _without_patient_data(path, reference, mask, debug):
         slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
-        write_seg(mask, slices, label, code_version(), path)
+        write_seg(mask, slices, regions, properties, code_version(), path)
     print(f"DICOM SEG: {path}")
     if rtstruct:
         path = output / "rtstruct.dcm"
         with _without_patient_data(path, reference, mask, debug):
-            written = write_rtstruct(mask, slices, label, path)
-        print(f"RTSTRUCT: {path}" if written else "RTSTRUCT: not written, because the mask is empty")
+            written = write_rtstruct(mask, slices, regions, path)
+        print(_rtstruct_line(path, regions, written))
+
+
+def _rtstruct_line(path: Path, regions: Regions, written: Sequence[str]) -> str:
+    if not written:
+        return "RTSTRUCT: not written, because the mask is empty"
+    empty = [name for name in regions if name not in written]
+    return f"RTSTRUCT: {path}" + (f" (without {', '.join(empty)}, empty in this mask)" if empty else "")
 
 
 @contextmanager
@@ -126,9 +150,3 @@ def _without_patient_data(path: Path, series: Series, mask: Path, debug: bool) -
             f"{path} was not written ({type(error).__name__}): the headers of the series {series.uid} do not fit. "
             f"The mask was written to {mask}. Use --debug to see why; the traceback may show patient data."
         ) from None
-
-
-def segment_label() -> str:
-    """The name of the foreground in the bundle's metadata."""
-    formats = read_config("metadata")["network_data_format"]
-    return str(formats["outputs"]["pred"]["channel_def"]["1"])

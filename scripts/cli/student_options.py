@@ -8,7 +8,7 @@ import pydoc
 from typing import Any
 
 from scripts.cli.bundle_run import Overrides, interpreted
-from scripts.cli.config import read_object
+from scripts.cli.config import Config, read_object
 from scripts.cli.options import Parser
 
 LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
@@ -66,6 +66,24 @@ def loss_overrides(args: argparse.Namespace) -> Overrides:
             _require_class(path, read_object(path, "definition of a loss"), "loss", "DiceFocalLoss")
         )
     }
+
+
+def require_own_loss_fits(args: argparse.Namespace, config: Config) -> None:
+    """Refuse ``--segmentation-loss`` for a task whose label such a loss cannot read.
+
+    Args:
+        args: parsed options.
+        config: the merged config of the training.
+
+    Raises:
+        ValueError: the task has a sigmoid head, or ignored voxels.
+    """
+    if args.segmentation_loss and (config["head"] == "sigmoid" or config["ignore"] not in (None, "$None")):
+        reason = "a sigmoid head" if config["head"] == "sigmoid" else "voxels to ignore"
+        raise ValueError(
+            f"--segmentation-loss {args.segmentation_loss} gets class indices, but the task has {reason}. Remove the "
+            "option: the included loss handles both."
+        )
 
 
 def layers_overrides(args: argparse.Namespace) -> Overrides:

@@ -7,7 +7,6 @@ A file is read as data. Its text is never evaluated, and it wins over ``--scale`
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,7 +47,6 @@ def file_settings(args: argparse.Namespace) -> Config:
     return {**_read_file(str(args.data)), **_of_data_set(args)}
 
 
-@functools.cache
 def _read_file(path: str) -> Config:
     task = read_object(path, "description of a task")
     known = {**read_config("train"), **read_config("inference")}
@@ -69,7 +67,10 @@ def _of_data_set(args: argparse.Namespace) -> Config:
         return {}
     from scripts.data.cohorts.nnunet_task import nnunet_task
 
-    return {key: value for key, value in nnunet_task(Path(args.dataset_dir)).items() if key not in task}
+    stated = nnunet_task(Path(args.dataset_dir))
+    if "labels" in task:  # its own classes and regions belong to them
+        stated = {"modalities": stated["modalities"]}
+    return {key: value for key, value in stated.items() if key not in task}
 
 
 def require_complete(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:

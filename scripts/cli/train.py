@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.cli.bundle_run import run_bundle
+from scripts.cli.bundle_run import resolved_config, run_bundle
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -14,7 +14,7 @@ from scripts.cli.options import (
     multi_gpu_configs,
     training_overrides,
 )
-from scripts.cli.student_options import add_student_options, loss_overrides, network_overrides
+from scripts.cli.student_options import add_student_options, loss_overrides, network_overrides, require_own_loss_fits
 
 EXAMPLE = (
     "python -m scripts train --data sts --dataset-dir DATA --output-dir RUNS/alone\n"
@@ -32,4 +32,6 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train."""
     overrides = {**training_overrides(args), **network_overrides(args), **loss_overrides(args)}
-    run_bundle(args, ["train", *context_configs(args), *multi_gpu_configs(args)], overrides)
+    configs = ["train", *context_configs(args), *multi_gpu_configs(args)]
+    require_own_loss_fits(args, resolved_config(args, configs, overrides))
+    run_bundle(args, configs, overrides)

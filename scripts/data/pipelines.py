@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from monai import transforms as mt
 
@@ -88,7 +89,13 @@ def _end_of_fixed_part(modalities: Sequence[str], patch: Sequence[int]) -> list[
 
 
 def _augment(
-    modalities: Sequence[str], patch: Sequence[int], positives: int, negatives: int, cached: Any
+    modalities: Sequence[str],
+    patch: Sequence[int],
+    positives: int,
+    negatives: int,
+    cached: Any,
+    flips: Sequence[int],
+    rotation: Sequence[float],
 ) -> list[Callable[..., Any]]:
     """Random patch, flips, small rotations and scaling for all keys; gain, blur, contrast and noise per modality.
 
@@ -108,12 +115,12 @@ def _augment(
         mt.CastToTyped("stack", torch.float32),
         mt.RandAffined(
             **spatial,
-            rotate_range=(0.26,) * 3,
+            rotate_range=np.deg2rad(rotation).tolist(),
             scale_range=(0.15,) * 3,
             mode=["bilinear", "nearest"],
             padding_mode="border",
         ),
-        *(mt.RandFlipd(**spatial, spatial_axis=axis) for axis in range(3)),
+        *(mt.RandFlipd(**spatial, spatial_axis=axis) for axis in flips),
         SplitStackd("stack", modalities, rest="cached" if cached else None),
     ]
     for key in modalities:
@@ -154,6 +161,8 @@ def preprocessing(
     stacked: bool = False,
     memory_gib: float | None = None,
     unlabelled: bool = False,
+    flips: Sequence[int] = (0, 1, 2),
+    rotation: Sequence[float] = (15, 15, 15),
     ignore: float | None = None,
 ) -> Pipeline:
     """Make the transforms from ``{"image": reference file[, modality files][, "label"]}`` to the network's input.
@@ -178,6 +187,8 @@ def preprocessing(
         unlabelled: accept training cases without a label; theirs is ``UNLABELLED`` in every voxel.
         ignore: the label file's value of voxels that count in no loss and no score; they become ``IGNORED``.
         cached: reader of cached teacher predictions for training patches, see ``scripts.distillation.teacher_cache``.
+        flips: axes of training patches that may be flipped, in RAS: 0 exchanges left and right.
+        rotation: largest angle about each axis of training patches, in degrees.
 
     Returns:
         A ``Pipeline`` that gives ``image`` (M H W D, one channel per modality), ``presence`` (M, bool) and ``label``
@@ -200,6 +211,8 @@ def preprocessing(
         spacing=spacing,
         allow_missing=allow_missing,
         stacked=stacked,
+        flips=list(flips),
+        rotation=list(rotation),
         **{key: value for key, value in given.items() if value is not None},
     )
     reference = reference or modalities[0]
@@ -215,6 +228,8 @@ def preprocessing(
         settings["series_uids"] = sorted(checks.series_uids)
     if stacked:
         settings["stacked"] = True
+    if len(labels or ()) > 2:
+        settings["centres"] = "by class"  # as version 0.9 did not
     if ignore is not None:
         settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
@@ -239,7 +254,7 @@ def preprocessing(
     if mode != "train" or patch is None:
         select = mt.SelectItemsd(["image", LABEL, "presence", "case_id"], allow_missing_keys=True)
         return Pipeline([*fixed, stack, *([select] if mode == "validate" else [])], [], settings)
-    random = _augment(modalities, patch, positives, negatives, cached)
+    random = _augment(modalities, patch, positives, negatives, cached, flips, rotation)
     fixed += _end_of_fixed_part(modalities, patch)
     pipeline = Pipeline(fixed, [*random, stack, *_end_of_random_part(cached)], settings)
     pipeline.cached = cached
@@ -248,13 +263,24 @@ def preprocessing(
     return pipeline
 
 
-def postprocessing(output_dir: str, save: bool = True) -> mt.Compose:
+def postprocessing(
+    output_dir: str,
+    save: bool = True,
+    regions: Sequence[Sequence[int]] | None = None,
+    values: Sequence[float] | None = None,
+) -> mt.Compose:
     """Make the transforms from logits on the network's grid to a mask on the reference's own grid.
 
-    The mask is written as ``<case_id>.nii.gz``.
+    The mask is written as ``<case_id>.nii.gz``. The returned one holds class indices.
 
     Args:
         output_dir: folder of the masks.
         save: whether to write them.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
+        values: what to write for each class (``scripts.data.regions.mask_values``); by default its index.
+
+    Raises:
+        ValueError: a value is no integer, so that no mask can hold it.
     """
-    return mt.Compose([RestoreGridd("pred", "image"), *([SaveMaskd("pred", output_dir)] if save else [])])
+    writer = [SaveMaskd("pred", output_dir, values)] if save else []
+    return mt.Compose([RestoreGridd("pred", "image", regions), *writer])

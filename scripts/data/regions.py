@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from scripts.utils.values import is_list, is_number
+from scripts.metrics.case_rows import FOREGROUND
+from scripts.utils.values import HEADS, is_list, is_number
 
-HEADS = ("softmax", "sigmoid")
-FOREGROUND = "foreground"  # the region of a task with one class that it does not name
 IGNORED = 254  # class index of voxels that count in no loss and no score
 
 Labels = Sequence[Sequence[float]]
@@ -115,6 +114,33 @@ def mask_values(labels: Labels, mode: str = "file") -> list[float]:
     if mode not in ("file", "index"):
         raise ValueError(f'mask_values is {mode!r}. Give "file" or "index".')
     return [values[0] if mode == "file" else index for index, values in enumerate(labels)]
+
+
+def region_mask_values(
+    labels: Labels, classes: Sequence[str] | None = None, regions: Regions | None = None, mode: str = "file"
+) -> dict[str, list[float]]:
+    """The values of each region in written masks; arguments as for ``region_classes`` and ``mask_values``."""
+    values = mask_values(labels, mode)
+    return {
+        name: [values[index] for index in members] for name, members in region_classes(labels, classes, regions).items()
+    }
+
+
+def class_mask_values(
+    labels: Labels, classes: Sequence[str] | None = None, regions: Regions | None = None, mode: str = "file"
+) -> dict[str, float]:
+    """The value of each foreground class in written masks, by the name of the class.
+
+    A class that the task does not name has the name of the region that consists of it alone, if there is one.
+    Arguments as for ``region_classes`` and ``mask_values``.
+    """
+    names = class_names(labels, classes)
+    if not classes:
+        alone = {
+            members[0]: name for name, members in region_classes(labels, None, regions).items() if len(members) == 1
+        }
+        names = [alone.get(index, name) for index, name in enumerate(names)]
+    return dict(zip(names[1:], mask_values(labels, mode)[1:], strict=True))
 
 
 def check_classes(

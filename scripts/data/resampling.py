@@ -19,6 +19,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset, zoom_affine
 from monai.transforms import MapTransform
 
+from scripts.data.decision import Regions, classes_from_logits, classes_from_probabilities
 from scripts.data.regions import IGNORED
 from scripts.image_io.headers import Affine
 
@@ -218,16 +219,17 @@ class RestoreGridd(MapTransform):
     """Turn logits on the network's grid into labels on the reference image's own grid, ``1 H W D`` uint8.
 
     Probabilities are interpolated, not labels, so that borders stay smooth if voxels become smaller. If nothing has to
-    be interpolated, the largest logit decides. The volume is processed in slabs to save memory.
+    be interpolated, the logits decide. The volume is processed in slabs to save memory.
 
     Args:
-        key: the logits, ``classes H W D``.
+        key: the logits, ``C H W D``.
         image: key of the image whose metadata describe the grids, see ``OntoGridd`` and ``CropToBoxd``.
+        regions: the classes of each channel of a sigmoid head, see ``scripts.data.decision``; None for a softmax.
     """
 
-    def __init__(self, key: str, image: str) -> None:
+    def __init__(self, key: str, image: str, regions: Regions | None = None) -> None:
         super().__init__(key)
-        self.image = image
+        self.image, self.regions = image, regions
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, logits = data[self.image], torch.as_tensor(data[self.keys[0]]).float().cpu()
@@ -238,25 +240,24 @@ class RestoreGridd(MapTransform):
         matrix = np.linalg.solve(np.asarray(image.affine, dtype=np.float64), source)
         moves = axis_moves(matrix, logits.shape[1:], shape)
         if moves is not None:
-            labels = _argmax(logits).permute(moves[0]).flip(moves[1])
+            labels = classes_from_logits(logits, self.regions).permute(moves[0]).flip(moves[1])
         else:
-            labels = _interpolated_labels(logits, matrix, shape)
+            labels = _interpolated_labels(logits, matrix, shape, self.regions)
         whole = torch.zeros([int(n) for n in meta["spatial_shape"]][::-1], dtype=torch.uint8).permute(2, 1, 0)
         start = [int(n) for n in meta.get("crop_start", (0, 0, 0))]
         copy_between_layouts(whole[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))], labels)
         return {**data, self.keys[0]: with_affine(whole[None], np.asarray(meta["original_affine"]), meta)}
 
 
-def _argmax(values: torch.Tensor) -> torch.Tensor:
-    """Index of the largest class. Two classes are compared directly, which is far faster than argmax."""
-    return (values[1] > values[0]).to(torch.uint8) if len(values) == 2 else values.argmax(0).to(torch.uint8)
-
-
-def _interpolated_labels(logits: torch.Tensor, matrix: Affine, shape: Sequence[int]) -> torch.Tensor:
+def _interpolated_labels(
+    logits: torch.Tensor, matrix: Affine, shape: Sequence[int], regions: Regions | None
+) -> torch.Tensor:
     """Labels from the probabilities on another grid, computed a slab of its last axis at a time."""
-    probabilities = logits.softmax(0)
-    # Of two classes, one is enough: they sum to 1 before and after the interpolation.
-    images = [_to_itk(channel) for channel in (probabilities[1:] if len(logits) == 2 else probabilities)]
+    probabilities = logits.softmax(0) if regions is None else logits.sigmoid()
+    if regions is None and len(logits) == 2:
+        # One of two classes is enough: they sum to 1 before and after the interpolation.
+        probabilities, regions = probabilities[1:], [[1]]
+    images = [_to_itk(channel) for channel in probabilities]
     labels = torch.empty(tuple(shape)[::-1], dtype=torch.uint8)
     for start in range(0, shape[2], SLAB):
         planes = min(SLAB, shape[2] - start)
@@ -264,5 +265,5 @@ def _interpolated_labels(logits: torch.Tensor, matrix: Affine, shape: Sequence[i
         shifted[:3, 3] += matrix[:3, 2] * start
         resampler = _interpolator(shifted, (*shape[:2], planes), nearest=False, edge=True)
         slabs = [torch.from_numpy(sitk.GetArrayFromImage(resampler.Execute(image))) for image in images]
-        labels[start : start + planes] = slabs[0] > 0.5 if len(slabs) == 1 else torch.stack(slabs).argmax(0)
+        labels[start : start + planes] = classes_from_probabilities(slabs, regions)
     return labels.permute(2, 1, 0)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scripts.data.regions import HEADS, check_classes
-from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
+from scripts.data.regions import check_classes
+from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 
 class _Rule(NamedTuple):
@@ -109,6 +109,7 @@ def check_settings(
     intensity: Mapping[str, Any] | None = None,
     student_norm: Any = None,
     student_features: Sequence[int] | None = None,
+    student_strides: Any = None,
     **settings: Any,
 ) -> None:
     """Refuse settings that no run can work with. Settings that are not given are not checked.
@@ -116,7 +117,8 @@ def check_settings(
     Args:
         intensity: per modality ``[low, high]`` or ``"zscore"``.
         student_norm: the student's normalisation, by name or as ``[name, options]``.
-        student_features: channels of the student's stages; each halves the patch.
+        student_features: channels of the student's stages.
+        student_strides: by how much each stage shrinks the patch, one number or one per axis; None: 2 everywhere.
         settings: by their ids in the configs, see ``RULES``.
 
     Raises:
@@ -130,8 +132,13 @@ def check_settings(
         check_classes(settings["labels"], **{name: settings[name] for name in names if name in settings})
     if intensity is not None:
         _check_intensity(intensity, settings.get("modalities", ()))
+    if student_strides is not None:
+        _check_strides(student_strides, student_features)
     if student_norm is not None:
-        _check_norm(student_norm, settings.get("batch_size"), settings.get("patch"), student_features)
+        steps = [2] * len(student_features or ()) if student_strides is None else student_strides
+        axes = zip(*([each] * 3 if is_whole(each) else each for each in steps), strict=True)
+        divisor = [math.prod(along_axis) for along_axis in axes]
+        _check_norm(student_norm, settings.get("batch_size"), settings.get("patch"), divisor)
 
 
 def _shown(value: Any) -> str:
@@ -154,7 +161,17 @@ def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) ->
             )
 
 
-def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, features: Sequence[int] | None) -> None:
+def _check_strides(strides: Any, features: Sequence[int] | None) -> None:
+    stages = len(features or strides)
+    fits = is_list(strides) and len(strides) == stages
+    if not fits or not all((is_whole(each) and each >= 1) or is_three(each, is_whole) for each in strides):
+        raise ValueError(
+            f"student_strides is {_shown(strides)}. Give a whole number of at least 1, or three of them, for each of "
+            f"the {stages} stages, such as {_shown([[2, 2, 1]] + [2] * (stages - 1))}."
+        )
+
+
+def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, divisor: Sequence[int]) -> None:
     """Refuse a normalisation whose statistics would come from too few values."""
     name = str(norm[0] if is_list(norm) else norm).lower()
     advice = 'student_norm=["group", {"num_groups": 8}]'
@@ -163,7 +180,7 @@ def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, 
             "student_norm is batch normalisation, and batch_size is 1: statistics of one patch are not those of the "
             f"data. Give a batch_size of at least 2, or {advice}."
         )
-    if name == "instance" and patch and features and math.prod(size / 2 ** len(features) for size in patch) <= 1:
+    if name == "instance" and patch and divisor and math.prod(n / d for n, d in zip(patch, divisor, strict=True)) <= 1:
         raise ValueError(
             f"student_norm is instance normalisation, but a patch of {_shown(list(patch))} is a single voxel on the "
             f"student's deepest grid. Give a larger patch, or {advice}."

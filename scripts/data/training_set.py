@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from scripts.data.case_files import CaseFiles
 from scripts.data.case_list import Item, source_files
+from scripts.data.regions import IGNORED
 from scripts.data.sampling import SeededDataset
 from scripts.utils.atomic_files import atomic_file
 
@@ -81,21 +82,34 @@ class CentreCandidatesd(Transform):
     """List voxels that a patch may be centred on, so that samples need not search their volume for them.
 
     Adds ``foreground`` and ``background`` for ``RandCropByPosNegLabeld``: flat indices of at most ``count`` voxels
-    each, evenly spread over the label's voxels of that kind. Of a case without a label every voxel is a candidate.
+    each, evenly spread over the label's voxels of that kind. Each foreground class that the case has is listed equally
+    often, so that a small class is drawn as often as a large one; its voxels are repeated. Ignored voxels
+    (``regions.IGNORED``) are neither, unless the case has no others. Of a case without a label every voxel is a
+    candidate.
     """
 
     def __init__(self, label: str, count: int = 20_000) -> None:
         self.label, self.count = label, count
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        inside = torch.as_tensor(data[self.label][0] > 0).flatten()
-        return {**data, "foreground": self._spread(inside), "background": self._spread(~inside)}
+        label = torch.as_tensor(data[self.label][0]).flatten()
+        occurring = label.to(torch.uint8).bincount().nonzero()[:, 0].tolist()  # unique() would sort all voxels
+        classes = [index for index in occurring if index not in (0, IGNORED)]
+        voxels = [(label == index).nonzero()[:, 0] for index in classes]
+        each = min(self.count // max(1, len(classes)), max(map(len, voxels), default=0))
+        foreground = torch.cat([_spread(each, of_class) for of_class in voxels]) if voxels else torch.zeros(0).long()
+        background = (label == 0).nonzero()[:, 0]
+        if not len(foreground) and not len(background):
+            background = torch.arange(len(label))
+        return {**data, "foreground": foreground, "background": _spread(min(self.count, len(background)), background)}
 
-    def _spread(self, mask: torch.Tensor) -> torch.Tensor:
-        voxels = mask.nonzero()[:, 0]
-        # float64, because float32 cannot distinguish indices above 2^24.
-        chosen = torch.linspace(0, len(voxels) - 1, min(len(voxels), self.count), dtype=torch.float64)
-        return voxels[chosen.round().long()]
+
+def _spread(count: int, voxels: torch.Tensor) -> torch.Tensor:
+    """``count`` of the voxels, evenly spread; if there are fewer voxels, each in turn."""
+    if count > len(voxels):
+        return voxels[torch.arange(count) % len(voxels)]
+    # float64, because float32 cannot distinguish indices above 2^24.
+    return voxels[torch.linspace(0, len(voxels) - 1, count, dtype=torch.float64).round().long()]
 
 
 class Volumes(Dataset):

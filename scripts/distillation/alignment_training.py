@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from torch import nn
 from torch.nn import functional
 
+from scripts.data.regions import IGNORED
 from scripts.distillation.distiller import LOGITS
+from scripts.losses import SegmentationLoss
 from scripts.networks import AlignmentHeader, SemanticAutoEncoder
 from scripts.networks.weights import load_weights
 
@@ -103,7 +104,7 @@ class HeaderTrainer(nn.Module):
             return logits
         with torch.no_grad():
             view = self.network.encode(intensity_view(image))[-1]  # type: ignore[operator]
-            semantic = self.autoencoder.encode(label)  # type: ignore[operator]
+            semantic = self.autoencoder.encode(_as_mask(label))  # type: ignore[operator]
         return {
             LOGITS: logits,
             "features": features[-1],
@@ -130,8 +131,7 @@ class AlignmentLoss(nn.Module):
 
     def __init__(self, segmentation: nn.Module | None = None) -> None:
         super().__init__()
-        default = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        self.segmentation = segmentation or default
+        self.segmentation = segmentation or SegmentationLoss()
         self.logged: dict[str, float] = {}
 
     def forward(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
@@ -167,4 +167,9 @@ def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch
 def mask_batch(batch: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
     """``prepare_batch`` of the semantic autoencoder: the label is both its input and its target."""
     label = batch["label"].to(device=device, non_blocking=non_blocking)
-    return label, label
+    return _as_mask(label), label
+
+
+def _as_mask(label: torch.Tensor) -> torch.Tensor:
+    """A label as a mask of classes: ignored voxels are background, as in masks of patients."""
+    return label.masked_fill(label == IGNORED, 0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from scripts.distillation.imported_predictions import ImportedAnswers
 from scripts.distillation.nnunet_teacher import NNUNetAnswers
 from scripts.distillation.own_grid import OwnGrid
-from scripts.distillation.teacher_answers import Inferer, NetworkAnswers
+from scripts.distillation.teacher_answers import ALL_AXES, Inferer, NetworkAnswers
 from scripts.distillation.teacher_cache_writer import Answers
 from scripts.distillation.teacher_origin import NNUNetFolder, PredictionFiles, origin_of
 from scripts.networks.teacher import load_teachers
@@ -30,6 +31,8 @@ def load_answers(
     out_of_fold: bool = False,
     smooth: float = 0.0,
     own: Mapping[str, OwnGrid] | None = None,
+    regions: Sequence[Sequence[int]] | None = None,
+    flips: Sequence[int] = ALL_AXES,
     **common: Any,
 ) -> dict[str, Answers]:
     """Build what answers in the place of each teacher of a cache.
@@ -38,27 +41,41 @@ def load_answers(
         specs: name of a teacher -> its specification, see ``scripts.networks.teacher.load_teachers``.
         preprocessing: the training pipeline.
         labels: per class the values of a label file.
-        inferer, taps, attention_power, tta: see ``NetworkAnswers``.
+        inferer, taps, attention_power, tta, flips: see ``NetworkAnswers``.
         device: device of the networks.
         out_of_fold: each of a teacher's weights files answers only the cases that did not train it.
         smooth: see ``ImportedAnswers``.
         own: name of a teacher -> its own input, where it has one.
+        regions: the classes of each channel of a task with a sigmoid head.
         common: further arguments of ``scripts.networks.teacher.load_teachers``.
     """
     answers: dict[str, Answers] = {}
+    channels = len(regions or labels)
     for name, spec in specs.items():
         check_spec(name, spec)
         origin = origin_of(name, spec, out_of_fold and not spec.get("label"))
         if isinstance(origin, PredictionFiles):
-            answers[name] = ImportedAnswers(origin, preprocessing.files, labels, smooth)
+            answers[name] = ImportedAnswers(origin, preprocessing.files, labels, smooth, regions, spec.get("head"))
             continue
         if isinstance(origin, NNUNetFolder):
-            answers[name] = NNUNetAnswers(origin, preprocessing.files, len(labels), device)
+            answers[name] = NNUNetAnswers(origin, preprocessing.files, labels, device, regions)
             continue
         # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
         parts = [{**spec, "weights": file} for file in spec_files(spec)] if out_of_fold else [spec]
-        teachers = [load_teachers({name: part}, len(labels), cached=True, **common)[name].to(device) for part in parts]
+        load = partial(
+            load_teachers, out_channels=channels, regions=regions, classes=len(labels), cached=True, **common
+        )
         answers[name] = NetworkAnswers(
-            name, teachers, inferer, len(labels), taps, attention_power, tta, origin, (own or {}).get(name)
+            name,
+            [load(specs={name: part})[name].to(device) for part in parts],
+            inferer,
+            channels,
+            taps,
+            attention_power,
+            tta,
+            origin,
+            (own or {}).get(name),
+            sigmoid=regions is not None,
+            flips=flips,
         )
     return answers

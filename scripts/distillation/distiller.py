@@ -144,6 +144,11 @@ class Distiller(nn.Module):
         return (LOGITS, *self._student_taps)
 
     @property
+    def logit_taps(self) -> tuple[str, ...]:
+        """Those taps whose tensors are logits on the grid of the label."""
+        return (LOGITS,)
+
+    @property
     def teacher_names(self) -> tuple[str, ...]:
         """Names of the teachers, in the order of the columns of ``available``."""
         return tuple(self.teachers)

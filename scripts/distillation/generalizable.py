@@ -72,6 +72,11 @@ class GeneralizableDistiller(Distiller):
         """Names that a term's ``tap`` may have."""
         return (*super().tap_names, CODES, TO_STUDENT, TO_TEACHER)
 
+    @property
+    def logit_taps(self) -> tuple[str, ...]:
+        """Those taps whose tensors are logits on the grid of the label."""
+        return (*super().logit_taps, TO_STUDENT, TO_TEACHER)
+
     def teachers_of(self, tap: str) -> tuple[str, ...]:
         """Return the names of the teachers that a tap applies to."""
         return self.teacher_names if tap in (CODES, TO_STUDENT, TO_TEACHER) else super().teachers_of(tap)

@@ -25,6 +25,7 @@ from scripts.distillation.teacher_origin import Case, PredictionFiles
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.headers import Affine, Header, read_header
 from scripts.image_io.reader import read_volume
+from scripts.networks.region_logits import region_logits
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,16 @@ class ImportedAnswers:
 
     ``CASE.npz`` is nnU-Net's: ``probabilities``, ``class z y x`` on the whole grid of the mask ``CASE.nii.gz`` beside
     it, or else of the case's reference image. ``CASE.nii.gz`` is 4D with the classes along its last axis
-    (probabilities, or logits), or a mask with the values of the label files.
+    (probabilities, or logits), or a mask with the values of the label files. For a task with a sigmoid head the
+    channels may also be its regions, in its order.
 
     Args:
         origin: the files of predictions.
         files: the image files of the cases, which give the grids.
         labels: per class the values of a mask.
         smooth: standard deviation in mm of the Gaussian that softens the borders of masks; 0 leaves them hard.
+        regions: the classes of each channel of a task with a sigmoid head.
+        head: whether channels are classes (``"softmax"``) or regions (``"sigmoid"``); by default their number tells.
 
     Attributes:
         outputs: ``logits`` only.
@@ -54,11 +58,18 @@ class ImportedAnswers:
     """
 
     def __init__(
-        self, origin: PredictionFiles, files: CaseFiles, labels: Sequence[Sequence[float]], smooth: float = 0.0
+        self,
+        origin: PredictionFiles,
+        files: CaseFiles,
+        labels: Sequence[Sequence[float]],
+        smooth: float = 0.0,
+        regions: Sequence[Sequence[int]] | None = None,
+        head: str | None = None,
     ) -> None:
         if smooth < 0:
             raise ValueError(f"--smooth is {smooth:g}. Give the width of a Gaussian in mm, at least 0.")
         self.origin, self.files, self.labels, self.smooth = origin, files, labels, float(smooth)
+        self.regions, self.head = regions, head
         self.outputs = [LOGITS]
         self.settings: dict[str, Any] = {"smooth_mm": self.smooth} if smooth else {}
 
@@ -67,16 +78,14 @@ class ImportedAnswers:
 
         Raises:
             FileNotFoundError: cases without a file; all of them are named.
-            ValueError: a file has another number of classes, or a grid that does not fit its case.
+            ValueError: a file has another number of channels, or a grid that does not fit its case.
         """
         self.origin.require_answers(cases)
         for case in cases:
             path = self.origin.path(case)
             shape, header = self._shape_and_grid(path, case)
-            if len(shape) == 4 and shape[0] != len(self.labels):
-                raise ValueError(
-                    f"{path} has {shape[0]} classes, this task has {len(self.labels)}. Use predictions of this task."
-                )
+            if len(shape) == 4:
+                self._has_regions(path, shape[0])
             if len(shape) == 4 and self.smooth:
                 raise ValueError(f"{path} holds probabilities, and --smooth is for masks. Remove it.")
             if list(shape[-3:]) != list(header.shape[:3]):
@@ -94,18 +103,44 @@ class ImportedAnswers:
         )
 
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The logits of a case on the grid of its preprocessed volumes, ``classes H W D``; see ``logits_on_grid``."""
+        """The logits of a case on the grid of its preprocessed volumes, ``C H W D``; see ``logits_on_grid``."""
         path = self.origin.path(case)
         shape, header = self._shape_and_grid(path, case)
+        sigmoid = len(shape) == 4 and self._has_regions(path, shape[0])
         if path.suffix == ".npz":
-            probabilities = _read_npz(path)
+            probabilities = _read_npz(path, sigmoid)
             beside = self.origin.mask_beside(path)
             if beside is not None:
-                _require_agreement(path, probabilities, beside, self.files.rules)
+                predicted = (probabilities > 0.5).any(0) if sigmoid else probabilities.argmax(0) > 0
+                _require_agreement(path, predicted, beside, self.files.rules)
         else:
             volume = read_volume(header, self.files.rules)
-            probabilities = _of_channels(path, volume) if len(shape) == 4 else self._of_mask(case, volume, header)
-        return logits_on_grid(probabilities, header.affine, self.files.grid(case), self.files.patch)
+            is_mask = len(shape) == 3
+            probabilities = self._of_mask(case, volume, header) if is_mask else _of_channels(path, volume, sigmoid)
+        return logits_on_grid(
+            probabilities, header.affine, self.files.grid(case), self.files.patch, self.regions, sigmoid
+        )
+
+    def _has_regions(self, path: Path, channels: int) -> bool:
+        """Whether the channels of a file are regions.
+
+        Raises:
+            ValueError: there are as many channels as neither classes nor regions, or their number fits both.
+        """
+        numbers = {"softmax": len(self.labels), "sigmoid": len(self.regions or ())}
+        fitting = [head for head, number in numbers.items() if number == channels and self.head in (None, head)]
+        if not fitting:
+            regions = f" and {len(self.regions)} regions" if self.regions else ""
+            raise ValueError(
+                f"{path} has {channels} classes, this task has {len(self.labels)}{regions}. Use predictions of this "
+                "task."
+            )
+        if len(fitting) > 1:
+            raise ValueError(
+                f"The {channels} channels of {path} may be classes or regions. Name the teacher by a specification, "
+                'NAME=FILE.json, with "head": "softmax" or "sigmoid".'
+            )
+        return fitting[0] == "sigmoid"
 
     def _shape_and_grid(self, path: Path, case: Case) -> tuple[tuple[int, ...], Header]:
         """The file's shape, ``[classes] H W D``, and the header of the grid that it lies on."""
@@ -128,27 +163,40 @@ class ImportedAnswers:
         return torch.stack([torch.from_numpy(gaussian_filter(channel.numpy(), sigmas)) for channel in hard])
 
 
-def logits_on_grid(probabilities: torch.Tensor, affine: Affine, grid: Grid, least: Sequence[int]) -> torch.Tensor:
+def logits_on_grid(
+    probabilities: torch.Tensor,
+    affine: Affine,
+    grid: Grid,
+    least: Sequence[int],
+    regions: Sequence[Sequence[int]] | None = None,
+    sigmoid: bool = False,
+) -> torch.Tensor:
     """Resample probabilities by linear interpolation, and pad them; outside of their volume is background.
 
     Args:
-        probabilities: ``classes H W D``, the background first.
+        probabilities: ``C H W D``, of classes, the background first, or of regions.
         affine: of their voxels, RAS in mm.
         grid: affine and shape to resample to.
         least: voxels per axis that the result has at least, padded like the images.
+        regions: the classes of each channel of a task with a sigmoid head.
+        sigmoid: the probabilities are those of the regions.
 
     Returns:
-        Logarithms of probabilities of at least ``LEAST``, ``classes H W D``, float32.
+        Logits of probabilities of at least ``LEAST``, ``C H W D`` of the task, float32.
     """
     matrix = np.linalg.solve(affine, grid[0])
     channels = []
     for index, channel in enumerate(probabilities.float()):
-        outside = float(index == 0)
+        outside = float(index == 0 and not sigmoid)
         resampled = resample(channel, matrix, grid[1], outside)
         padded = SpatialPad(least, value=outside)(resampled[None])
         channels.append(convert_to_tensor(padded, track_meta=False)[0])
-    stacked = torch.stack(channels).clamp_min(LEAST)
-    return (stacked / stacked.sum(0)).log()
+    stacked = torch.stack(channels)
+    if sigmoid:
+        return stacked.clamp(LEAST, 1 - LEAST).logit()
+    stacked = stacked.clamp_min(LEAST)
+    logits = (stacked / stacked.sum(0)).log()
+    return logits if regions is None else region_logits(logits[None], regions)[0]
 
 
 def _sizes(shape: Sequence[int]) -> str:
@@ -183,31 +231,34 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 
-def _read_npz(path: Path) -> torch.Tensor:
-    """The probabilities in an .npz file, ``classes x y z``."""
+def _read_npz(path: Path, sigmoid: bool) -> torch.Tensor:
+    """The probabilities in an .npz file, ``C x y z``; those of regions need not add up to 1."""
     try:
         with np.load(path, allow_pickle=False) as file:
             values = file[ARRAY].astype(np.float32)
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path) from error
     probabilities = torch.from_numpy(values).permute(0, 3, 2, 1)
-    if not _are_probabilities(probabilities):
-        raise ValueError(f"{path} does not hold probabilities that add up to 1 in every voxel. Export them again.")
+    if not _are_probabilities(probabilities, sigmoid):
+        rule = "" if sigmoid else " that add up to 1 in every voxel"
+        raise ValueError(f"{path} does not hold probabilities{rule}. Export them again.")
     return probabilities
 
 
-def _are_probabilities(values: torch.Tensor) -> bool:
+def _are_probabilities(values: torch.Tensor, sigmoid: bool) -> bool:
     in_range = bool((values >= -SUM_TOLERANCE).all() and (values <= 1 + SUM_TOLERANCE).all())
-    return in_range and bool(((values.sum(0) - 1).abs() <= SUM_TOLERANCE).all())
+    return in_range and (sigmoid or bool(((values.sum(0) - 1).abs() <= SUM_TOLERANCE).all()))
 
 
-def _of_channels(path: Path, volume: torch.Tensor) -> torch.Tensor:
-    """The probabilities in a 4D volume ``1 H W D classes`` of probabilities or logits."""
+def _of_channels(path: Path, volume: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    """The probabilities in a 4D volume ``1 H W D C`` of probabilities or logits."""
     values = torch.as_tensor(volume)[0].movedim(-1, 0).float()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{path} holds NaN or infinite values. Export it again.")
-    if _are_probabilities(values):
+    if _are_probabilities(values, sigmoid):
         return values
+    if sigmoid:
+        return values.sigmoid()
     if values.min() >= 0 and values.max() <= 1:
         raise ValueError(
             f"{path} holds values from 0 to 1 that do not add up to 1: neither probabilities of disjoint classes nor "
@@ -216,10 +267,10 @@ def _of_channels(path: Path, volume: torch.Tensor) -> torch.Tensor:
     return values.softmax(0)
 
 
-def _require_agreement(path: Path, probabilities: torch.Tensor, mask: Path, rules: Rules) -> None:
-    """Refuse probabilities that lie in other axes than the mask beside them."""
+def _require_agreement(path: Path, predicted: torch.Tensor, mask: Path, rules: Rules) -> None:
+    """Refuse probabilities, with this foreground, that lie in other axes than the mask beside them."""
     header = read_header(mask, rules.max_voxels, rules.voxel_size)
-    inside, predicted = torch.as_tensor(read_volume(header, rules))[0] > 0, probabilities.argmax(0) > 0
+    inside = torch.as_tensor(read_volume(header, rules))[0] > 0
     total = int(inside.sum() + predicted.sum())
     dice = 2 * int((inside & predicted).sum()) / total if total else 1.0
     if dice < MIN_DICE:

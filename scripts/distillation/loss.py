@@ -13,8 +13,10 @@ from monai.losses import DeepSupervisionLoss
 from torch import nn
 
 from scripts.data.modalities import UNLABELLED
+from scripts.data.regions import IGNORED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
 from scripts.distillation.teacher_weighting import teacher_weights
+from scripts.losses import NO_CLASS
 from scripts.losses.soft_prediction import softening
 
 
@@ -24,6 +26,10 @@ class DistillationLoss(nn.Module):
     Source: [ours] in this form; docs/methods.md names each term's own source.
 
     A term on a tap that does not apply to every teacher shares its weight among the teachers that it applies to.
+    Voxels whose label is ``IGNORED`` count in no term on logits: there the student's logits are replaced by the
+    teacher's. For terms that take the label they have no class (``scripts.losses.NO_CLASS``). Each channel of a sigmoid
+    head is a prediction of its own: a term on logits is the mean over the channels of its loss on one channel.
+
     ``logged`` holds the last values by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``,
     and a term's own ``logged`` values as ``<term>/<name>``.
 
@@ -39,6 +45,7 @@ class DistillationLoss(nn.Module):
         mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
             the teachers' softened probabilities, for terms on logits only). With static weights both have the same
             gradient, but the loss has another value, which is then logged.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
         unlabelled: there are cases without a label (``scripts.data.modalities.UNLABELLED``). The segmentation loss, and
             terms that need the label, are computed on the samples that have one.
 
@@ -56,6 +63,7 @@ class DistillationLoss(nn.Module):
         static: Sequence[float] | None = None,
         mixing: str = "loss",
         unlabelled: bool = False,
+        regions: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if mixing not in ("loss", "probability"):
@@ -80,7 +88,8 @@ class DistillationLoss(nn.Module):
         self.needs_source = {name: "source" in names for name, names in parameters.items()}
         self.teacher_names = distiller.teacher_names
         self.teachers_of = {tap: distiller.teachers_of(tap) for tap in taps.values()}
-        self.weighting, self.static, self.mixing = weighting, static, mixing
+        self.on_logits = {name: tap in distiller.logit_taps for name, tap in taps.items()}
+        self.weighting, self.static, self.mixing, self.regions = weighting, static, mixing, regions
         self.warmup = 1.0
         self.logged: dict[str, float] = {}
 
@@ -130,16 +139,17 @@ class DistillationLoss(nn.Module):
     def _shares(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:
         """Return the teachers' weights, B x K."""
         teacher_logits = [outputs[f"{name}.{LOGITS}"] for name in self.teacher_names]
-        return teacher_weights(self.weighting, teacher_logits, outputs["available"], label, self.static)
+        known, regions = _of_known_class(label), self.regions
+        return teacher_weights(self.weighting, teacher_logits, outputs["available"], known, self.static, regions)
 
     def _term(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
         """Return one term before its weight; ``shares`` are the teachers' weights, B x K."""
-        tap, extra = self.taps[name], [label] if self.needs_label[name] else []
+        tap = self.taps[name]
         if tap == LOGITS and self.mixing == "probability":
             mixed, total_share = self._mix_teachers(name, outputs, shares)
-            return self._weighted_mean(self._loss(name, "mixture"), total_share, [outputs[LOGITS], mixed, *extra])
+            return self._weighted_mean(self._loss(name, "mixture"), total_share, [outputs[LOGITS], mixed, label])
         teachers = self.teachers_of[tap]
         shares = shares[:, [self.teacher_names.index(k) for k in teachers]]
         if len(teachers) < len(self.teacher_names):
@@ -148,14 +158,32 @@ class DistillationLoss(nn.Module):
         for share, teacher in zip(shares.unbind(dim=1), teachers, strict=True):
             adapted = f"student.{tap}@{teacher}"
             student = outputs[LOGITS if tap == LOGITS else adapted if adapted in outputs else f"student.{tap}"]
-            tensors = [student, outputs[f"{teacher}.{tap}"], *extra]
+            tensors = [student, outputs[f"{teacher}.{tap}"], label]
             values.append(self._weighted_mean(self._loss(name, teacher), share, tensors))
         return torch.stack(values).sum()
 
     def _loss(self, name: str, teacher: str) -> Callable[..., torch.Tensor]:
-        """Return a term's loss, with the teacher's name if it takes one as ``source``."""
-        loss = self.losses[name]
-        return partial(loss, source=teacher) if self.needs_source[name] else loss
+        """Return a term's loss as a function of the student's and the teacher's tensors and the label."""
+        source = {"source": teacher} if self.needs_source[name] else {}
+        loss, on_logits, needs_label = (
+            partial(self.losses[name], **source),
+            self.on_logits[name],
+            self.needs_label[name],
+        )
+
+        def compare(student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+            extra = [_of_known_class(label)] if needs_label else []
+            if not on_logits:
+                return loss(student, teacher, *extra)
+            ignored = label == IGNORED
+            if bool(ignored.any()):
+                student = torch.where(ignored, teacher.detach(), student)
+            if self.regions is None:
+                return loss(student, teacher, *extra)
+            channels = zip(student.split(1, dim=1), teacher.split(1, dim=1), strict=True)
+            return torch.stack([loss(one, other, *extra) for one, other in channels]).mean()
+
+        return compare
 
     def _weighted_mean(
         self, loss: Callable[..., torch.Tensor], share: torch.Tensor, tensors: Sequence[torch.Tensor]
@@ -174,17 +202,22 @@ class DistillationLoss(nn.Module):
 
         A sample's sum of weights is 1, or 0 if it has no available teacher.
         """
-        channels = outputs[LOGITS].shape[1]
+        channels = 1 if self.regions is not None else outputs[LOGITS].shape[1]
         temperature = softening(getattr(self.losses[name], "temperature", 1.0), channels)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
         weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
         # Logits of an unavailable teacher are replaced, because 0 * NaN is NaN.
         stacked = stacked.masked_fill(weights == 0, 0.0)
-        if stacked.shape[2] == 1:
+        if channels == 1:
             p = (stacked.sigmoid() * weights).sum(1)
             return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
         p = (stacked.softmax(2) * weights).sum(1)
         return temperature * p.clamp_min(1e-12).log(), shares.sum(1)
+
+
+def _of_known_class(label: torch.Tensor) -> torch.Tensor:
+    """A label whose ignored voxels have no class."""
+    return label.masked_fill(label == IGNORED, NO_CLASS)
 
 
 def _require_powers(term: str, loss: nn.Module, powers: Mapping[str, float]) -> None:

@@ -38,33 +38,36 @@ class NNUNetAnswers:
     Args:
         origin: the folder of the training.
         files: the image files of the cases.
-        classes: number of classes of the task, including the background.
+        labels: per class the values of a label file.
         device: device of the network.
+        regions: the classes of each channel of a task with a sigmoid head. The network may then have the same regions,
+            in the same order, or the classes.
 
     Attributes:
         outputs: ``logits`` only.
         settings: what the manifest of a cache says about them.
 
     Raises:
-        ValueError: nnunetv2 is not installed, or the network has other classes or inputs than the teacher.
+        ValueError: nnunetv2 is not installed, or the network has other classes, regions or inputs than the teacher.
     """
 
     def __init__(
-        self, origin: NNUNetFolder, files: CaseFiles, classes: int, device: str | torch.device = "cpu"
+        self,
+        origin: NNUNetFolder,
+        files: CaseFiles,
+        labels: Sequence[Sequence[float]],
+        device: str | torch.device = "cpu",
+        regions: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.origin, self.files = origin, files
+        self.origin, self.files, self.regions = origin, files, regions
         self.outputs = [LOGITS]
         self.settings: dict[str, Any] = {}
         with _silent():
             self.predictor = _load_predictor(origin, torch.device(device))
         self.modalities: list[str] = origin.identity["modalities"]
         channels, heads = len(self.predictor.dataset_json["channel_names"]), self.predictor.label_manager
-        if heads.has_regions or heads.num_segmentation_heads != classes:
-            kind = "regions" if heads.has_regions else "classes"
-            raise ValueError(
-                f"The nnU-Net of the teacher {origin.name} has {heads.num_segmentation_heads} {kind}, this task has "
-                f"{classes} classes. Use a network of this task."
-            )
+        self.sigmoid = bool(heads.has_regions)
+        _require_same_outputs(origin.name, heads, labels, regions)
         if channels != len(self.modalities):
             raise ValueError(
                 f"The nnU-Net of the teacher {origin.name} reads {channels} modalities, the teacher names "
@@ -78,14 +81,16 @@ class NNUNetAnswers:
                 self.files.header(case, key)
 
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The logits of a case on the grid of its preprocessed volumes, ``classes H W D``; see ``logits_on_grid``."""
+        """The logits of a case on the grid of its preprocessed volumes, ``C H W D``; see ``logits_on_grid``."""
         reference = self.files.header(case)
         volumes = np.stack([self._volume(case, key, reference) for key in self.modalities])
         spacing = np.linalg.norm(reference.affine[:3, :3], axis=0)[::-1].tolist()  # nnU-Net's arrays are z y x
         with _silent():
             _, probabilities = self.predictor.predict_single_npy_array(volumes, {"spacing": spacing}, None, None, True)
         on_reference = torch.from_numpy(np.asarray(probabilities, dtype=np.float32)).permute(0, 3, 2, 1)
-        return logits_on_grid(on_reference, reference.affine, self.files.grid(case), self.files.patch)
+        return logits_on_grid(
+            on_reference, reference.affine, self.files.grid(case), self.files.patch, self.regions, self.sigmoid
+        )
 
     def _volume(self, case: Case, key: str, reference: Header) -> np.ndarray:
         """A modality on the reference's grid, ``z y x``, float32."""
@@ -93,6 +98,26 @@ class NNUNetAnswers:
         matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), reference.affine)
         resampled = resample(convert_to_tensor(volume[0], track_meta=False), matrix, reference.shape[:3])
         return resampled.permute(2, 1, 0).contiguous().numpy()
+
+
+def _require_same_outputs(
+    name: str, heads: Any, labels: Sequence[Sequence[float]], regions: Sequence[Sequence[int]] | None
+) -> None:
+    """Refuse a network with other outputs than the task, by nnU-Net's ``LabelManager``."""
+    task = f"{len(labels)} classes" if regions is None else f"{len(labels)} classes and {len(regions)} regions"
+    number, kind = heads.num_segmentation_heads, "regions" if heads.has_regions else "classes"
+    if number != (len(regions or ()) if heads.has_regions else len(labels)):
+        raise ValueError(
+            f"The nnU-Net of the teacher {name} has {number} {kind}, this task has {task}. Use a network of this task."
+        )
+    if heads.has_regions and regions is not None:
+        of_task = [sorted(value for index in members for value in labels[index]) for members in regions]
+        of_network = [sorted(each) if isinstance(each, (list, tuple)) else [each] for each in heads.foreground_regions]
+        if of_task != of_network:
+            raise ValueError(
+                f"The nnU-Net of the teacher {name} has the regions {of_network}, this task {of_task}, as values of "
+                "labels. Name them in the same order."
+            )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.networks.teacher_spec import own_settings
+from scripts.networks.teacher_spec import own_settings, teacher_head
 
 FINAL_FILES = ("model.pt", "manifest.json")  # written at the end of a training; the manifest last
 
@@ -35,7 +35,9 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FINAL_FILES)
 
 
-def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: int) -> list[Stage]:
+def gkd_stages(
+    folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: int, head: str = "softmax"
+) -> list[Stage]:
     """Return the stages before the distillation: autoencoder, first half of the student, one header per network.
 
     The student trains alone for half of its epochs, because its header needs meaningful features, and is distilled for
@@ -46,9 +48,10 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
         folder: each stage writes to ``folder/<name>``.
         teachers: name -> ``architecture``, ``modalities``, ``weights``.
         epochs: total number of epochs of the student.
+        head: of the task.
 
     Raises:
-        ValueError: fewer than two epochs, so that one half would have none.
+        ValueError: a teacher cannot be used; fewer than two epochs, so that one half would have none.
     """
     if epochs < 2:
         raise ValueError(f"The student needs at least 2 epochs, one alone and one distilled, got {epochs}.")
@@ -74,6 +77,7 @@ def gkd_stages(folder: Path, teachers: Mapping[str, Mapping[str, Any]], epochs: 
             "max_epochs": half,
             "architecture": spec["architecture"],
             "teacher_modalities": spec["modalities"],
+            "teacher_head": teacher_head(name, spec, head),
             "weights": spec.get("weights") or "",
             "autoencoder": autoencoder,
         }

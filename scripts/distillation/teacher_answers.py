@@ -8,7 +8,7 @@ over the networks of an out-of-fold teacher. Probabilities are averaged, not log
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from scripts.losses.attention_map import attention_map
 
 Inferer = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 TTA = ("none", "flips")
+ALL_AXES = (0, 1, 2)
 
 
 def cached_map(features: torch.Tensor, size: Sequence[int], power: float) -> torch.Tensor:
@@ -67,12 +68,14 @@ class NetworkAnswers:
         name: of the teacher, for errors.
         teachers: ``scripts.networks.teacher.Teacher``, all of the same classes and layers.
         inferer: sliding window, called with image and network.
-        classes: number of classes, including the background.
+        channels: number of channels of the logits: classes, including the background, or regions.
         taps: tap name -> its definition (``feature_taps.tap_layers``), for attention maps; by default only logits.
         attention_power: of the attention maps.
-        tta: ``"none"``, or ``"flips"``: the mean over all flips of the image, 8 in 3D and 4 in 2D.
+        tta: ``"none"``, or ``"flips"``: the mean over all flips of the image along ``flips``, 8 for three axes.
         origin: what the teacher is.
         own: the teacher's own input, where it cannot use the task's (``scripts.distillation.own_grid``).
+        sigmoid: whether each channel has a sigmoid of its own; a single channel always has.
+        flips: the axes that may be flipped.
 
     Attributes:
         outputs: names of the outputs: ``logits`` and taps.
@@ -87,23 +90,28 @@ class NetworkAnswers:
         name: str,
         teachers: Sequence[nn.Module],
         inferer: Inferer,
-        classes: int,
+        channels: int,
         taps: Mapping[str, Mapping[str, Any]] | None = None,
         attention_power: float = 2.0,
         tta: str = "none",
         origin: Origin | None = None,
         own: OwnGrid | None = None,
+        sigmoid: bool = False,
+        flips: Sequence[int] = ALL_AXES,
     ) -> None:
         if tta not in TTA:
             raise ValueError(f"Unknown tta {tta!r}: choose one of {', '.join(TTA)}.")
         if any(getattr(teacher, "uses_label", False) for teacher in teachers):
             raise ValueError(f"The teacher {name} is the label, which needs no cache: leave it out.")
         self.networks = [_LogitsAndMaps(name, teacher.eval(), taps or {}, attention_power) for teacher in teachers]
-        self.inferer, self.classes, self.tta, self.own = own.inferer if own else inferer, classes, tta, own
-        self.origin = origin or Origin()
+        self.inferer, self.own, self.origin = own.inferer if own else inferer, own, origin or Origin()
+        self.channels, self.sigmoid = channels, sigmoid or channels == 1
+        self.flips = list(flips) if tta == "flips" else []
         maps = list(self.networks[0].taps)
         self.outputs = [LOGITS, *maps]
         self.settings: dict[str, Any] = {"tta": tta} if tta != "none" else {}
+        if tta == "flips" and tuple(flips) != ALL_AXES:
+            self.settings["tta_axes"] = self.flips
         if maps:
             self.settings["attention_power"] = float(attention_power)
 
@@ -112,7 +120,7 @@ class NetworkAnswers:
         self.origin.require_answers(cases)
 
     def predict(self, case: Case, image: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The answer to a case, ``outputs H W [D]``: logits of every class, then one channel per attention map.
+        """The answer to a case, ``outputs H W [D]``: logits of every channel, then one channel per attention map.
 
         Args:
             case: item of a data list.
@@ -120,10 +128,10 @@ class NetworkAnswers:
         """
         networks, own = [self.networks[index] for index in self.origin.members(case)], self._own_image(case)
         whole = image() if own is None else own.as_tensor()[None].to(next(networks[0].parameters()).device)
-        flips = _subsets(range(2, whole.dim())) if self.tta == "flips" else [()]
+        flips = _subsets([2 + axis for axis in self.flips if 2 + axis < whole.dim()])
         with torch.no_grad():
             predictions = (self.inferer(whole.flip(axes), network).flip(axes) for network in networks for axes in flips)
-            answer = _mean(predictions, len(networks) * len(flips), self.classes)[0]
+            answer = _mean(predictions, len(networks) * len(flips), self.channels, self.sigmoid)[0]
         return answer if self.own is None or own is None else self.own.onto_task_grid(answer, own, case)
 
     def _own_image(self, case: Case) -> MetaTensor | None:
@@ -134,13 +142,21 @@ def _subsets(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return list(chain.from_iterable(combinations(axes, size) for size in range(len(axes) + 1)))
 
 
-def _mean(predictions: Any, count: int, classes: int) -> torch.Tensor:
-    """The log of the mean softmax of the first ``classes`` channels, and the mean of the others; one stays as it is."""
+def _mean(predictions: Iterable[torch.Tensor], count: int, channels: int, sigmoid: bool) -> torch.Tensor:
+    """Logits of the mean probability in the first ``channels``, and the mean of the others; one stays as it is."""
     if count == 1:
-        return cast(torch.Tensor, next(iter(predictions)))
-    log_sum, maps = None, 0.0
+        return next(iter(predictions))
+    log_inside, log_outside, maps = None, None, torch.zeros(())
     for prediction in predictions:
-        log_p = prediction[:, :classes].float().log_softmax(dim=1)
-        log_sum = log_p if log_sum is None else torch.logaddexp(log_sum, log_p)
-        maps = maps + prediction[:, classes:].float() / count
-    return torch.cat([cast(torch.Tensor, log_sum) - math.log(count), cast(torch.Tensor, maps)], dim=1)
+        logits = prediction[:, :channels].float()
+        log_inside = _log_sum(log_inside, functional.logsigmoid(logits) if sigmoid else logits.log_softmax(dim=1))
+        if sigmoid:
+            log_outside = _log_sum(log_outside, functional.logsigmoid(-logits))
+        maps = maps + prediction[:, channels:].float() / count
+    assert log_inside is not None
+    mean = log_inside - math.log(count) if log_outside is None else log_inside - log_outside
+    return torch.cat([mean, maps], dim=1)
+
+
+def _log_sum(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    return value if total is None else torch.logaddexp(total, value)

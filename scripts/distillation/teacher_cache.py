@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.distillation.teacher_origin import Case, Origin, origin_of
-from scripts.networks.teacher import LabelTeacher
-from scripts.networks.teacher_spec import OWN_SETTINGS, check_spec
+from scripts.networks.label_teacher import LabelTeacher
+from scripts.networks.teacher_spec import IDENTITY, check_spec
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -65,7 +65,11 @@ class CachedTeacher(nn.Module):
 
 
 def cached_teachers(
-    specs: Mapping[str, Mapping[str, Any]], folder: str, channels: Sequence[str], out_channels: int
+    specs: Mapping[str, Mapping[str, Any]],
+    folder: str,
+    channels: Sequence[str],
+    classes: int,
+    regions: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, CachedTeacher | LabelTeacher]:
     """Return the teachers of a distillation from their cache, without building a network.
 
@@ -73,22 +77,23 @@ def cached_teachers(
         specs: teacher name -> ``architecture``, ``modalities``, ``weights``, as for ``load_teachers``.
         folder: folder of the cache.
         channels: the image's modalities, in order.
-        out_channels: number of classes, including the background.
+        classes: number of classes of the task, including the background.
+        regions: the classes of each channel of a task with a sigmoid head, whose logits the caches hold.
 
     Raises:
-        ValueError: a cache was made with other weights, another architecture or other modalities.
+        ValueError: a cache was made with other weights, another architecture, other modalities or other regions.
         FileNotFoundError: a teacher has no cache, or its weights are missing.
     """
     teachers: dict[str, CachedTeacher | LabelTeacher] = {}
     for name, spec in specs.items():
         check_spec(name, spec)
         if spec.get("label"):
-            teachers[name] = LabelTeacher(out_channels)
+            teachers[name] = LabelTeacher(classes, regions)
             continue
         manifest = read_manifest(Path(folder), name)
         origin = origin_of(name, spec, manifest.get("out_of_fold", False))
-        expected = {**origin.identity, "weights_sha256": origin.sha256}
-        for key in dict.fromkeys([*expected, *(f"own_{key}" for key in OWN_SETTINGS)]):
+        expected = {**origin.identity, "weights_sha256": origin.sha256, "regions": regions}
+        for key in dict.fromkeys([*expected, *(f"own_{key}" for key in IDENTITY)]):
             require_same(manifest, name, key, expected.get(key))
         used = [list(channels).index(m) for m in spec["modalities"]]
         power = manifest.get("attention_power", 2.0)  # version 0.8 wrote none

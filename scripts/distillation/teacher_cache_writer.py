@@ -67,7 +67,8 @@ def cache_teachers(
         preprocessing: the training pipeline (``scripts.data.training_set.Pipeline``); its fixed part is run.
         answers: name of a teacher -> what answers in its place.
         folder: folder of the cache.
-        settings: ``modalities`` (the image's channels), ``classes``, ``spacing`` in mm and the windows' ``overlap``.
+        settings: ``modalities`` (the image's channels), ``channels`` of the logits, ``spacing`` in mm, the windows'
+            ``overlap``, and ``regions``, the classes of each channel of a sigmoid head (None for a softmax).
         device: device of the images.
         rebuild: replace a cache that was made with other weights or other preprocessing, instead of rejecting it.
 
@@ -79,10 +80,12 @@ def cache_teachers(
     common = {
         "preprocessing_sha256": preprocessing.fingerprint,
         "preprocessing": preprocessing.settings,
-        "channels": settings["classes"],
+        "channels": settings["channels"],
         "spacing": [float(x) for x in settings["spacing"]],
         "overlap": float(settings["overlap"]),
     }
+    if settings.get("regions"):
+        common["regions"] = settings["regions"]
     writers = [_Writer(Path(folder), name, each, common) for name, each in answers.items()]
     for writer in writers:
         writer.answers.check(cases)

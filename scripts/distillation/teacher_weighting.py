@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from scripts.losses.segmentation import Regions, region_targets
+
 MODES = ("mean", "static", "confidence", "entropy")
 
 
@@ -24,19 +26,21 @@ def available_teachers(presence: torch.Tensor, channels: Sequence[Sequence[int]]
     return torch.stack([presence[:, list(used)].all(dim=1) for used in channels], dim=1)
 
 
-def _cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each sample, (B,); logits with a single channel are those of a sigmoid."""
-    if logits.shape[1] == 1:
-        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, regions: Regions | None) -> torch.Tensor:
+    """Mean cross-entropy of each sample over the voxels that have a class, (B,)."""
+    counted = label >= 0
+    if regions is None:
+        losses = functional.cross_entropy(logits, label[:, 0].long().clamp_min(0), reduction="none")[:, None]
     else:
-        loss = functional.cross_entropy(logits, label[:, 0].long(), reduction="none")
-    return loss.flatten(1).mean(dim=1)
+        targets = region_targets(label, regions)
+        losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1, keepdim=True)
+    return (losses * counted).flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(1)
 
 
-def _entropy(logits: torch.Tensor) -> torch.Tensor:
+def _entropy(logits: torch.Tensor, regions: Regions | None) -> torch.Tensor:
     """Mean predictive entropy of each sample, (B,)."""
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    if regions is not None:  # each channel is a question with two answers
+        logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
     log_p = functional.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(dim=1).flatten(1).mean(dim=1)
 
@@ -55,6 +59,7 @@ def teacher_weights(
     available: torch.Tensor,
     label: torch.Tensor | None = None,
     static: Sequence[float] | None = None,
+    regions: Regions | None = None,
 ) -> torch.Tensor:
     """Compute the weights of K teachers for each sample, B x K, non-negative.
 
@@ -69,8 +74,9 @@ def teacher_weights(
         mode: one of ``MODES``.
         logits: for each teacher ``B C H W [D]``.
         available: B x K, bool, see ``available_teachers``.
-        label: ``B 1 H W [D]``, for ``confidence``.
+        label: class indices ``B 1 H W [D]``, for ``confidence``; voxels of no class have a negative one.
         static: K weights >= 0, not all 0, for ``static``.
+        regions: the classes of each channel of a sigmoid head; None for a softmax, or for a single channel.
 
     Raises:
         ValueError: the mode is unknown, or its label or static weights are missing or do not fit.
@@ -78,6 +84,8 @@ def teacher_weights(
     if mode not in MODES:
         raise ValueError(f"Unknown weighting {mode!r}: choose one of {', '.join(MODES)}.")
     detached = [z.detach().float() for z in logits]
+    if detached[0].shape[1] == 1:
+        regions = regions or [[1]]
     if mode == "mean":
         weights = torch.ones_like(available, dtype=torch.float32)
     elif mode == "static":
@@ -87,10 +95,10 @@ def teacher_weights(
     elif mode == "confidence":
         if label is None:
             raise ValueError("confidence weighting needs the label.")
-        weights = _confidence(torch.stack([_cross_entropy(z, label) for z in detached], dim=1), available)
+        weights = _confidence(torch.stack([_cross_entropy(z, label, regions) for z in detached], dim=1), available)
     else:
         # Unavailable teachers must not enter the softmax: a teacher whose input is zeros may have a very low entropy.
-        entropies = torch.stack([_entropy(z) for z in detached], dim=1).masked_fill(~available, float("inf"))
+        entropies = torch.stack([_entropy(z, regions) for z in detached], dim=1).masked_fill(~available, float("inf"))
         weights = (-entropies).softmax(dim=1).nan_to_num(0.0)
     weights = weights * available
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.evaluation.masks import MaskCoding
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_summary
 from scripts.evaluation.summary_table import markdown_summary
@@ -29,6 +30,9 @@ def compare(
     title: str = "Comparison",
     labels: Sequence[Sequence[float]] | None = None,
     checks: Rules | None = None,
+    regions: Mapping[str, Sequence[float]] | None = None,
+    ignore: float | None = None,
+    mask_values: str = "file",
 ) -> str:
     """Write one report about several evaluations.
 
@@ -45,6 +49,9 @@ def compare(
         labels: per class the values of the reference masks, for the overlays; by default every value but 0 is
             foreground.
         checks: which files are accepted; by default all.
+        regions: see ``score``; without ``labels`` it has no effect.
+        ignore: likewise.
+        mask_values: likewise.
 
     Returns:
         The summary table, as Markdown.
@@ -64,12 +71,13 @@ def compare(
     scored_cases = [case for case in cases if "label" in case]
     intensity = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")
     shown = max(runs, key=lambda run: len(run.get("present") or intensity))
+    coding = MaskCoding(labels, regions, ignore, mask_values) if labels else None
     table = markdown_summary(runs)
     write_report(
         Path(output_dir) / "report.html",
         title,
         runs,
-        case_overlays(scored_cases, shown, intensity, labels, checks) if scored_cases else [],
+        case_overlays(scored_cases, shown, intensity, coding, checks) if scored_cases else [],
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),

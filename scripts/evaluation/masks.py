@@ -1,50 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Foreground of masks on disk, with reference and prediction on one grid."""
+"""Classes of masks on disk, with reference and prediction on one grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
+from scripts.data.regions import mask_values, region_classes
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.report.case_images import resample_to_grid
 
+Labels = Sequence[Sequence[float]]
 
-def foreground_mask(image: sitk.Image, labels: Sequence[Sequence[float]], source: str) -> np.ndarray:
-    """Foreground of a mask: every class but the first.
+
+class MaskCoding(NamedTuple):
+    """What the values of masks mean.
+
+    Attributes:
+        labels: per class the values of reference masks, the background first.
+        regions: name -> values of reference masks; by default one region for each foreground class.
+        ignore: value of reference masks whose voxels count as background in both masks; None if there is none.
+        mask_values: what predictions hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
+    """
+
+    labels: Labels
+    regions: Mapping[str, Sequence[float]] | None = None
+    ignore: float | None = None
+    mask_values: str = "file"
+
+    @property
+    def region_classes(self) -> dict[str, list[int]]:
+        """The classes of each region."""
+        return region_classes(self.labels, None, self.regions)
+
+    @property
+    def predicted_background(self) -> float:
+        """A value of predictions that means background."""
+        return mask_values(self.labels, self.mask_values)[0]
+
+
+def reference_classes(image: sitk.Image, coding: MaskCoding, source: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The classes of a reference mask.
 
     Args:
         image: the mask.
-        labels: per class the values that mean it.
+        coding: what its values mean.
         source: path of the mask, for the error.
 
     Returns:
-        Booleans, as z y x.
+        Class indices (uint8) as z y x, and where the mask holds ``ignore``; None where nothing is ignored.
 
     Raises:
-        ValueError: the mask holds values that ``labels`` does not list.
+        ValueError: the mask holds values that ``coding`` does not list.
     """
-    values = sitk.GetArrayFromImage(image)
-    listed = {value for class_values in labels for value in class_values}
-    unlisted = sorted(set(np.unique(values).tolist()) - listed)
-    if unlisted:
-        shown = ", ".join(f"{value:.7g}" for value in unlisted[:5])
+    values = sitk.GetArrayViewFromImage(image)
+    ignored = None if coding.ignore is None else values == coding.ignore
+    return _classes(values, coding.labels, ignored, source), ignored
+
+
+def predicted_classes(
+    image: sitk.Image, coding: MaskCoding, source: str, ignored: np.ndarray | None = None
+) -> np.ndarray:
+    """The classes of a predicted mask on the grid of its reference.
+
+    Args:
+        image: the mask.
+        coding: what its values mean.
+        source: path of the mask, for the error.
+        ignored: voxels that become background, from ``reference_classes``.
+
+    Returns:
+        Class indices (uint8), as z y x.
+
+    Raises:
+        ValueError: the mask holds values that ``coding`` does not list.
+    """
+    values, indices = sitk.GetArrayViewFromImage(image), _indices(coding.labels)
+    if coding.mask_values == "file":
+        hint = 'These are class indices: set "mask_values": "index".'
+        return _classes(values, coding.labels, ignored, source, indices, hint)
+    hint = 'These are values of the label files: set "mask_values": "file".'
+    return _classes(values, indices, ignored, source, coding.labels, hint)
+
+
+def _indices(labels: Labels) -> list[list[float]]:
+    return [[index] for index in range(len(labels))]
+
+
+def _classes(
+    values: np.ndarray,
+    labels: Labels,
+    ignored: np.ndarray | None,
+    source: str,
+    other_labels: Labels = (),
+    hint: str = "",
+) -> np.ndarray:
+    """Class indices of a mask's values. The error ends with ``hint`` where ``other_labels`` lists all of them."""
+    classes = np.zeros(values.shape, np.uint8)
+    known = np.zeros(values.shape, bool) if ignored is None else ignored.copy()
+    for index, members in enumerate(labels):
+        for value in members:
+            matches = values == value
+            known |= matches
+            if index:
+                classes[matches] = index
+    if ignored is not None:
+        classes[ignored] = 0
+    if not known.all():
+        # dict.fromkeys, because unique() lists every NaN
+        unlisted = dict.fromkeys(f"{value:.7g}" for value in np.unique(values[~known]).tolist())
+        counted = values if ignored is None else values[~ignored]
+        is_other = np.isin(counted, [value for members in other_labels for value in members]).all()
         raise ValueError(
-            f"{source} contains the values {shown}, which are not in the data set's mapping {list(labels)}. Correct "
-            "the file or the config's `labels`."
+            f"{source} contains the values {', '.join([*unlisted][:5])}, which are not in the data set's mapping "
+            f"{list(labels)}. " + (hint if is_other else "Correct the file or the config's `labels`.")
         )
-    return np.isin(values, [value for class_values in labels[1:] for value in class_values])
+    return classes
 
 
-def read_on_grid(path: Path, grid: sitk.Image, rules: Rules) -> sitk.Image:
+def read_on_grid(path: Path, grid: sitk.Image, rules: Rules, background: float = 0) -> sitk.Image:
     """A predicted mask on the grid of its reference, by nearest neighbour.
+
+    Args:
+        path: of the mask.
+        grid: the reference.
+        rules: which files are accepted.
+        background: value of voxels of the grid that lie outside of the mask.
 
     Raises:
         ValueError: the file cannot be read.
         OSError: likewise.
     """
-    return resample_to_grid(read_itk(path, rules), grid, sitk.sitkNearestNeighbor)
+    return resample_to_grid(read_itk(path, rules), grid, sitk.sitkNearestNeighbor, background)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import SimpleITK as sitk  # noqa: N813
 
 from scripts.evaluation.mask_files import find_masks
-from scripts.evaluation.masks import foreground_mask, read_on_grid
+from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.metrics import Row
@@ -19,15 +20,24 @@ from scripts.report.overlay import Overlay
 from scripts.report.tables import network_name
 
 
+def mean_dice(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean Dice of each case over its regions; cases without a defined Dice are left out."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("dice") is not None:
+            values.setdefault(str(row["case_id"]), []).append(row["dice"])
+    return {case_id: statistics.fmean(each) for case_id, each in values.items()}
+
+
 def pick_cases(rows: Sequence[Row]) -> dict[str, str]:
-    """Choose the cases with the best, the (lower) median and the worst Dice.
+    """Choose the cases with the best, the (lower) median and the worst Dice, which is the mean over regions.
 
     Equal values are ordered by case id; cases with an undefined Dice are left out.
 
     Returns:
         ``best``, ``median`` and ``worst`` -> case id; empty where Dice is undefined everywhere.
     """
-    ascending = sorted((row["dice"], str(row["case_id"])) for row in rows if row.get("dice") is not None)
+    ascending = sorted((dice, case_id) for case_id, dice in mean_dice(rows).items())
     if not ascending:
         return {}
     best = min(ascending, key=lambda pair: (-pair[0], pair[1]))
@@ -38,7 +48,7 @@ def case_overlays(
     cases: Sequence[Mapping[str, Any]],
     run: Mapping[str, Any],
     intensity: Mapping[str, Any],
-    labels: Sequence[Sequence[float]] | None = None,
+    coding: MaskCoding | None = None,
     rules: Rules | None = None,
 ) -> list[Overlay]:
     """Overlays of the cases that `pick_cases` chooses, on the grid of the reference mask.
@@ -48,7 +58,7 @@ def case_overlays(
         run: summary of the evaluation with its case table as ``rows``. Cases without a mask in its folder
             ``predictions`` are left out.
         intensity: the modalities to draw, each with its intensity range.
-        labels: per class the values of the reference mask; by default every value but 0 is foreground.
+        coding: what the values of the masks mean; by default every value but 0 is foreground.
         rules: which files are accepted; by default all.
     """
     cases_by_id, rules, overlays = {case["case_id"]: case for case in cases}, rules or Rules(), []
@@ -59,15 +69,22 @@ def case_overlays(
     names = ", ".join(key.upper() for key in given)
     source = f"{network_name({**run, 'present': given})}{f', given {names}' if known else ''}"
     paths = find_masks(predictions, cases_by_id).paths if Path(predictions).is_dir() else {}
+    dice = mean_dice(rows)
     for kind, case_id in pick_cases(rows).items():
         if case_id not in paths:
             continue
         case, path = cases_by_id[case_id], paths[case_id]
         label = read_itk(case["label"], rules)
-        reference = foreground_mask(label, labels, str(case["label"])) if labels else sitk.GetArrayFromImage(label) > 0
-        prediction = sitk.GetArrayFromImage(read_on_grid(path, label, rules)) > 0
-        dice = next(row["dice"] for row in rows if row["case_id"] == case_id)
+        mask = read_on_grid(path, label, rules, coding.predicted_background if coding else 0)
+        if coding:
+            reference, ignored = reference_classes(label, coding, str(case["label"]))
+            prediction = predicted_classes(mask, coding, str(path), ignored)
+        else:
+            reference, prediction = (sitk.GetArrayFromImage(image) > 0 for image in (label, mask))
+        regions = coding.region_classes if coding else {}
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
-        title = f"{kind}: {case_id}, Dice {dice:.3f}"
-        overlays.append(load_overlay(title, images, label, prediction, reference, intensity, rules, source, given))
+        title = f"{kind}: {case_id}, {'mean ' if len(regions) > 1 else ''}Dice {dice[case_id]:.3f}"
+        overlays.append(
+            load_overlay(title, images, label, prediction, reference, intensity, rules, source, given, regions)
+        )
     return overlays

@@ -14,6 +14,8 @@ from scripts.report.tables import summary_table
 
 Case = Mapping[str, Any]
 
+_TASK = ("cohort", "modalities", "intensity", "labels", "classes", "regions", "ignore", "mask_values")
+
 
 def evaluated_cases(folder: str) -> list[Case]:
     """The cases of an evaluation, from its manifest; empty where there is no manifest.
@@ -31,10 +33,10 @@ def evaluated_cases(folder: str) -> list[Case]:
 
 
 def evaluated_task(folder: str) -> dict[str, Any]:
-    """The ``cohort``, ``modalities``, ``intensity`` and ``labels`` of an evaluation, those that its manifest holds."""
+    """The settings ``_TASK`` of an evaluation, those that its manifest holds."""
     try:
         config = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["config"]
-        return {key: config[key] for key in ("cohort", "modalities", "intensity", "labels") if key in config}
+        return {key: config[key] for key in _TASK if key in config}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 

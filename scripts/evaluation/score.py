@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from scripts.data.modalities import modalities_used
 from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_message
-from scripts.evaluation.masks import foreground_mask, read_on_grid
+from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
 from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
@@ -25,7 +25,7 @@ from scripts.evaluation.summary_table import markdown_summary
 from scripts.evaluation.training_cases import NO, YES, trained_on, training_notes
 from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
 from scripts.image_io.reader import header_of, read_itk
-from scripts.metrics import Row, aggregate, image_diagonal_mm, surface_metrics, write_rows
+from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
 from scripts.training.handlers import torch_usage
@@ -51,16 +51,19 @@ def score(
     present: Sequence[str] | None = None,
     checks: Rules | None = None,
     weights: str | None = None,
+    regions: Mapping[str, Sequence[float]] | None = None,
+    ignore: float | None = None,
+    mask_values: str = "file",
 ) -> dict[str, Any]:
     """Score a folder of masks and write ``cases.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
 
-    Foreground is every class but the first; several foreground classes are scored as their union.
+    Every region of every case is scored: the table has a row for each.
 
     Args:
         name: display name of the network in tables and reports.
         cases: data list. Cases without ``label`` are not scored; a warning names them.
         labels: per class the values of the reference masks.
-        predictions: folder of ``<case_id>.nii.gz`` (or .nii, .mha, .nrrd), whose values are class indices.
+        predictions: folder of ``<case_id>.nii.gz`` (or .nii, .mha, .nrrd).
         output_dir: folder of the results.
         intensity: the network's modalities, each with its intensity range; the report draws them so.
         network: its parameters and operations are counted.
@@ -71,6 +74,9 @@ def score(
         present: modalities that the network was given, by default all. A subset is appended to ``name``.
         checks: which files are accepted; by default all.
         weights: file of the network's weights. The record beside it tells which cases trained them.
+        regions: name -> values of the reference masks; by default one region for each foreground class.
+        ignore: value of the reference masks whose voxels count as background in both masks.
+        mask_values: what the masks hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
 
     Returns:
         The summary.
@@ -94,12 +100,14 @@ def score(
     if not masks.paths.keys() & set(case_ids):
         raise ValueError(no_masks_message(predictions, masks, case_ids))
     trained, trained_unknown = trained_on(weights, scored_cases)
-    work = partial(score_case, paths=masks.paths, labels=labels, rules=checks or Rules())
+    coding = MaskCoding(labels, regions, ignore, mask_values)
+    work = partial(score_case, paths=masks.paths, coding=coding, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases)), initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
-    rows = [row for row, _, _ in results]
-    problems = {str(row["case_id"]): problem for row, problem, _ in results if problem}
-    findings = {str(row["case_id"]): case_findings for row, _, case_findings in results}
+    rows = [row for case_rows, _, _ in results for row in case_rows]
+    by_case = dict(zip(case_ids, results, strict=True))
+    problems = {case_id: problem for case_id, (_, problem, _) in by_case.items() if problem}
+    findings = {case_id: case_findings for case_id, (_, _, case_findings) in by_case.items()}
     missing = [case_id for case_id in case_ids if case_id not in masks.paths]
     texts = {case_id: _case_texts(case_id, masks, problems.get(case_id), findings[case_id]) for case_id in case_ids}
     for row in rows:
@@ -110,6 +118,7 @@ def score(
         "name": name,
         "present": used,
         "aggregate": aggregate(rows, seed=seed),
+        "regions": aggregate_regions(rows, seed=seed),
         "trained_on": _training_summary(rows, seed),
         **network_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
@@ -131,66 +140,85 @@ def score(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
         [run],
-        case_overlays(scored_cases, run, intensity, labels, checks),
+        case_overlays(scored_cases, run, intensity, coding, checks),
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
         notes,
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
-    if len(problems) + len(missing) == len(rows):
-        raise ValueError(f"None of the {len(rows)} masks could be scored. {next(iter(problems.values()))}")
+    if len(problems) + len(missing) == len(case_ids):
+        raise ValueError(f"None of the {len(case_ids)} masks could be scored. {next(iter(problems.values()))}")
     return summary
 
 
 def score_case(
-    case: Case, paths: Mapping[str, Path], labels: Sequence[Sequence[float]], rules: Rules
-) -> tuple[Row, str, list[Finding]]:
+    case: Case, paths: Mapping[str, Path], coding: MaskCoding, rules: Rules
+) -> tuple[list[Row], str, list[Finding]]:
     """Compare one mask with its reference, on the grid of the reference.
 
     Args:
         case: an item of the data list, with ``label``.
-        paths: the masks by case; their values are class indices.
-        labels: per class the values of the reference mask.
+        paths: the masks by case.
+        coding: what the values of both masks mean.
         rules: which files are accepted.
 
     Returns:
-        A row of the case table, the reason why the mask cannot be scored (else empty), and what is unusual about both
-        masks. ``status`` is ``error`` where the mask is missing or cannot be scored, which counts as the worst value.
+        A row of the case table for each region, the reason why the mask cannot be scored (else empty), and what is
+        unusual about both masks. ``status`` is ``error`` where the mask is missing or cannot be scored, which counts as
+        the worst value.
 
     Raises:
         ValueError: the reference cannot be read or contains unknown values.
     """
     header, label = header_of(case["label"], rules), read_itk(case["label"], rules)
     findings = check_headers({LABEL: header}, LABEL)
-    reference = foreground_mask(label, labels, str(case["label"]))
-    spacing = label.GetSpacing()[::-1]
-    voxel_ml = float(np.prod(spacing)) / 1000
-    row: Row = {
-        "case_id": case["case_id"],
-        "patient_id": case.get("patient_id", case["case_id"]),
-        "reference_volume_ml": float(reference.sum()) * voxel_ml,
-        "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
-    }
-    error_row: Row = {**row, "dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
-    path = paths.get(str(case["case_id"]))
+    reference, ignored = reference_classes(label, coding, str(case["label"]))
+    spacing, regions = label.GetSpacing()[::-1], coding.region_classes
+    rows: list[Row] = [
+        {
+            "case_id": case["case_id"],
+            "patient_id": case.get("patient_id", case["case_id"]),
+            "region": region,
+            "reference_volume_ml": volume_ml,
+            "diagonal_mm": image_diagonal_mm(reference.shape, spacing),
+        }
+        for region, volume_ml in _volumes_ml(reference, regions, spacing).items()
+    ]
+    unknown: Row = {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "error", "volume_ml": None}
+    error_rows = [{**row, **unknown} for row in rows]
+    path, background = paths.get(str(case["case_id"])), coding.predicted_background
     if path is None:
-        return error_row, "", findings
+        return error_rows, "", findings
     try:
         findings = check_mask(header, header_of(path, rules))
         errors = [finding.what for finding in findings if finding.level == ERROR]
         if errors:
-            return error_row, " ".join(errors), [finding for finding in findings if finding.level == WARNING]
-        mask = read_on_grid(path, label, rules)
-        prediction = foreground_mask(mask, [[i] for i in range(len(labels))], str(path))
+            return error_rows, " ".join(errors), [finding for finding in findings if finding.level == WARNING]
+        mask = read_on_grid(path, label, rules, background)
+        prediction = predicted_classes(mask, coding, str(path), ignored)
     except (ValueError, OSError) as error:
-        return error_row, str(error), findings
-    row["volume_ml"] = float(prediction.sum()) * voxel_ml
-    return {**row, **surface_metrics(prediction, reference, spacing)}, "", findings
+        return error_rows, str(error), findings
+    metrics, volumes = (
+        region_metrics(prediction, reference, regions, spacing),
+        _volumes_ml(prediction, regions, spacing),
+    )
+    rows = [{**row, "volume_ml": volumes[row["region"]], **metrics[row["region"]]} for row in rows]
+    return rows, "", findings
+
+
+def _volumes_ml(
+    classes: np.ndarray, regions: Mapping[str, Sequence[int]], spacing: Sequence[float]
+) -> dict[str, float]:
+    """The volume of each region of a mask of class indices."""
+    used = {index for members in regions.values() for index in members}
+    voxels = {index: int(np.count_nonzero(classes == index)) for index in used}
+    voxel_ml = float(np.prod(spacing)) / 1000
+    return {region: sum(voxels[index] for index in members) * voxel_ml for region, members in regions.items()}
 
 
 def _training_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """The cases that trained the network, and the aggregate of all others; None where that is unknown or needless."""
-    training = sorted(str(row["case_id"]) for row in rows if row["trained_on"] == YES)
+    training = sorted({str(row["case_id"]) for row in rows if row["trained_on"] == YES})
     unseen = [row for row in rows if row["trained_on"] == NO]
     known = bool(training or unseen)
     return {

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.metrics.aggregate import FAILURES
+from scripts.metrics.aggregate import case_count
+from scripts.metrics.case_rows import FAILURES
 from scripts.utils.markdown import markdown_table
 
 _HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")
@@ -19,6 +20,7 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
     A metric is shown as mean [95% interval] (number of cases) over the cases where it is defined. Where there are
     failures the mean with failures at their worst value follows, since a network that misses cases can look better
     without them. Where a network was trained on some of the cases its name says so, and a row of the others follows.
+    Where there are several regions, the first row is over all of them, and a row for each follows.
 
     Args:
         summaries: contents of ``summary.json`` files.
@@ -30,11 +32,17 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
         training = summary.get("trained_on") or {}
         cases, unseen = training.get("cases"), training.get("unseen_aggregate")
         name = summary["name"]
+        regions = summary.get("regions") or {}
         if cases:
-            name = f"{name} (trained on {len(cases)} of {summary['aggregate']['n']} cases)"
+            total = case_count(summary["aggregate"], len(regions))
+            name = f"{name} (trained on {len(cases)} of {total} cases)"
         rows.append([name, *_metric_cells(summary["aggregate"]), parameters, *costs])
+        if len(regions) > 1:
+            names = {region: f"{summary['name']}: {region}" for region in regions}
+            rows += [[names[region], *_metric_cells(each), None, None, None] for region, each in regions.items()]
         if unseen:
-            rows.append([f"{summary['name']}, {unseen['n']} unseen cases", *_metric_cells(unseen), parameters, *costs])
+            name = f"{summary['name']}, {case_count(unseen, len(regions))} unseen cases"
+            rows.append([name, *_metric_cells(unseen), parameters, *costs])
     return markdown_table(_HEAD, rows)
 
 

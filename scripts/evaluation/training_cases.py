@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
+from scripts.metrics.aggregate import case_count
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 from scripts.utils.task_file import read_task, task_path
@@ -59,7 +60,7 @@ def training_notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     for summary in summaries:
         training = (summary.get("trained_on") or {}).get("cases")
         if training:
-            total = summary["aggregate"]["n"]
+            total = case_count(summary["aggregate"], len(summary.get("regions") or ()))
             notes.append(
                 f"{summary['name']} was trained on {len(training)} of these {total} cases ({', '.join(training)}). "
                 "Results on them do not show how it does on new patients"

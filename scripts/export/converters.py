@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from scripts import bundle_root
+from scripts.data.regions import IGNORED
 from scripts.inference.engines import import_optional, openvino_core
 from scripts.utils.run_manifest import running_config
 
@@ -185,7 +186,7 @@ def draw_patches(
         image, label = (torch.as_tensor(item[key]).as_subclass(torch.Tensor) for key in ("image", "label"))
         missing = [max(0, size - length) for size, length in zip(window, image.shape[1:], strict=True)]
         image = nn.functional.pad(image.float(), [margin for size in reversed(missing) for margin in (0, size)])
-        foreground = (label[0] > 0).nonzero()
+        foreground = ((label[0] > 0) & (label[0] != IGNORED)).nonzero()
         for i in range(each):
             last_corner = torch.tensor([length - size for size, length in zip(window, image.shape[1:], strict=True)])
             if i % 2 == 0 and len(foreground):

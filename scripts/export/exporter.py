@@ -61,6 +61,7 @@ def export(
     precisions: Sequence[str] = ("fp32", "bf16"),
     output_dir: str = "",
     threads: int = 0,
+    regions: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Convert a network, compare each model with PyTorch on whole cases, and write those that pass.
 
@@ -81,6 +82,7 @@ def export(
             it.
         output_dir: parent of the folder; by default that of the weights, where engines look for it.
         threads: number of CPU threads; 0 takes PyTorch's setting.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
 
     Returns:
         The contents of ``export.json``.
@@ -104,7 +106,7 @@ def export(
         if "int8" in precisions and "openvino" in formats:
             training = _volumes(split[0][:CALIBRATION_CASES], preprocessing, "calibrating")
             engines["openvino int8"] = _quantise(folder, training, window, threads)
-        comparisons = compare_engines(plain, engines, _volumes(cases, preprocessing), inferer, len(cases))
+        comparisons = compare_engines(plain, engines, _volumes(cases, preprocessing), inferer, len(cases), regions)
         figures = {name: comparison.figures() for name, comparison in comparisons.items()}
         refused = _refused(figures)
         print(_figures_table(figures, refused))

@@ -2,15 +2,15 @@
 """Compare engines with PyTorch on whole cases, and decide which exported models are accepted.
 
 The mask Dice compares an engine's mask with PyTorch's, the validation Dice compares it with the reference mask, both on
-the network's grid. Foreground is every class but the first, as one mask. Both are means over the cases in which at
-least one of the two masks is not empty; None where there is no such case.
+the network's grid and for each foreground class. Both are means over the cases and classes in which at least one of the
+two masks is not empty; None where there is no such case.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from scripts.data.decision import classes_from_logits
+from scripts.data.regions import IGNORED, own_classes
 from scripts.metrics import dice
 
 REFERENCE_ENGINE = "torch fp32"
@@ -52,7 +54,7 @@ def mean_of_defined(values: Iterable[float | None]) -> float | None:
 
 @dataclass
 class Comparison:
-    """Measurements of one engine, one value per case."""
+    """Measurements of one engine, one value per case; of the Dice one per case and class."""
 
     logits_differences: list[float] = field(default_factory=list)
     mask_dice: list[float | None] = field(default_factory=list)
@@ -79,6 +81,7 @@ def compare_engines(
     cases: Iterable[Mapping[str, Any]],
     inferer: Inferer,
     case_count: int,
+    regions: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Comparison]:
     """Run the network and every engine on the same cases.
 
@@ -88,6 +91,7 @@ def compare_engines(
         cases: ``image`` (M H W D) and ``label`` (1 H W D, class indices) per case.
         inferer: sliding window, called with (image, network).
         case_count: number of cases, for the progress bar.
+        regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
 
     Returns:
         Name -> measurements; those of the network itself are ``torch fp32``.
@@ -103,10 +107,12 @@ def compare_engines(
             comparison = comparisons[name]
             comparison.seconds.append(time.perf_counter() - began)
             expected = logits if expected is None else expected
-            mask, expected_mask = (each[0].argmax(dim=0) > 0 for each in (logits, expected))
+            mask, expected_mask = (classes_from_logits(each[0], regions) for each in (logits, expected))
             comparison.logits_differences.append(float((logits - expected).abs().max()))
-            comparison.mask_dice.append(dice(mask, expected_mask))
-            comparison.validation_dice.append(dice(mask, label[0] > 0))
+            counted = label[0] != IGNORED
+            for index in range(1, logits.shape[1]) if regions is None else own_classes(regions):
+                comparison.mask_dice.append(dice(mask == index, expected_mask == index))
+                comparison.validation_dice.append(dice((mask == index) & counted, label[0] == index))
     return comparisons
 
 

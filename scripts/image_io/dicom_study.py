@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_classes import ENHANCED, no_image
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.dicom_rules import Rule, element_texts, matches, rule_text
 from scripts.image_io.dicom_structure import read_structure
 
 TAGS = (
@@ -20,7 +22,7 @@ TAGS = (
 
 
 class Series(NamedTuple):
-    """The images of one series in one folder."""
+    """The images of one series in one folder; ``elements`` are texts by keyword from the header of its first file."""
 
     uid: str
     kind: str
@@ -30,10 +32,15 @@ class Series(NamedTuple):
     description: str
     slices: int
     enhanced: bool = False
+    elements: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
-def find_series(study: str | Path) -> list[Series]:
+def find_series(study: str | Path, keywords: Iterable[str] = ()) -> list[Series]:
     """Every image series below a folder. Structure sets, segmentations, scouts and other files are skipped.
+
+    Args:
+        study: the folder.
+        keywords: of DICOM elements to read from the series' headers, beside those that every series needs.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -43,14 +50,15 @@ def find_series(study: str | Path) -> list[Series]:
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}.")
     images: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
-    for path, head in _image_heads(root):
+    tags = [*TAGS, *(keyword for keyword in keywords if keyword not in TAGS)]
+    for path, head in _image_heads(root, tags):
         images[str(head.SeriesInstanceUID)].append((path, head))
     if not images:
         raise ValueError(f"{root} contains no series of DICOM images. Give the folder of one study.")
-    return [_series(uid, images[uid]) for uid in sorted(images)]
+    return [_series(uid, images[uid], tags) for uid in sorted(images)]
 
 
-def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
+def _image_heads(root: Path, tags: Sequence[str]) -> Iterator[tuple[Path, Any]]:
     pydicom = dicom_package("pydicom")
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.name.startswith("."):
@@ -58,8 +66,8 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
         try:
             if read_structure(path) is None:
                 continue
-            head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-            values = [str(head.get(tag, "")) for tag in TAGS]  # raises for values of another type than the element's
+            head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+            values = [str(head.get(tag, "")) for tag in tags]  # raises for values of another type than the element's
             is_scout = "LOCALIZER" in list(head.get("ImageType", []) or [])
             is_image = (
                 head.get("Rows") and head.get("SeriesInstanceUID") and head.get("Modality") in DICOM_MODALITIES.values()
@@ -72,7 +80,7 @@ def _image_heads(root: Path) -> Iterator[tuple[Path, Any]]:
             yield path, head
 
 
-def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
+def _series(uid: str, images: Sequence[tuple[Path, Any]], tags: Sequence[str]) -> Series:
     folders = sorted({path.parent for path, _ in images})
     if len(folders) > 1:
         names = ", ".join(str(folder) for folder in folders[:4])
@@ -82,45 +90,72 @@ def _series(uid: str, images: Sequence[tuple[Path, Any]]) -> Series:
         str(head.get(tag, "") or "") for tag in ("PatientID", "FrameOfReferenceUID", "SeriesDescription")
     )
     enhanced = any(str(h.get("SOPClassUID")) in ENHANCED for _, h in images)
-    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images), enhanced)
+    elements = {tag: element_texts(head.get(tag)) for tag in tags}
+    return Series(uid, str(head.Modality), folders[0], patient, frame, description, len(images), enhanced, elements)
 
 
 def choose_series(
-    study: Sequence[Series], modalities: Sequence[str], series_uids: Sequence[str] = ()
+    study: Sequence[Series], rules: Mapping[str, Rule], series_uids: Sequence[str] = ()
 ) -> dict[str, Series]:
     """Choose one series per modality; modalities without a series are left out.
 
+    A series is of one modality: where it is the only one that fits a modality, it is none of another.
+
     Args:
-        study: series of a study, from ``find_series``.
-        modalities: of the network: ``ct``, ``pet``, ``mr``.
-        series_uids: series to choose if there are several of one modality.
+        study: series of a study, from ``find_series`` with the keywords of the rules.
+        rules: of each modality, from ``series_rules``.
+        series_uids: series to choose if several fit one modality.
 
     Raises:
-        ValueError: DICOM cannot distinguish a modality; there are several series of one; a UID does not exist; a chosen
-            series has no frame of reference; or the chosen series have different patients or frames
-            of reference. The messages do not contain patient ids.
+        ValueError: several series fit one modality, or one series fits two; a UID does not exist; a chosen series has
+            no frame of reference; or the chosen series have different patients or frames of reference. The messages do
+            not contain patient ids.
     """
-    unsupported = [key for key in modalities if key not in DICOM_MODALITIES]
-    if unsupported:
-        raise ValueError(
-            f"DICOM headers do not identify {', '.join(unsupported)}. Use `segment` with the folders of the series."
-        )
     unknown = sorted(set(series_uids) - {series.uid for series in study})
     if unknown:
         uids = ", ".join(series.uid for series in study)
         raise ValueError(f"The study has no series {', '.join(unknown)}. It has {uids}.")
-    chosen = {}
-    for key in modalities:
-        candidates = [series for series in study if series.kind == DICOM_MODALITIES[key]]
-        candidates = [series for series in candidates if series.uid in series_uids] or candidates
-        if len(candidates) > 1:
-            listed = "; ".join(f"{s.uid} ({s.description or 'no description'}, {s.slices} images)" for s in candidates)
-            kind = DICOM_MODALITIES[key]
-            raise ValueError(f"The study has {len(candidates)} {kind} series. Choose one with --series-uid: {listed}.")
-        if candidates:
-            chosen[key] = candidates[0]
+    candidates = {}
+    for key, rule in rules.items():
+        found = [series for series in study if matches({**series.elements, "Modality": (series.kind,)}, rule)]
+        candidates[key] = [series for series in found if series.uid in series_uids] or found
+    _leave_out_taken(candidates)
+    for key, found in candidates.items():
+        if len(found) > 1:
+            listed = "; ".join(f"{s.uid} ({s.description or 'no description'}, {s.slices} images)" for s in found)
+            advice = "Choose one with --series-uid"
+            if all(series.uid in series_uids for series in found):
+                advice = "Tell them apart by a rule in the task's dicom"
+            raise ValueError(
+                f"The study has {len(found)} series for {key} ({rule_text(rules[key])}). {advice}: {listed}."
+            )
+    chosen = {key: found[0] for key, found in candidates.items() if found}
+    _refuse_shared(chosen)
     _refuse_unusable(list(chosen.values()))
     return chosen
+
+
+def _leave_out_taken(candidates: dict[str, list[Series]]) -> None:
+    """Leave out of each modality, while there is another choice, the series that are the only ones of another."""
+    before = None
+    while before != (counts := [len(found) for found in candidates.values()]):
+        before = counts
+        taken = {found[0].uid for found in candidates.values() if len(found) == 1}
+        for key, found in candidates.items():
+            free = [series for series in found if series.uid not in taken]
+            if len(found) > 1 and free:
+                candidates[key] = free
+
+
+def _refuse_shared(chosen: Mapping[str, Series]) -> None:
+    owners: dict[str, str] = {}
+    for key, series in chosen.items():
+        other = owners.setdefault(series.uid, key)
+        if other != key:
+            raise ValueError(
+                f"The series {series.uid} ({series.description or 'no description'}) fits both {other} and {key}. Tell "
+                "them apart by a rule in the task's dicom."
+            )
 
 
 def _refuse_unusable(chosen: Sequence[Series]) -> None:

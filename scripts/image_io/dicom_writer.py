@@ -4,29 +4,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from scripts.image_io.dicom_codes import MAX_LONG, Property
 from scripts.image_io.dicom_geometry import MAX_OFFSET
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.headers import LPS_TO_RAS
 from scripts.utils.atomic_files import atomic_file
+from scripts.utils.colours import region_colour
 
 logger = logging.getLogger(__name__)
 
 MANUFACTURER, MODEL = "multi-teacher-distillation-bundle", "distilled student"
-# SNOMED CT codes of the foreground
-CATEGORY = ("49755003", "SCT", "Morphologically abnormal structure")
-PROPERTY = ("108369006", "SCT", "Neoplasm")
+Regions = Mapping[str, Sequence[float]]  # name -> values of the mask
 # Copied from the images into the written files. The standard requires these elements, but they may be empty.
 COPIED_KEYWORDS = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
     *("AccessionNumber", "ReferringPhysicianName"),
 )
+UTF_8 = "ISO_IR 192"
 SEXES = ("", "M", "F", "O")
 MAX_SHORT_STRING = 16  # characters of DICOM's VR SH
 
@@ -55,13 +56,13 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
         slices: the series' images in any order, or one multi-frame image.
 
     Returns:
-        ``slices rows columns``, uint8; the frames of a multi-frame image in the order of the file.
+        ``slices rows columns``, the mask's values; the frames of a multi-frame image in the order of the file.
 
     Raises:
         RefusedError: the mask is not on the series' grid.
     """
     image: Any = nib.Nifti1Image.from_filename(mask_file)
-    mask, affine = np.asanyarray(image.dataobj) > 0, image.affine
+    mask, affine = np.asanyarray(image.dataobj), image.affine
     planes = []
     inverse, max_offset = np.linalg.inv(affine), MAX_OFFSET * np.linalg.norm(affine[:3, 2])
     for position, dataset in _positions(slices):
@@ -73,7 +74,7 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
             uid = dataset.SeriesInstanceUID
             raise RefusedError(f"{mask_file} is not on the grid of the series {uid}. Segment that series again.")
         planes.append(mask[:, :, number].T)
-    return np.stack(planes).astype(np.uint8)
+    return np.stack(planes)
 
 
 def _positions(slices: Sequence[Any]) -> Iterator[tuple[np.ndarray, Any]]:
@@ -84,13 +85,24 @@ def _positions(slices: Sequence[Any]) -> Iterator[tuple[np.ndarray, Any]]:
             yield LPS_TO_RAS @ np.array([*image.ImagePositionPatient, 1.0], dtype=float), dataset
 
 
-def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, path: Path) -> None:
-    """Write a binary DICOM segmentation with one segment, the mask's foreground, that references every image.
+def write_seg(
+    mask_file: Path,
+    slices: Sequence[Any],
+    regions: Regions,
+    properties: Mapping[str, Property],
+    version: str,
+    path: Path,
+) -> None:
+    """Write a binary DICOM segmentation with one segment per region that references every image.
+
+    Segments may overlap. The segment of an empty region is described and has no frames, so that a region has the same
+    number in every file of a task.
 
     Args:
         mask_file: NIfTI on the series' own grid.
         slices: the series' images, in the order of their positions.
-        label: name of the segment.
+        regions: name -> values of the mask.
+        properties: what each region is, see ``segment_properties``.
         version: of the software.
         path: the file to write.
 
@@ -100,25 +112,16 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
             values where DICOM allows one.
     """
     highdicom = dicom_package("highdicom")
-    code = dicom_package("pydicom.sr.coding").Code
-    codes = dicom_package("pydicom.sr.codedict").codes
     planes = mask_planes(mask_file, slices)
     _refuse_invalid_values(slices[0], path)
-    segment = highdicom.seg.SegmentDescription(
-        segment_number=1,
-        segment_label=label,
-        segmented_property_category=code(*CATEGORY),
-        segmented_property_type=code(*PROPERTY),
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=MANUFACTURER, family=codes.cid7162.ArtificialIntelligence, version=version
-        ),
-    )
+    pixels = np.stack([np.isin(planes, list(values)) for values in regions.values()], axis=-1).astype(np.uint8)
     segmentation = highdicom.seg.Segmentation(
         source_images=list(slices),
-        pixel_array=planes,
+        pixel_array=pixels,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[segment],
+        segment_descriptions=[
+            _segment(number, name, properties[name], version) for number, name in enumerate(regions, start=1)
+        ],
         series_instance_uid=highdicom.UID(),
         series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
         sop_instance_uid=highdicom.UID(),
@@ -127,12 +130,43 @@ def write_seg(mask_file: Path, slices: Sequence[Any], label: str, version: str, 
         manufacturer_model_name=MODEL,
         software_versions=version,
         device_serial_number="0",
-        series_description=f"{label}, research only",
-        omit_empty_frames=bool(planes.any()),  # a segmentation without frames is not valid
+        series_description=_description(regions),
+        specific_character_set=_character_set(slices[0], [*regions, *(each.type[2] for each in properties.values())]),
+        omit_empty_frames=bool(pixels.any()),  # a segmentation without frames is not valid
     )
     _shorten(segmentation, path)
     with atomic_file(path) as file:
         segmentation.save_as(file)
+
+
+def _segment(number: int, name: str, what: Property, version: str) -> Any:
+    """The description of a segment; ``number`` counts from 1."""
+    highdicom = dicom_package("highdicom")
+    code = dicom_package("pydicom.sr.coding").Code
+    families = dicom_package("pydicom.sr.codedict").codes.cid7162
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name,
+        segmented_property_category=code(*what.category),
+        segmented_property_type=code(*what.type),
+        anatomic_regions=[code(*what.anatomy)] if what.anatomy else None,
+        display_color=highdicom.color.CIELabColor.from_string(region_colour(number - 1)),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=MANUFACTURER, family=families.ArtificialIntelligence, version=version
+        ),
+    )
+
+
+def _description(regions: Regions) -> str:
+    """The description of a series; it names the regions if DICOM has room for them."""
+    named = f"{', '.join(regions)}, research only"
+    return named if len(named) <= MAX_LONG else "Segmentation, research only"
+
+
+def _character_set(head: Any, texts: Iterable[str]) -> Any:
+    """The encoding of the images, in which the patient's name is written, or UTF-8 if a text of the task needs it."""
+    return head.get("SpecificCharacterSet") if all(text.isascii() for text in texts) else UTF_8
 
 
 def _refuse_invalid_values(head: Any, path: Path) -> None:
@@ -174,14 +208,14 @@ def _shorten(dataset: Any, path: Path) -> None:
             logger.warning(message, path, element.keyword, MAX_SHORT_STRING)
 
 
-def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Path) -> bool:
-    """Write an RT structure set with the mask's contours on every image of a series.
+def write_rtstruct(mask_file: Path, slices: Sequence[Any], regions: Regions, path: Path) -> list[str]:
+    """Write an RT structure set with the contours of each region on every image of a series.
 
     Args:
-        mask_file, slices, label, path: see ``write_seg``.
+        mask_file, slices, regions, path: see ``write_seg``.
 
     Returns:
-        Whether a file was written. For an empty mask none is written, and an existing one is removed.
+        The regions that have a structure. If all are empty, no file is written, and an existing one is removed.
 
     Raises:
         ValueError: rt-utils is not installed.
@@ -189,27 +223,31 @@ def write_rtstruct(mask_file: Path, slices: Sequence[Any], label: str, path: Pat
     """
     structure_set = _empty_structure_set(slices)
     planes = mask_planes(mask_file, structure_set.series_data)
-    if not planes.any():  # a structure set without structures is not valid
+    written = []
+    for number, (name, values) in enumerate(regions.items()):
+        inside = np.isin(planes, list(values))
+        if inside.any():  # a structure without contours is not valid
+            structure_set.add_roi(mask=np.moveaxis(inside, 0, -1), color=region_colour(number), name=name)
+            written.append(name)
+    if not written:
         path.unlink(missing_ok=True)
-        return False
-    structure_set.add_roi(mask=np.moveaxis(planes, 0, -1).astype(bool), name=label)
+        return written
     to_decimal_string = dicom_package("pydicom.valuerep").format_number_as_ds  # at most 16 characters each
     dataset = structure_set.ds
     for contours in dataset.get("ROIContourSequence", []):
         for contour in contours.ContourSequence:
             contour.ContourData = [to_decimal_string(float(value)) for value in contour.ContourData]
-    dataset.SeriesDescription = f"{label}, research only"
+    dataset.SeriesDescription = _description(regions)
     dataset.Manufacturer, dataset.ManufacturerModelName = MANUFACTURER, MODEL
     del dataset.InstitutionName  # rt-utils writes its own
     dataset.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
     for keyword in ("ReferringPhysicianName", "AccessionNumber", "OperatorsName", "PositionReferenceIndicator"):
         setattr(dataset, keyword, slices[0].get(keyword, ""))  # required, may be empty, and omitted by rt-utils
-    if slices[0].get("SpecificCharacterSet"):  # the encoding of the patient's name
-        dataset.SpecificCharacterSet = slices[0].SpecificCharacterSet
+    dataset.SpecificCharacterSet = _character_set(slices[0], regions) or dataset.SpecificCharacterSet
     _shorten(dataset, path)
     with atomic_file(path) as file:
         dataset.save_as(file)
-    return True
+    return written
 
 
 def _empty_structure_set(slices: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,20 +132,41 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     write_bytes(data, path)
 
 
+def mask_table(values: Sequence[float]) -> np.ndarray:
+    """The values of written masks by class index, in the smallest of uint8, int16 and int32 that holds them.
+
+    Raises:
+        ValueError: a value is no integer, or does not fit.
+    """
+    for value in values:
+        if value != int(value) or not -(2**31) <= value < 2**31:
+            raise ValueError(
+                f'labels has the value {value:g}, which a mask of integers cannot hold. Set mask_values to "index".'
+            )
+    kinds = (np.uint8, np.int16, np.int32)
+    fitting = (kind for kind in kinds if np.iinfo(kind).min <= min(values) and max(values) <= np.iinfo(kind).max)
+    return np.array(values).astype(next(fitting))
+
+
 class SaveMaskd(SaveImaged):
-    """MONAI's ``SaveImaged`` for masks: written atomically, as uint8, and named after the case.
+    """MONAI's ``SaveImaged`` for masks: written atomically, as integers, and named after the case.
 
     Args:
-        key: key of the mask, ``1 H W D``; its metadata contain the affine and the case's id or file name.
+        key: key of the mask, class indices ``1 H W D``; its metadata contain the affine and the case's id or file name.
         output_dir: folder of ``<case_id>.nii.gz``.
+        values: what to write for each class, see ``mask_table``; by default the indices, as uint8.
     """
 
-    def __init__(self, key: str, output_dir: str) -> None:
+    def __init__(self, key: str, output_dir: str, values: Sequence[float] | None = None) -> None:
         super().__init__(key, output_dir=output_dir, output_ext=".nii.gz", print_log=False)
         self.folder = Path(output_dir)
+        self.table = None if values is None or list(values) == list(range(len(values))) else mask_table(values)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         mask = data[self.keys[0]]
         name = mask.meta.get("case_id") or Path(str(mask.meta.get("filename_or_obj", "mask"))).name.split(".")[0]
-        write_nifti(mask[0].to(torch.uint8).numpy(), np.asarray(mask.affine), self.folder / f"{name}.nii.gz")
+        voxels = mask[0].to(torch.uint8).numpy()
+        if self.table is not None:
+            voxels = self.table[voxels]
+        write_nifti(voxels, np.asarray(mask.affine), self.folder / f"{name}.nii.gz")
         return dict(data)

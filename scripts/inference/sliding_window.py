@@ -33,7 +33,8 @@ class WholeVolumeInferer(SlidingWindowInferer):
         whole: False slides windows of ``roi_size`` over every volume, as MONAI does.
         memory_gib: limit in GiB of one pass of the network. A larger volume is cut into overlapping parts, which are
             blended.
-        divisor: the network needs sizes that are multiples of it; the volume is padded with zeros.
+        divisor: the network needs sizes that are multiples of it, one number or one per axis; the volume is padded with
+            zeros.
         skip_air: of the windows that are 0 in every modality run only one; the result is the same.
         sw_batch_size: see ``monai.inferers.SlidingWindowInferer``.
         mode: see ``monai.inferers.SlidingWindowInferer``.
@@ -45,14 +46,15 @@ class WholeVolumeInferer(SlidingWindowInferer):
         overlap: float = 0.5,
         whole: bool = True,
         memory_gib: float = 1.25,
-        divisor: int = 16,
+        divisor: int | Sequence[int] = 16,
         skip_air: bool = True,
         sw_batch_size: int = 1,
         mode: str = "gaussian",
     ) -> None:
         super().__init__(roi_size, sw_batch_size, overlap, mode)
         self.window, self.window_overlap = tuple(roi_size), overlap
-        self.whole, self.memory_gib, self.divisor, self.skip_air = whole, memory_gib, divisor, skip_air
+        self.whole, self.memory_gib, self.skip_air = whole, memory_gib, skip_air
+        self.divisor = [divisor] * 3 if isinstance(divisor, int) else list(divisor)
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """Logits of the volume.
@@ -77,7 +79,7 @@ class WholeVolumeInferer(SlidingWindowInferer):
                     f"patch to {list(window)}, or choose another engine."
                 )
             return self._slide(image, network, self.window, self.window_overlap)
-        padded_size = [math.ceil(n / self.divisor) * self.divisor for n in image.shape[2:]]
+        padded_size = [math.ceil(n / d) * d for n, d in zip(image.shape[2:], self.divisor, strict=True)]
         bytes_per_voxel = getattr(network, "bytes_per_voxel", BYTES_PER_VOXEL)
         max_voxels = self.memory_gib * GIB / bytes_per_voxel / image.shape[0]
         overlap = min(self.window_overlap, PART_OVERLAP)
@@ -100,21 +102,24 @@ class WholeVolumeInferer(SlidingWindowInferer):
         return slide(image, _run_air_once(network) if self.skip_air else network)  # type: ignore[return-value]
 
 
-def part_size(size: Sequence[int], max_voxels: float, overlap: float, divisor: int) -> list[int]:
+def part_size(size: Sequence[int], max_voxels: float, overlap: float, divisor: Sequence[int]) -> list[int]:
     """Size of the fewest equal parts of at most ``max_voxels`` that cover a volume; the longest axes are cut.
 
     Args:
         size: of the volume, multiples of ``divisor``.
-        max_voxels: largest number of voxels of a part. A part is never smaller than ``divisor`` voxels along an axis.
+        max_voxels: largest number of voxels of a part. A part is never smaller than ``divisor`` voxels along its axis.
         overlap: share of a part's length that the next part repeats.
-        divisor: lengths of a part are multiples of it.
+        divisor: per axis, lengths of a part are multiples of it.
     """
     cuts, part = [1, 1, 1], list(size)
-    while math.prod(part) > max_voxels and max(part) > divisor:
-        axis = max(range(3), key=lambda a: part[a])
+    while math.prod(part) > max_voxels:
+        longer = [axis for axis in range(3) if part[axis] > divisor[axis]]
+        if not longer:
+            break
+        axis = max(longer, key=lambda a: part[a])
         cuts[axis] += 1
         length = size[axis] / (1 + (cuts[axis] - 1) * (1 - overlap))
-        part[axis] = max(divisor, math.ceil(length / divisor) * divisor)
+        part[axis] = max(divisor[axis], math.ceil(length / divisor[axis]) * divisor[axis])
     return part
 
 

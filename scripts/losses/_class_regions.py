@@ -13,17 +13,30 @@ import torch
 
 from scripts.losses._common import EPS, matmul_float32, pool
 
+NO_CLASS = -1  # of a voxel that belongs to no class; every negative index does
+
+
+def occurring_classes(label: torch.Tensor) -> torch.Tensor:
+    """The classes that occur in a label, in ascending order, without negative ones; the first class if there are none.
+
+    Args:
+        label: class indices.
+    """
+    classes = torch.unique(label)
+    classes = classes[classes >= 0]
+    return classes if len(classes) else label.new_zeros(1)
+
 
 def class_shares(label: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Compute the share of each class in each cell: one-hot label, then adaptive average pooling.
 
     Args:
-        label: class indices, ``B 1 H W [D]``.
+        label: class indices, ``B 1 H W [D]``; a negative one (``NO_CLASS``) is no class.
         features: ``B C H W [D]``; only its shape is used.
 
     Returns:
         ``B K N`` for the K classes that occur in the batch, in ascending order, and N cells. The shares of a cell sum
-        to 1. A class that does not occur in a sample has zeros there.
+        to 1, where all of its voxels have a class. A class that does not occur in a sample has zeros there.
 
     Raises:
         ValueError: the label is not ``B 1 H W [D]`` with the batch size and dimensions of the features, or its grid is
@@ -34,7 +47,7 @@ def class_shares(label: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"Label {tuple(label.shape)} must be B 1 H W [D] and no coarser than features {tuple(features.shape)}."
         )
-    classes = torch.unique(label)
+    classes = occurring_classes(label)
     one_hot = (label == classes.view(1, -1, *[1] * (label.dim() - 2))).float()
     return pool(one_hot, features.shape[2:]).flatten(2)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scripts.losses._class_regions import class_means, class_shares
+from scripts.losses._class_regions import class_means, class_shares, occurring_classes
 from scripts.losses._common import (
     check_at_least,
     check_channels,
@@ -115,7 +115,7 @@ class MemoryRelationLoss(nn.Module):
         queues = self.queues.setdefault(source, {})
         if self.training:
             shares = class_shares(label, maps[0])
-            for k, klass in enumerate(torch.unique(label).tolist()):
+            for k, klass in enumerate(occurring_classes(label).tolist()):
                 new = torch.cat([self._entries(c, share) for c, share in zip(cells_t, shares[:, k], strict=True)])
                 kept = [queues[int(klass)].to(new)] if int(klass) in queues else []
                 queues[int(klass)] = torch.cat([*kept, new])[-self.size :]

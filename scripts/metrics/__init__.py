@@ -4,17 +4,21 @@
 ``monai_metric`` offers the same as a MONAI metric and as an ignite handler.
 """
 
-from scripts.metrics.aggregate import COLUMNS as COLUMNS
-from scripts.metrics.aggregate import METRICS as METRICS
-from scripts.metrics.aggregate import STATUSES as STATUSES
-from scripts.metrics.aggregate import Row as Row
 from scripts.metrics.aggregate import aggregate as aggregate
-from scripts.metrics.aggregate import checked_rows as checked_rows
-from scripts.metrics.aggregate import filled_value as filled_value
+from scripts.metrics.aggregate import aggregate_regions as aggregate_regions
 from scripts.metrics.aggregate import paired_difference as paired_difference
-from scripts.metrics.aggregate import read_rows as read_rows
-from scripts.metrics.aggregate import write_rows as write_rows
+from scripts.metrics.case_rows import COLUMNS as COLUMNS
+from scripts.metrics.case_rows import FOREGROUND as FOREGROUND
+from scripts.metrics.case_rows import METRICS as METRICS
+from scripts.metrics.case_rows import STATUSES as STATUSES
+from scripts.metrics.case_rows import Row as Row
+from scripts.metrics.case_rows import checked_rows as checked_rows
+from scripts.metrics.case_rows import filled_value as filled_value
+from scripts.metrics.case_rows import read_rows as read_rows
+from scripts.metrics.case_rows import region_of as region_of
+from scripts.metrics.case_rows import write_rows as write_rows
 from scripts.metrics.frechet import FrechetSemanticDistance as FrechetSemanticDistance
 from scripts.metrics.surface import dice as dice
 from scripts.metrics.surface import image_diagonal_mm as image_diagonal_mm
+from scripts.metrics.surface import region_metrics as region_metrics
 from scripts.metrics.surface import surface_metrics as surface_metrics

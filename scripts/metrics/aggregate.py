@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aggregate a case table over a cohort: counts, means with bootstrap intervals, tables on disk."""
+"""Aggregate a case table over a cohort: counts, and means with bootstrap intervals."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from scripts.metrics.case_rows import (
+    METRICS,
+    STATUSES,
+    Row,
+    checked_rows,
+    defined_value,
+    filled_value,
+    patient_of,
+    region_of,
+    row_key,
+)
 from scripts.metrics.surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION
-from scripts.utils.atomic_files import write_text
-
-Row = dict[str, Any]
-
-METRICS = ("dice", "hd95_mm", "assd_mm")
-FAILURES = ("missed", "false_positive", "error")
-STATUSES = ("ok", "missed", "false_positive", "true_negative", "error")
-_NUMBERS = ("dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml", "diagonal_mm")
-_FIRST_COLUMNS = ("case_id", "patient_id", *_NUMBERS[:5], "status", "diagonal_mm")  # of tables up to version 0.6
-_TEXTS = ("findings", "trained_on")
-COLUMNS = (*_FIRST_COLUMNS, *_TEXTS)
 
 _DEFINITIONS = {
     "dice": DICE_DEFINITION,
@@ -51,9 +47,12 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
     Dice nor distances and is in neither mean. Intervals are percentile bootstraps of the mean over cases. Patients are
     resampled with replacement, each with all of its cases, from the patients that have a case in that mean.
 
+    A case with several regions has a row for each, and every row counts alike.
+
     Args:
         rows: dicts with ``case_id, dice, hd95_mm, assd_mm, status, diagonal_mm`` and optionally ``patient_id`` (by
-            default each case is its own patient); distances and diagonal in mm, ``None`` where undefined.
+            default each case is its own patient) and ``region``; distances and diagonal in mm, ``None`` where
+            undefined.
         seed: seed of the bootstrap; the order of the rows does not matter.
         resamples: number of bootstrap samples.
         level: coverage of the intervals; their key is ``ci95`` for every level.
@@ -64,28 +63,43 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
         written as JSON; ``None`` is undefined (``ci95`` with fewer than 2 patients, ``std`` with fewer than 2 cases).
 
     Raises:
-        ValueError: an unknown status, a duplicate case, a value that its status does not allow, a non-finite value, or
-            a failure without ``diagonal_mm``. The message names the case.
+        ValueError: an unknown status, two rows of one case and region, a value that its status does not allow, a
+            non-finite value, or a failure without ``diagonal_mm``. The message names the case.
     """
     bootstrap = _bootstrap(seed, resamples, level)
     cases = checked_rows(rows)
     counts = Counter(row["status"] for row in cases)
     metrics = {}
     for metric in METRICS:
-        defined = [(_patient(row), _defined(row, metric)) for row in cases]
-        filled = [(_patient(row), filled_value(row, metric)) for row in cases]
+        defined = [(patient_of(row), defined_value(row, metric)) for row in cases]
+        filled = [(patient_of(row), filled_value(row, metric)) for row in cases]
         metrics[metric] = {
             "defined": _summary(defined, seed, resamples, level),
             "worst_filled": _summary(filled, seed, resamples, level),
         }
     return {
         "n": len(cases),
-        "n_patients": len({_patient(row) for row in cases}),
+        "n_patients": len({patient_of(row) for row in cases}),
         "counts": {status: counts[status] for status in STATUSES},
         "metrics": metrics,
         "bootstrap": bootstrap,
         "definitions": {**_DEFINITIONS, "ci95": _interval_definition(bootstrap)},
     }
+
+
+def aggregate_regions(
+    rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> dict[str, dict[str, Any]]:
+    """``aggregate`` of each region's rows, in the order in which the rows name them; arguments as there."""
+    by_region: dict[str, list[Row]] = {}
+    for row in rows:
+        by_region.setdefault(region_of(row), []).append(row)
+    return {region: aggregate(own, seed, resamples, level) for region, own in by_region.items()}
+
+
+def case_count(summary: Mapping[str, Any], regions: int = 1) -> int:
+    """The number of cases in an aggregate, which counts each of them once for each of its regions."""
+    return int(summary["n"]) // max(1, regions)
 
 
 def paired_difference(
@@ -99,9 +113,9 @@ def paired_difference(
 ) -> dict[str, Any]:
     """Mean over cases of ``a - b`` for one metric, with a bootstrap interval over the common patients.
 
-    Cases are paired by ``case_id``. With ``worst_filled`` (the default) a failure counts with its worst value. Without
-    it a pair counts only where both values are defined, which ignores failures. A pair with a true_negative never has a
-    difference; ``n_undefined`` is the number of pairs without a difference.
+    Rows are paired by case and region. With ``worst_filled`` (the default) a failure counts with its worst value.
+    Without it a pair counts only where both values are defined, which ignores failures. A pair with a true_negative
+    never has a difference; ``n_undefined`` is the number of pairs without a difference.
 
     Returns:
         ``{"metric", "n", "n_patients", "mean", "ci95", "worst_filled", "n_undefined", "n_unpaired", "bootstrap"}``.
@@ -112,13 +126,14 @@ def paired_difference(
     bootstrap = _bootstrap(seed, resamples, level)
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}, expected one of {METRICS}.")
-    a, b = ({str(row["case_id"]): row for row in checked_rows(rows)} for rows in (rows_a, rows_b))
+    a, b = ({row_key(row): row for row in checked_rows(rows)} for rows in (rows_a, rows_b))
+    value_of = filled_value if worst_filled else defined_value
     pairs: list[tuple[str, float | None]] = []
-    for case in sorted(a.keys() & b.keys()):
-        patient = _patient(a[case])
-        if patient != _patient(b[case]):
-            raise ValueError(f"case {case!r} belongs to patient {patient!r} and to patient {_patient(b[case])!r}.")
-        left, right = (filled_value(x[case], metric) if worst_filled else _defined(x[case], metric) for x in (a, b))
+    for key in sorted(a.keys() & b.keys()):
+        patient, other = patient_of(a[key]), patient_of(b[key])
+        if patient != other:
+            raise ValueError(f"case {key[0]!r} belongs to patient {patient!r} and to patient {other!r}.")
+        left, right = (value_of(rows[key], metric) for rows in (a, b))
         pairs.append((patient, None if left is None or right is None else left - right))
     summary = _summary(pairs, seed, resamples, level)
     return {
@@ -129,105 +144,6 @@ def paired_difference(
         "n_unpaired": len(a.keys() ^ b.keys()),
         "bootstrap": bootstrap,
     }
-
-
-def write_rows(rows: Sequence[Row], path: str | Path) -> None:
-    """Write the case table as CSV with the columns `COLUMNS`; ``None`` is an empty cell.
-
-    An earlier file is replaced only when the new one is complete.
-
-    Raises:
-        ValueError: a column that is not in `COLUMNS`, or a non-finite number; nothing is written then.
-    """
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        unknown = sorted(set(row) - set(COLUMNS))
-        if unknown:
-            raise ValueError(f"case {row.get('case_id')!r}: unknown columns {unknown}, expected some of {COLUMNS}.")
-        numbers = {name: _finite(row, name) for name in _NUMBERS}
-        texts = {name: row.get(name, "") for name in ("case_id", "status", *_TEXTS)}
-        writer.writerow({**texts, "patient_id": _patient(row), **numbers})
-    write_text(buffer.getvalue(), path)
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a file of `write_rows`: numbers as float, or ``None`` for an empty cell; all other columns as text.
-
-    Tables of versions up to 0.6 lack the last two columns, which are empty then.
-
-    Raises:
-        ValueError: the columns are not `COLUMNS`, a row has too few or too many cells, or a number is not finite.
-    """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = tuple(reader.fieldnames or ())
-        if columns not in (COLUMNS, _FIRST_COLUMNS):
-            raise ValueError(f"{path}: columns {reader.fieldnames}, expected {list(COLUMNS)}.")
-        rows: list[Row] = [dict(row) for row in reader]
-    for line, row in enumerate(rows, start=2):
-        if len(row) != len(columns) or None in row.values():
-            raise ValueError(f"{path}: row {line} does not have {len(columns)} cells. The file may be truncated.")
-        row.update(dict.fromkeys(_TEXTS, "") | row)
-        row.update({name: _finite({**row, name: row[name] or None}, name) for name in _NUMBERS})
-    return rows
-
-
-def _patient(row: Row) -> str:
-    patient = row.get("patient_id")
-    return str(row["case_id"] if patient in (None, "") else patient)
-
-
-def _finite(row: Row, name: str) -> float | None:
-    if row.get(name) is None:
-        return None
-    value = float(row[name])
-    if not math.isfinite(value):
-        raise ValueError(f"case {row.get('case_id')!r}: {name} is {value}. Use None where it is undefined.")
-    return value
-
-
-def checked_rows(rows: Sequence[Row]) -> list[Row]:
-    """Check that the values of every row agree with its status; return the rows sorted by case.
-
-    Raises:
-        ValueError: see ``aggregate``.
-    """
-    seen: set[str] = set()
-    for row in rows:
-        case, status = str(row["case_id"]), row["status"]
-        if case in seen:
-            raise ValueError(f"case {case!r} is listed twice.")
-        seen.add(case)
-        if status not in STATUSES:
-            raise ValueError(f"case {case!r}: unknown status {status!r}, expected one of {STATUSES}.")
-        values = {name: _finite(row, name) for name in METRICS}
-        if status == "ok" and None in values.values():
-            raise ValueError(f"case {case!r}: status ok needs dice, hd95_mm and assd_mm, got {values}.")
-        if status != "ok" and (values["hd95_mm"], values["assd_mm"]) != (None, None):
-            raise ValueError(f"case {case!r}: status {status} has no distances, got {values}.")
-        if status in ("missed", "false_positive") and values["dice"] != 0:
-            raise ValueError(f"case {case!r}: status {status} means dice 0, got {values['dice']}.")
-        if status == "true_negative" and values["dice"] is not None:
-            raise ValueError(f"case {case!r}: status true_negative has no dice, got {values['dice']}.")
-        if status in FAILURES and not (_finite(row, "diagonal_mm") or 0) > 0:
-            raise ValueError(f"case {case!r}: status {status} needs a positive diagonal_mm, its worst value.")
-    return sorted(rows, key=lambda row: str(row["case_id"]))
-
-
-def _defined(row: Row, metric: str) -> float | None:
-    return None if row["status"] == "error" else row[metric]
-
-
-def filled_value(row: Row, metric: str) -> float | None:
-    """The value of a checked row, where a failure counts as Dice 0 and as the image diagonal in mm.
-
-    None for a true_negative, which has neither Dice nor distances.
-    """
-    if row["status"] in FAILURES:
-        return 0.0 if metric == "dice" else float(row["diagonal_mm"])
-    return _defined(row, metric)
 
 
 def _bootstrap(seed: int, resamples: int, level: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 
-from scripts.metrics.aggregate import METRICS
+from scripts.metrics.case_rows import METRICS
 from scripts.metrics.surface import surface_metrics
 
 

@@ -25,7 +25,7 @@ The box around both masks is found in one pass over each mask. Everything else w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,16 +87,55 @@ def surface_metrics(prediction: Any, reference: Any, spacing: Sequence[float], w
         ValueError: the shapes differ or are not 2D or 3D, a floating point mask holds other values than 0 and 1, or
             ``spacing`` is not one finite positive value per axis.
     """
+    p, r, step = _arrays(prediction, reference, spacing)
+    boxes = _checked_box(p, "prediction"), _checked_box(r, "reference")
+    return _metrics_in_box(p, r, union_box(*boxes), step, workers)
+
+
+def region_metrics(
+    prediction: Any, reference: Any, regions: Mapping[str, Sequence[float]], spacing: Sequence[float], workers: int = 1
+) -> dict[str, dict[str, Any]]:
+    """``surface_metrics`` of several regions of two masks, in one pass over the box around everything.
+
+    Args:
+        prediction: 2D or 3D mask, array or tensor; 0 is background.
+        reference: mask of the same shape.
+        regions: name -> the masks' values of the region. Regions may overlap.
+        spacing: see `surface_metrics`.
+        workers: see `surface_metrics`.
+
+    Returns:
+        Region -> what ``surface_metrics`` returns of its voxels.
+
+    Raises:
+        ValueError: a region has the value 0; the shapes differ or are not 2D or 3D; or ``spacing`` is wrong.
+    """
+    for name, values in regions.items():
+        if 0 in values:
+            raise ValueError(f"The region {name} has the value 0, which is the background of a mask. Remove it.")
+    p, r, step = _arrays(prediction, reference, spacing)
+    whole = union_box(bounding_box(p), bounding_box(r)) or (slice(0, 0),) * p.ndim
+    results = {}
+    for name, values in regions.items():
+        p_region, r_region = (np.isin(array[whole], list(values)) for array in (p, r))
+        box = union_box(bounding_box(p_region), bounding_box(r_region))
+        results[name] = _metrics_in_box(p_region, r_region, box, step, workers)
+    return results
+
+
+def _arrays(prediction: Any, reference: Any, spacing: Sequence[float]) -> tuple[NDArray, NDArray, NDArray[np.float64]]:
+    """Both masks and the spacing, with the axes in the order of the prediction's memory."""
     p, r = _array(prediction, "prediction"), _array(reference, "reference")
     if p.shape != r.shape:
         raise ValueError(f"prediction of shape {p.shape} and reference of shape {r.shape} must have the same shape.")
-    step = _spacing(spacing, p.ndim)
-    box = union_box(_checked_box(p, "prediction"), _checked_box(r, "reference"))
+    step, order = _spacing(spacing, p.ndim), memory_order(p)
+    return p.transpose(order), r.transpose(order), step[order]
+
+
+def _metrics_in_box(p: NDArray, r: NDArray, box: Box | None, step: NDArray[np.float64], workers: int) -> dict[str, Any]:
+    """The metrics of two masks that are zero outside of the box; their axes are in the order of the memory."""
     if box is None:
         return {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative"}
-    order = memory_order(p)
-    p, r, step = p.transpose(order), r.transpose(order), step[order]
-    box = tuple(box[axis] for axis in order)
     (p_boundary, p_size), (r_boundary, r_size) = boundary_voxels(p, box), boundary_voxels(r, box)
     dice_value = _dice(count_overlap(p, r, box), p_size, r_size)
     if not (p_size and r_size):  # a box of negative zeros holds no foreground

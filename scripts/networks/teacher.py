@@ -14,15 +14,23 @@ from torch import nn
 from scripts.networks.architecture import architecture_names, changes_of, read_architecture
 from scripts.networks.deep_supervision import first_output
 from scripts.networks.ensemble import Ensemble
+from scripts.networks.label_teacher import LabelTeacher
 from scripts.networks.network_check import check_network
 from scripts.networks.own_intensity import Rescale, Rule, can_rescale, differing_rules
-from scripts.networks.teacher_spec import CACHED_ONLY, Spec, check_spec, join_checksums, spec_files, weight_files
+from scripts.networks.region_logits import Regions, region_logits
+from scripts.networks.teacher_spec import (
+    CACHED_ONLY,
+    Spec,
+    check_spec,
+    join_checksums,
+    spec_files,
+    teacher_head,
+    weight_files,
+)
 from scripts.networks.weights import load_weights
 from scripts.networks.zoo_bundle import bundle_network
 
 logger = logging.getLogger(__name__)
-
-LABEL_LOGIT = 20.0  # of the label's class; with two classes its probability is 1 - 2e-9
 
 
 @runtime_checkable
@@ -55,12 +63,12 @@ class TeacherLike(Protocol):
 
 
 class Teacher(nn.Module):
-    """A network that selects its own modalities from the full image: ``B M H W D`` -> logits ``B classes H W D``.
+    """A network that selects its own modalities from the full image: ``B M H W D`` -> logits ``B C H W D``.
 
     Args:
         modalities: the modalities that this teacher reads, in the order of its input channels.
         all_modalities: the modalities of the image, in the order of its channels.
-        out_channels: number of classes, including the background.
+        out_channels: number of outputs of the network: classes, including the background, or regions.
         patch: patch size in voxels. UNETR and H-DenseFormer learn one position per 16^3 cell of it.
         architecture: name of a file in configs/teachers, or the path of one.
         network: any network ``B m H W D`` -> logits, or a list of logits whose first has full resolution (deep
@@ -75,6 +83,9 @@ class Teacher(nn.Module):
         classes: for each class of the task the network's output, or several that count as one (their probabilities are
             added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs are the classes.
         rescale: from the task's input to the network's, ``B m H W D`` -> the same.
+        head: of the network, ``"softmax"`` over the classes or ``"sigmoid"``, one channel per region.
+        regions: the classes of each channel of a task with a sigmoid head; a network with a softmax then answers with
+            the logits of regions (``region_logits``).
 
     Raises:
         ValueError: the architecture or a modality is unknown, not exactly one of ``architecture`` and ``network`` is
@@ -98,6 +109,8 @@ class Teacher(nn.Module):
         kind: str | None = None,
         classes: Sequence[int | Sequence[int]] | None = None,
         rescale: nn.Module | None = None,
+        head: str = "softmax",
+        regions: Regions | None = None,
     ) -> None:
         super().__init__()
         if not modalities or not set(modalities) <= set(all_modalities):
@@ -110,6 +123,7 @@ class Teacher(nn.Module):
         self.layers, self.kind = dict(layers or {}), kind
         self.classes = [[each] if isinstance(each, int) else list(each) for each in classes or ()]
         self.rescale = rescale or nn.Identity()
+        self.regions = regions if head == "softmax" else None  # to convert classes to
         if architecture is not None:
             definition = read_architecture(architecture)
             changes = changes_of(architecture, options)
@@ -127,11 +141,14 @@ class Teacher(nn.Module):
             digests.append(load_weights(self, file, sha256))
             members.append(self.network)
         if len(members) > 1:
-            self.network, self.layers = Ensemble(members), {}  # members have features, their mean has none
+            self.network, self.layers = (
+                Ensemble(members, head == "sigmoid"),
+                {},
+            )  # members have features, their mean has none
         self.sha256 = join_checksums(digests)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Segment an image ``B M H W D``; returns logits ``B classes H W D``."""
+        """Segment an image ``B M H W D``; returns logits ``B C H W D``, one channel per class or region of the task."""
         image = self._own_input(image)
         return self._task_logits(first_output(self.network(image), image))
 
@@ -143,14 +160,18 @@ class Teacher(nn.Module):
         return self.network.encode(self._own_input(image))  # type: ignore[operator, no-any-return]
 
     def decode(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Decode the result of ``encode``; returns logits ``B classes H W D``."""
+        """Decode the result of ``encode``; returns logits ``B C H W D``, see ``forward``."""
         return self._task_logits(self.network.decode(tuple(features)))  # type: ignore[operator]
 
     def _own_input(self, image: torch.Tensor) -> torch.Tensor:
         return self.rescale(image[:, self.channels])  # type: ignore[no-any-return]
 
     def _task_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of the task's classes; those of several outputs add up their probabilities."""
+        """The logits of the task's classes or regions; those of several outputs add up their probabilities."""
+        logits = self._class_logits(logits)
+        return logits if self.regions is None else region_logits(logits, self.regions)
+
+    def _class_logits(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.classes:
             return logits
         last = max(output for outputs in self.classes for output in outputs)
@@ -159,31 +180,6 @@ class Teacher(nn.Module):
                 f"its classes name the output {last}, but its network has outputs 0 to {logits.shape[1] - 1}"
             )
         return torch.cat([logits[:, outputs].logsumexp(dim=1, keepdim=True) for outputs in self.classes], dim=1)
-
-
-class LabelTeacher(nn.Module):
-    """The label in a teacher's place: the control that every claim of transferred knowledge needs.
-
-    It answers with ``LABEL_LOGIT`` for the label's class and 0 for the others; with a single output channel (a sigmoid
-    head) with plus or minus half of it. It has no layers to tap, and is there for every sample.
-
-    Args:
-        out_channels: number of classes, including the background.
-    """
-
-    uses_label = True
-
-    def __init__(self, out_channels: int) -> None:
-        super().__init__()
-        self.out_channels, self.sha256 = out_channels, None
-        self.channels: list[int] = []
-
-    def forward(self, label: torch.Tensor) -> torch.Tensor:
-        """Class indices ``B 1 H W [D]`` to logits ``B classes H W [D]``."""
-        if self.out_channels == 1:
-            return LABEL_LOGIT * (label.float() - 0.5)
-        classes = torch.arange(self.out_channels, device=label.device).view(1, -1, *[1] * (label.dim() - 2))
-        return LABEL_LOGIT * (label.long() == classes).float()
 
 
 def load_teachers(
@@ -196,13 +192,15 @@ def load_teachers(
     intensity: Mapping[str, Rule] | None = None,
     spacing: Sequence[float] | None = None,
     cached: bool = False,
+    regions: Regions | None = None,
+    classes: int | None = None,
 ) -> dict[str, Teacher | LabelTeacher]:
     """Build the teachers of a distillation and log the checksums of their weights.
 
     Args:
         specs: name of a teacher -> its specification (``teacher_spec.SPEC_KEYS``), or ``{"label": true}`` for the label
             in a teacher's place.
-        out_channels: number of classes, including the background.
+        out_channels: number of output channels of the task: classes, including the background, or regions.
         all_modalities: the modalities of the image, in the order of its channels.
         patch: patch size in voxels.
         scale: name of a scale, see ``Teacher``.
@@ -211,6 +209,8 @@ def load_teachers(
         spacing: of the image in mm, for teachers with an own one.
         cached: the teachers answer for whole cases, so that they may have an input of their own
             (``scripts.distillation.own_grid``).
+        regions: the classes of each channel of a task with a sigmoid head.
+        classes: number of classes of such a task, which a teacher with a softmax has.
 
     Returns:
         Name of a teacher -> ``Teacher`` or ``LabelTeacher``.
@@ -219,22 +219,27 @@ def load_teachers(
         ValueError: a specification is wrong (``check_spec``), or a teacher cannot be built or cannot answer for a patch
             of the task; the teacher is named.
     """
+    classes = classes or out_channels
+    heads = {}
     for name, spec in specs.items():
         check_spec(name, spec)
-        _require_usable(name, spec, out_channels, own_input(spec, patch, intensity or {}, spacing), cached)
+        heads[name] = teacher_head(name, spec, "softmax" if regions is None else "sigmoid")
+        outputs = classes if heads[name] == "softmax" else out_channels
+        _require_usable(name, spec, outputs, own_input(spec, patch, intensity or {}, spacing), cached)
     teachers: dict[str, Teacher | LabelTeacher] = {}
     for name, spec in specs.items():
         if spec.get("label"):
-            teachers[name] = LabelTeacher(out_channels)
+            teachers[name] = LabelTeacher(classes, regions)
             logger.info("teacher %s: the label itself", name)
             continue
         own_patch = spec.get("patch") or patch
         rescale = _own_windows(spec, patch, intensity or {}, spacing)
+        outputs = classes if heads[name] == "softmax" else out_channels
         try:
-            teacher = _build(spec, out_channels, all_modalities, own_patch, scale, options, rescale)
+            teacher = _build(spec, outputs, all_modalities, own_patch, scale, options, rescale, heads[name], regions)
             if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
                 advice = (
-                    f"Its network needs {len(spec['modalities'])} input channels, and {out_channels} outputs or "
+                    f"Its network needs {len(spec['modalities'])} input channels, and {outputs} outputs or "
                     'the key "classes".'
                 )
                 check_network(teacher, len(all_modalities), out_channels, own_patch, advice=advice)
@@ -246,11 +251,18 @@ def load_teachers(
     return teachers
 
 
-def _require_usable(name: str, spec: Spec, out_channels: int, other_input: str | None, cached: bool) -> None:
-    """Refuse a teacher that fits its keys but not the task; arguments as for ``load_teachers`` and ``own_input``."""
-    if spec.get("classes") and len(spec["classes"]) != out_channels:
+def _require_usable(name: str, spec: Spec, outputs: int, other_input: str | None, cached: bool) -> None:
+    """Refuse a teacher that fits its keys but not the task.
+
+    Args:
+        name, spec: of the teacher.
+        outputs: classes of the task, or regions for a teacher with a sigmoid head.
+        other_input: see ``own_input``.
+        cached: see ``load_teachers``.
+    """
+    if spec.get("classes") and len(spec["classes"]) != outputs:
         raise ValueError(
-            f"The teacher {name} names {len(spec['classes'])} classes, the task has {out_channels}. Name the teacher's "
+            f"The teacher {name} names {len(spec['classes'])} classes, the task has {outputs}. Name the teacher's "
             "outputs for each class of the task, the background first."
         )
     if any(spec.get(origin) for origin in CACHED_ONLY):
@@ -273,6 +285,8 @@ def _build(
     scale: str | None,
     options: Mapping[str, Mapping[str, Any]] | None,
     rescale: nn.Module | None,
+    head: str,
+    regions: Regions | None,
 ) -> Teacher:
     return Teacher(
         spec["modalities"],
@@ -289,6 +303,8 @@ def _build(
         kind=spec.get("kind"),
         classes=spec.get("classes"),
         rescale=rescale,
+        head=head,
+        regions=regions,
     )
 
 

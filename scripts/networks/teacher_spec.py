@@ -10,13 +10,15 @@ from typing import Any
 
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
-from scripts.utils.values import is_list, is_number, is_range, is_three, is_whole
+from scripts.utils.task_file import read_task, task_path
+from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 # Exactly one of them says what answers.
 ORIGINS = ("architecture", "network", "bundle", "label", "predictions", "nnunet")
 CACHED_ONLY = ("predictions", "nnunet")  # origins that answer from a cache only
 OWN_SETTINGS = ("intensity", "classes", "out_channels", "spacing", "patch")  # by default those of the task
-SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "folds", "layers", "kind", *OWN_SETTINGS)
+IDENTITY = (*OWN_SETTINGS, "head")  # what a cache notes of a specification, as own_KEY
+SPEC_KEYS = (*ORIGINS, "modalities", "weights", "sha256", "folds", "layers", "kind", "head", *OWN_SETTINGS)
 Spec = Mapping[str, Any]
 
 
@@ -50,9 +52,36 @@ def own_settings(spec: Spec) -> dict[str, Any]:
     return {key: spec[key] for key in OWN_SETTINGS if spec.get(key) is not None}
 
 
+def teacher_head(name: str, spec: Spec, task_head: str = HEADS[0]) -> str:
+    """The head of a teacher's network: that of its specification, of the record of its weights, or of the task.
+
+    Args:
+        name: of the teacher, for errors.
+        spec: its specification.
+        task_head: of the task: a softmax over classes can teach regions, but regions cannot teach a softmax.
+
+    Raises:
+        ValueError: the networks of an ensemble have different heads, or the teacher cannot teach this task.
+    """
+    records = {file: read_task(file) for file in spec_files(spec)}
+    heads = {record.get("head", HEADS[0]): file for file, record in records.items() if record is not None}
+    if spec.get("head"):
+        heads = {spec["head"]: ""}
+    if len(heads) > 1:
+        names = ", ".join(str(task_path(file)) for file in heads.values())
+        raise ValueError(f"The networks of the teacher {name} have different heads ({names}). Use those of one head.")
+    head = str(next(iter(heads), task_head))
+    if head == "sigmoid" and task_head == "softmax":
+        raise ValueError(
+            f"The teacher {name} has a sigmoid head, whose regions do not tell the classes of this task apart. Use the "
+            'head "sigmoid" for the task, or a teacher with a softmax.'
+        )
+    return head
+
+
 def teacher_identity(spec: Spec) -> dict[str, Any]:
     """What a cache notes of a teacher beside its weights: the network's name, its modalities and its own settings."""
-    bundle, own = spec.get("bundle"), own_settings(spec)
+    bundle, own = spec.get("bundle"), {key: spec[key] for key in IDENTITY if spec.get(key) is not None}
     name = spec.get("architecture") or (Path(bundle).name if bundle else type(spec.get("network")).__name__)
     identity = {"architecture": name, "modalities": list(spec.get("modalities", ()))}
     return {**identity, **{f"own_{key}": value for key, value in own.items()}}
@@ -95,6 +124,7 @@ def check_spec(name: str, spec: Spec) -> None:
 
 def _check_own_settings(name: str, spec: Spec) -> None:
     for key, is_right, form in (
+        ("head", HEADS.__contains__, " or ".join(HEADS)),
         ("layers", _is_layers, 'an object such as {"middle": "decoder.1"}'),
         ("classes", _is_classes, "its outputs for each class of the task, such as [0, 1] or [[0, 2], 1], each once"),
         ("out_channels", lambda value: is_whole(value) and value > 0, "a whole number of at least 1"),

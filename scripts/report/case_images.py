@@ -19,19 +19,22 @@ logger = logging.getLogger(__name__)
 NO_IMAGE = "no image"
 
 
-def resample_to_grid(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
+def resample_to_grid(image: sitk.Image, grid: sitk.Image, interpolator: int, outside: float = 0) -> sitk.Image:
     """Resample an image onto the grid of another one; an image that is on that grid already is returned as it is.
 
     Args:
         image: the image.
         grid: any image on the target grid.
         interpolator: of SimpleITK, such as ``sitk.sitkLinear``.
+        outside: value of the voxels of the grid that lie outside of the image.
     """
     same_grid = image.GetSize() == grid.GetSize() and all(
         np.allclose(getattr(image, get)(), getattr(grid, get)(), atol=1e-3)
         for get in ("GetOrigin", "GetSpacing", "GetDirection")
     )
-    return image if same_grid else sitk.Resample(image, grid, sitk.Transform(), interpolator, 0, image.GetPixelID())
+    if same_grid:
+        return image
+    return sitk.Resample(image, grid, sitk.Transform(), interpolator, outside, image.GetPixelID())
 
 
 def load_overlay(
@@ -44,6 +47,7 @@ def load_overlay(
     rules: Rules | None = None,
     source: str = "",
     given: Sequence[str] | None = None,
+    regions: Mapping[str, Sequence[float]] | None = None,
 ) -> Overlay:
     """Read the images of a case onto the grid of its masks.
 
@@ -59,6 +63,7 @@ def load_overlay(
         rules: which files are accepted; by default all.
         source: what made the prediction.
         given: modalities that the network was given; by default all.
+        regions: name -> values of the masks; by default one region of all that is not 0.
     """
     volumes = {}
     for modality, (path, channel) in images.items():
@@ -75,5 +80,14 @@ def load_overlay(
     reference = None if reference is None else reference.T
     unused = [] if given is None else [name for name in volumes if name.lower() not in given and name != NO_IMAGE]
     return Overlay(
-        title, volumes, reference, prediction.T, grid.GetSpacing(), axcodes, windows, source=source, unused=unused
+        title,
+        volumes,
+        reference,
+        prediction.T,
+        grid.GetSpacing(),
+        axcodes,
+        windows,
+        source=source,
+        unused=unused,
+        regions=regions or {},
     )

@@ -40,18 +40,19 @@ def read_curves(path: str | Path) -> list[Row]:
 
 
 def curve_figures(curves: Mapping[str, Rows]) -> list[CurveFigure]:
-    """Draw training loss and validation Dice of all runs, then the loss terms of each run that has several.
+    """Draw training loss and validation Dice of all runs, then the loss terms and the regions of runs with several.
 
     Args:
-        curves: run name -> rows with ``epoch``, ``loss``, ``loss/<term>`` and ``val_dice``. Missing values, None, NaN
-            and infinity are left out.
+        curves: run name -> rows with ``epoch``, ``loss``, ``loss/<term>``, ``val_dice`` and ``val_dice/<region>``.
+            Missing values, None, NaN and infinity are left out.
     """
     quantities = {"Training loss": "loss", "Validation Dice": "val_dice"}
     panels = {title: {run: _points(rows, key) for run, rows in curves.items()} for title, key in quantities.items()}
     for run, rows in curves.items():
-        terms = list(dict.fromkeys(key for row in rows for key in row if key.startswith("loss/")))
-        if len(terms) > 1:
-            panels[f"Loss terms of {run}"] = {term.removeprefix("loss/"): _points(rows, term) for term in terms}
+        for title, start in {"Loss terms": "loss/", "Validation Dice": "val_dice/"}.items():
+            names = list(dict.fromkeys(key for row in rows for key in row if key.startswith(start)))
+            if len(names) > 1:
+                panels[f"{title} of {run}"] = {name.removeprefix(start): _points(rows, name) for name in names}
     drawable = {title: {name: points for name, points in lines.items() if points} for title, lines in panels.items()}
     return [_curve_figure(title, lines) for title, lines in drawable.items() if lines]
 

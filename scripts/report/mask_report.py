@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ def write_mask_report(
     stacked: bool = False,
     rules: Rules | None = None,
     intensity: Mapping[str, Any] | None = None,
+    regions: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Write the report of a mask next to it, as ``<mask>.report.html``.
 
     Args:
-        mask: the .nii.gz; its values are class indices.
+        mask: the .nii.gz.
         files: path per modality.
         stacked: whether the files are one 4D file of all modalities, in order.
         rules: which files are accepted; by default all.
         intensity: the network's modalities, each with its intensity range. Modalities without a file are named.
+        regions: name -> values of the mask; by default one region of all that is not 0.
 
     Returns:
         Path of the report.
@@ -37,7 +39,8 @@ def write_mask_report(
     grid = sitk.ReadImage(str(mask))
     images = {key: (path, channel if stacked else 0) for channel, (key, path) in enumerate(files.items())}
     case_id = mask.name.removesuffix(".nii.gz")
-    overlay = load_overlay(case_id, images, grid, sitk.GetArrayFromImage(grid) > 0, None, intensity, rules)
+    prediction = sitk.GetArrayFromImage(grid)
+    overlay = load_overlay(case_id, images, grid, prediction, None, intensity, rules, regions=regions)
     manifest_path = mask.with_name(f"{case_id}.manifest.json")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
     missing = [key.upper() for key in intensity or {} if key not in files]

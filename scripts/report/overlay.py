@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 Volumes = dict[str, NDArray[Any]]
 
 OUTLINES = {"reference": ("#E69F00", "solid"), "prediction": ("#56B4E9", "dashed")}  # colour and line style per mask
+# Colours of several regions: those of Okabe and Ito's palette that are light enough for outlines on grey images.
+REGION_COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#FFFFFF")
 
 
 class Plane(NamedTuple):
@@ -47,6 +49,8 @@ class Overlay:
         windows: per modality the values that are shown as black and as white; by default the 1st and 99th percentile.
         source: what made the prediction: the network and the modalities that it was given. Empty if it is not known.
         unused: modalities that the network was not given.
+        regions: name -> values of the masks. Several regions get a colour and a switch each; without them, or with one,
+            all of its voxels are outlined as one.
 
     Raises:
         ValueError: the volumes are not 3D, have different shapes, or ``spacing`` is not 3 finite positive values.
@@ -61,22 +65,40 @@ class Overlay:
     windows: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     source: str = ""
     unused: Sequence[str] = ()
+    regions: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = {name: np.shape(volume) for name, volume in {**self.images, **self.masks()}.items()}
+        shapes = {name: np.shape(volume) for name, volume in {**self.images, **self.value_masks()}.items()}
         if len(set(shapes.values())) > 1 or len(shapes["prediction"]) != 3:
             raise ValueError(f"{self.title}: images and masks must be 3D and share one grid, got shapes {shapes}.")
         if len(self.spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing):
             raise ValueError(f"{self.title}: spacing must hold 3 finite positive values in mm, got {self.spacing}.")
 
-    def masks(self) -> Volumes:
-        """The reference mask, if any, then the predicted mask, as booleans."""
+    @property
+    def has_regions(self) -> bool:
+        """Whether there are several regions, which are drawn and listed one by one."""
+        return len(self.regions) > 1
+
+    def value_masks(self) -> Volumes:
+        """The reference mask, if any, then the predicted mask, with their values."""
         masks = {name: getattr(self, name) for name in OUTLINES}
-        return {name: np.asarray(mask) > 0 for name, mask in masks.items() if mask is not None}
+        return {name: np.asarray(mask) for name, mask in masks.items() if mask is not None}
+
+    def masks(self) -> Volumes:
+        """The reference mask, if any, then the predicted mask, as booleans: where any region is."""
+        values = [value for members in self.regions.values() for value in members]
+        return {name: np.isin(mask, values) if values else mask > 0 for name, mask in self.value_masks().items()}
 
     def volumes_ml(self) -> dict[str, float]:
-        """Volume of each mask in millilitres."""
-        return {name: float(mask.sum() * np.prod(self.spacing) / 1000) for name, mask in self.masks().items()}
+        """Volume of each mask in millilitres; of several regions that of each, such as ``WT prediction``."""
+        voxel_ml = float(np.prod(self.spacing)) / 1000
+        if not self.has_regions:
+            return {name: float(mask.sum() * voxel_ml) for name, mask in self.masks().items()}
+        return {
+            f"{region} {name}": float(np.isin(mask, list(values)).sum() * voxel_ml)
+            for region, values in self.regions.items()
+            for name, mask in self.value_masks().items()
+        }
 
     def window(self, modality: str) -> tuple[float, float]:
         """The values of an image that are shown as black and as white."""
@@ -91,14 +113,22 @@ def viewing_orientation(overlay: Overlay) -> tuple[Volumes, Volumes, NDArray[Any
 
     A slice, drawn with its first axis to the right and its second axis up, is then in the radiological convention.
     """
-    from nibabel.orientations import apply_orientation, axcodes2ornt
+    images = {name: np.asarray(image, dtype=float) for name, image in overlay.images.items()}
+    step = np.asarray(overlay.spacing, dtype=float)[np.argsort(_orientation(overlay)[:, 0])]
+    return to_view(overlay, overlay.masks()), to_view(overlay, images), step
 
-    orientation = axcodes2ornt(tuple(overlay.axcodes), (("R", "L"), ("P", "A"), ("I", "S")))
-    masks = {name: apply_orientation(mask, orientation) for name, mask in overlay.masks().items()}
-    images = {
-        name: apply_orientation(np.asarray(image, dtype=float), orientation) for name, image in overlay.images.items()
-    }
-    return masks, images, np.asarray(overlay.spacing, dtype=float)[np.argsort(orientation[:, 0])]
+
+def to_view(overlay: Overlay, volumes: Mapping[str, NDArray[Any]]) -> Volumes:
+    """Volumes on the grid of an overlay with the axes of ``viewing_orientation``."""
+    from nibabel.orientations import apply_orientation
+
+    return {name: apply_orientation(volume, _orientation(overlay)) for name, volume in volumes.items()}
+
+
+def _orientation(overlay: Overlay) -> NDArray[Any]:
+    from nibabel.orientations import axcodes2ornt
+
+    return np.asarray(axcodes2ornt(tuple(overlay.axcodes), (("R", "L"), ("P", "A"), ("I", "S"))))
 
 
 def largest_slice(masks: Mapping[str, NDArray[Any]], axis: int) -> int:

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scripts.report.curves import curve_figures
 from scripts.report.overlay import Overlay
 from scripts.report.slice_viewer import MAX_FRAMES, case_view
-from scripts.report.tables import case_table, centre_table, modality_table, summary_table, volume_table
+from scripts.report.tables import case_tables, centre_table, modality_table, summary_table, volume_table
 from scripts.utils.atomic_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,7 +48,8 @@ def write_report(
         path: the HTML file.
         title: heading of the page.
         runs: per network ``{"name", "aggregate": of metrics.aggregate, "rows"}`` and, where known, ``"parameters"``,
-            ``"gflops"``, ``"seconds_per_case"``, ``"present"`` (modalities); rows may name their ``"centre"``.
+            ``"gflops"``, ``"seconds_per_case"``, ``"present"`` (modalities) and ``"regions"`` (name -> aggregate); rows
+            may name their ``"centre"`` and ``"region"``.
         overlays: cases to draw. Without runs their volumes are listed too.
         curves: run name -> rows ``{"epoch", "loss", "loss/<term>", "val_dice"}``; missing or ``None`` values are gaps.
         manifest: the manifest of the run; shown as JSON.
@@ -75,7 +76,7 @@ def render_report(
         "By centre": centre_table(runs),
         "Volumes": volume_table(volumes_ml) if volumes_ml and not runs else None,
     }
-    after_slices = {"Every case": case_table(runs) if runs else None}
+    after_slices = case_tables(runs)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -93,7 +94,8 @@ def render_report(
         tables_before_slices=[(heading, table) for heading, table in before_slices.items() if table],
         cases=_figures(lambda: [case_view(overlay, f"case{i}") for i, overlay in enumerate(overlays)]),
         max_frames=MAX_FRAMES,
-        tables_after_slices=[(heading, table) for heading, table in after_slices.items() if table],
+        region_count=max((len(overlay.regions) for overlay in overlays if overlay.has_regions), default=0),
+        tables_after_slices=[(table.label, table) for table in after_slices],
         curves=_figures(lambda: curve_figures(curves)),
         definitions=list(dict.fromkeys(pair for run in runs for pair in run["aggregate"]["definitions"].items())),
         manifest=json.dumps(manifest, indent=2, default=str, ensure_ascii=False),

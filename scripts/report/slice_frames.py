@@ -95,8 +95,12 @@ def grey_strip(frames: Sequence[NDArray[np.uint8]]) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
 
-def outline_strip(frames: Sequence[NDArray[np.uint8]]) -> str:
+def outline_strip(frames: Sequence[NDArray[np.uint8]], colours: Sequence[str] = ()) -> str:
     """Join outlines side by side as a PNG with a palette.
+
+    Args:
+        frames: from ``outline_frame``.
+        colours: of the masks, as ``#RRGGBB``; by default those of ``OUTLINES``.
 
     Returns:
         A data URI.
@@ -104,7 +108,8 @@ def outline_strip(frames: Sequence[NDArray[np.uint8]]) -> str:
     from PIL import Image
 
     strip, buffer = Image.fromarray(np.concatenate(frames, axis=1)), io.BytesIO()
-    palette = [int(colour[i : i + 2], 16) for colour, _ in OUTLINES.values() for i in (1, 3, 5)]
+    colours = colours or [colour for colour, _ in OUTLINES.values()]
+    palette = [int(colour[i : i + 2], 16) for colour in colours for i in (1, 3, 5)]
     strip.putpalette([0, 0, 0, *palette])
     strip.save(buffer, format="png", transparency=0, optimize=True, bits=2)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from scripts.report.overlay import (
     OUTLINES,
     PLANES,
+    REGION_COLOURS,
     Overlay,
     Plane,
     Volumes,
     largest_slice,
     take_slice,
+    to_view,
     viewing_orientation,
 )
 from scripts.report.slice_frames import frame_size, grey_frame, grey_strip, outline_frame, outline_strip
@@ -32,6 +34,15 @@ class OutlineKey:
     mask: str
     colour: str
     dashed: bool
+
+
+@dataclass(frozen=True)
+class RegionKey:
+    """A switch of the legend; ``number`` counts the regions of the case."""
+
+    number: int
+    name: str
+    colour: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class PlaneView:
         slice_numbers: counted from 1, one per frame.
         slice_count: number of slices of the volume.
         first_frame: index of the frame that is shown first.
-        outline_strip: data URI of the outlines, for every panel.
+        outline_strips: data URIs of the outlines, for every panel; of several regions one each.
         width: of a frame, in pixels.
         height: of a frame, in pixels.
         panels: one per modality.
@@ -67,7 +78,7 @@ class PlaneView:
     slice_numbers: Sequence[int]
     slice_count: int
     first_frame: int
-    outline_strip: str
+    outline_strips: Sequence[str]
     width: int
     height: int
     panels: Sequence[PanelView]
@@ -85,12 +96,13 @@ class PlaneView:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One case; ``source`` says what made the prediction."""
+    """One case; ``source`` says what made the prediction. ``regions`` is empty unless there are several."""
 
     title: str
     source: str
     volumes: str
     outlines: Sequence[OutlineKey]
+    regions: Sequence[RegionKey]
     planes: Sequence[PlaneView]
 
 
@@ -102,11 +114,22 @@ def case_view(overlay: Overlay, element_id: str) -> CaseView:
         element_id: start of the ids of the case's elements, unique in the page.
     """
     masks, images, step = viewing_orientation(overlay)
+    values = to_view(overlay, overlay.value_masks()) if overlay.has_regions else masks
     windows = {modality: overlay.window(modality) for modality in overlay.images}
     volumes = ", ".join(f"{mask} {value:,.2f} ml" for mask, value in overlay.volumes_ml().items())
-    keys = [OutlineKey(mask, colour, style == "dashed") for mask, (colour, style) in OUTLINES.items() if mask in masks]
-    planes = [_plane_view(overlay, element_id, plane, masks, images, step, windows) for plane in PLANES]
-    return CaseView(overlay.title, overlay.source, volumes, keys, planes)
+    regions = [RegionKey(i, name, _region_colour(i)) for i, name in enumerate(overlay.regions)]
+    regions = regions if overlay.has_regions else []
+    keys = [
+        OutlineKey(mask, "#FFFFFF" if regions else colour, style == "dashed")
+        for mask, (colour, style) in OUTLINES.items()
+        if mask in masks
+    ]
+    planes = [_plane_view(overlay, element_id, plane, masks, values, images, step, windows) for plane in PLANES]
+    return CaseView(overlay.title, overlay.source, volumes, keys, regions, planes)
+
+
+def _region_colour(number: int) -> str:
+    return REGION_COLOURS[number % len(REGION_COLOURS)]
 
 
 def _plane_view(
@@ -114,6 +137,7 @@ def _plane_view(
     element_id: str,
     plane: Plane,
     masks: Volumes,
+    values: Volumes,
     images: Volumes,
     step: NDArray[Any],
     windows: Mapping[str, tuple[float, float]],
@@ -121,7 +145,6 @@ def _plane_view(
     shape = masks["prediction"].shape
     size = frame_size(np.delete(shape * step, plane.axis).tolist())
     indices = slice_indices(masks, plane.axis)
-    outlines = [outline_frame(take_slice(masks, index, plane.axis), size) for index in indices]
     panels = []
     for modality, window in windows.items():
         slices = [np.take(images[modality], index, plane.axis).T for index in indices]
@@ -141,11 +164,24 @@ def _plane_view(
         slice_numbers=[index + 1 for index in indices],
         slice_count=shape[plane.axis],
         first_frame=indices.index(largest_slice(masks, plane.axis)),
-        outline_strip=outline_strip(outlines),
+        outline_strips=_outline_strips(overlay, [take_slice(values, index, plane.axis) for index in indices], size),
         width=size[0],
         height=size[1],
         panels=panels,
     )
+
+
+def _outline_strips(overlay: Overlay, slices: Sequence[Volumes], size: tuple[int, int]) -> list[str]:
+    """The outlines of all slices: of everything in the colours of the masks, or of each region in its own colour."""
+    if not overlay.has_regions:
+        return [outline_strip([outline_frame(masks, size) for masks in slices])]
+    strips = []
+    for i, values in enumerate(overlay.regions.values()):
+        regions = [{name: np.isin(mask, list(values)) for name, mask in masks.items()} for masks in slices]
+        strips.append(
+            outline_strip([outline_frame(masks, size) for masks in regions], [_region_colour(i)] * len(OUTLINES))
+        )
+    return strips
 
 
 def slice_indices(masks: Mapping[str, NDArray[Any]], axis: int, limit: int = MAX_FRAMES) -> list[int]:

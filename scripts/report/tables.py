@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.metrics.aggregate import FAILURES, STATUSES, aggregate, paired_difference
+from scripts.metrics.aggregate import aggregate, case_count, paired_difference
+from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, region_of
 
 Run = Mapping[str, Any]
 
@@ -59,20 +60,30 @@ class Table:
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """One row per network: metrics, failures, costs."""
+    """One row per network: metrics, failures, costs. Where there are several regions, a row for each follows."""
     rows = []
     for run in runs:
+        regions: Mapping[str, Any] = run.get("regions") or {}
         costs = [_number_cell(_format(run.get(key), digits)) for key, _, digits in _COSTS]
         training = run.get("trained_on") or {}
         note = f"trained on {len(training['cases'])} of them" if training.get("cases") else ""
-        rows.append([_head(run["name"], run["aggregate"], note), *_metric_cells(run["aggregate"]), *costs])
+        rows.append(
+            [_head(run["name"], run["aggregate"], note, _region_count(run)), *_metric_cells(run["aggregate"]), *costs]
+        )
+        if len(regions) > 1:
+            blank = [_number_cell("")] * len(_COSTS)
+            heads = {region: _head(f"{run['name']}: {region}", each) for region, each in regions.items()}
+            rows += [[heads[region], *_metric_cells(each), *blank] for region, each in regions.items()]
         if unseen := training.get("unseen_aggregate"):
-            rows.append([_head(f"{run['name']}, unseen cases", unseen), *_metric_cells(unseen), *costs])
+            head = _head(f"{run['name']}, unseen cases", unseen, regions=_region_count(run))
+            rows.append([head, *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
     note = (
         "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
         "value."
     )
+    if any(_region_count(run) > 1 for run in runs):
+        note += " The first row of a network is over all regions of all cases, then follows each region."
     return Table("Summary", columns, rows, note)
 
 
@@ -87,7 +98,12 @@ def modality_table(runs: Sequence[Run]) -> Table | None:
         present = [Cell("yes" if name in run["present"] else "no") for name in modalities]
         difference = _number_cell(_difference_to_most_modalities(run, runs))
         rows.append(
-            [_head(network_name(run), run["aggregate"]), *present, difference, *_metric_cells(run["aggregate"])]
+            [
+                _head(network_name(run), run["aggregate"], regions=_region_count(run)),
+                *present,
+                difference,
+                *_metric_cells(run["aggregate"]),
+            ]
         )
     columns = [Column("Network"), *(Column(name.upper()) for name in modalities)]
     note = (
@@ -119,26 +135,44 @@ def centre_table(runs: Sequence[Run]) -> Table | None:
             cases = [row for row in run["rows"] if str(row.get("centre") or "") == centre]
             if cases:
                 summary = aggregate(cases, **_bootstrap_settings(run))
-                rows.append([_head(centre or "not given", summary), Cell(run["name"]), *_metric_cells(summary)])
+                head = _head(centre or "not given", summary, regions=_region_count(run))
+                rows.append([head, Cell(run["name"]), *_metric_cells(summary)])
     if not rows:
         return None
     note = "As in the summary, for each centre that the data list names. Small groups have wide intervals."
     return Table("By centre", [Column("Centre"), Column("Network"), *_metric_columns()], rows, note)
 
 
+def _region_count(run: Run) -> int:
+    return len(run.get("regions") or ())
+
+
 def _bootstrap_settings(run: Run) -> dict[str, Any]:
     return {key: run["aggregate"]["bootstrap"][key] for key in ("seed", "resamples", "level")}
 
 
-def case_table(runs: Sequence[Run]) -> Table:
-    """Every case of every network, sortable by every column."""
+def case_tables(runs: Sequence[Run]) -> list[Table]:
+    """Every case of every network: one table for each region, sortable by every column."""
+    rows = [(str(run["name"]), row) for run in runs for row in run["rows"]]
+    regions = list(dict.fromkeys(region_of(row) for _, row in rows))
+    if len(regions) < 2:
+        name = regions[0] if regions else FOREGROUND
+        return [_case_table("Every case" if name == FOREGROUND else f"Every case: {name}", rows)] if runs else []
+    return [
+        _case_table(f"Every case: {region}", [(name, row) for name, row in rows if region_of(row) == region])
+        for region in regions
+    ]
+
+
+def _case_table(label: str, named_rows: Sequence[tuple[str, Row]]) -> Table:
+    """Rows with the names of their networks."""
     numbers = (*_METRICS, *_VOLUMES)
-    all_rows = [row for run in runs for row in run["rows"]]
+    all_rows = [row for _, row in named_rows]
     has_centres = any(row.get("centre") for row in all_rows)
     texts_after = [(key, title) for key, title in _TEXTS if {row.get(key) for row in all_rows} - {None, "", "unknown"}]
     names = ("Network", "Case", "Patient", *(("Centre",) if has_centres else ()), "Status")
     rows = []
-    for name, row in ((run["name"], row) for run in runs for row in run["rows"]):
+    for name, row in named_rows:
         texts = [name, row["case_id"], row.get("patient_id") or row["case_id"]]
         texts += [row.get("centre") or ""] if has_centres else []
         status = Cell(str(row["status"]).replace("_", " "), css_class="failure" if row["status"] in FAILURES else "")
@@ -156,7 +190,7 @@ def case_table(runs: Sequence[Run]) -> Table:
         )
     columns = [*(Column(name) for name in names), *(Column(title, number=True) for _, title, _ in numbers)]
     columns += [Column(title) for _, title in texts_after]
-    return Table("Every case", columns, rows, "Press a column title to sort by it.", sortable=True)
+    return Table(label, columns, rows, "Press a column title to sort by it.", sortable=True)
 
 
 def volume_table(volumes_ml: Mapping[str, float]) -> Table:
@@ -194,8 +228,9 @@ def _number_cell(text: str, *notes: str) -> Cell:
     return Cell(text, notes, css_class="number")
 
 
-def _head(name: str, summary: Mapping[str, Any], note: str = "") -> Cell:
-    """The head of a row: a name, and below it the numbers of cases and patients, and a note."""
-    counts = ((summary["n"], "case"), (summary["n_patients"], "patient"))
+def _head(name: str, summary: Mapping[str, Any], note: str = "", regions: int = 1) -> Cell:
+    """The head of a row: a name, and below it the numbers of cases, patients and, if several, regions, and a note."""
+    counts = [(case_count(summary, regions), "case"), (summary["n_patients"], "patient")]
+    counts += [(regions, "region")] if regions > 1 else []
     size = ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in counts)
     return Cell(name, (size, note) if note else (size,), header=True)

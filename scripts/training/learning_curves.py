@@ -7,6 +7,7 @@ import csv
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ class CurveWriter:
         loss: loss function; if it has ``logged`` (name -> value), these values become columns.
         optimizer: its learning rate is recorded.
         evaluator: its key metric is recorded as ``val_dice``; the cell stays empty if it is undefined for every case.
+        regions: names of the channels of the key metric. Of several, the mean of each over the cases is recorded as
+            ``val_dice/<region>``.
     """
 
-    def __init__(self, path: str, loss: Any, optimizer: Any, evaluator: Engine | None = None) -> None:
+    def __init__(
+        self, path: str, loss: Any, optimizer: Any, evaluator: Engine | None = None, regions: Sequence[str] = ()
+    ) -> None:
+        self.regions = list(regions)
         self.path, self.loss, self.optimizer, self.evaluator = Path(path), loss, optimizer, evaluator
         self.rows: list[Row] = []
         self.values: dict[str, list[float]] = defaultdict(list)
@@ -83,12 +89,7 @@ class CurveWriter:
         row["learning_rate"] = self.learning_rate
         row["seconds_per_step"] = self.seconds / self.steps
         if self.validated and self.evaluator is not None:
-            state: Any = self.evaluator.state
-            name = state.key_metric_name
-            # MONAI gives 0 if the Dice of every case is undefined, because their labels are empty.
-            details = getattr(state, "metric_details", {}).get(name)
-            is_undefined = isinstance(details, torch.Tensor) and bool(details.isnan().all())
-            row["val_dice"] = math.nan if is_undefined else float(state.metrics[name])
+            row |= self._validation(self.evaluator.state)
         self.rows.append(row)
         engine.state.metrics.update({k: v for k, v in row.items() if k != "epoch" and not _is_undefined(v)})
         columns = list(dict.fromkeys(name for each in self.rows for name in each))
@@ -96,6 +97,19 @@ class CurveWriter:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({k: None if _is_undefined(v) else v for k, v in each.items()} for each in self.rows)
+
+    def _validation(self, state: Any) -> Row:
+        """The key metric of the evaluator, over all regions and over each of several ones."""
+        name = state.key_metric_name
+        details = getattr(state, "metric_details", {}).get(name)  # cases x regions
+        if not isinstance(details, torch.Tensor):
+            return {"val_dice": float(state.metrics[name])}
+        # MONAI gives 0 if the Dice of every case is undefined, because their labels are empty.
+        values: Row = {"val_dice": math.nan if details.isnan().all() else float(state.metrics[name])}
+        if len(self.regions) > 1:
+            means = details.nanmean(dim=0).tolist()
+            values |= {f"val_dice/{region}": mean for region, mean in zip(self.regions, means, strict=True)}
+        return values
 
 
 def _is_undefined(value: float | int | None) -> bool:

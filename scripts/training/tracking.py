@@ -23,6 +23,7 @@ from monai.utils import CommonKeys, path_to_sqlite_uri
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.data.regions import IGNORED
 from scripts.report import Overlay, slice_figure
 from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import atomic_file
@@ -140,8 +141,9 @@ class LossOnly:
 class OverlayWriter:
     """Draw one picture per validation: outlines of label and prediction on each modality of the first case.
 
-    The picture shows the axial slice with the largest label area and is saved as ``overlays/epoch_0010.png``. Attach
-    this handler to the validation's evaluator.
+    All foreground classes are one outline, and voxels that count in no score are left out. The picture shows the axial
+    slice with the largest label area and is saved as ``overlays/epoch_0010.png``. Attach this handler to the
+    validation's evaluator.
 
     Args:
         output_dir: folder of the training.
@@ -172,7 +174,8 @@ class OverlayWriter:
     def _overlay(self, item: dict[str, Tensor], title: str) -> Overlay:
         """Return volumes that hold the one slice only, because a copy of the whole case would need too much memory."""
         image, reference, prediction = (item[k] for k in (CommonKeys.IMAGE, CommonKeys.LABEL, CommonKeys.PRED))
-        reference, prediction = reference[0] > 0, prediction[0] > 0
+        counted = reference[0] != IGNORED
+        reference, prediction = ((mask[0] > 0) & counted for mask in (reference, prediction))
         sizes = int(reference.sum()), int(prediction.sum())
         dice = 2 * int((reference & prediction).sum()) / sum(sizes) if any(sizes) else float("nan")
         areas = (reference if sizes[0] else prediction).sum((0, 1))

@@ -21,7 +21,7 @@ from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
 from scripts.networks.architecture import parameters, read_architecture
-from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files
+from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files, teacher_head
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -29,7 +29,9 @@ from scripts.utils.task_file import Record, read_task, task_path
 
 logger = logging.getLogger(__name__)
 
-NOT_COMPARED = ("epochs", "bundle_version", "git_commit")  # of a checkpoint; its schedule is compared by itself
+# Of a checkpoint: its schedule is compared by itself, and what only names files and results changes no training.
+NOT_COMPARED = ("epochs", "bundle_version", "git_commit", "codes", "dicom", "layout", "mask_values")
+HEAD = {"head": "softmax"}  # of records that name none
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
@@ -197,12 +199,14 @@ def write_task(record: Mapping[str, Any], weights: str | Path) -> None:
 def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: bool = False) -> None:
     """Refuse a config that contradicts the record beside its weights: other input gives another mask without a word.
 
-    Modalities and their order, intensity, spacing and labels are compared, and the definition of the network in the
-    config that is being parsed. Patch and overlap may differ. Without a record nothing is compared.
+    Modalities and their order, intensity, spacing, labels and the head with its regions are compared, and the
+    definition of the network in the config that is being parsed. Patch and overlap may differ. Without a record nothing
+    is compared.
 
     Args:
         weights: file of the weights.
-        settings: ``modalities``, ``intensity``, ``spacing`` in mm and ``labels`` of the config.
+        settings: ``modalities``, ``intensity``, ``spacing`` in mm, ``labels``, ``head`` and ``sigmoid_regions`` of the
+            config.
         ignore: log the contradictions as a warning instead.
 
     Raises:
@@ -214,7 +218,7 @@ def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: 
     if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
         logger.warning("%s describes other weights than %s: its sha256 differs", task_path(weights), weights)
     network = [] if parser is None else network_differences(task.get("network"), network_definition(parser))
-    clauses = [*_setting_differences(task, settings), *network]
+    clauses = [*_setting_differences({**HEAD, **task}, settings), *network]
     _refuse_contradictions(weights, clauses, ignore, " What you do not name is taken from the weights.")
 
 
@@ -226,26 +230,31 @@ def require_same_teachers(
 ) -> None:
     """Refuse teachers that were trained with other settings than they are used with; see ``require_same_task``.
 
-    A teacher that was trained on validation cases of this run is a warning: it tells the student about them.
+    A teacher with a softmax may teach a sigmoid head; the reverse is refused (``teacher_head``). A teacher that was
+    trained on validation cases of this run is a warning: it tells the student about them.
 
     Args:
         specs: name of a teacher -> its specification; a teacher without weights or record is accepted, and its own
             settings take the place of the task's.
-        settings: ``intensity``, ``spacing`` in mm, ``labels`` and ``patch`` in voxels of this run; the patch is
-            compared for architectures with a fixed patch only.
+        settings: ``intensity``, ``spacing`` in mm, ``labels``, ``head``, ``sigmoid_regions`` and ``patch`` in voxels of
+            this run; the patch is compared for architectures with a fixed patch only, the regions for a sigmoid head.
         split: training and validation cases of this run.
         ignore: log the contradictions as a warning instead.
     """
     validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
+    heads = {}
     for name, spec in specs.items():
         check_spec(name, spec)
+        heads[name] = teacher_head(name, spec, settings.get("head", HEAD["head"]))
     for name, spec in specs.items():
         seen: set[str] = set()
         for file in spec_files(spec):
             task = read_task(file)
             if task is None:
                 continue
-            used = _own_or_task(settings, spec)
+            used = {**_own_or_task(settings, spec), "head": heads[name]}
+            if heads[name] == HEAD["head"]:
+                used.pop("sigmoid_regions", None)
             if not (spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch):
                 used.pop("patch", None)
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+HEADS = ("softmax", "sigmoid")  # of a network: over the classes, or one channel per region
+
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; true and false are none."""

@@ -94,6 +94,13 @@ def test_seeds_are_averaged_per_case_and_a_failure_counts_as_the_worst_value() -
     assert merged["b"]["assd_mm"] == pytest.approx((100.0 + 3.0) / 2)
 
 
+def test_seeds_are_averaged_per_region() -> None:
+    runs = [[metrics_row("a", dice + seed) | {"region": region} for region, dice in (("WT", 0.6), ("ET", 0.2))]
+            for seed in (0.0, 0.2)]  # fmt: skip
+    merged = {row["region"]: row["dice"] for row in seed_mean(runs)}
+    assert merged == {"WT": pytest.approx(0.7), "ET": pytest.approx(0.3)}
+
+
 @pytest.mark.benchmarks
 def test_the_table_compares_every_row_with_the_student_alone(plan: MethodsPlan) -> None:
     write_result(plan.output / "student_alone" / "seed0", [0.5, 0.7])

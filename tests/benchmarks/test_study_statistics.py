@@ -183,6 +183,19 @@ def test_a_hypothesis_is_tested_only_on_all_folds_with_two_seeds_and_the_same_ru
     assert hypothesis_results([*complete, *other_pairs])[0]["untested"].startswith("the two arms differ")
 
 
+def test_the_second_five_pairs_count_once_they_are_complete_in_both_arms() -> None:
+    def pairs(distance: int, arm: str, gain: float) -> list[dict[str, Any]]:
+        gains = [gain * (1 + 0.01 * p) for p in range(20)]
+        return [{**each, "source_fold": (each["fold"] + distance) % 5} for each in arm_runs(arm, gains)]
+
+    first = [*pairs(1, "kd", 0.1), *pairs(1, "control", 0.0)]
+    second = [*pairs(2, "kd", 0.3), *pairs(2, "control", 0.0)]
+    for runs in (first, [*first, *second[:-1]], [*first, *second[1:]]):
+        h1 = hypothesis_results(runs)[0]
+        assert (h1["untested"], h1["mean"]) == ("", pytest.approx(0.1095))  # 0.1 * (1 + 0.01 * 9.5)
+    assert hypothesis_results([*first, *second])[0]["mean"] == pytest.approx(0.219)
+
+
 def test_compression_needs_fifteen_times_fewer_parameters_and_a_bound_above_the_margin() -> None:
     assert allows_compression([-0.019, 0.01], 2, 30)
     assert not allows_compression([-0.02, 0.01], 2, 30)

@@ -15,8 +15,8 @@ from matplotlib.image import imread
 
 from benchmarks.study_compression import matching_costs
 from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, measure_costs, read_costs, study_networks
-from benchmarks.study_plan import STUDENTS
 from benchmarks.study_records import read_runs
+from benchmarks.study_students import STUDENTS
 from benchmarks.study_table import write_study
 
 PARAMETERS = {"0.2M": 200_000, "0.9M": 900_000, ENSEMBLE: 30_000_000}
@@ -121,6 +121,19 @@ def test_the_page_answers_each_experiment(study: Path) -> None:
     )
     assert "| 0.2M | control | 10 | -0.104 [" in compression
     assert "| B1 | 30 | abc | cpu | a CPU | 0.3 |" in section(page, "Where the runs were made")
+
+
+@pytest.mark.benchmarks
+def test_students_are_compared_on_the_same_subset_of_modalities(tmp_path: Path) -> None:
+    for arm, gain in (("alone_dropout@mr", 0.0), ("alone_mr", 0.02), ("kd_dropout@mr", 0.1), ("kd_dropout@ct", 0.2)):
+        write_arm(tmp_path, "D", arm, gain)
+    write_study(tmp_path)
+    rows = [
+        line.split(" | ")[1]
+        for line in section((tmp_path / "table.md").read_text(), "D:").splitlines()
+        if " - " in line
+    ]
+    assert rows == ["alone_mr - alone_dropout@mr", "kd_dropout@mr - alone_dropout@mr"]
 
 
 def test_costs_of_another_network_are_left_out() -> None:

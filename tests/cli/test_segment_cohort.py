@@ -23,7 +23,6 @@ import torch
 
 from scripts.cli import segment_cohort as batch
 from scripts.cli.main import main
-from scripts.data.bids import bids_name
 from scripts.networks import Student
 
 WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
@@ -217,14 +216,6 @@ def test_a_dry_run_of_a_table_prints_the_command_that_makes_the_same_masks(
     assert "--output_dir OUT" in printed
 
 
-def test_a_case_that_bids_has_no_name_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="contains no ASCII letter or digit"):
-        bids_name({"case_id": "\u60a3\u8005", "image": "a"}, ["ct"])
-    assert bids_name({"case_id": "a-1", "image": "p", "pet": "p"}, ["ct", "pet"]).name == (
-        "sub-a1_space-pet_label-tumour_mask.nii.gz"
-    )
-
-
 def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +255,7 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
         "MR_T1_image.nii.gz",
     ]
     assert sidecar["SpatialReference"] == sidecar["Sources"][0]
+    assert sidecar["Type"] == "Lesion"
     ignored = (output / ".bidsignore").read_text().split()
     named = re.compile(r"sub-[A-Za-z0-9]+_space-ct_label-tumour_mask\.(nii\.gz|json)|dataset_description\.json")
     for path in output.rglob("[!.]*"):

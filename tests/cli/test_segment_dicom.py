@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from scripts.cli import segment_dicom as clinic
 from scripts.cli.main import main
+from scripts.image_io.dicom_rules import series_rules
 from scripts.image_io.dicom_series import SeriesFiles
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 
@@ -178,13 +179,18 @@ def _series(kind: str, uid: str, patient: str = "SECRET", frame: str = "1.9") ->
 
 def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
     found = [_series("CT", "1.1"), _series("PT", "1.2"), _series("MR", "1.3"), _series("CT", "1.4")]
-    assert {k: s.uid for k, s in choose_series(found, ["ct", "pet"], ["1.4"]).items()} == {"ct": "1.4", "pet": "1.2"}
+    rules = series_rules(["ct", "pet"], {})
+    assert {k: s.uid for k, s in choose_series(found, rules, ["1.4"]).items()} == {"ct": "1.4", "pet": "1.2"}
 
 
 @pytest.mark.parametrize(
     ("found", "uids", "message"),
     [
-        ([_series("CT", "1.1"), _series("CT", "1.2")], [], "has 2 CT series. Choose one with --series-uid: 1.1"),
+        (
+            [_series("CT", "1.1"), _series("CT", "1.2")],
+            [],
+            r"has 2 series for ct \(Modality CT\)\. Choose one with --series-uid: 1\.1",
+        ),
         ([_series("CT", "1.1")], ["7.7"], "has no series 7.7. It has 1.1"),
         ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 have 2 different patients"),
         (
@@ -201,7 +207,7 @@ def test_a_study_that_leaves_a_choice_or_mixes_things_is_refused_without_the_pat
     found: list[Series], uids: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        choose_series(found, ["ct", "mr"], uids)
+        choose_series(found, series_rules(["ct", "mr"], {}), uids)
     assert not {"SECRET", "OTHER"} & set(str(caught.value).split())
 
 
@@ -229,8 +235,8 @@ def test_whatever_fails_in_writing_is_told_without_its_words(
     monkeypatch.setattr(clinic, "write_seg", fail)
     words = rf"seg\.dcm was not written \({kind.__name__}\): .* series 1\.1 .* The mask was written to mask\.nii\.gz\."
     with pytest.raises(ValueError, match=words) as caught:
-        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False)
+        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), {}, {}, tmp_path, False)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__suppress_context__
     with pytest.raises(kind, match=r"^SECRET$"):
-        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), "tumour", tmp_path, False, debug=True)
+        clinic.write_dicom(Path("mask.nii.gz"), _series("CT", "1.1"), {}, {}, tmp_path, False, debug=True)

@@ -14,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 from monai.data import CacheDataset, DataLoader, Dataset, decollate_batch
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from scripts.data import postprocessing, preprocessing
@@ -188,6 +189,30 @@ def test_augmentation_moves_image_and_label_together_and_keeps_the_classes(simpl
         for channel, wanted in zip(sample["image"], (sample["label"][0] > 0, sample["label"][0] == 2), strict=True):
             found = channel > 0.5
             assert 2 * (found & wanted).sum() > 0.85 * (found.sum() + wanted.sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("flips", "rotation"), [([], [0, 0, 0]), ([0, 2], [0, 0, 0]), ([], [0, 0, 40]), ([], [40, 0, 0])]
+)
+def test_patches_are_flipped_and_rotated_as_the_task_allows(simple: Any, flips: list[int], rotation: list[int]) -> None:
+    """A ramp along each axis in turn: its direction, and whether it stays a ramp along that axis only."""
+    for axis in range(3):
+        ramp = np.moveaxis(np.broadcast_to(np.linspace(0.1, 0.9, 24, dtype=np.float32), (24, 24, 24)), -1, axis)
+        item = simple(ct=ramp.copy(), pet=ramp.copy(), label=boxes(24))
+        reversed_, tilted = set(), set()
+        for seed in range(12):
+            (sample,) = train(seed=seed, flips=flips, rotation=rotation)(item)
+            patch = gaussian_filter(sample["image"][0].numpy(), 1)[4:-4, 4:-4, 4:-4]
+            change = np.array([np.diff(patch, axis=each).mean() for each in range(3)])
+            reversed_.add(bool(change[axis] < 0))
+            tilted |= {each for each in range(3) if each != axis and abs(change[each]) > 0.1 * abs(change[axis])}
+        assert reversed_ == ({False, True} if axis in flips else {False})
+        expected = {each for each in range(3) if each != axis} - {rotation.index(40)} if any(rotation) else set()
+        assert tilted == (expected if any(rotation) and rotation[axis] == 0 else set())
+
+
+def test_the_random_part_is_no_part_of_the_fingerprint() -> None:
+    assert train(flips=[], rotation=[0, 0, 5]).fingerprint == train().fingerprint
 
 
 def test_an_absent_modality_stays_exactly_zero_through_augmentation(simple: Any) -> None:

@@ -40,7 +40,7 @@ def test_nothing_is_said_of_plain_data() -> None:
         (case("z", volumes=None), "1 of 2 cases have no label"),
         (
             case("z", spacing=(1.0, 1.0, 2.5)),
-            "1 of 2 cases (z) have inferior-superior voxels more than 2 times as long",
+            "1 of 2 cases (z) have foot-head voxels more than 2 times as long",
         ),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_class_that_no_case_has_is_named() -> None:
 def test_slices_across_different_axes_are_named() -> None:
     cases = [case("a", spacing=(1.0, 1.0, 5.0)), case("b", spacing=(5.0, 1.0, 1.0))]
     (text,) = plan_warnings(cases, {**TASK, "spacing": [3, 1, 3]})
-    assert "left-right, inferior-superior" in text or "inferior-superior, left-right" in text
+    assert "left-right, foot-head" in text or "foot-head, left-right" in text
 
 
 def test_many_cases_are_counted_not_listed() -> None:

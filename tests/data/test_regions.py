@@ -5,11 +5,13 @@ import pytest
 
 from scripts.data.regions import (
     check_classes,
+    class_mask_values,
     class_names,
     mask_values,
     output_channels,
     own_classes,
     region_classes,
+    region_mask_values,
     region_values,
     sigmoid_regions,
 )
@@ -73,3 +75,17 @@ def test_contradictions_are_refused(settings, message):
 
 def test_brats_and_an_ignored_value_are_accepted():
     check_classes(BRATS, NAMES, REGIONS, ignore=5, head="sigmoid")
+
+
+def test_a_written_mask_has_the_values_of_the_files_or_indices():
+    assert region_mask_values(BRATS, NAMES, REGIONS) == REGIONS
+    assert region_mask_values(BRATS, NAMES, REGIONS, "index") == {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
+    assert region_mask_values([[0], [5, 7], [3]], mode="file") == {"class 1": [5], "class 2": [3]}
+    assert class_mask_values(BRATS, NAMES, REGIONS) == {"necrosis": 1, "oedema": 2, "enhancing": 4}
+    assert class_mask_values(BRATS, NAMES, mode="index") == {"necrosis": 1, "oedema": 2, "enhancing": 3}
+
+
+def test_a_class_without_a_name_is_named_like_the_region_that_is_it_alone():
+    assert class_mask_values(BRATS, None, REGIONS) == {"class 1": 1, "class 2": 2, "ET": 4}
+    assert class_mask_values([[0], [1], [2]], None, {"left": [1], "right": [2]}) == {"left": 1, "right": 2}
+    assert class_mask_values([[0], [1]]) == {"foreground": 1}

@@ -136,6 +136,17 @@ def test_statistics_of_too_few_values_are_refused() -> None:
     with pytest.raises(ValueError, match="is a single voxel on the"):
         check_settings(student_norm="instance", patch=[16, 16, 16], student_features=[4, 8, 8, 8])
     check_settings(student_norm="instance", patch=[16, 16, 32], student_features=[4, 8, 8, 8])
+    strides = [[2, 2, 1], 2, 2, 2]
+    check_settings(student_norm="instance", patch=[16, 16, 16], student_features=[4, 8, 8, 8], student_strides=strides)
+
+
+@pytest.mark.parametrize("strides", [[2, 2], [2, 2, [2, 2]], [2, 2, 0], 2, [2, 2, 1.5], [2, 2, [1, 2, 0]]])
+def test_strides_that_do_not_fit_the_stages_are_refused(strides: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"student_strides is .*three of them, for each of the 3 stages, such as \[\[2"
+    ):
+        check_settings(student_features=[4, 8, 8], student_strides=strides)
+    check_settings(student_features=[4, 8, 8], student_strides=[1, [2, 2, 1], 2])
 
 
 @pytest.mark.parametrize("name", ["sts", "hecktor21", "picai22", "phantom"])

@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser
 from scripts.data import preprocessing
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.data.pipelines import Pipeline
+from scripts.data.regions import IGNORED
 from scripts.data.training_set import CentreCandidatesd, Volumes, training_set
 
 ROOT = Path(__file__).parents[2]
@@ -147,13 +148,25 @@ def test_volumes_are_reused_if_the_same_files_have_moved(cases: Any, tmp_path: P
 
 def test_all_voxels_of_a_small_volume_are_candidates() -> None:
     label = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
-    label[0, 1, 2, 3], label[0, 2, 3, 4], label[0, 0, 0, 0] = 1, 2, 1
+    label[0, 1, 2, 3], label[0, 2, 3, 4], label[0, 0, 0, 0] = 1, 1, 1
     found = CentreCandidatesd("label")({"label": label, "other": 7})
     voxels = {(x, y, z) for x in range(3) for y in range(4) for z in range(5)}
     inside = {(1, 2, 3), (2, 3, 4), (0, 0, 0)}
     for key, wanted in (("foreground", inside), ("background", voxels - inside)):
         assert found[key].tolist() == sorted((x * 4 + y) * 5 + z for x, y, z in wanted)
     assert found["other"] == 7
+
+
+def test_every_class_of_a_case_is_listed_equally_often_and_ignored_voxels_never() -> None:
+    label = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
+    label[0, 0], label[0, 1, 0, :2], label[0, 2, 0, 0] = 1, 3, IGNORED  # 20, 2 and 1 of 60 voxels
+    found = CentreCandidatesd("label")({"label": label})
+    assert found["foreground"].tolist() == [*range(20), *[20, 21] * 10]
+    assert found["background"].tolist() == [*range(22, 40), *range(41, 60)]
+    few = CentreCandidatesd("label", count=8)({"label": label})["foreground"].tolist()
+    assert few == [0, 6, 13, 19, 20, 21, 20, 21]  # evenly spread over the larger class
+    nothing = CentreCandidatesd("label")({"label": torch.full_like(label, IGNORED)})
+    assert (len(nothing["foreground"]), len(nothing["background"])) == (0, 60)  # such a case is drawn uniformly
 
 
 def test_candidates_of_a_large_volume_are_of_their_class_and_evenly_spread() -> None:

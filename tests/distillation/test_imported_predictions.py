@@ -54,11 +54,13 @@ def write_npz(path: Path, values: np.ndarray) -> None:
     np.savez_compressed(path, probabilities=values.transpose(0, 3, 2, 1).astype(np.float16))
 
 
-def answers(case: Any, folder: Path, smooth: float = 0.0, spacing: Any = (3.0, 2.5, 2.0)) -> ImportedAnswers:
+def answers(
+    case: Any, folder: Path, smooth: float = 0.0, spacing: Any = (3.0, 2.5, 2.0), **options: Any
+) -> ImportedAnswers:
     """By default the network's grid has the voxels of the image, turned to RAS."""
     pipeline = preprocessing(["ct"], spacing=spacing, **SETTINGS)
     origin = PredictionFiles("a", {"predictions": str(folder), "modalities": ["ct"]})
-    return ImportedAnswers(origin, pipeline.files, SETTINGS["labels"], smooth)
+    return ImportedAnswers(origin, pipeline.files, SETTINGS["labels"], smooth, **options)
 
 
 def logits(case: Any, folder: Path, **options: Any) -> torch.Tensor:
@@ -136,6 +138,32 @@ def test_masks_are_smoothed_in_mm(case: Any, folder: Path, write_nifti: Any) -> 
     before = [(n - m) // 2 for n, m in zip(soft.shape, turned.shape, strict=True)]
     part = tuple(slice(b, b + m) for b, m in zip(before, turned.shape, strict=True))
     np.testing.assert_allclose(soft[part].numpy(), turned, atol=1e-5)
+
+
+def test_predictions_of_classes_or_of_regions_answer_a_task_of_regions(
+    case: Any, folder: Path, write_nifti: Any
+) -> None:
+    p = probabilities(case)
+    write_npz(folder / "A.npz", p)
+    classes = logits(case, folder)
+    found = logits(case, folder, regions=[[1]])
+    torch.testing.assert_close(found[0].sigmoid(), classes.softmax(0)[1], atol=1e-5, rtol=0)
+    write_npz(folder / "A.npz", p[1:])  # one channel: the region itself
+    inside = logits(case, folder, regions=[[1]])
+    assert inside.shape == found.shape
+    torch.testing.assert_close(inside.sigmoid(), found.sigmoid(), atol=1e-3, rtol=0)
+    (folder / "A.npz").unlink()
+    thrice = np.repeat(4 * p[1:] - 2, 3, axis=0)  # logits of three regions that are the same
+    write_nifti(folder / "A.nii.gz", np.moveaxis(thrice, 0, -1).astype(np.float32), AFFINE)
+    for channel in logits(case, folder, regions=[[1]] * 3):
+        assert torch.equal(channel > 0, classes.argmax(0) == 1)
+    with pytest.raises(ValueError, match=r"A\.nii\.gz has 3 classes, this task has 2 and 3 regions"):
+        answers(case, folder, regions=[[1]] * 3, head="softmax").check([case])
+    write_npz(folder / "A.npz", p)
+    with pytest.raises(
+        ValueError, match=r"The 2 channels of .*A\.npz may be classes or regions\. Name the teacher by a"
+    ):
+        answers(case, folder, regions=[[1], [1]]).check([case])
 
 
 def refusals(case: Any, folder: Path, write_nifti: Any) -> dict[str, tuple[Callable[[], Any], str]]:

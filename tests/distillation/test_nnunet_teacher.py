@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from scripts.cli.main import main
+from scripts.distillation.nnunet_teacher import _require_same_outputs
 from scripts.distillation.teacher_origin import NNUNetFolder
 from scripts.networks.teacher import load_teachers
 from scripts.networks.teacher_spec import check_spec
@@ -109,6 +111,21 @@ def test_an_nnunet_of_other_modalities_or_classes_is_refused(
     assert "reads 3 modalities, the teacher names ct, pet. Name them in the order" in capsys.readouterr().err
     assert main([*cache, "--teacher", f"nn=nnunet={trained[0]}", "--set", "labels=[[0],[1],[2]]"]) == 1
     assert "has 2 classes, this task has 3 classes. Use a network of this task." in capsys.readouterr().err
+
+
+def test_an_nnunet_of_regions_teaches_the_same_regions_only() -> None:
+    labels, regions = [[0], [1], [2, 3]], [[1, 2], [2]]
+    heads = SimpleNamespace(has_regions=True, num_segmentation_heads=2, foreground_regions=[(1, 2, 3), (2, 3)])
+    _require_same_outputs("nn", heads, labels, regions)
+    with pytest.raises(ValueError, match=r"has 2 regions, this task has 3 classes\. Use a network of this task"):
+        _require_same_outputs("nn", heads, labels, None)
+    heads.foreground_regions = [(2, 3), (1, 2, 3)]
+    with pytest.raises(
+        ValueError, match=r"has the regions \[\[2, 3\], \[1, 2, 3\]\], this task \[\[1, 2, 3\], \[2, 3\]\]"
+    ):
+        _require_same_outputs("nn", heads, labels, regions)
+    classes = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
+    _require_same_outputs("nn", classes, labels, regions)
 
 
 def test_an_nnunet_answers_from_a_cache_only_and_by_the_folds_that_it_has(tmp_path: Path) -> None:

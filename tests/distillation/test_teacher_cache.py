@@ -172,7 +172,7 @@ def cached(case: Any, folder: Path, teachers: dict[str, Online], **options: Any)
         name: {"architecture": "net", "modalities": [MODALITIES[c] for c in each.channels]}
         for name, each in teachers.items()
     }
-    settings = {"modalities": MODALITIES, "classes": 2, "spacing": [1, 1, 1], "overlap": 0.5}
+    settings = {"modalities": MODALITIES, "channels": 2, "spacing": [1, 1, 1], "overlap": 0.5}
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
     transform = pipeline(**options)
     answers = {

@@ -68,7 +68,7 @@ def write(
     cases: Any, folder: Path, asked: Any = None, transform: Any = None, rebuild: bool = False, **options: Any
 ) -> None:
     inferer = SlidingWindowInferer(PATCH, overlap=0.5, mode="gaussian")
-    settings = {"modalities": MODALITIES, "classes": 2, "spacing": SPACING, "overlap": 0.5}
+    settings = {"modalities": MODALITIES, "channels": 2, "spacing": SPACING, "overlap": 0.5}
     answers = {}
     for name, teacher in (asked or teachers()).items():
         origin = Origin(SPECS[name])
@@ -246,6 +246,19 @@ def test_flips_of_a_2d_image_are_four() -> None:
     with torch.no_grad():
         turned = [network(image.flip(axes)).softmax(1).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
     torch.testing.assert_close(answer, torch.stack(turned).mean(0)[0].log())
+
+
+def test_flips_of_a_sigmoid_head_are_those_of_the_task_and_average_each_channel() -> None:
+    network = nn.Conv3d(1, 2, 3, padding=1)
+    teacher = Fake([0])
+    teacher.network = nn.Sequential(network)
+    image = torch.randn(1, 1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    answers = NetworkAnswers("a", [teacher], lambda image, run: run(image), 2, tta="flips", sigmoid=True, flips=[1, 2])
+    assert answers.settings == {"tta": "flips", "tta_axes": [1, 2]}
+    answer = answers.predict({}, lambda: image)
+    with torch.no_grad():
+        turned = [network(image.flip(axes)).sigmoid().flip(axes) for axes in ((), (3,), (4,), (3, 4))]
+    torch.testing.assert_close(answer.sigmoid(), torch.stack(turned).mean(0)[0])
 
 
 def test_the_size_is_stated_and_a_full_disk_is_refused_before_anything_is_written(

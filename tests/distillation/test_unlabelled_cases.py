@@ -22,7 +22,7 @@ from scripts.data.training_set import training_set
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.losses import IntraClassVariationLoss, SoftPredictionLoss
-from scripts.networks.teacher import LabelTeacher
+from scripts.networks.label_teacher import LabelTeacher
 from scripts.report.curves import read_curves
 
 TINY = [

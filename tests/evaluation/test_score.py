@@ -165,17 +165,6 @@ def test_parameters_and_operations_of_a_network_are_counted(cohort: Any, tmp_pat
     assert run(cohort[:1], tmp_path)["parameters"] is None
 
 
-def test_several_classes_are_scored_as_their_union(cohort: Any, tmp_path: Path, write_nifti: Any) -> None:
-    label = cube() * 3
-    label[8:12] *= 2  # the values 3 and 6 mean the classes 1 and 2
-    prediction = cube()
-    prediction[10:16] *= 2  # the classes meet at another border
-    case = {**cohort[0], "label": str(write_nifti(tmp_path / "classes.nii.gz", label, AFFINE))}
-    write_nifti(tmp_path / "masks" / "A_same.nii.gz", prediction, AFFINE)
-    run([case], tmp_path, labels=[[0], [3], [6]])
-    assert float(read(tmp_path / "out" / "cases.csv")["A_same"]["dice"]) == 1.0
-
-
 def test_a_cohort_without_any_reference_is_refused(cohort: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="None of the 1 cases has a reference mask"):
         run(cohort[-1:], tmp_path)

@@ -17,7 +17,7 @@ from torch import nn
 
 from scripts.cli.main import main
 from scripts.export import converters, exporter
-from scripts.export.parity import Comparison, gate_failures, mean_of_defined
+from scripts.export.parity import Comparison, compare_engines, gate_failures, mean_of_defined
 from scripts.networks import Student
 from scripts.utils.checksums import sha256
 
@@ -306,19 +306,49 @@ def test_a_model_beyond_a_limit_is_refused_with_the_reason(
     assert words in " ".join(reasons)
 
 
+def test_every_class_is_compared_as_the_head_decides_it() -> None:
+    """The engine exchanges the two inner classes: the foreground as a whole would be equal."""
+    regions = [[1, 2], [2]]
+    z = torch.full((1, 2, 4, 4, 4), -1.0)
+    z[:, 0, :2], z[:, 1, 0] = 1, 1  # a core in plane 0, its rim in plane 1
+    label = torch.zeros(1, 4, 4, 4)
+    label[0, 0], label[0, 1], label[0, 2] = 2, 1, 254
+    other = z.clone()
+    other[:, 1, :2] = z[:, 1, :2].flip(1)
+    cases = [{"image": torch.zeros(1, 4, 4, 4), "label": label}]
+    logits = {"torch": z, "other": other}
+    networks = {name: Fixed(value) for name, value in logits.items()}
+    found = compare_engines(
+        networks["torch"], {"other": networks["other"]}, cases, lambda image, run: run(image), 1, regions
+    )
+    assert found["torch fp32"].validation_dice == [1.0, 1.0]
+    assert found["other"].mask_dice == [0.0, 0.0]
+
+
+class Fixed(torch.nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.logits
+
+
 def test_nan_logits_have_no_largest_difference() -> None:
     assert Comparison([1e-6, float("nan"), 0.0], [1.0], [1.0], [1.0]).figures()["logits_max_abs"] is None
 
 
 def test_patches_are_reproducible_and_every_second_one_contains_foreground() -> None:
     label = torch.zeros(1, 40, 40, 10)
-    label[0, 2:4, 30:33, 5] = 1
+    label[0, 2:4, 30:33, 5], label[0, 30:] = 1, 254  # ignored voxels are no foreground
     cases = [{"image": torch.arange(16000.0).view(1, 40, 40, 10), "label": label}]
     patches = converters.draw_patches(cases, (16, 16, 16), each=6)
     again = converters.draw_patches(cases, (16, 16, 16), each=6)
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
     assert all(patch.shape == (1, 1, 16, 16, 16) for patch in patches)
-    foreground = set(cases[0]["image"][label > 0].tolist())
+    foreground = set(cases[0]["image"][label == 1].tolist())
     assert all(foreground & set(patch.flatten().tolist()) for patch in patches[::2])
     assert all((patch[..., 10:] == 0).all() for patch in patches)
 

@@ -24,6 +24,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from scripts.cli import segment_dicom as clinic
 from scripts.cli.main import main
+from scripts.image_io.dicom_codes import segment_properties
 from scripts.image_io.dicom_study import Series, find_series
 from scripts.image_io.dicom_writer import read_slices, write_rtstruct, write_seg
 from scripts.networks import Student
@@ -44,6 +45,8 @@ TINY = [
     "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
 ]  # fmt: skip
 CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
+TUMOUR = {"tumour": [1]}
+NEOPLASM = segment_properties(TUMOUR, {"tumour": ["108369006", "SCT", "Neoplasm"]})
 MARKER = "ZZMARKER"
 PERSON = {"PatientName": f"{MARKER}NAME", "PatientID": f"{MARKER}ID", "ReferringPhysicianName": f"{MARKER}DOCTOR",
           "AccessionNumber": f"{MARKER}1", "InstitutionName": f"{MARKER} HOSPITAL", "StudyID": MARKER}  # fmt: skip
@@ -288,7 +291,7 @@ def test_values_that_are_invalid_in_a_segmentation_are_refused_without_quoting_t
         for each in slices:
             setattr(each, keyword, value)
     with pytest.raises(ValueError, match=f"has an invalid {keyword}\\. Correct it") as caught:
-        write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
     assert value not in str(caught.value)
     assert not any(tmp_path.iterdir())
 
@@ -319,9 +322,9 @@ def test_headers_with_missing_optional_values_or_other_character_sets_are_copied
         head.save_as(tmp_path / path.name)
     slices = read_slices(sorted(map(str, tmp_path.glob("CT_*.dcm"))))
     before = [list(each.PixelSpacing) for each in slices]
-    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
     if RTSTRUCT:
-        write_rtstruct(dicom_output / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+        write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, tmp_path / "rtstruct.dcm")
     assert [list(each.PixelSpacing) for each in slices] == before
     for path in (tmp_path / "seg.dcm", *tmp_path.glob("rtstruct.dcm")):
         written = pydicom.dcmread(path)
@@ -352,9 +355,9 @@ def test_a_slice_may_lie_off_the_even_grid_as_far_as_the_reader_accepts(
         with pytest.raises(
             ValueError, match=r"mask\.nii\.gz is not on the grid of the series .*\. Segment that series"
         ):
-            write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+            write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
         return
-    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
     pixels = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
         [slices[5].SOPInstanceUID], combine_segments=True, ignore_spatial_locations=True,
         assert_missing_frames_are_empty=True,
@@ -374,7 +377,7 @@ def test_an_empty_mask_gives_no_structure_set(
     mask, affine = _mask(dicom_output / "mask.nii.gz")
     nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), affine), tmp_path / "mask.nii.gz")
     (tmp_path / "rtstruct.dcm").write_bytes(b"earlier")
-    clinic.write_dicom(tmp_path / "mask.nii.gz", _reference(study), "tumour", tmp_path, True)
+    clinic.write_dicom(tmp_path / "mask.nii.gz", _reference(study), TUMOUR, NEOPLASM, tmp_path, True)
     assert "RTSTRUCT: not written, because the mask is empty" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.nii.gz", "seg.dcm"]
     assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
@@ -387,9 +390,9 @@ def test_a_short_string_that_is_too_long_is_left_empty_and_logged(
     slices, number = _heads(study), MARKER.ljust(length, "7")
     for each in slices:
         each.AccessionNumber = each.StudyID = number
-    write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+    write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
     if RTSTRUCT:
-        assert write_rtstruct(dicom_output / "mask.nii.gz", slices, "tumour", tmp_path / "rtstruct.dcm")
+        assert write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, tmp_path / "rtstruct.dcm")
     for path in tmp_path.glob("*.dcm"):
         written = pydicom.dcmread(path)
         assert (written.AccessionNumber, written.StudyID) == (number if kept else "", number[:16])
@@ -406,7 +409,7 @@ def test_several_values_of_a_single_valued_element_are_refused_without_quoting_t
     for each in slices:
         setattr(each, keyword, f"{MARKER}\\{MARKER}")
     with pytest.raises(ValueError, match=f"has several values of {keyword}, where DICOM allows one") as caught:
-        write_seg(dicom_output / "mask.nii.gz", slices, "tumour", "1", tmp_path / "seg.dcm")
+        write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
     assert MARKER not in str(caught.value)
     assert not any(tmp_path.iterdir())
 

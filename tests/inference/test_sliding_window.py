@@ -63,11 +63,19 @@ def test_a_volume_beyond_the_memory_limit_is_cut_into_parts_that_agree_with_one_
     assert (logits - whole).abs().median() < 1e-6
 
 
+def test_each_axis_has_its_own_divisor() -> None:
+    volume, network = image(40, 24, 9), Local()
+    WholeVolumeInferer((16, 16, 16), divisor=(16, 8, 2))(volume, network)
+    assert network.sizes == [(48, 24, 10)]
+    assert part_size([48, 24, 10], 1000, 0.0, [16, 8, 2]) == [16, 8, 6]
+    assert part_size([48, 24, 10], 1, 0.0, [16, 8, 2]) == [16, 8, 2]
+
+
 @pytest.mark.parametrize("size", [[256, 256, 192], [512, 512, 304], [48, 48, 48], [64, 16, 16]])
 @pytest.mark.parametrize("limit", [1e4, 2e5, 3e6, 1e8])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
 def test_parts_keep_to_the_limit(size: list[int], limit: float, overlap: float) -> None:
-    part = part_size(size, limit, overlap, 16)
+    part = part_size(size, limit, overlap, [16] * 3)
     assert math.prod(part) <= limit
     assert all(p % 16 == 0 and p <= n for p, n in zip(part, size, strict=True))
     if math.prod(size) <= limit:

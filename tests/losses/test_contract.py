@@ -116,7 +116,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 def test_every_loss_of_the_package_has_a_case() -> None:
     public = {name for name, value in vars(losses).items() if isinstance(value, type) and issubclass(value, nn.Module)}
-    assert public == set(NAMES)
+    assert public - {"SegmentationLoss"} == set(NAMES)  # which is the supervised loss
 
 
 @pytest.mark.parametrize("name", NAMES)

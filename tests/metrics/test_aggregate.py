@@ -16,6 +16,7 @@ from scripts.metrics import (
     COLUMNS,
     STATUSES,
     aggregate,
+    aggregate_regions,
     paired_difference,
     read_rows,
     write_rows,
@@ -232,25 +233,86 @@ def test_paired_difference_resamples_patients_and_needs_two() -> None:
 
 
 def test_csv_round_trip_keeps_every_number_and_every_undefined_cell(tmp_path, mixed) -> None:
-    texts = {"findings": 'a, "b"; ü', "trained_on": "no"}
+    texts = {"region": "foreground", "findings": 'a, "b"; ü', "trained_on": "no"}
     rows = [{"patient_id": r["case_id"], "volume_ml": 1 / 3, "reference_volume_ml": None, **texts} | r for r in mixed]
     rows.append(
         row('odd, "id"\nü', 0.1 + 0.2, patient="007")
-        | {"volume_ml": 1e-12, "reference_volume_ml": 0.0, "findings": "", "trained_on": ""}
+        | {"volume_ml": 1e-12, "reference_volume_ml": 0.0, "region": "whole; tumour", "findings": "", "trained_on": ""}
     )
     write_rows(rows, tmp_path / "new" / "cases.csv")
     assert read_rows(tmp_path / "new" / "cases.csv") == rows
     lines = (tmp_path / "new" / "cases.csv").read_text(encoding="utf-8").splitlines()
-    columns = "case_id,patient_id,dice,hd95_mm,assd_mm,volume_ml,reference_volume_ml,status,diagonal_mm"
+    columns = "case_id,patient_id,region,status,dice,hd95_mm,assd_mm,volume_ml,reference_volume_ml,diagonal_mm"
     assert lines[0] == f"{columns},findings,trained_on"
-    assert lines[5] == 'e,e,,,,0.3333333333333333,,true_negative,100.0,"a, ""b""; ü",no'
+    assert lines[5] == 'e,e,foreground,true_negative,,,,0.3333333333333333,,100.0,"a, ""b""; ü",no'
 
 
-def test_a_table_without_the_last_two_columns_is_read(tmp_path, mixed) -> None:
-    write_rows(mixed, tmp_path / "cases.csv")
-    lines = (tmp_path / "cases.csv").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "old.csv").write_text("\n".join(",".join(line.split(",")[:9]) for line in lines) + "\n")
-    assert read_rows(tmp_path / "old.csv") == read_rows(tmp_path / "cases.csv")
+FIRST = "case_id,patient_id,dice,hd95_mm,assd_mm,volume_ml,reference_volume_ml,status,diagonal_mm"
+
+
+@pytest.mark.parametrize(("columns", "cells"), [(FIRST, ""), (f"{FIRST},findings,trained_on", ",a note,no")])
+def test_a_table_without_regions_is_read(tmp_path, columns, cells) -> None:
+    (tmp_path / "old.csv").write_text(f"{columns}\nx,p,0.5,2.0,1.0,3.0,4.0,ok,100.0{cells}\n", encoding="utf-8")
+    numbers = {"dice": 0.5, "hd95_mm": 2.0, "assd_mm": 1.0, "volume_ml": 3.0, "reference_volume_ml": 4.0}
+    texts = {"findings": "a note", "trained_on": "no"} if cells else {"findings": "", "trained_on": ""}
+    names = {"case_id": "x", "patient_id": "p", "region": "foreground", "status": "ok", "diagonal_mm": 100.0}
+    assert read_rows(tmp_path / "old.csv") == [{**names, **numbers, **texts}]
+
+
+def test_every_table_of_the_results_is_read() -> None:
+    tables = [
+        path
+        for path in (Path(__file__).parents[2] / "docs" / "results").rglob("cases.csv")
+        if path.read_text(encoding="utf-8").startswith("case_id,")
+    ]
+    assert len(tables) > 3
+    for path in tables:
+        assert aggregate(read_rows(path), resamples=1)["n"] == path.read_text(encoding="utf-8").count("\n") - 1
+
+
+@pytest.fixture
+def regions() -> list[dict]:
+    """Three cases with two regions each; the second region of the last case is missed."""
+    values = {"a": (0.9, 0.5), "b": (0.7, 0.3), "c": (0.8, None)}
+    return [
+        row(case, dice, status="missed" if dice is None else "ok") | {"region": region}
+        for case, pair in values.items()
+        for region, dice in zip(("whole", "core"), pair, strict=True)
+    ]
+
+
+def test_every_region_has_its_own_aggregate_in_the_order_of_the_rows(regions) -> None:
+    result = aggregate_regions(regions, seed=3, resamples=50)
+    assert list(result) == ["whole", "core"]
+    assert result["whole"]["metrics"]["dice"]["defined"]["mean"] == pytest.approx((0.9 + 0.7 + 0.8) / 3)
+    assert result["core"]["metrics"]["dice"]["defined"]["mean"] == pytest.approx((0.5 + 0.3 + 0) / 3)
+    assert [each["n"] for each in result.values()] == [3, 3]
+    assert result["core"]["counts"]["missed"] == 1
+    assert result["core"]["bootstrap"] == {**result["core"]["bootstrap"], "seed": 3, "resamples": 50}
+    assert aggregate_regions([row("a")]) == {"foreground": aggregate([row("a")])}
+
+
+def test_an_aggregate_of_several_regions_is_over_all_rows_and_keeps_a_patient_together(regions) -> None:
+    summary = aggregate(regions)["metrics"]["dice"]["defined"]
+    assert (summary["n"], summary["n_patients"]) == (6, 3)
+    assert summary["mean"] == pytest.approx((0.9 + 0.5 + 0.7 + 0.3 + 0.8 + 0) / 6)
+    means = [0.7, 0.5, 0.4]  # of each patient: every resample's mean lies between them
+    assert min(means) - 1e-9 <= summary["ci95"][0] < summary["ci95"][1] <= max(means) + 1e-9
+    assert aggregate(regions) == aggregate(regions[::-1])
+
+
+def test_differences_are_paired_by_case_and_region(regions) -> None:
+    worse = [{**each, "dice": each["dice"] - 0.1} if each["region"] == "core" and each["dice"] else each
+             for each in regions]  # fmt: skip
+    result = paired_difference(regions, worse[::-1], "dice")
+    assert (result["n"], result["n_patients"], result["n_unpaired"]) == (6, 3, 0)
+    assert result["mean"] == pytest.approx(2 * 0.1 / 6)
+    assert paired_difference(regions, worse[:-1], "dice")["n_unpaired"] == 1
+
+
+def test_a_region_listed_twice_in_a_case_is_refused(regions) -> None:
+    with pytest.raises(ValueError, match="case 'b', region 'core' is listed twice"):
+        aggregate([*regions, regions[3]])
 
 
 def test_a_table_from_csv_gives_the_same_aggregate(tmp_path, mixed) -> None:
@@ -272,7 +334,7 @@ def test_a_bad_row_leaves_the_old_table_alone(tmp_path, bad, message) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("case,dice\na,1\n", "expected"), ("HEADER\na,a,0.5\n", "row 2 does not have 11 cells"), ("", "expected")],
+    [("case,dice\na,1\n", "expected"), ("HEADER\na,a,0.5\n", "row 2 does not have 12 cells"), ("", "expected")],
 )
 def test_a_foreign_or_truncated_table_is_refused(tmp_path, text, message) -> None:
     path = tmp_path / "cases.csv"

@@ -14,7 +14,7 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
 
-from scripts.metrics import boundary, surface_metrics
+from scripts.metrics import boundary, region_metrics, surface_metrics
 
 STS = Path(os.environ.get("STS_ROOT", Path(__file__).parents[2].parent / "shared" / "data" / "sts"))
 SPACING = (0.7, 1.3, 3.1)
@@ -341,3 +341,53 @@ def test_tree_and_map_equal_monai_on_real_masks_against_shifted_copies(method: s
         b = np.roll(a, (2, -1, 1), axis=(0, 1, 2))
         spacing = tuple(float(step) for step in image.header.get_zooms()[:3])
         assert distances(surface_metrics(a, b, spacing)) == pytest.approx(monai_metrics(a, b, spacing), abs=1e-4), path
+
+
+BRATS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
+
+
+def nested_regions(seed: int) -> np.ndarray:
+    """A mask with the values 0, 1, 2 and 4, which lie within each other and touch the border of the volume."""
+    field = gaussian_filter(np.random.default_rng(seed).normal(size=(18, 16, 14)), 2.0)
+    inner = np.searchsorted(np.quantile(field, [0.6, 0.75, 0.9]), field)
+    return np.array([0, 2, 1, 4], np.uint8)[inner]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_of_one_pass_equal_each_region_alone(seed: int) -> None:
+    """Every number is the same to the last bit, whatever the layout and the type of the masks."""
+    p, r = nested_regions(seed), nested_regions(seed + 10)
+    assert any(p.any(axis=(1, 2))[[0, -1]])  # it touches the border
+    expected = {name: surface_metrics(np.isin(p, v), np.isin(r, v), SPACING) for name, v in BRATS.items()}
+    assert {each["status"] for each in expected.values()} == {"ok"}
+    assert region_metrics(p, r, BRATS, SPACING) == expected
+    assert region_metrics(torch.from_numpy(p), r.astype(np.float32), BRATS, SPACING) == expected
+    fortran = [np.asfortranarray(mask) for mask in (p, r)]
+    alone = {name: surface_metrics(*(m >= v for m in fortran), SPACING) for name, v in {"WT": 1, "ET": 4}.items()}
+    assert {name: region_metrics(*fortran, BRATS, SPACING)[name] for name in alone} == alone
+
+
+def test_regions_agree_with_monai() -> None:
+    p, r = nested_regions(0), nested_regions(10)
+    for name, result in region_metrics(p, r, BRATS, SPACING).items():
+        monai = monai_metrics(*(np.isin(mask, BRATS[name]) for mask in (p, r)), SPACING)
+        assert distances(result) == pytest.approx(monai, rel=1e-5), name
+
+
+def test_each_region_has_its_own_status() -> None:
+    p, r = np.zeros((2, 6, 6, 6), np.uint8)
+    r[1:4, 1:4, 1:4] = 2  # only the whole tumour has voxels
+    result = region_metrics(p, r, BRATS, SPACING)
+    assert [result[name]["status"] for name in BRATS] == ["missed", "true_negative", "true_negative"]
+    p[r > 0] = 4
+    result = region_metrics(p, r, BRATS, SPACING)
+    assert [result[name]["status"] for name in BRATS] == ["ok", "false_positive", "false_positive"]
+    assert result["WT"]["dice"] == 1.0
+    empty = np.zeros_like(p)
+    assert {each["status"] for each in region_metrics(empty, empty, BRATS, SPACING).values()} == {"true_negative"}
+
+
+def test_a_region_with_the_background_is_refused() -> None:
+    mask = np.zeros((3, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="The region all has the value 0"):
+        region_metrics(mask, mask, {"all": [0, 1]}, SPACING)

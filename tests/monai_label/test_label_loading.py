@@ -16,7 +16,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from monai_label.install import install_bundle
+from monai_label.install import install_bundle, install_studies
 from scripts.cli.main import main
 from scripts.networks import Student
 
@@ -155,6 +155,45 @@ def test_a_training_takes_its_cases_from_the_label_store(
         parser.get_parsed_content("required")
         assert parser.get_parsed_content("split") == [stored, []]
         assert parser["overwrite"] is True  # so that a second training is not refused
+
+
+def test_the_app_has_the_labels_and_the_modalities_of_the_weights(tmp_path: Path) -> None:
+    """Labels by the values of the label files, although the task's masks hold indices."""
+    weights, record = tmp_path / "own.pt", tmp_path / "own.task.json"
+    weights.write_bytes(b"weights")
+    modalities = ["t1", "t1ce", "flair"]
+    task = {
+        "cohort": "files", "modalities": modalities, "intensity": dict.fromkeys(modalities, "zscore"),
+        "labels": [[0], [1], [2], [4]], "classes": ["background", "necrosis", "oedema", "$enhancing"],
+        "regions": {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}, "mask_values": "index", "spacing": [1, 1, 1],
+    }  # fmt: skip
+    record.write_text(json.dumps(task))
+    bundle = install_bundle(tmp_path / "app", weights)
+    formats = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
+    labels = {"0": "background", "1": "necrosis", "2": "oedema", "4": "$enhancing"}
+    assert formats["outputs"]["pred"]["channel_def"] == labels
+    assert formats["inputs"]["image"]["channel_def"] == {"0": "t1", "1": "t1ce", "2": "flair"}
+    for name in ("inference", "train"):
+        parser = ConfigParser()
+        parser.read_config(str(bundle / "configs" / f"{name}.json"))
+        for key in ("modalities", "labels", "classes", "regions", "spacing"):
+            assert parser.get_parsed_content(key) == task[key]
+        assert parser["naming"] == [{"t1": "{case}", "t1ce": "t1ce/{case}", "flair": "flair/{case}"}]
+    parser.read_config(str(bundle / "configs" / "inference.json"))
+    assert parser["mask_values"] == "file"
+
+
+def test_the_app_of_the_shipped_weights_has_one_label(tmp_path: Path) -> None:
+    bundle = install_bundle(tmp_path / "app", ROOT / "models" / "model.pt")
+    formats = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
+    assert formats["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "tumour"}
+
+
+@pytest.mark.parametrize("modalities", [["mr", "ct"], ["t1"]])
+def test_phantoms_are_studies_where_they_have_the_modalities(modalities: list[str], tmp_path: Path) -> None:
+    studies = install_studies(tmp_path, 1, modalities)
+    found = sorted(path.relative_to(studies).as_posix() for path in studies.rglob("*.nii.gz"))
+    assert found == (["PHANTOM_001.nii.gz", "ct/PHANTOM_001.nii.gz"] if "ct" in modalities else [])
 
 
 def test_the_student_refuses_weights_of_other_names_even_with_strict_false() -> None:

@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         "UNet returns [4, 16, 16, 16] for a patch, not [2, 16, 16, 16]: one channel per class on the patch's grid. "
         "Correct the network's definition (out_channels: 2).",
     ),
-    "patch": (Student(3, 2, (8, 8, 8, 8, 8)), "Student needs spatial sizes divisible by 32, got [16, 16, 16]"),
+    "patch": (Student(3, 2, (8, 8, 8, 8, 8)), "Student needs spatial sizes divisible by [32, 32, 32], got [16, 16"),
     "half the size": (Returns(LOGITS[..., ::2]), "Returns returns [2, 16, 16, 8] for a patch, not [2, 16, 16, 16]"),
     "another head": (Returns([LOGITS, LOGITS[:, :1]]), "Returns returns [1, 16, 16, 16] for a patch, not 2 channels"),
     "a loss beside it": (Returns((LOGITS, 0.5)), "Returns returns a tuple of Tensor, float. A network must return"),

@@ -66,7 +66,7 @@ def test_gradients_reach_every_parameter(dims):
 
 @pytest.mark.parametrize("size", [(32, 32, 31), (24, 32, 32), (8, 8, 8)])
 def test_a_size_that_is_not_divisible_is_refused(size):
-    with pytest.raises(ValueError, match="divisible by 16") as error:
+    with pytest.raises(ValueError, match=r"divisible by \[16, 16, 16\]") as error:
         build()(torch.zeros(1, 3, *size))
     assert str(list(size)) in str(error.value)
 
@@ -77,7 +77,31 @@ def test_with_three_stages_sizes_divisible_by_8_are_accepted():
         assert network(torch.zeros(1, 3, 8, 24, 8)).shape == (1, 2, 8, 24, 8)
 
 
-@pytest.mark.parametrize(("dims", "options"), [(2, {"norm": "batch"}), (3, {})])
+THICK = [[2, 2, 1], [2, 2, 1], 2, 1]
+
+
+def test_thick_slices_are_halved_later() -> None:
+    network, image = build(strides=THICK).eval(), torch.zeros(1, 3, 16, 24, 6)
+    with torch.no_grad():
+        features = network.encode(image)
+        assert network(image).shape == (1, 2, 16, 24, 6)
+    grids = [(16, 24, 6), (8, 12, 6), (4, 6, 6), (2, 3, 3), (2, 3, 3)]
+    assert [tuple(each.shape[2:]) for each in features] == grids
+    assert network.divisor == [8, 8, 2]
+    with pytest.raises(ValueError, match=r"divisible by \[8, 8, 2\], got \[16, 24, 5\]"):
+        network(torch.zeros(1, 3, 16, 24, 5))
+    with pytest.raises(ValueError, match=r"strides \(\[2, 2\]\) must name .* for each of the 4 stages"):
+        build(strides=[2, 2])
+
+
+def test_strides_of_2_are_the_default() -> None:
+    assert build(strides=[2, 2, [2, 2, 2], 2]).divisor == build().divisor
+    default, named = build().state_dict(), build(strides=[2, [2, 2, 2], 2, 2]).state_dict()
+    assert list(default) == list(named)
+    assert all(torch.equal(default[name], named[name]) for name in default)
+
+
+@pytest.mark.parametrize(("dims", "options"), [(2, {"norm": "batch"}), (3, {}), (3, {"strides": THICK})])
 def test_torchscript_equals_eager(dims, options):
     network = build(dims, **options).eval()
     scripted = torch.jit.script(network)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from scripts.networks import Student
-from scripts.networks.teacher import LabelTeacher, Teacher, load_teachers
+from scripts.networks.label_teacher import LabelTeacher
+from scripts.networks.teacher import Teacher, load_teachers
 from scripts.utils.checksums import sha256
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -198,4 +199,6 @@ def test_the_labels_logits_are_those_of_its_class() -> None:
     logits = LabelTeacher(3)(label)
     assert logits.shape == (1, 3, 1, 1, 2)
     torch.testing.assert_close(logits.softmax(1)[0, :, 0, 0].T, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]))
-    assert (LabelTeacher(1)(torch.tensor([[[[0.0, 1.0]]]])).sigmoid() - torch.tensor([0.0, 1.0])).abs().max() < 1e-4
+    assert (
+        LabelTeacher(2, [[1]])(torch.tensor([[[[0.0, 1.0]]]])).sigmoid() - torch.tensor([0.0, 1.0])
+    ).abs().max() < 1e-4

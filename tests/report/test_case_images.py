@@ -125,3 +125,13 @@ def test_a_mask_report_needs_neither_a_manifest_nor_readable_images(tmp_path: Pa
     assert "<b>no image</b>" in path.read_text()
     (tmp_path / "m.manifest.json").write_text(json.dumps({"seed": 4711}))
     assert "4711" in write_mask_report(mask, {}).read_text()
+
+
+def test_a_mask_report_lists_every_region_by_the_values_of_the_mask(tmp_path: Path, write_nifti: Any) -> None:
+    voxels = np.zeros((10, 10, 10), np.uint8)
+    voxels[:5], voxels[0] = 2, 4
+    mask = write_nifti(tmp_path / "m.nii.gz", voxels)
+    page = write_mask_report(mask, {}, regions={"WT": [2, 4], "ET": [4]}).read_text()
+    assert 'm: WT prediction</th><td class="number">0.50</td>' in page
+    assert 'm: ET prediction</th><td class="number">0.10</td>' in page
+    assert "show-region-1" in page

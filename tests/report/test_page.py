@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.metrics import aggregate
+from scripts.metrics import aggregate, aggregate_regions
 from scripts.report import Overlay, write_report
 from scripts.report.page import TEMPLATES
 
@@ -219,6 +219,40 @@ def test_centres_have_their_own_table_and_a_column_in_the_case_table(tmp_path) -
     assert [row[4] for row in page.rows(1)] == ["0 of 2", "0 of 1", "1 of 11 missed"]
     assert [row[3] for row in page.rows(2)] == ["X<1>", "Y", "X<1>", ""]
     assert page.texts("button")[3] == "Centre"
+
+
+def test_several_regions_have_a_row_in_the_summary_and_a_table_of_cases_each(tmp_path) -> None:
+    rows = [
+        case(name, dice) | {"region": region} for name, dice in (("a", 0.9), ("b", 0.5)) for region in ("R<1>", "S")
+    ]
+    rows[3] |= case("b", status="missed")
+    runs = [run("net", rows, regions=aggregate_regions(rows, resamples=50)), run("old", [case("a", 0.3)])]
+    write_report(tmp_path / "r.html", "t", runs, [], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    heads = [text for text in page.texts("th") if "case" in text]
+    assert heads[-4:] == [
+        "net2 cases, 2 patients, 2 regions", "net: R<1>2 cases, 2 patients", "net: S2 cases, 2 patients",
+        "old1 case, 1 patient",
+    ]  # fmt: skip
+    assert [row[0].split(" ")[0] for row in page.rows(0)] == ["0.575", "0.700", "0.450", "0.300"]
+    assert page.texts("h2")[2:5] == ["Every case: R<1>", "Every case: S", "Every case: foreground"]
+    assert [[row[:2] for row in page.rows(i)] for i in (1, 2, 3)] == [
+        [["net", "a"], ["net", "b"]], [["net", "a"], ["net", "b"]], [["old", "a"]],
+    ]  # fmt: skip
+    assert page.rows(2)[1][3] == "missed"
+    labels = [each["aria-label"] for each in page.attributes("div") if each.get("role") == "region"]
+    assert labels == ["Summary", "Every case: R<1>", "Every case: S", "Every case: foreground"]
+
+
+def test_the_volume_of_every_region_of_a_mask_is_listed(tmp_path) -> None:
+    values = np.zeros((12, 10, 8), dtype=np.uint8)
+    values[:4], values[:1] = 1, 2
+    regions = {"whole": [1, 2], "core": [2]}
+    alone = Overlay("case", {"ct": np.zeros(values.shape)}, None, values, (1.0, 1.0, 3.0), regions=regions)
+    write_report(tmp_path / "r.html", "t", [], [alone], {}, {})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.rows(0) == [[f"{4 * 80 * 3 / 1000:.2f}"], [f"{80 * 3 / 1000:.2f}"]]
+    assert [text for text in page.texts("th") if "case" in text] == ["case: whole prediction", "case: core prediction"]
 
 
 def test_evaluations_with_different_modalities_have_a_table_by_modalities(tmp_path) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from scripts.report import Overlay, slice_figure
+from scripts.report.overlay import REGION_COLOURS
 from scripts.report.page import TEMPLATES, render_report
 from scripts.report.slice_figure import literal_text
 from scripts.report.slice_frames import LONGER_SIDE, STRIP_BYTES, grey_frame, grey_strip, outline_frame
@@ -92,6 +93,48 @@ def test_outlines_follow_the_border_of_the_mask_solid_for_the_reference_and_dash
     solid = outline_frame({"reference": prediction, "prediction": ~prediction & False}, (64, 64)) == REFERENCE
     assert 0.3 < (drawn == PREDICTION).sum() / solid.sum() < 0.7
     assert solid[drawn == PREDICTION].all()
+
+
+def regions_case(axcodes: str = "RAS") -> Overlay:
+    """Two regions, one in the other, and one that is empty."""
+    plain = case(axcodes)
+    axis = axcodes.index("S")
+    masks = [mask * np.where(mask.cumsum(axis) > 2, 2, 1) for mask in (plain.reference, plain.prediction)]
+    regions = {"whole <1>": [1, 2], "upper": [2], "none": [3]}
+    return Overlay("a", plain.images, *masks, plain.spacing, axcodes, regions=regions)
+
+
+def test_several_regions_have_a_colour_a_switch_and_outlines_each() -> None:
+    html = page(regions_case())
+    switches = re.findall(r'class="show-region-(\d)".*?stroke="(#\w+)".*?</svg>(.*?)</label>', html)
+    names = ("whole &lt;1&gt;", "upper", "none")
+    assert switches == [(str(i), REGION_COLOURS[i], name) for i, name in enumerate(names)]
+    for number in range(3):
+        rule = f".case:has(.show-region-{number}:not(:checked)) .region-{number} {{ visibility: hidden; }}"
+        assert html.count(rule) == 1
+    strips = re.findall(r'class="outline region-(\d)" alt="" src="data:image/png;base64,([^"]+)"', html)
+    assert [number for number, _ in strips] == ["0", "1", "2"] * 3
+    for number, data in strips:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))
+        drawn = {tuple(colour) for colour in pixels[pixels[..., 3] > 0][:, :3].tolist()}
+        colour = tuple(int(REGION_COLOURS[int(number)][i : i + 2], 16) for i in (1, 3, 5))
+        assert drawn == (set() if number == "2" else {colour})
+
+
+def test_one_region_is_drawn_like_a_mask_without_regions() -> None:
+    plain = case()
+    named = Overlay("a", plain.images, plain.reference, plain.prediction, plain.spacing, regions={"tumour": [1]})
+    assert page(named) == page(plain)
+    assert "show-region" not in page(plain)
+
+
+def test_regions_in_another_orientation_give_the_same_page() -> None:
+    assert page(regions_case()) == page(regions_case("SLP"))
+
+
+def test_colours_of_regions_differ_and_are_light_enough_on_black() -> None:
+    assert len(set(REGION_COLOURS)) == len(REGION_COLOURS)
+    assert min(contrast(colour, "#000000") for colour in REGION_COLOURS) > 4.5
 
 
 def test_a_lesion_smaller_than_a_pixel_is_outlined() -> None:

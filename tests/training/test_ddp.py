@@ -70,7 +70,7 @@ def records(tmp_path_factory: pytest.TempPathFactory, start_ranks: Any) -> dict[
                     "dynunet": {"architecture": "dynunet", "modalities": ["ct", "pet", "mr"], "weights": None}
                 },
                 # An untrained student finds no lesion; the background's Dice differs from case to case.
-                "validate#key_metric#val_dice#include_background": True,
+                "validate#key_metric#val_dice#output_transform#regions": {"background": [0]},
                 "+train#handlers": [
                     {
                         "_target_": "recorder.Recorder", "folder": "@output_dir", "trained": "@trained",

@@ -15,12 +15,11 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from scripts.cli.main import main
-from scripts.losses import SoftPredictionLoss
+from scripts.losses import SegmentationLoss, SoftPredictionLoss
 from scripts.report.curves import read_curves
 from scripts.training.mixed_precision import AutocastInferer
 
@@ -44,7 +43,7 @@ def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         def note(module: nn.Module, inputs: Any, output: Any, seen: Any = seen) -> None:
             if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
                 seen["convolutions"].add(output.dtype)
-            elif isinstance(module, DiceCELoss | SoftPredictionLoss):
+            elif isinstance(module, SegmentationLoss | SoftPredictionLoss):
                 seen["losses"] |= {x.dtype for x in inputs if x.shape[1] == 2}  # logits, not labels
 
         output = tmp_path_factory.mktemp(precision)

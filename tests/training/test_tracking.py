@@ -169,6 +169,15 @@ def test_the_overlay_is_the_slice_with_the_most_label_and_shows_the_cases_dice(
     assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["epoch_0001.png"]
 
 
+def test_ignored_voxels_are_in_no_outline_and_in_no_dice(tmp_path: Path) -> None:
+    label, prediction = torch.zeros(1, 6, 5, 4), torch.zeros(1, 6, 5, 4)
+    label[0, 1:3, 2, 2], label[0, 3:, 2, 2], prediction[0, 1:6, 2, 2] = 2, 254, 1
+    writer = OverlayWriter(str(tmp_path), ["ct"], [2.0, 2.0, 3.0], SimpleNamespace())
+    overlay = writer._overlay({"image": torch.zeros(1, 6, 5, 4), "label": label, "pred": prediction}, "epoch 1")
+    assert overlay.title == "epoch 1, Dice 1.000"
+    assert (overlay.reference.sum(), overlay.prediction.sum()) == (2, 2)
+
+
 def test_without_any_mask_the_middle_slice_is_drawn_and_other_channels_are_numbered(tmp_path: Path) -> None:
     empty = torch.zeros(1, 6, 5, 4)
     image = torch.arange(2 * 120.0).reshape(2, 6, 5, 4)

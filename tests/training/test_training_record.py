@@ -54,7 +54,8 @@ def test_a_training_keeps_its_record_in_the_checkpoint_and_beside_the_weights(co
         "learning_rate": 0.001,
         "network": STUDENT,
         "segmentation_loss": {
-            "_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True, "include_background": False
+            "_target_": "scripts.losses.SegmentationLoss", "regions": None, "ignored": 254, "include_background": False,
+            "batch": False,
         },
         "optimizer": {"_target_": "torch.optim.AdamW"},
     }  # fmt: skip

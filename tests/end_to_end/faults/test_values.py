@@ -241,8 +241,9 @@ def test_a_label_that_vanishes_at_the_networks_spacing_is_reported(
     words = f"{cases['C']['label']} has 2 voxel(s) of class 1, but none at the network's spacing of 4 x 4 x 5 mm"
     found = check(cases)
     assert found.code == 0
-    (warning,) = (each for each in found.findings if each["level"] == "warning")
-    assert (warning["case_id"], warning["key"], warning["what"].startswith(words)) == ("C", "label", True)
+    grid, vanished = (each for each in found.findings if each["level"] == "warning")
+    assert (vanished["case_id"], vanished["key"], vanished["what"].startswith(words)) == ("C", "label", True)
+    assert (grid["case_id"], "lies on the grid of none of the case's images" in grid["what"]) == ("C", True)
     outcome = train(cases)
     assert outcome.code == 0, outcome.err
     assert outcome.warned(f"Case C: {words}")

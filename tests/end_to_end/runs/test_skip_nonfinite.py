@@ -16,10 +16,10 @@ import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from scripts.cli.main import main
+from scripts.losses import SegmentationLoss
 from scripts.training.mixed_precision import GradientScaling
 from scripts.training.skip_nonfinite import FiniteSteps
 
@@ -34,7 +34,7 @@ class Trap:
         self.batches: list[list[str]] = []
         self.bad: list[list[str]] = []
         self.most = most
-        prepare, forward = monai.engines.default_prepare_batch, DiceCELoss.forward
+        prepare, forward = monai.engines.default_prepare_batch, SegmentationLoss.forward
 
         def noting(batch: Any, *args: Any, **kwargs: Any) -> Any:
             self.batches.append(list(batch["case_id"]))
@@ -48,7 +48,7 @@ class Trap:
             return value
 
         patch.setattr(monai.engines, "default_prepare_batch", noting)
-        patch.setattr(DiceCELoss, "forward", trapped)
+        patch.setattr(SegmentationLoss, "forward", trapped)
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_the_third_nonfinite_step_stops_the_run_and_the_checkpoint_is_finite(
 def test_a_run_that_stops_before_its_first_checkpoint_does_not_mention_one(
     train: Any, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = DiceCELoss.forward
-    monkeypatch.setattr(DiceCELoss, "forward", lambda *arguments: forward(*arguments) * math.nan)
+    forward = SegmentationLoss.forward
+    monkeypatch.setattr(SegmentationLoss, "forward", lambda *arguments: forward(*arguments) * math.nan)
     error = refused(*train(tmp_path), "--set", "save_interval=5")
     assert not (tmp_path / "checkpoint.pt").exists()
     assert error.endswith("check these images and labels, and lower the learning rate.")

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks of class indices as one binary channel per region, for MONAI's metrics in a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.utils import CommonKeys
+from torch import Tensor
+
+from scripts.data.modalities import UNLABELLED
+from scripts.data.regions import IGNORED
+
+
+class RegionMasks:
+    """The ``output_transform`` of a metric handler: prediction and label of each case by region.
+
+    Args:
+        regions: name -> class indices.
+    """
+
+    def __init__(self, regions: Mapping[str, Sequence[int]]) -> None:
+        self.regions = [list(classes) for classes in regions.values()]
+
+    def __call__(self, output: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Split the masks of an engine's decollated output, which are class indices ``1 H W D``.
+
+        Voxels whose label is ignored or unknown are in no region of either mask.
+
+        Returns:
+            Predictions and labels, one per case, ``R H W D`` with R regions, of the values 0 and 1.
+        """
+        predictions, labels = ([item[key] for item in output] for key in (CommonKeys.PRED, CommonKeys.LABEL))
+        counted = [(label != IGNORED) & (label != UNLABELLED) for label in labels]
+        predictions, labels = (
+            [self._channels(mask) * where for mask, where in zip(masks, counted, strict=True)]
+            for masks in (predictions, labels)
+        )
+        return predictions, labels
+
+    def _channels(self, mask: Tensor) -> Tensor:
+        inside = [torch.isin(mask[0], torch.tensor(classes, device=mask.device)) for classes in self.regions]
+        return torch.stack(inside).to(torch.uint8)

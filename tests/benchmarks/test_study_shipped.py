@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs of the shipped weights, and patches of random size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.study_students as study_students
+import benchmarks.study_taught as study_taught
+from benchmarks.job_queue import run_jobs
+from benchmarks.study_job import StudyJob
+from benchmarks.study_setting import FOLDS
+from benchmarks.study_shipped import LARGEST, RandomSizes, StudyShipped
+from scripts.cli.main import main
+from scripts.data.folds import make_splits
+
+FOLDS_OF_PATIENTS = make_splits([f"P{number:02d}" for number in range(38)], FOLDS, seed=0)
+FOLD_OF = {patient: k for k, part in enumerate(FOLDS_OF_PATIENTS) for patient in part}
+
+
+def pass_gate(plan: StudyShipped) -> None:
+    plan.results.mkdir(parents=True, exist_ok=True)
+    verdict = {"final": True, "passed": True, "steps": 4000, "teachers": ["t1", "t2"]}
+    (plan.results / "gate.json").write_text(json.dumps(verdict))
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyShipped:
+    """The shipped weights of 38 patients whose files do not exist."""
+    cases = []
+    for name in FOLD_OF:
+        files = {key: str(tmp_path / "data" / name / f"{key}.nii.gz") for key in ("ct", "pet", "mr", "label")}
+        cases.append({"case_id": name, "patient_id": name, "image": files["ct"], **files})
+    monkeypatch.setattr("benchmarks.study_setting.datalist", lambda *_: cases)
+    return StudyShipped("sts", str(tmp_path / "data"), tmp_path / "runs", tmp_path / "results")
+
+
+def settings(command: tuple[str, ...]) -> dict[str, str]:
+    pairs = (command[i + 1].partition("=") for i, word in enumerate(command) if word == "--set")
+    return {key: value for key, _, value in pairs}
+
+
+def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
+    plan: StudyShipped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="gate of the study is not judged"):
+        plan.jobs()
+    pass_gate(plan)
+    written: list[dict[str, list[Path]]] = []
+    monkeypatch.setattr(study_taught, "write_predictions", lambda _, answers: written.append(answers))
+    (plan.results / "jobs").mkdir()
+    for job in plan.recipe_jobs():
+        row = {"patient_id": "0", "dice": 0.5, "status": "ok"}
+        job.record.write_text(json.dumps({"cases": [row]}))
+    kinds: dict[str, list[StudyJob]] = {}
+    for job in plan.jobs():
+        kinds.setdefault("answers" if job.answers else job.study_row.experiment, []).append(job)
+    trainings = {job.kept: job for job in kinds["shipped_teachers"]}
+    assert len(trainings) == len(kinds["answers"]) == 10
+
+    final, *validated = kinds["shipped"]
+    assert len(validated) == FOLDS
+    for job in (final, *validated):
+        written.clear()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        for preparation in job.preparations:
+            preparation()
+        rows = json.loads((job.folder / "cases.json").read_text())
+        assert all("label" in row for row in rows)
+        (answers,) = written
+        left_out = set() if job is final else {job.study_row.fold}
+        assert {FOLD_OF[case] for case in answers} == set(range(FOLDS)) - left_out
+        for case, paths in answers.items():
+            assert [path.stem.split("_")[0] for path in paths] == ["t1", "t2"]
+            for path in paths:
+                without = {int(word) for word in path.stem.split("_") if len(word) == 1}
+                assert {FOLD_OF[case]} | left_out == without
+                assert path in job.needs
+        for command in (*job.before, *job.typed()):
+            assert json.loads(settings(command)["spacing"]) == [3, 3, 3]
+            assert json.loads(settings(command)["patch"]) == LARGEST
+            if command[0] != "evaluate":
+                assert settings(command).get("fold") == ("null" if job is final else None)
+        assert settings(job.typed()[0])["modality_dropout"] == "0.25"
+    assert len({row["patient_id"] for row in json.loads((final.folder / "cases.json").read_text())}) == 38
+    assert (final.evaluations, len(final.typed()), final.done) == ((), 1, False)
+    for job in validated:
+        assert len(job.rows) == 7 + 1
+        assert job.rows[-1].arm == "cross_validated@one_pass"
+        assert "whole_volume=true" in job.typed()[-1]
+
+
+def test_patches_of_random_size_are_parts_of_the_batch_alike_for_all_tensors() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(2 * 80 * 64 * 40, dtype=torch.float32).view(2, 1, 80, 64, 40)
+    cached = {"t.logits": image.repeat(1, 2, 1, 1, 1)}
+    presence = torch.ones(2, 3)
+    sizes, starts = set(), set()
+    for _ in range(60):
+        batch = RandomSizes(lambda data: (data, data + 1, (), {"presence": presence, "cached": cached}))(image)
+        cut, label, args, named = batch
+        assert cut.shape[:2] == (2, 1)
+        sizes.add(tuple(cut.shape[2:]))
+        torch.testing.assert_close(label, cut + 1)
+        torch.testing.assert_close(named["cached"]["t.logits"][:, 1:], cut)
+        assert named["presence"] is presence
+        assert args == ()
+        first = int(cut[0, 0, 0, 0, 0])
+        start = first // (64 * 40), first // 40 % 64, first % 40
+        starts.add(start)
+        box = tuple(slice(a, a + n) for a, n in zip(start, cut.shape[2:], strict=True))
+        torch.testing.assert_close(cut, image[(slice(None), slice(None), *box)])
+    assert sizes == {(x, y, 40) for x in (48, 64, 80) for y in (48, 64)}
+    assert len(starts) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_shipped_student_is_trained_and_cross_validated_on_phantoms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_students, "RECIPES", {"default": {}})
+    monkeypatch.setattr(study_students, "SEEDS", (0,))
+    monkeypatch.setattr("benchmarks.study_teachers.TEACHER_SCALE", "demo")
+    assert main(["phantom", "--cases", "10", "--output-dir", str(tmp_path / "data")]) == 0
+    plan = StudyShipped("phantom", str(tmp_path / "data"), tmp_path / "runs", tmp_path / "results", shorten=1000)
+    pass_gate(plan)
+    jobs = plan.jobs()
+    answering = [job for job in jobs if job.answers]
+    first = [job for job in jobs if job.folder in (answering[0].folder, answering[0].needs[0].parent)]
+    assert run_jobs([*plan.recipe_jobs(), *first], 2) == []
+    source = plan.results / "answers" / "t1_without_0_4000.npz"
+    for job in jobs:
+        for path in job.needs:
+            if path.suffix == ".npz" and not path.is_file():
+                shutil.copy(source, path)  # in the place of answers that would take long
+    students = [job for job in jobs if job.study_row.experiment == "shipped" and not job.answers][:2]
+    assert run_jobs(students, 2) == []
+    final, validated = students
+    assert (final.folder / "model.pt").is_file()
+    assert not final.record.is_file()
+    task = json.loads((final.folder / "model.task.json").read_text())
+    assert len(task["training_cases"]) == 10
+    assert task["validation_cases"] == []
+    records = [json.loads(plan.record(row).read_text()) for row in validated.rows]
+    assert [len(record["cases"]) for record in records] == [2] * 8

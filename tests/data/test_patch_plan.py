@@ -40,11 +40,20 @@ def test_the_divisor_is_the_product_of_the_strides() -> None:
     assert divisor([[2, 2, 1], [2, 2, 1], HALVED, HALVED]) == [16, 16, 4]
 
 
-@pytest.mark.parametrize("patch", [(64, 64, 32), (48, 48, 48)])
+@pytest.mark.parametrize(
+    ("patch", "strides"),
+    [
+        ((64, 64, 32), [HALVED] * 4),
+        ((48, 48, 48), [HALVED] * 4),
+        ((96, 96, 10), [[2, 2, 1], [2, 2, 1], [2, 2, 1], HALVED]),
+    ],
+)
 @pytest.mark.parametrize("size", [SIZE, StudentSize(4, 5, (16, 32, 64, 128), 8)])
-def test_the_memory_is_twice_what_autograd_keeps(patch: tuple[int, int, int], size: StudentSize) -> None:
+def test_the_memory_is_twice_what_autograd_keeps(
+    patch: tuple[int, int, int], strides: list[list[int]], size: StudentSize
+) -> None:
     torch.manual_seed(0)
-    network = Student(size.in_channels, size.out_channels, size.features, size.full_features)
+    network = Student(size.in_channels, size.out_channels, size.features, size.full_features, strides=strides)
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -59,7 +68,7 @@ def test_the_memory_is_twice_what_autograd_keeps(patch: tuple[int, int, int], si
     loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(network(image), label)
-    assert training_bytes(patch, 1, [HALVED] * 4, size) == pytest.approx(2 * sum(kept.values()), rel=0.15)
+    assert training_bytes(patch, 1, strides, size) == pytest.approx(2 * sum(kept.values()), rel=0.15)
 
 
 @pytest.mark.parametrize("gib", [0.1, 0.5, 8])
@@ -78,6 +87,7 @@ def test_a_patch_fits(spacing: tuple[float, ...], shape: tuple[int, ...], gib: f
     assert all(n <= most for n, most in zip(plan.patch, shape, strict=True))
     assert not any(n % step for n, step in zip(plan.patch, divisor(plan.strides), strict=True))
     assert plan.gib <= gib
+    assert Student(2, 2, SIZE.features, strides=plan.strides).divisor == divisor(plan.strides)
     assert 2 <= plan.batch <= 16
     assert plan.batch == 2 or plan.batch * math.prod(plan.patch) <= 0.0501 * 20 * math.prod(shape) + math.prod(
         plan.patch

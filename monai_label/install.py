@@ -133,7 +133,7 @@ def trained_definition(weights: Path) -> dict[str, Any]:
 
 
 def study_layout(modalities: Sequence[str]) -> dict[str, str]:
-    """The layout of MONAI Label's studies: the first modality's files on top, others with these names in sub folders."""
+    """The layout of MONAI Label's studies: files of the first modality on top, of the others in folders below it."""
     return {key: f"{key}/{{case}}" if number else "{case}" for number, key in enumerate(modalities)}
 
 

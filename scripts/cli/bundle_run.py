@@ -31,12 +31,7 @@ class Expression(str):
 
 
 def interpreted(value: Any) -> Any:
-    """A value of ``--set`` with every text marked as ``Expression``; ``None`` becomes the expression ``$None``.
-
-    ``monai.bundle run`` drops overrides that are None.
-    """
-    if value is None:
-        return Expression("$None")
+    """A value of ``--set`` with every text marked as ``Expression``."""
     if isinstance(value, str):
         return Expression(value)
     if isinstance(value, dict):
@@ -52,7 +47,12 @@ def literal(text: str) -> str:
 
 
 def protected(value: Any) -> Any:
-    """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``."""
+    """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``.
+
+    ``None`` becomes the expression ``$None``, because ``monai.bundle run`` drops overrides that are None.
+    """
+    if value is None:
+        return "$None"
     if isinstance(value, Expression):
         return str(value)
     if isinstance(value, str):

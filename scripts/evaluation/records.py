@@ -14,7 +14,7 @@ from scripts.report.tables import summary_table
 
 Case = Mapping[str, Any]
 
-_TASK = ("cohort", "modalities", "intensity", "labels", "classes", "regions", "ignore", "mask_values")
+_TASK = ("cohort", "layout", "modalities", "intensity", "labels", "classes", "regions", "ignore", "mask_values")
 
 
 def evaluated_cases(folder: str) -> list[Case]:

@@ -18,8 +18,9 @@ def bundle_weights(folder: str) -> str:
     """The weights of a bundle.
 
     Raises:
-        ValueError: the bundle has none.
+        ValueError: there is no such bundle, or it has none.
     """
+    _require_folder(folder)
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise ValueError(f"The bundle {folder} has no weights at {WEIGHTS}. Download the whole bundle.")
@@ -38,8 +39,7 @@ def bundle_network(folder: str) -> nn.Module:
     Raises:
         ValueError: there is no such config, it has no ``network_def``, or the network cannot be built.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"There is no bundle at {folder}. Check the path.")
+    _require_folder(folder)
     paths = [Path(folder) / "configs" / f"{name}{suffix}" for name in CONFIGS for suffix in SUFFIXES]
     for path in filter(Path.is_file, paths):
         parser = ConfigParser()
@@ -53,6 +53,11 @@ def bundle_network(folder: str) -> nn.Module:
         f"The bundle {folder} has no {NETWORK} in configs/inference or configs/train (.json, .yaml). Describe its "
         'network under "network" instead.'
     )
+
+
+def _require_folder(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no bundle at {folder}. Check the path.")
 
 
 def _build(parser: ConfigParser, path: Path, folder: str) -> nn.Module:

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 Volumes = dict[str, NDArray[Any]]
 
 OUTLINES = {"reference": ("#E69F00", "solid"), "prediction": ("#56B4E9", "dashed")}  # colour and line style per mask
-# Colours of several regions: those of Okabe and Ito's palette that are light enough for outlines on grey images.
-REGION_COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#FFFFFF")
 
 
 class Plane(NamedTuple):

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scripts.report.overlay import (
     OUTLINES,
     PLANES,
-    REGION_COLOURS,
     Overlay,
     Plane,
     Volumes,
@@ -23,6 +22,7 @@ from scripts.report.overlay import (
     viewing_orientation,
 )
 from scripts.report.slice_frames import frame_size, grey_frame, grey_strip, outline_frame, outline_strip
+from scripts.utils.colours import region_colour
 
 MAX_FRAMES = 24  # per plane
 
@@ -117,7 +117,7 @@ def case_view(overlay: Overlay, element_id: str) -> CaseView:
     values = to_view(overlay, overlay.value_masks()) if overlay.has_regions else masks
     windows = {modality: overlay.window(modality) for modality in overlay.images}
     volumes = ", ".join(f"{mask} {value:,.2f} ml" for mask, value in overlay.volumes_ml().items())
-    regions = [RegionKey(i, name, _region_colour(i)) for i, name in enumerate(overlay.regions)]
+    regions = [RegionKey(i, name, region_colour(i)) for i, name in enumerate(overlay.regions)]
     regions = regions if overlay.has_regions else []
     keys = [
         OutlineKey(mask, "#FFFFFF" if regions else colour, style == "dashed")
@@ -126,10 +126,6 @@ def case_view(overlay: Overlay, element_id: str) -> CaseView:
     ]
     planes = [_plane_view(overlay, element_id, plane, masks, values, images, step, windows) for plane in PLANES]
     return CaseView(overlay.title, overlay.source, volumes, keys, regions, planes)
-
-
-def _region_colour(number: int) -> str:
-    return REGION_COLOURS[number % len(REGION_COLOURS)]
 
 
 def _plane_view(
@@ -179,7 +175,7 @@ def _outline_strips(overlay: Overlay, slices: Sequence[Volumes], size: tuple[int
     for i, values in enumerate(overlay.regions.values()):
         regions = [{name: np.isin(mask, list(values)) for name, mask in masks.items()} for masks in slices]
         strips.append(
-            outline_strip([outline_frame(masks, size) for masks in regions], [_region_colour(i)] * len(OUTLINES))
+            outline_strip([outline_frame(masks, size) for masks in regions], [region_colour(i)] * len(OUTLINES))
         )
     return strips
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_a_pasted_line_gives_the_same_values(value: Any) -> None:
 def test_expressions_of_the_program_and_of_set_are_interpreted() -> None:
     assert parsed(Expression("@secret")) == "the secret"
     assert parsed(interpreted(["$1 + 1", {"a": "@secret"}, 3])) == [2, {"a": "the secret"}, 3]
+
+
+def test_a_setting_that_the_weights_were_trained_without_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their record wins over the data set that stands in for theirs; MONAI would drop an override that is None."""
+    record = {"cohort": "files", "modalities": ["t1"], "labels": [[0], [1], [2]], "classes": None}
+    (tmp_path / "own.task.json").write_text(json.dumps(record))
+    command = ["segment", "--weights", str(tmp_path / "own.pt"), "--t1", "t1.nii.gz", "--output", "mask.nii.gz"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "--classes '$None'" in capsys.readouterr().out
+    assert parsed({"classes": None, "regions": interpreted(None)}) == {"classes": None, "regions": None}
 
 
 @pytest.fixture(scope="module")

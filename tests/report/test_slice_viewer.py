@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from scripts.report import Overlay, slice_figure
-from scripts.report.overlay import REGION_COLOURS
 from scripts.report.page import TEMPLATES, render_report
 from scripts.report.slice_figure import literal_text
 from scripts.report.slice_frames import LONGER_SIDE, STRIP_BYTES, grey_frame, grey_strip, outline_frame
 from scripts.report.slice_viewer import MAX_FRAMES, slice_indices
+from scripts.utils.colours import REGION_COLOURS
 
 REFERENCE, PREDICTION = 1, 2  # palette indices of the outlines
 

@@ -31,6 +31,7 @@ STUDENT = {
     "features": [4, 8, 8, 8],
     "norm": ["group", {"num_groups": 4}],
     "full_features": 8,
+    "strides": None,
     "selective_fusion": False,
     "modality_dropout": 0.0,
 }
@@ -89,6 +90,7 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     assert task["loss"] == {
         "_target_": "scripts.distillation.loss.DistillationLoss",
         "weighting": "mean",
+        "regions": None,
         "unlabelled": False,
         "terms": {"hinton": term},
     }

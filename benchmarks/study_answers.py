@@ -59,7 +59,9 @@ def read_answer(path: Path, case: str) -> tuple[Array, Array]:
 
 
 def write_predictions(folder: Path, answers: Mapping[str, Sequence[Path]]) -> None:
-    """Write the mean answers as ``<case>.nii.gz``: logits (H W D 2), as ``cache-teachers --predictions`` reads them.
+    """Write the mean answers as ``<case>.nii.gz``, as ``cache-teachers --predictions`` reads them.
+
+    They are probabilities (H W D 2): the logits of a poor teacher may all lie between 0 and 1, which is refused.
 
     Args:
         folder: folder of the files.
@@ -68,8 +70,9 @@ def write_predictions(folder: Path, answers: Mapping[str, Sequence[Path]]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     for case, paths in answers.items():
         read = [read_answer(path, case) for path in paths]
-        tumour = mean_logit([logits for logits, _ in read]).astype(np.float32)
-        image = nib.Nifti1Image(np.stack([np.zeros_like(tumour), tumour], axis=-1), read[0][1])
+        tumour = mean_logit([logits for logits, _ in read])
+        probabilities = np.stack([expit(-tumour), expit(tumour)], axis=-1).astype(np.float32)
+        image = nib.Nifti1Image(probabilities, read[0][1])
         image.header.set_xyzt_units("mm")
         nib.save(image, folder / f"{case}.nii.gz")
 

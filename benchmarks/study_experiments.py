@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.job_queue import Command
 from benchmarks.missing_modalities import subsets
@@ -152,12 +153,17 @@ class StudyExperiments(StudyTaught):
                     ),
                 ]
                 for fixed in FIXED:
-                    name, student = "+".join(fixed), {"modalities": list(fixed)}
+                    name, student = "+".join(fixed), self._reading(fixed)
                     jobs += [
                         self.student_job(_all_row("D", f"alone_{name}", fold, seed), train, student=student),
                         self.taught_job(_all_row("D", f"kd_{name}", fold, seed), answers, train, student=student),
                     ]
         return [*jobs, *self._experts()]
+
+    def _reading(self, modalities: Sequence[str]) -> dict[str, Any]:
+        """The settings of a student that reads these modalities only."""
+        intensity = {modality: self.settings["intensity"][modality] for modality in modalities}
+        return {"modalities": list(modalities), "intensity": intensity}
 
     def _experts(self) -> list[StudyJob]:
         """Three experts of one modality each, which have seen all other folds, and the students of all three."""

@@ -7,6 +7,7 @@ that need features: a teacher runs in every step. It is a teacher of the pair of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.job_queue import Command
@@ -80,9 +81,9 @@ class StudyMethods(StudyTaught):
             training, _ = self.pair_teacher(name, pair)
             weights.append(self.restored(training, [self.answers_path(name, pair)]))
             sizes |= self.sizes(name)
-            options = (*options, "--teacher", f"{name}={TEACHERS[name]['architecture']}={training.folder / 'model.pt'}")
+            options = (*options, "--teacher", f"{name}={TEACHERS[name]['architecture']}={weights[-1].kept}")
         row = StudyRow("F", method, "0.9M", fold, None, seed, METHOD_STEPS)
         lesson = Lesson(options, sizes, staged=method in STAGED_METHODS)
         train = other_folds(fold)
         job = self.student_job(row, train, lesson, student=STUDENT_OF.get(method))
-        return [*weights, job]
+        return [*weights, replace(job, needs=(*job.needs, *(each.kept for each in weights if each.kept)))]

@@ -19,7 +19,7 @@ from scripts.utils.atomic_files import write_json
 
 FOLDS = 5
 BATCH = 2
-EVALUATED = ("spacing", "patch", "modalities", "selective_fusion")  # settings that an evaluation needs, too
+EVALUATED = ("spacing", "patch", "modalities", "intensity", "selective_fusion")  # settings of an evaluation, too
 GRID = {"spacing": [4.0, 4.0, 4.0], "patch": [48, 48, 48], "ema": 0.99}
 
 
@@ -95,6 +95,7 @@ class StudySetting:
         evaluated: bool = True,
         evaluations: Mapping[str, Command] | None = None,
         staged: bool = False,
+        modalities: Sequence[str] = (),
     ) -> StudyJob:
         """A training on some folds, evaluated on the row's fold.
 
@@ -107,6 +108,7 @@ class StudySetting:
             schedule: set the length of the training.
             evaluated: evaluate the weights.
             evaluations: name -> options, where there are several; the arm of such a result is ``ARM@NAME``.
+            modalities: those of the data list; by default all.
             staged: the verb divides ``--epochs`` among its stages, so that no setting may replace it.
         """
         folder = self.job_folder(row)
@@ -114,11 +116,13 @@ class StudySetting:
         labelled, others = list(self.cases_of(train)), list(self.cases_of(unlabelled))
         tested = [case for case in self.cases_of([row.fold]) if case not in labelled]
         per_epoch = max(1, (len(labelled) + len(others)) // BATCH)
-        epochs = -(-steps // per_epoch)
+        epochs = max(2 if staged else 1, -(-steps // per_epoch))
+
+        used = tuple(modalities or self.settings["modalities"])
 
         def prepare() -> None:
-            rows = [self._list_row(case) for case in (*labelled, *tested)]
-            rows += [{key: value for key, value in self._list_row(case).items() if key != "label"} for case in others]
+            rows = [self._list_row(case, (*used, "label")) for case in (*labelled, *tested)]
+            rows += [self._list_row(case, used) for case in others]
             write_json(rows, folder / "cases.json")
             patients = [sorted({str(case["patient_id"]) for case in part}) for part in (tested, [*labelled, *others])]
             write_json({"seed": 0, "folds": [part for part in patients if part]}, folder / "splits.json")
@@ -155,9 +159,9 @@ class StudySetting:
         scored = tuple(replace(row, arm=f"{row.arm}@{name}") for name in evaluations or ())
         return replace(job, build=commands, evaluations=tuple(folders), scored=scored)
 
-    def _list_row(self, case: dict[str, Any]) -> dict[str, str]:
+    def _list_row(self, case: dict[str, Any], keys: Sequence[str]) -> dict[str, str]:
         """A case's row of a data list, with paths relative to the data set's folder."""
-        files = {key: case[key] for key in (*self.settings["modalities"], "label") if key in case}
+        files = {key: case[key] for key in keys if key in case}
         paths = {key: Path(path).relative_to(self.dataset_dir).as_posix() for key, path in files.items()}
         return {"case_id": str(case["case_id"]), "patient_id": str(case["patient_id"]), **paths}
 

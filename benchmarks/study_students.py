@@ -93,9 +93,16 @@ class StudyStudents(StudySetting):
             taught = lesson.settings if lesson else {}
             return {"student_features": STUDENTS[row.student], **chosen, **taught, **(student or {})}
 
-        staged = lesson is not None and lesson.staged
         job = self.job(
-            row, train, unlabelled, lambda: command, settings, schedule=True, evaluations=evaluations, staged=staged
+            row,
+            train,
+            unlabelled,
+            lambda: command,
+            settings,
+            schedule=True,
+            evaluations=evaluations,
+            staged=lesson is not None and lesson.staged,
+            modalities=(student or {}).get("modalities", ()),
         )
         return job if recipe else replace(job, needs=self.recipe_records)
 

@@ -32,6 +32,7 @@ _D_CONTRASTS = {
     "kd_experts_dropout@{}": ("kd_dropout@{}", "alone_dropout@{}"),
     "kd_{}": ("alone_{}", "kd_dropout@{}"),
 }
+_SHIPPED_ARMS = tuple(f"cross_validated@{name}" for name in (*SUBSETS, "one_pass"))
 _COMPARED = ("alone", "control", "kd_in_sample")
 EXPERIMENTS: dict[str, tuple[str, tuple[str, ...]]] = {  # title, arms in the order of the table; others follow
     "recipe": ("the recipe of the student alone", ()),
@@ -42,6 +43,7 @@ EXPERIMENTS: dict[str, tuple[str, tuple[str, ...]]] = {  # title, arms in the or
     "D": ("missing modalities", tuple(arm.format(subset) for subset in SUBSETS for arm in _D_ARMS)),
     "E": ("methods that use predictions only", _COMPARED),
     "F": ("methods that use features", _COMPARED),
+    "shipped": ("the shipped weights, cross-validated", ("t1", "t2", "dynunet", *_SHIPPED_ARMS)),
 }
 BORROWED = {"B2": ("B1", ("alone",)), "E": ("C", _COMPARED), "F": ("C", _COMPARED)}
 CONTRASTS: dict[str, dict[str, tuple[str, ...]]] = {  # arm -> the arms that are subtracted
@@ -63,6 +65,7 @@ CONTRASTS: dict[str, dict[str, tuple[str, ...]]] = {  # arm -> the arms that are
         for subset in SUBSETS
         for arm, others in _D_CONTRASTS.items()
     },
+    "shipped": {_SHIPPED_ARMS[-1]: _SHIPPED_ARMS[:1]},
 }
 REFERENCES = ("alone", "control")  # subtracted from every arm of the other experiments
 _ARM_COLUMNS = (

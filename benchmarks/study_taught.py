@@ -16,7 +16,13 @@ from benchmarks.study_teachers import Origin, Sources, StudyTeachers
 from scripts.utils.atomic_files import write_json
 
 OUTSIDE = "outside"  # name of a cached teacher that reads all modalities of its student
-SHARED = ("modalities", "spacing", "patch", "fold")  # settings of a student that its teachers' cache needs, too
+SHARED = (
+    "modalities",
+    "intensity",
+    "spacing",
+    "patch",
+    "fold",
+)  # settings of a student that its teachers' cache needs, too
 
 
 class StudyTaught(StudyTeachers):

@@ -34,6 +34,7 @@ TRIES: tuple[tuple[int, tuple[str, ...]], ...] = (  # steps and ensemble that th
     (2 * TEACHER_STEPS, ("t1", "t2", "dynunet")),
 )
 TEACHER_SCALE = "full"
+CNN = {"filters": [32, 64, 128, 256]}  # 5.6 M; more stages do not fit patches of 48 voxels
 VIT_SMALL = {"hidden_size": 384, "mlp_dim": 1536, "num_heads": 6}  # where there is no GPU
 
 Sources = Mapping[str, Sequence[Path]]  # case -> the answer files whose mean probability it gets
@@ -152,8 +153,9 @@ class StudyTeachers(StudyStudents):
 
     def sizes(self, name: str) -> dict[str, Any]:
         """The settings that a teacher's network needs wherever it is built."""
-        is_unetr = TEACHERS[name]["architecture"] == "unetr"
-        return {"+architectures#unetr": VIT_SMALL} if is_unetr and not self.gpu else {}
+        architecture = TEACHERS[name]["architecture"]
+        sizes: dict[str, Any] = {"dynunet": CNN} if self.gpu else {"dynunet": CNN, "unetr": VIT_SMALL}
+        return {f"+architectures#{architecture}": sizes[architecture]} if architecture in sizes else {}
 
     def answering(
         self, training: StudyJob, origin: Origin, row: StudyRow, scored: Sequence[StudyRow], path: Path

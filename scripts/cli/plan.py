@@ -25,8 +25,9 @@ from scripts.cli.task import FILES, REQUIRED, file_settings, is_file
 if TYPE_CHECKING:
     from scripts.data.planner import Proposal
 
-EXAMPLE = "python -m scripts plan --data task.json --dataset-dir DATA --output planned.json"
+EXAMPLE = "python -m scripts plan --data sts --dataset-dir DATA --output planned.json"
 PLANNED = ("intensity", "spacing", "patch", "student_strides", "batch_size", "flips", "rotation", "mask_values")
+CHECKED = ("modalities", "labels", "classes", "regions", "ignore", "head", *PLANNED)
 IDENTITY = ("layout", "naming", "classes", "regions", "ignore", "head", "stacked", "allow_missing")
 CPU_GIB = 0.5  # about what a step of --scale small needs; on a CPU time is the limit, not memory
 GPU_GIB = 8.0  # nnU-Net plans for it by default
@@ -73,8 +74,9 @@ def run(args: argparse.Namespace) -> None:
     from scripts.data.planner import plan_task
     from scripts.data.settings_check import check_settings
 
-    names = ("modalities", "labels", "classes", "regions", "ignore", "head", *PLANNED[1:])
-    check_settings(**{name: given[name] for name in names if name in given})
+    features, full_features = config["student_features"], config["student_full_features"]
+    stated = {name: given[name] for name in CHECKED if name in given and name != "intensity"}  # it may be incomplete
+    check_settings(**stated, student_features=features)
     cases, problems = _cases(args, config)
     background = [*given.get("labels", [[0]])[0], *([given["ignore"]] if given.get("ignore") is not None else [])]
     source = Source(given["modalities"], image_rules(config), config.get("naming", ()), config["stacked"], background)
@@ -82,13 +84,12 @@ def run(args: argparse.Namespace) -> None:
     readable = [case for case in fingerprint if not case.problem]
     if not readable:
         raise ValueError(f"No case could be read. {fingerprint[0].problem}")
-    features, full_features = config["student_features"], config["student_full_features"]
     proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args))
     task = {**{each.name: each.value for each in proposals if each.value is not None}, **fixed}
-    task = {key: task[key] for key in (*fixed, *task)}
+    task = {key: task[key] for key in (*fixed, *task) if task[key] or key not in IDENTITY}
     if isinstance(fixed.get("intensity"), Mapping):  # some modalities may be given, the others proposed
         task["intensity"] = next(each.value for each in proposals if each.name == "intensity")
-    check_settings(modalities=task["modalities"], intensity=task["intensity"])
+    check_settings(**{name: task[name] for name in CHECKED if name in task}, student_features=features)
     print(_table(args, proposals, given, fixed))
     for text in [*problems, *plan_warnings(fingerprint, task)]:
         print(f"warning: {text}")

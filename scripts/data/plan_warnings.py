@@ -51,7 +51,8 @@ def _class_warnings(cases: Sequence[CaseFingerprint], task: Mapping[str, Any]) -
         texts.append(
             f"Label files have the values {values}, which labels does not list. Add them to labels, or ignore."
         )
-    for name, values in list(zip(class_names(labels, task.get("classes")), labels, strict=True))[1:]:
+    names = [name.removeprefix("class ") for name in class_names(labels, task.get("classes"))]
+    for name, values in list(zip(names, labels, strict=True))[1:]:
         sizes = {case_id: sum(volumes.get(float(value), 0.0) for value in values) for case_id, volumes in labelled}
         small = [case_id for case_id, size in sizes.items() if 0 < size < FEW_VOXELS * voxel]
         if not any(sizes.values()):

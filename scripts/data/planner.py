@@ -22,7 +22,7 @@ from scripts.data.regions import region_values
 from scripts.image_io.checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
 from scripts.utils.values import is_whole
 
-AXES = ("left-right", "posterior-anterior", "inferior-superior")
+AXES = ("left-right", "front-back", "foot-head")
 THICK = 3  # ratio of the coarsest spacing to the others
 THICK_PERCENTILE = 10  # of the spacings of the coarsest axis
 LOW, HIGH = 0.5, 99.5  # percentiles of an intensity range
@@ -152,8 +152,8 @@ def plan_training(
         Proposal(
             "patch",
             free.patch,
-            f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; {free.batch} such patch(es) "
-            f"need about {free.gib:.2g} of {gib:.2g} GiB in training",
+            f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; a batch of {free.batch} such "
+            f"patches needs about {free.gib:.2g} of {gib:.2g} GiB in training",
         ),
         Proposal(
             "student_strides",

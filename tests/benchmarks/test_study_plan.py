@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.study_taught as study_taught
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_plan import StudyPlan
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_students import RECIPES
-from benchmarks.study_teachers import STAGE_1, STAGE_2
+from benchmarks.study_teachers import STAGE_1, STAGE_2, TEACHERS
 from scripts.data.folds import make_splits
+from scripts.networks.architecture import read_architecture
 
 FILES = {"ct": "CT.nii.gz", "pet": "PET.nii.gz", "mr": "MR.nii.gz", "label": "mask.nii.gz"}
 ALL = set(range(FOLDS))
@@ -298,7 +300,11 @@ def test_students_of_fixed_inputs_read_nothing_else(jobs: list[StudyJob]) -> Non
             commands = [*job.before, *job.typed()]
             assert len(commands) == (3 if job.study_row.arm.startswith("kd") else 2)
             assert all(json.loads(settings(command)["modalities"]) == modalities for command in commands)
+            assert all(list(json.loads(settings(command)["intensity"])) == modalities for command in commands)
             assert job.rows == (job.study_row,)
+            data_folds(job)
+            rows = json.loads((job.folder / "cases.json").read_text())
+            assert all(set(row) == {"case_id", "patient_id", "label", *modalities} for row in rows)
 
 
 def test_methods_on_features_have_a_teacher_that_has_not_seen_the_tested_fold(jobs: list[StudyJob]) -> None:
@@ -310,6 +316,7 @@ def test_methods_on_features_have_a_teacher_that_has_not_seen_the_tested_fold(jo
         for teacher in options(command, "--teacher"):
             name, architecture, weights = teacher.split("=")
             training = by_weights[Path(weights)]
+            assert Path(weights) in job.needs
             assert job.study_row.fold not in data_folds(training)[0]
             assert training.study_row.arm == name
             kinds[job.study_row.arm].add(architecture)
@@ -359,6 +366,17 @@ def test_self_training_waits_for_the_lone_student_and_trains_it_again_only_if_it
         assert restored.evaluations == ()
         assert not restored.done
         assert options(job.typed()[0], "--tta") == ["flips"]
+
+
+@pytest.mark.benchmarks
+@pytest.mark.parametrize(("name", "millions"), [("t1", 4.5), ("t2", 29.4), ("dynunet", 5.6)])
+def test_teachers_have_their_sizes_and_fit_the_patch(plan: StudyPlan, name: str, millions: float) -> None:
+    architecture = TEACHERS[name]["architecture"]
+    changes = plan.sizes(name).get(f"+architectures#{architecture}", {})
+    with torch.device("meta"):
+        network = read_architecture(architecture).build(3, 2, [48, 48, 48], "full", changes)
+        assert network(torch.zeros(1, 3, 48, 48, 48)).shape == (1, 2, 48, 48, 48)
+    assert round(sum(weights.numel() for weights in network.parameters()) / 1e6, 1) == millions
 
 
 # The recipe and the gate.

@@ -70,6 +70,15 @@ def test_every_link_leads_to_a_file_and_to_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{page_id(page)} links to {link}: no such heading"
 
 
+def write_planned(folder: Path, name: str) -> None:
+    """What ``plan`` and a training with its task would leave for the commands after them."""
+    task = json.loads((folder / "task.json").read_text())
+    task |= {"intensity": dict.fromkeys(task["modalities"], "zscore"), "spacing": [1, 1, 1], "patch": [64, 64, 64]}
+    (folder / name).write_text(json.dumps(task))
+    (folder / "RUNS" / "distilled").mkdir(parents=True, exist_ok=True)
+    (folder / "RUNS" / "distilled" / "model.task.json").write_text(json.dumps(task))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_in_the_documents_is_one_that_the_program_takes(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -88,6 +97,8 @@ def test_every_command_in_the_documents_is_one_that_the_program_takes(
         if words[0] == "make":
             assert set(words[1:]) <= set(targets), command
         elif words[:3] == ["python", "-m", "scripts"]:
+            if words[3] == "plan" and "--output" in words:
+                write_planned(tmp_path, words[words.index("--output") + 1])
             if words[3] not in NO_DRY_RUN:
                 assert main([*words[3:], *([] if "--dry-run" in words else ["--dry-run"])]) == 0, command
         elif words[:3] == ["python", "-m", "benchmarks"]:

@@ -132,7 +132,7 @@ class StudyExperiments(StudyTaught):
     # D: missing modalities, all labels.
 
     def missing_modalities(self) -> list[StudyJob]:
-        """Students with modality dropout, scored on every subset, and students of fixed inputs; then the experts."""
+        """Students with modality dropout, scored on every subset, and students of fixed inputs."""
         every_subset = on_every_subset(self.settings["modalities"])
         dropout = {"modality_dropout": DROPOUT}
         jobs = []
@@ -158,14 +158,14 @@ class StudyExperiments(StudyTaught):
                         self.student_job(_all_row("D", f"alone_{name}", fold, seed), train, student=student),
                         self.taught_job(_all_row("D", f"kd_{name}", fold, seed), answers, train, student=student),
                     ]
-        return [*jobs, *self._experts()]
+        return jobs
 
     def _reading(self, modalities: Sequence[str]) -> dict[str, Any]:
         """The settings of a student that reads these modalities only."""
         intensity = {modality: self.settings["intensity"][modality] for modality in modalities}
         return {"modalities": list(modalities), "intensity": intensity}
 
-    def _experts(self) -> list[StudyJob]:
+    def experts(self) -> list[StudyJob]:
         """Three experts of one modality each, which have seen all other folds, and the students of all three."""
         modalities = self.settings["modalities"]
         jobs = []

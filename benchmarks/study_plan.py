@@ -37,6 +37,7 @@ class StudyPlan(StudyExperiments, StudyMethods):
             *self.compression_out_of_fold(),
             *self.another_hospital(distance=2),
             *self.alone_longer(),
+            *self.experts(),
             *self.compression(["3.5M"]),
             *self.compression_out_of_fold(["3.5M"]),
             *self.references(),

@@ -96,7 +96,7 @@ def test_missing_modalities(plan: StudyPlan) -> None:
     dropout = {f"D.{arm}_dropout@{subset}" for arm in ("alone", "kd", "kd_experts") for subset in subsets}
     fixed = {f"D.{arm}_{name}" for arm in ("alone", "kd") for name in ("mr", "ct+pet")}
     experts = {f"D.expert@{modality}" for modality in ("ct", "pet", "mr")}
-    assert run_and_read(plan, plan.missing_modalities()) == dropout | fixed | experts
+    assert run_and_read(plan, [*plan.missing_modalities(), *plan.experts()]) == dropout | fixed | experts
 
 
 @pytest.mark.slow

@@ -17,9 +17,8 @@ from benchmarks.study_job import StudyJob
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_shipped import LARGEST, RandomSizes, StudyShipped
 from scripts.cli.main import main
-from scripts.data.folds import make_splits
+from tests.study_jobs import FOLDS_OF_PATIENTS, new_plan, settings
 
-FOLDS_OF_PATIENTS = make_splits([f"P{number:02d}" for number in range(38)], FOLDS, seed=0)
 FOLD_OF = {patient: k for k, part in enumerate(FOLDS_OF_PATIENTS) for patient in part}
 
 
@@ -30,35 +29,25 @@ def pass_gate(plan: StudyShipped) -> None:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyShipped:
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyShipped:
     """The shipped weights of 38 patients whose files do not exist."""
-    cases = []
-    for name in FOLD_OF:
-        files = {key: str(tmp_path / "data" / name / f"{key}.nii.gz") for key in ("ct", "pet", "mr", "label")}
-        cases.append({"case_id": name, "patient_id": name, "image": files["ct"], **files})
-    monkeypatch.setattr("benchmarks.study_setting.datalist", lambda *_: cases)
-    return StudyShipped("sts", str(tmp_path / "data"), tmp_path / "runs", tmp_path / "results")
-
-
-def settings(command: tuple[str, ...]) -> dict[str, str]:
-    pairs = (command[i + 1].partition("=") for i, word in enumerate(command) if word == "--set")
-    return {key: value for key, _, value in pairs}
+    return new_plan(tmp_path, monkeypatch, StudyShipped)
 
 
 def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
-    plan: StudyShipped, monkeypatch: pytest.MonkeyPatch
+    shipped: StudyShipped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="gate of the study is not judged"):
-        plan.jobs()
-    pass_gate(plan)
+        shipped.jobs()
+    pass_gate(shipped)
     written: list[dict[str, list[Path]]] = []
     monkeypatch.setattr(study_taught, "write_predictions", lambda _, answers: written.append(answers))
-    (plan.results / "jobs").mkdir()
-    for job in plan.recipe_jobs():
+    (shipped.results / "jobs").mkdir()
+    for job in shipped.recipe_jobs():
         row = {"patient_id": "0", "dice": 0.5, "status": "ok"}
         job.record.write_text(json.dumps({"cases": [row]}))
     kinds: dict[str, list[StudyJob]] = {}
-    for job in plan.jobs():
+    for job in shipped.jobs():
         kinds.setdefault("answers" if job.answers else job.study_row.experiment, []).append(job)
     trainings = {job.kept: job for job in kinds["shipped_teachers"]}
     assert len(trainings) == len(kinds["answers"]) == 10

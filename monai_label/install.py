@@ -36,7 +36,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "allow_missing": "@displayable_configs#allow_missing",
         # As the bundle itself prepares it. In another memory format masks differ by rounding.
         "network_def": {"_target_": "scripts.networks.deep_supervision.segmentation_network", "network": "@student"},
-        "mask_values": "file",  # so that a corrected mask is a label to train with
+        # MONAI Label writes masks itself. They get the values of the label files, so that a corrected mask is a label.
+        "postprocessing": {"_target_": "Compose", "transforms": "$[*@masks.transforms, @label_values]"},
+        "label_values": {
+            "_target_": "MapLabelValued",
+            "keys": "pred",
+            "orig_labels": "$list(range(len(@labels)))",
+            "target_labels": "$regions.mask_values(@labels)",
+            "dtype": "$torch.uint8 if all(0 <= each < 256 for each in regions.mask_values(@labels)) else torch.int32",
+        },
     },
     "train": {
         "output_dir": "$os.path.join(@bundle_root, 'runs', 'label')",
@@ -54,6 +62,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "required#root": "the label store",
     },
 }
+
+WRAPPED = {
+    "student": "network_def",
+    "masks": "postprocessing",
+}  # new id -> what an override of inference puts around it
 
 
 def install_app(folder: Path) -> Path:
@@ -99,8 +112,7 @@ def install_bundle(app: Path, weights: Path) -> Path:
     naming = [study_layout(task["modalities"])]
     for name, overrides in OVERRIDES.items():
         config = {**read_config(name), **protected({**task, **network, "naming": naming})}
-        if "network_def" in overrides:
-            config["student"] = config["network_def"]
+        config |= {key: config[wrapped] for key, wrapped in WRAPPED.items() if wrapped in overrides}
         for key, value in overrides.items():
             set_value(config, key, value)
         _write_json(config, bundle / "configs" / f"{name}.json")

@@ -20,6 +20,8 @@ SETTINGS = (
     *("classes", "regions", "ignore", "head", "mask_values", "codes", "dicom", "cohort", "layout"),
 )
 
+UNNAMED: Config = {"classes": None, "regions": None, "codes": {}}
+
 
 def weights_path(args: argparse.Namespace) -> Path:
     """The weights of a verb: ``--weights``, ``--set weights=FILE``, or those in models/."""
@@ -68,7 +70,10 @@ def task_of(args: argparse.Namespace) -> Config:
 def _trained_settings(args: argparse.Namespace, task: Config, config: Config) -> Config:
     """The settings that the weights were trained with, where the user names no others."""
     named = _named_settings(args) | {key.removeprefix("+") for key in parse_set(args.set)}
-    return {key: task[key] for key in SETTINGS if key in task and key not in named and task[key] != config.get(key)}
+    # A record of version 0.9 names no classes; those of the data set that stands in for its own are of other labels.
+    unnamed = {} if task.get("labels", config["labels"]) == config["labels"] else UNNAMED
+    settings = {**unnamed, **{key: task[key] for key in SETTINGS if key in task}}
+    return {key: value for key, value in settings.items() if key not in named and value != config.get(key)}
 
 
 def _named_settings(args: argparse.Namespace) -> set[str]:

@@ -67,11 +67,12 @@ def test_expressions_of_the_program_and_of_set_are_interpreted() -> None:
     assert parsed(interpreted(["$1 + 1", {"a": "@secret"}, 3])) == [2, {"a": "the secret"}, 3]
 
 
-def test_a_setting_that_the_weights_were_trained_without_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("named", [{"classes": None}, {}], ids=["null", "a record of 0.9"])
+def test_classes_that_the_weights_were_trained_without_are_none(
+    named: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their record wins over the data set that stands in for theirs; MONAI would drop an override that is None."""
-    record = {"cohort": "files", "modalities": ["t1"], "labels": [[0], [1], [2]], "classes": None}
+    record = {"cohort": "files", "modalities": ["t1"], "labels": [[0], [1], [2]], **named}
     (tmp_path / "own.task.json").write_text(json.dumps(record))
     command = ["segment", "--weights", str(tmp_path / "own.pt"), "--t1", "t1.nii.gz", "--output", "mask.nii.gz"]
     assert main([*command, "--dry-run"]) == 0

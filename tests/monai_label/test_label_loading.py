@@ -112,8 +112,7 @@ def test_monai_label_gets_the_same_mask_as_segment(
     files = [text for key in FILES if key != absent for text in (f"--{key}", _file(study, key))]
     output = tmp_path / "own.nii.gz"
     allowed = ["--allow-missing"] if absent else []
-    plain = ["--engine", "torch", "--set", "network=$@network_def.to(@device)"]  # else the memory format is another
-    assert main(["segment", *files, *allowed, *plain, "--output", str(output)]) == 0
+    assert main(["segment", *files, *allowed, "--engine", "torch", "--output", str(output)]) == 0
     own, served = nib.load(output), np.load(tmp_path / "mask.npz")
     np.testing.assert_array_equal(served["mask"], np.asarray(own.dataobj))
     np.testing.assert_allclose(served["affine"], own.affine, atol=1e-4)
@@ -179,8 +178,44 @@ def test_the_app_has_the_labels_and_the_modalities_of_the_weights(tmp_path: Path
         for key in ("modalities", "labels", "classes", "regions", "spacing"):
             assert parser.get_parsed_content(key) == task[key]
         assert parser["naming"] == [{"t1": "{case}", "t1ce": "t1ce/{case}", "flair": "flair/{case}"}]
-    parser.read_config(str(bundle / "configs" / "inference.json"))
-    assert parser["mask_values"] == "file"
+
+
+def test_masks_of_the_app_have_the_values_of_the_label_files(cohort: Path, tmp_path: Path) -> None:
+    """By random weights of four classes; ``segment`` writes the same mask."""
+    torch.manual_seed(2)
+    network = {"in_channels": 2, "out_channels": 4, "features": [4, 8, 8, 8], "norm": ["group", {"num_groups": 4}]}
+    torch.save(Student(**network).state_dict(), tmp_path / "own.pt")
+    task = {
+        "cohort": "files", "modalities": ["ct", "mr"], "intensity": {"ct": [-200, 300], "mr": "zscore"},
+        "labels": [[0], [1], [2], [400]], "spacing": [6, 6, 6], "patch": [32, 32, 32],
+        "network": {"_target_": "scripts.networks.Student", **network},
+    }  # fmt: skip
+    (tmp_path / "own.task.json").write_text(json.dumps(task))
+    bundle = install_bundle(tmp_path / "app", tmp_path / "own.pt")
+    (tmp_path / "mr").mkdir()
+    for path, name in ((tmp_path / "case.nii.gz", "CT_image"), (tmp_path / "mr" / "case.nii.gz", "MR_T1_image")):
+        path.symlink_to(cohort / "PHANTOM_001" / f"{name}.nii.gz")
+    images = [str(tmp_path / "case.nii.gz"), str(tmp_path / "mr" / "case.nii.gz")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        IMITATION,
+        str(bundle),
+        images[0],
+        "{}",
+        str(tmp_path / "mask.npz"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    arguments = ["segment", "--weights", str(tmp_path / "own.pt"), "--ct", images[0], "--mr", images[1]]
+    assert main([*arguments, "--engine", "torch", "--device", "cpu", "--output", str(tmp_path / "own.nii.gz")]) == 0
+    served, own = np.load(tmp_path / "mask.npz")["mask"], np.asarray(nib.load(tmp_path / "own.nii.gz").dataobj)
+    assert set(np.unique(served)) <= {0, 1, 2, 400}
+    assert 400 in served
+    np.testing.assert_array_equal(served, own)
 
 
 def test_the_app_of_the_shipped_weights_has_one_label(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def records(tmp_path_factory: pytest.TempPathFactory, start_ranks: Any) -> dict[
             {
                 "optimizer": {
                     "_target_": "torch.optim.SGD", "params": "$[p for p in @trained.parameters() if p.requires_grad]",
-                    "lr": 0.05,
+                    "lr": 0.01,  # larger steps amplify rounding, which differs between batches of one and two
                 },
                 "teacher_specs": {
                     "dynunet": {"architecture": "dynunet", "modalities": ["ct", "pet", "mr"], "weights": None}

@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from benchmarks.job_queue import Job
 from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, MethodsPlan
 from scripts.data import datalist, fold_split
-from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
-from scripts.metrics.case_rows import row_key
+from scripts.evaluation.seeds import mean_over_seeds
+from scripts.metrics import METRICS, aggregate, paired_difference, read_rows
 from scripts.report.curves import read_curves
 from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
@@ -30,30 +30,6 @@ from scripts.utils.run_manifest import write_manifest
 
 _HEAD = ("network", "seeds", "Dice", "Dice per seed", "Dice - alone", "HD95 mm", "ASSD mm", "missed", "train s", "MiB")
 Entry = Mapping[str, Any]
-
-
-def seed_mean(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Average the rows of several seeds, case by case and region by region.
-
-    A failure counts as Dice 0 and the image's diagonal in mm.
-
-    Args:
-        runs: one sequence of rows per seed, all of the same cases.
-
-    Returns:
-        One row per case and region.
-    """
-    by_key: dict[tuple[str, str], list[Row]] = {}
-    for rows in runs:
-        for row in rows:
-            by_key.setdefault(row_key(row), []).append(row)
-    merged = []
-    for (case, region), rows in by_key.items():
-        worst = {"dice": 0.0, "hd95_mm": rows[0]["diagonal_mm"], "assd_mm": rows[0]["diagonal_mm"]}
-        filled = {m: [worst[m] if row[m] is None else float(row[m]) for row in rows] for m in METRICS}
-        means = {m: statistics.fmean(values) for m, values in filled.items()}
-        merged.append({**rows[0], **means, "case_id": case, "region": region, "status": "ok"})
-    return merged
 
 
 def _training_cost(folder: Path) -> dict[str, float]:
@@ -86,7 +62,7 @@ def table_entry(row: str, trainings: Sequence[Path], evaluations: Sequence[Path]
         evaluations: folder of each seed's evaluation.
     """
     runs = [read_rows(folder / "cases.csv") for folder in evaluations]
-    rows, costs = seed_mean(runs), [_training_cost(folder) for folder in trainings]
+    rows, costs = mean_over_seeds(runs), [_training_cost(folder) for folder in trainings]
     weights = [_term_weights(folder) for folder in trainings]
     return {
         "row": row,
@@ -127,7 +103,7 @@ def table_entries(plan: MethodsPlan, jobs: Sequence[Job]) -> list[dict[str, Any]
             # A student is compared with the same seeds of the student alone. Teachers and thresholds share no seed
             # with it and are compared with all seeds.
             own_seeds = [] if entry["row"].startswith("teacher ") else seeds.get(entry["row"], [])
-            rows = seed_mean([alone[seed] for seed in (own_seeds or alone) if seed in alone])
+            rows = mean_over_seeds([alone[seed] for seed in (own_seeds or alone) if seed in alone])
             entry["difference"] = {m: paired_difference(entry["rows"], rows, m) for m in METRICS}
     return entries
 

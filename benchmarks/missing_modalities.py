@@ -22,9 +22,10 @@ import matplotlib.pyplot as plt
 
 from benchmarks.job_queue import Command, Job, add_queue_options, command_lines, run_jobs, select_jobs
 from benchmarks.methods_plan import TEACHER_LEARNING_RATE
-from benchmarks.methods_table import format_interval, seed_mean
+from benchmarks.methods_table import format_interval
 from benchmarks.options import add_data_options, add_output_options, add_training_options
 from scripts.cli.config import read_config
+from scripts.evaluation.seeds import mean_over_seeds
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.markdown import markdown_table
@@ -117,7 +118,7 @@ class MissingPlan:
             seeds: by default all that have been scored.
         """
         seeds = self.scored_seeds(row, subset) if seeds is None else seeds
-        return seed_mean([read_rows(self._cases(row, subset, seed)) for seed in seeds])
+        return mean_over_seeds([read_rows(self._cases(row, subset, seed)) for seed in seeds])
 
     def scored_seeds(self, row: str, subset: Sequence[str]) -> list[int]:
         """The seeds of a student that have been scored on a subset."""

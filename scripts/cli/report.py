@@ -17,7 +17,13 @@ EXAMPLE = (
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     parser.add_argument("--evaluations", nargs="+", required=True, metavar="DIR", help="folders that `evaluate` wrote")
+    parser.add_argument(
+        "--average-seeds",
+        action="store_true",
+        help="average evaluations of one --name case by case, as seeds of one network",
+    )
     parser.add_argument("--curves", nargs="+", default=[], metavar="FILE", help="curves.csv files to draw")
+    parser.add_argument("--baseline", default="", metavar="NAME", help="evaluation that the others are compared with")
     parser.add_argument("--title", default="Comparison", help="title of the page")
     add_common_options(parser)
 
@@ -49,5 +55,7 @@ def run(args: argparse.Namespace) -> None:
         region_values(config["labels"], config["classes"], config["regions"]),
         config["ignore"],
         config["mask_values"],
+        args.baseline,
+        args.average_seeds,
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")

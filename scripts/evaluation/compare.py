@@ -10,7 +10,8 @@ from typing import Any
 from scripts.evaluation.masks import MaskCoding
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_summary
-from scripts.evaluation.summary_table import markdown_summary
+from scripts.evaluation.seeds import group_seeds
+from scripts.evaluation.summary_table import markdown_differences, markdown_summary
 from scripts.evaluation.training_cases import training_notes
 from scripts.image_io.checks import Rules
 from scripts.metrics import read_rows
@@ -33,6 +34,8 @@ def compare(
     regions: Mapping[str, Sequence[float]] | None = None,
     ignore: float | None = None,
     mask_values: str = "file",
+    baseline: str = "",
+    average_seeds: bool = False,
 ) -> str:
     """Write one report about several evaluations.
 
@@ -52,13 +55,15 @@ def compare(
         regions: see ``score``; without ``labels`` it has no effect.
         ignore: likewise.
         mask_values: likewise.
+        baseline: name of the evaluation that the others are compared with, if any.
+        average_seeds: average the evaluations of one name case by case, see ``group_seeds``.
 
     Returns:
-        The summary table, as Markdown.
+        The summary table and that of the differences, as Markdown.
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: a file of an evaluation is damaged.
+        ValueError: a file of an evaluation is damaged, or no evaluation has the name ``baseline``.
     """
     runs = []
     for folder in evaluations:
@@ -68,11 +73,17 @@ def compare(
         summary = read_summary(path)
         rows = add_centres(read_rows(Path(folder) / "cases.csv"), [*evaluated_cases(folder), *cases])
         runs.append({**summary, "rows": rows})
+    names = [str(run["name"]) for run in runs]
+    if baseline and baseline not in names:
+        raise ValueError(f"No evaluation is named {baseline}. Choose one of {', '.join(names)} as --baseline.")
+    if average_seeds:
+        runs, names = group_seeds(runs), list(dict.fromkeys(names))
     scored_cases = [case for case in cases if "label" in case]
     intensity = modalities if isinstance(modalities, Mapping) else dict.fromkeys(modalities, "")
     shown = max(runs, key=lambda run: len(run.get("present") or intensity))
     coding = MaskCoding(labels, regions, ignore, mask_values) if labels else None
-    table = markdown_summary(runs)
+    reference = runs[names.index(baseline)] if baseline else None
+    table = "\n\n".join([markdown_summary(runs), *([markdown_differences(runs, reference)] if reference else [])])
     write_report(
         Path(output_dir) / "report.html",
         title,
@@ -81,6 +92,7 @@ def compare(
         {Path(path).parent.name: read_curves(path) for path in curves},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),
+        reference,
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.metrics.aggregate import case_count
+from scripts.metrics.aggregate import case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES
 from scripts.utils.markdown import markdown_table
 
@@ -46,6 +46,23 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(_HEAD, rows)
 
 
+def markdown_differences(runs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> str:
+    """The difference in Dice of every other network to one, as a Markdown table.
+
+    It is the mean over the common cases [95% interval over patients], with failures as Dice 0.
+
+    Args:
+        runs: summaries, each with its case table as ``rows``.
+        baseline: one of them.
+    """
+    rows = []
+    for run in runs:
+        if run is not baseline:
+            difference = paired_difference(run["rows"], baseline["rows"], "dice")
+            rows.append((run["name"], _interval_text(difference, 3, "+"), difference["n"]))
+    return markdown_table(("network", f"Dice - that of {baseline['name']}", "cases"), rows)
+
+
 def _metric_cells(aggregate: Mapping[str, Any]) -> list[Any]:
     counts, metrics = aggregate["counts"], aggregate["metrics"]
     failures = sum(counts[status] for status in FAILURES)
@@ -57,5 +74,12 @@ def _metric(metric: Mapping[str, Any], digits: int, failures: int) -> str:
     with_failures = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
     if summary["mean"] is None:
         return f"undefined (0){with_failures}"
-    interval = "" if summary["ci95"] is None else " [" + ", ".join(f"{x:.{digits}f}" for x in summary["ci95"]) + "]"
-    return f"{summary['mean']:.{digits}f}{interval} ({summary['n']}){with_failures}"
+    return f"{_interval_text(summary, digits)} ({summary['n']}){with_failures}"
+
+
+def _interval_text(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """A mean and its interval, if there is one."""
+    if summary["mean"] is None:
+        return "undefined"
+    ends = [f"{x:{sign}.{digits}f}" for x in summary["ci95"] or ()]
+    return f"{summary['mean']:{sign}.{digits}f}" + (f" [{', '.join(ends)}]" if ends else "")

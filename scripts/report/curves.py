@@ -71,11 +71,12 @@ def _curve_figure(title: str, lines: Mapping[str, Points]) -> CurveFigure:
         axes.plot(*np.transpose(points), style, color=colour, marker=".", label=literal_text(name))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    last_values = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in lines.items())
+    return CurveFigure(title, f"{title} by epoch; last values: {last_values}", png_uri(figure))
+
+
+def png_uri(figure: Any) -> str:
+    """A matplotlib figure as a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    last_values = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in lines.items())
-    return CurveFigure(
-        title,
-        f"{title} by epoch; last values: {last_values}",
-        f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-    )
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

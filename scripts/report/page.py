@@ -19,8 +19,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.report.curves import curve_figures
 from scripts.report.overlay import Overlay
+from scripts.report.size_figure import size_figures
 from scripts.report.slice_viewer import MAX_FRAMES, case_view
-from scripts.report.tables import case_tables, centre_table, modality_table, summary_table, volume_table
+from scripts.report.tables import (
+    case_tables,
+    centre_table,
+    difference_table,
+    modality_table,
+    summary_table,
+    volume_table,
+)
 from scripts.utils.atomic_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,6 +49,7 @@ def write_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     manifest: Mapping[str, Any],
     notes: Sequence[str] = (),
+    baseline: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page; an earlier file is replaced only when the new one is complete.
 
@@ -54,8 +63,9 @@ def write_report(
         curves: run name -> rows ``{"epoch", "loss", "loss/<term>", "val_dice"}``; missing or ``None`` values are gaps.
         manifest: the manifest of the run; shown as JSON.
         notes: sentences below the heading, for example on missing predictions.
+        baseline: the run of ``runs`` that the others are compared with, if any.
     """
-    write_text(render_report(title, runs, overlays, curves, manifest, notes), path)
+    write_text(render_report(title, runs, overlays, curves, manifest, notes, baseline), path)
 
 
 def render_report(
@@ -65,6 +75,7 @@ def render_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     manifest: Mapping[str, Any],
     notes: Sequence[str] = (),
+    baseline: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; see `write_report`."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
@@ -72,6 +83,7 @@ def render_report(
     volumes_ml = {f"{each.title}: {mask}": ml for each in overlays for mask, ml in each.volumes_ml().items()}
     before_slices = {
         "Summary": summary_table(runs) if runs else None,
+        "Differences": difference_table(runs, baseline) if baseline else None,
         "By modalities": modality_table(runs),
         "By centre": centre_table(runs),
         "Volumes": volume_table(volumes_ml) if volumes_ml and not runs else None,
@@ -91,6 +103,7 @@ def render_report(
         style=style,
         script=script,
         notes=notes,
+        size=_figures(lambda: size_figures(runs)),
         tables_before_slices=[(heading, table) for heading, table in before_slices.items() if table],
         cases=_figures(lambda: [case_view(overlay, f"case{i}") for i, overlay in enumerate(overlays)]),
         max_frames=MAX_FRAMES,

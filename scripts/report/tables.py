@@ -126,6 +126,20 @@ def _difference_to_most_modalities(run: Run, runs: Sequence[Run]) -> str:
     return _with_interval(paired_difference(run["rows"], baseline["rows"], "dice", **_bootstrap_settings(run)), 3)
 
 
+def difference_table(runs: Sequence[Run], baseline: Run) -> Table:
+    """The difference in Dice of every other network to one."""
+    rows = []
+    for run in runs:
+        if run is not baseline:
+            difference = paired_difference(run["rows"], baseline["rows"], "dice", **_bootstrap_settings(run))
+            rows.append([_head(run["name"], run["aggregate"]), _number_cell(_with_interval(difference, 3))])
+    note = (
+        f"Dice minus that of {baseline['name']}: mean over the common cases [interval] (number of cases), with "
+        "failures at their worst value."
+    )
+    return Table("Differences", [Column("Network"), Column("Difference in Dice", number=True)], rows, note)
+
+
 def centre_table(runs: Sequence[Run]) -> Table | None:
     """One row per network and centre; None where no case names a centre."""
     rows = []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.methods_plan import ALONE, MethodsPlan, write_threshold_masks
-from benchmarks.methods_table import format_table, seed_mean, table_entries, write_comparison
+from benchmarks.methods_table import format_table, table_entries, write_comparison
 from scripts.cli.main import main
 from scripts.metrics import write_rows
 
@@ -80,25 +80,6 @@ def test_the_needs_of_a_job_are_outputs_of_earlier_jobs(plan: MethodsPlan) -> No
     for job in plan.jobs():
         assert set(job.needs) <= written, job.row
         written.add(job.folder / "model.pt")
-
-
-def test_seeds_are_averaged_per_case_and_a_failure_counts_as_the_worst_value() -> None:
-    runs = [
-        [metrics_row("a", 0.8), metrics_row("b", 0.0, "missed", None)],
-        [metrics_row("a", 0.6, distance=5.0), metrics_row("b", 0.4)],
-    ]
-    merged = {row["case_id"]: row for row in seed_mean(runs)}
-    assert merged["a"]["dice"] == pytest.approx(0.7)
-    assert merged["a"]["hd95_mm"] == pytest.approx(4.0)
-    assert merged["b"]["dice"] == pytest.approx(0.2)
-    assert merged["b"]["assd_mm"] == pytest.approx((100.0 + 3.0) / 2)
-
-
-def test_seeds_are_averaged_per_region() -> None:
-    runs = [[metrics_row("a", dice + seed) | {"region": region} for region, dice in (("WT", 0.6), ("ET", 0.2))]
-            for seed in (0.0, 0.2)]  # fmt: skip
-    merged = {row["region"]: row["dice"] for row in seed_mean(runs)}
-    assert merged == {"WT": pytest.approx(0.7), "ET": pytest.approx(0.3)}
 
 
 @pytest.mark.benchmarks

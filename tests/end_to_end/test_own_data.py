@@ -14,8 +14,10 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813
 
 from scripts.cli.main import main
+from scripts.data import datalist
 from tests.own_cohorts import (
     Story,
     write_brats,
@@ -130,3 +132,29 @@ def test_a_dicom_study_gets_one_segment_per_region(name: str, tmp_path: Path, mo
     assert counts == {region: int(np.isin(mask, values).sum()) for region, values in story.regions.items()}
     structures = pydicom.dcmread("out/rtstruct.dcm")
     assert {roi.ROIName for roi in structures.StructureSetROISequence} == present
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("hecktor21", ["--set", "spacing=[6,6,6]"]), ("picai22", ["--set", "spacing=[2,2,3]"])],
+)
+def test_data_sets_as_downloaded(
+    name: str, grid: list[str], require_data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = require_data(name)
+    data = ["--data", name, "--dataset-dir", str(folder)]
+    assert main(["check", *data]) == 0
+    settings = [*grid, "--set", "patch=[32,32,16]", "--set", "fold=null", "--set", "batch_size=1"]
+    assert main(["train", *data, *RUN, "--scale", "demo", *settings, *TINY, "--output-dir", "O"]) == 0
+    assert main(["evaluate", *RUN, "--dataset-dir", str(folder), "--weights", "O/model.pt", "--output-dir", "E"]) == 0
+    rows = rows_of(Path("E/cases.csv"))
+    assert rows
+    task = json.loads(Path("O/model.task.json").read_text())
+    assert {row["region"] for row in rows} == {task["classes"][1]}
+    case = datalist(name, folder)[0]
+    images = [part for key in task["modalities"] for part in (f"--{key}", case[key])]
+    assert main(["segment", *RUN, "--weights", "O/model.pt", *images, "--output", "mask.nii.gz"]) == 0
+    whole = voxels(Path("mask.nii.gz"))
+    image = sitk.ReadImage(case["image"])
+    assert whole.shape == image.GetSize()

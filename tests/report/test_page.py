@@ -255,6 +255,20 @@ def test_the_volume_of_every_region_of_a_mask_is_listed(tmp_path) -> None:
     assert [text for text in page.texts("th") if "case" in text] == ["case: whole prediction", "case: core prediction"]
 
 
+def test_several_networks_open_with_dice_by_parameters_and_their_differences(tmp_path) -> None:
+    small = run("small", [case("a", 0.5), case("b", 0.7)], parameters=200_000)
+    large = run("large", [case("a", 0.75), case("b", 0.75)], parameters=30_000_000)
+    unknown = run("masks", [case("a", 0.5), case("b", 0.5)], parameters=None)
+    write_report(tmp_path / "report.html", "Both", [small, large, unknown], [], {}, {}, baseline=small)
+    page = Page((tmp_path / "report.html").read_text())
+    (image,) = page.attributes("img")
+    assert image["alt"] == "Dice by parameters, mean and 95% interval: small 0.20 M 0.600, large 30.00 M 0.750"
+    assert page.texts("h2")[1:4] == ["Dice by parameters", "Summary", "Differences"]
+    first, second = page.rows(1)  # 0.25 and 0.05; 0 and -0.2
+    assert first[0].startswith("0.150 [")
+    assert second[0].startswith("-0.100 [")
+
+
 def test_evaluations_with_different_modalities_have_a_table_by_modalities(tmp_path) -> None:
     whole = run("net", [case("a", 0.9), case("b", 0.7)], present=["ct", "pet"])
     part = run("net (pet only)", [case("b", 0.6), case("a", 0.5)], present=["pet"])

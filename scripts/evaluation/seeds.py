@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations of one network trained with several seeds, as one: each case has the mean over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scripts.metrics import METRICS, Row, aggregate, aggregate_regions, filled_value
+from scripts.metrics.case_rows import row_key
+
+Run = dict[str, Any]
+
+
+def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Average the rows of several seeds, case by case and region by region.
+
+    A failure counts as Dice 0 and as the image's diagonal in mm. A seed whose reference and mask are both empty has
+    neither, and is left out.
+
+    Args:
+        runs: one sequence of rows per seed, all of the same cases.
+
+    Returns:
+        One row per case and region; its status is ``true_negative`` where no seed has a value, else ``ok``.
+    """
+    by_key: dict[tuple[str, str], list[Row]] = {}
+    for rows in runs:
+        for row in rows:
+            by_key.setdefault(row_key(row), []).append(row)
+    merged = []
+    for rows in by_key.values():
+        row = dict(rows[0])
+        for metric in METRICS:
+            values = [value for each in rows if (value := filled_value(each, metric)) is not None]
+            row[metric] = statistics.fmean(values) if values else None
+        volumes = [each["volume_ml"] for each in rows if each.get("volume_ml") is not None]
+        row["volume_ml"] = statistics.fmean(volumes) if volumes else None
+        row["status"] = "true_negative" if row["dice"] is None else "ok"
+        row["findings"] = "; ".join(dict.fromkeys(text for each in rows if (text := each.get("findings"))))
+        merged.append(row)
+    return merged
+
+
+def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """Replace evaluations of one name by their mean over the seeds, in the order of the names.
+
+    Args:
+        runs: summaries of evaluations, each with its case table as ``rows``.
+
+    Returns:
+        The runs; a mean has ``seeds``, their number, and its name says it.
+    """
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        by_name.setdefault(str(run["name"]), []).append(run)
+    return [dict(same[0]) if len(same) == 1 else _mean(name, same) for name, same in by_name.items()]
+
+
+def _mean(name: str, runs: Sequence[Mapping[str, Any]]) -> Run:
+    rows = mean_over_seeds([run["rows"] for run in runs])
+    seed = int(runs[0]["aggregate"]["bootstrap"]["seed"])
+    seconds = [run["seconds_per_case"] for run in runs if run.get("seconds_per_case") is not None]
+    return {
+        **runs[0],
+        "name": f"{name} ({len(runs)} seeds)",
+        "seeds": len(runs),
+        "rows": rows,
+        "aggregate": aggregate(rows, seed=seed),
+        "regions": aggregate_regions(rows, seed=seed),
+        "seconds_per_case": statistics.fmean(seconds) if seconds else None,
+    }

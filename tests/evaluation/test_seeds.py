@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.evaluation.compare import compare
+from scripts.evaluation.seeds import group_seeds, mean_over_seeds
+from scripts.metrics import aggregate, write_rows
+
+
+def row(case: str, dice: float | None, status: str = "ok", distance: float | None = 3.0, **more: Any) -> dict[str, Any]:
+    return {
+        "case_id": case, "patient_id": case, "dice": dice, "hd95_mm": distance, "assd_mm": distance,
+        "status": status, "diagonal_mm": 100.0, "volume_ml": 1.0, "reference_volume_ml": 1.0, **more,
+    }  # fmt: skip
+
+
+def test_seeds_are_averaged_per_case_and_a_failure_counts_as_the_worst_value() -> None:
+    runs = [[row("a", 0.8), row("b", 0.0, "missed", None)], [row("a", 0.6, distance=5.0), row("b", 0.4)]]
+    merged = {each["case_id"]: each for each in mean_over_seeds(runs)}
+    assert merged["a"]["dice"] == pytest.approx(0.7)
+    assert merged["a"]["hd95_mm"] == pytest.approx(4.0)
+    assert merged["b"]["dice"] == pytest.approx(0.2)
+    assert merged["b"]["assd_mm"] == pytest.approx((100.0 + 3.0) / 2)
+
+
+def test_seeds_are_averaged_per_region() -> None:
+    values = {"WT": 0.6, "ET": 0.2}
+    runs = [[row("a", dice + seed, region=region) for region, dice in values.items()] for seed in (0.0, 0.2)]
+    merged = {each["region"]: each["dice"] for each in mean_over_seeds(runs)}
+    assert merged == {"WT": pytest.approx(0.7), "ET": pytest.approx(0.3)}
+
+
+def test_an_empty_mask_of_an_empty_reference_has_no_value() -> None:
+    empty, false = row("a", None, "true_negative", None), row("a", 0.0, "false_positive", None)
+    assert [(each["dice"], each["status"]) for each in mean_over_seeds([[empty], [empty]])] == [(None, "true_negative")]
+    assert [(each["dice"], each["status"]) for each in mean_over_seeds([[empty], [false]])] == [(0.0, "ok")]
+
+
+def test_evaluations_of_one_name_are_one_network() -> None:
+    runs = [
+        {"name": name, "rows": rows, "aggregate": aggregate(rows), "seconds_per_case": seconds}
+        for name, rows, seconds in (
+            ("alone", [row("a", 0.5), row("b", 0.7)], 1.0),
+            ("teacher", [row("a", 0.9), row("b", 0.9)], 4.0),
+            ("alone", [row("a", 0.7), row("b", 0.9)], 2.0),
+        )
+    ]
+    alone, teacher = group_seeds(runs)
+    assert (alone["name"], alone["seeds"], alone["seconds_per_case"]) == ("alone (2 seeds)", 2, 1.5)
+    assert alone["aggregate"]["metrics"]["dice"]["defined"]["mean"] == pytest.approx(0.7)
+    assert alone["aggregate"]["n_patients"] == 2
+    assert teacher["name"] == "teacher"
+    assert "seeds" not in teacher
+
+
+def write_evaluation(folder: Path, name: str, values: list[float]) -> str:
+    rows = [row(case, dice) for case, dice in zip("ab", values, strict=True)]
+    folder.mkdir()
+    summary = {
+        "name": name, "aggregate": aggregate(rows), "parameters": None, "gflops": None, "seconds_per_case": 1.0,
+        "predictions": "masks",
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_rows(rows, folder / "cases.csv")
+    return str(folder)
+
+
+def test_a_report_averages_seeds_on_request_and_compares_with_a_baseline(tmp_path: Path) -> None:
+    alone, distilled = {"0": [0.5, 0.7], "1": [0.7, 0.9]}, {"0": [0.8, 0.8], "1": [0.8, 1.0]}
+    folders = [write_evaluation(tmp_path / f"alone{seed}", "alone", values) for seed, values in alone.items()]
+    folders += [write_evaluation(tmp_path / f"kd{seed}", "distilled", values) for seed, values in distilled.items()]
+    table = compare(folders, str(tmp_path / "out"), baseline="alone", average_seeds=True)
+    summary, differences = table.split("\n\n")
+    assert len(summary.splitlines()) == 2 + 2
+    assert "| alone (2 seeds) | 0.700 [" in summary
+    assert "| network | Dice - that of alone (2 seeds) | cases |" in differences
+    # Case a: 0.8 - 0.6, case b: 0.9 - 0.8.
+    assert "| distilled (2 seeds) | +0.150 [" in differences
+    assert len(compare(folders, str(tmp_path / "out")).splitlines()) == 2 + 4
+    with pytest.raises(ValueError, match=r"No evaluation is named nothing\. Choose one of alone"):
+        compare(folders, str(tmp_path / "out"), baseline="nothing")

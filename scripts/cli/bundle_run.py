@@ -18,7 +18,7 @@ from typing import Any
 
 from scripts.cli.config import CONFIGS, SEPARATOR, merge_configs, require_id, set_value
 from scripts.cli.options import MULTI_GPU, common_overrides, parse_set
-from scripts.cli.task import file_settings, require_complete
+from scripts.cli.task import UNNAMED, file_settings, require_complete
 
 Overrides = dict[str, Any]
 _SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
@@ -96,8 +96,11 @@ def _all_overrides(
     known, task = merge_configs(configs), file_settings(args)
     if complete:
         require_complete(args, task)
-    task = {key: value for key, value in task.items() if key in known}
-    return {**task, **overrides, **user_overrides(args)}
+    own = {**{key: value for key, value in task.items() if key in known}, **overrides}
+    user = user_overrides(args)
+    labels = {**known, **own}.get("labels")
+    unnamed = UNNAMED if user.get("labels", labels) != labels else {}
+    return {**own, **unnamed, **user}
 
 
 def resolved_config(

@@ -18,6 +18,8 @@ FILES = "files"  # the cohort of a task with a layout
 # What every task must say. An nnU-Net data set says the first two itself.
 REQUIRED = ("modalities", "labels", "intensity", "spacing", "patch")
 NNUNET = "nnunet"
+# What belongs to the labels of a task: other labels come without it, unless it is named, too.
+UNNAMED: Config = {"classes": None, "regions": None, "codes": {}}
 
 
 def task_name(text: str) -> str:

@@ -12,15 +12,13 @@ from scripts import bundle_root
 from scripts.cli.bundle_run import Overrides, config_parser, resolved_config
 from scripts.cli.config import SEPARATOR, Config, read_config
 from scripts.cli.options import context_configs, parse_set
-from scripts.cli.task import file_settings, is_file
+from scripts.cli.task import UNNAMED, file_settings, is_file
 from scripts.utils.task_file import read_task
 
 SETTINGS = (
     *("modalities", "intensity", "labels", "spacing", "patch"),
     *("classes", "regions", "ignore", "head", "mask_values", "codes", "dicom", "cohort", "layout"),
 )
-
-UNNAMED: Config = {"classes": None, "regions": None, "codes": {}}
 
 
 def weights_path(args: argparse.Namespace) -> Path:

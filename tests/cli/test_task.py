@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task in a file: what the command line takes from it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.cli.bundle_run import resolved_config
+from scripts.cli.main import main, parse_arguments
+from scripts.cli.options import context_configs
+from scripts.cli.trained_task import task_of
+
+TASK: dict[str, Any] = {
+    "cohort": "files",
+    "layout": {"t1": "{case}_t1.nii.gz", "label": "{case}_seg.nii.gz"},
+    "modalities": ["t1"],
+    "intensity": {"t1": "zscore"},
+    "labels": [[0], [1], [2]],
+    "classes": ["background", "oedema", "core"],
+    "regions": {"whole": [1, 2]},
+    "spacing": [1, 1, 1],
+    "patch": [32, 32, 32],
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(**changes: Any) -> None:
+    task = {**TASK, **changes}
+    Path("task.json").write_text(json.dumps({key: value for key, value in task.items() if value is not ...}))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments, "--dry-run"]) == 1
+    return capsys.readouterr().err
+
+
+def config(*arguments: str) -> dict[str, Any]:
+    args = parse_arguments(list(arguments))
+    return resolved_config(args, ["train", *context_configs(args)], {})
+
+
+def test_a_task_wins_over_the_scale_and_set_over_both() -> None:
+    write()
+    merged = config("train", "--data", "task.json", "--scale", "full", "--set", "patch=[48,48,48]")
+    assert merged["spacing"] == [1, 1, 1]  # full has 2 mm
+    assert merged["patch"] == [48, 48, 48]
+    assert merged["student_features"] == [32, 64, 128, 256]  # of full
+    assert merged["regions"] == {"whole": [1, 2]}
+    assert merged["cohort"] == "files"
+
+
+def test_other_labels_come_without_the_classes_and_regions_of_the_task() -> None:
+    write()
+    merged = config("train", "--data", "task.json", "--set", "labels=[[0],[1,2]]")
+    assert (merged["classes"], merged["regions"]) == (None, None)
+    named = config("train", "--data", "sts", "--set", "labels=[[0],[1],[2]]", "--set", 'classes=["b","c","d"]')
+    assert named["classes"] == ["b", "c", "d"]
+    assert config("train", "--data", "sts", "--set", "labels=[[0],[1]]")["classes"] == ["background", "tumour"]
+
+
+def test_text_of_a_task_is_never_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "$open('RAN', 'w').write('x')"
+    write(classes=["background", code, "@spacing"])
+    assert main(["train", "--data", "task.json", "--dry-run"]) == 0
+    assert "$open('RAN'" not in capsys.readouterr().out
+    assert not Path("RAN").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modalites": ["t1"]}, "has the unknown key modalites. Did you mean modalities?"),
+        ({"cohort": ..., "layout": ...}, 'has no cohort. Add one, such as "cohort": "files" with a layout.'),
+        ({"spacing": ..., "patch": ...}, "has no spacing, patch. Add it, or let `python -m scripts plan"),
+        ({"labels": ...}, "has no labels. Add it, or let"),
+    ],
+)
+def test_incomplete_and_unknown_settings_are_refused(
+    changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(**changes)
+    assert f"task.json {message}" in refused(capsys, "train", "--data", "task.json")
+
+
+def test_files_that_are_no_task_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for content, message in (("[1]", "is not the description of a task"), ("{", "task.json is not JSON")):
+        Path("task.json").write_text(content)
+        assert message in refused(capsys, "train", "--data", "task.json")
+    for name in ("none.json", "nothing"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--data", name])
+    assert "nothing is none of hecktor21, phantom, picai22, sts, and no FILE.json" in capsys.readouterr().err
+
+
+def test_segment_has_an_option_for_each_modality_of_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    write(modalities=["t1", "t2"], intensity={"t1": "zscore", "t2": "zscore"})
+    args = parse_arguments(["segment", "--data", "task.json", "--t1", "a", "--image", "t2=b", "--output", "m.nii.gz"])
+    assert dict(args.image) == {"t1": "a", "t2": "b"}
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["segment", "--data", "task.json", "--ct", "a", "--output", "m.nii.gz"])
+    assert "unrecognized arguments: --ct a" in capsys.readouterr().err
+    common = ("segment", "--data", "task.json", "--weights", "none.pt", "--output", "m.nii.gz")
+    assert "Two images are named as t1: b and a" in refused(capsys, *common, "--t1", "a", "--image", "t1=b")
+    assert "ct is no modality of this task. Use t1, t2." in refused(capsys, *common, "--image", "ct=a")
+
+
+def test_the_task_travels_with_the_weights() -> None:
+    Path("model.task.json").write_text(json.dumps(TASK))
+    args = parse_arguments(["segment", "--weights", "model.pt", "--t1", "a", "--output", "m.nii.gz"])
+    assert args.image == [("t1", "a")]
+    task = task_of(args)
+    assert {key: task[key] for key in TASK} == TASK
+    args = parse_arguments(["evaluate", "--weights", "model.pt", "--set", "spacing=[2,2,2]"])
+    assert task_of(args)["spacing"] == [2, 2, 2]

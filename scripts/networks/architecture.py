@@ -46,8 +46,11 @@ class Architecture:
 
     @property
     def fixed_patch(self) -> bool:
-        """Whether the network is built for one size of patch, such as one that learns a position per cell."""
-        return "@patch" in json.dumps(self.network)
+        """Whether the network takes patches of one size only, such as one that learns a position per cell.
+
+        An argument ``patch`` decides how deep a network is, which then takes other sizes, too.
+        """
+        return any("@patch" in json.dumps(value) for key, value in self.network.items() if key != "patch")
 
     def definition(self, scale: str | None = None, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The network as a MONAI config.

@@ -3,10 +3,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from monai.networks import nets
+
+LEAST_STAGES = 3  # of MONAI's DynUNet
+
+
+def _stages(patch: Sequence[int]) -> int:
+    """The number of stages that a patch allows."""
+    stages = 1
+    while all(n % 2**stages == 0 for n in patch) and math.prod(n // 2**stages for n in patch) > 1:
+        stages += 1
+    return stages
 
 
 class DynUNet(nets.DynUNet):
@@ -24,11 +35,18 @@ class DynUNet(nets.DynUNet):
         in_channels: number of image channels.
         out_channels: number of classes, including the background.
         filters: channels of each stage, from full resolution to the deepest stage.
+        patch: size of a patch in voxels. As in nnU-Net, the network has only as many of the stages as it allows: each
+            stage halves it, and the deepest grid has more than one cell. At least three are kept.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, filters: Sequence[int] = (32, 64, 128, 256, 320, 320)
+        self,
+        in_channels: int,
+        out_channels: int,
+        filters: Sequence[int] = (32, 64, 128, 256, 320, 320),
+        patch: Sequence[int] | None = None,
     ) -> None:
+        filters = list(filters)[: None if patch is None else max(LEAST_STAGES, _stages(patch))]
         strides = [1] + [2] * (len(filters) - 1)
         kernels = [3] * len(filters)
         super().__init__(3, in_channels, out_channels, kernels, strides, strides[1:], filters=list(filters))

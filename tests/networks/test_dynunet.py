@@ -53,3 +53,13 @@ def test_the_tapped_layers_have_the_documented_stride_and_channels(
         network(torch.zeros(1, 3, 16, 16, 16))
     handle.remove()
     assert outputs[0].shape == (1, channels, *[16 // stride] * 3)
+
+
+@pytest.mark.parametrize(
+    ("patch", "stages"), [([64, 64, 64], 6), ([64, 32, 32], 6), ([32, 32, 32], 5), ([80, 80, 48], 5), ([16, 16, 8], 4)]
+)
+def test_it_has_as_many_stages_as_a_patch_allows(patch: list[int], stages: int) -> None:
+    network = DynUNet(1, 2, [2, 2, 4, 4, 8, 8], patch)
+    assert 2 + len(network.downsamples) == stages
+    image = torch.zeros(1, 1, *patch)
+    assert network.train()(image).shape == (1, 2, *patch)  # instance normalisation needs more than one cell

@@ -25,7 +25,7 @@ from scripts.report.curves import read_curves
 from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.checksums import sha256
-from scripts.utils.markdown import markdown_table
+from scripts.utils.markdown import interval_text, markdown_table
 from scripts.utils.run_manifest import write_manifest
 
 _HEAD = ("network", "seeds", "Dice", "Dice per seed", "Dice - alone", "HD95 mm", "ASSD mm", "missed", "train s", "MiB")
@@ -108,18 +108,6 @@ def table_entries(plan: MethodsPlan, jobs: Sequence[Job]) -> list[dict[str, Any]
     return entries
 
 
-def format_interval(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
-    """A mean and its 95% interval as text.
-
-    Args:
-        summary: with ``mean`` and ``ci95``.
-        digits: decimals.
-        sign: ``"+"`` to write the sign of positive numbers.
-    """
-    low, high = summary["ci95"] or (float("nan"),) * 2
-    return f"{summary['mean']:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-
-
 def format_table(entries: Sequence[Entry]) -> str:
     """The Markdown table: means over seeds and patients, 95% bootstrap intervals over patients."""
     return markdown_table(_HEAD, map(_cells, entries))
@@ -128,9 +116,9 @@ def format_table(entries: Sequence[Entry]) -> str:
 def _cells(entry: Entry) -> list[str]:
     metrics = entry["aggregate"]["metrics"]
     dice, hd95, assd = (
-        format_interval(metrics[m]["worst_filled"], digits) for m, digits in zip(METRICS, (3, 1, 1), strict=True)
+        interval_text(metrics[m]["worst_filled"], digits) for m, digits in zip(METRICS, (3, 1, 1), strict=True)
     )
-    difference = format_interval(entry["difference"]["dice"], 3, "+") if "difference" in entry else ""
+    difference = interval_text(entry["difference"]["dice"], 3, "+") if "difference" in entry else ""
     dice_per_seed = " ".join(f"{value:.3f}" for value in entry["dice_per_seed"])
     trained = "seconds" in entry
     cost = [f"{entry['seconds']:.0f}", f"{entry['peak_mib']:.0f}"] if trained else ["", ""]

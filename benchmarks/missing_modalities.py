@@ -22,13 +22,12 @@ import matplotlib.pyplot as plt
 
 from benchmarks.job_queue import Command, Job, add_queue_options, command_lines, run_jobs, select_jobs
 from benchmarks.methods_plan import TEACHER_LEARNING_RATE
-from benchmarks.methods_table import format_interval
 from benchmarks.options import add_data_options, add_output_options, add_training_options
 from scripts.cli.config import read_config
 from scripts.evaluation.seeds import mean_over_seeds
 from scripts.metrics import METRICS, Row, aggregate, paired_difference, read_rows
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
-from scripts.utils.markdown import markdown_table
+from scripts.utils.markdown import interval_text, markdown_table
 
 METHOD = "dist"  # the best method that uses predictions alone, in the comparison of all methods
 PLAIN, DROPOUT, DISTILLED_DROPOUT = "alone", "alone, dropout", f"distilled ({METHOD}), dropout"
@@ -190,9 +189,9 @@ def format_table(entries: Sequence[Entry], shares: Mapping[str, float]) -> str:
     rows = []
     for entry in sorted(entries, key=lambda each: (-len(each["present"]), order.index(tuple(each["present"])))):
         metrics = [entry["metrics"][m]["worst_filled"] for m in METRICS]
-        dice, hd95, assd = (format_interval(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
+        dice, hd95, assd = (interval_text(m, digits) for m, digits in zip(metrics, (3, 1, 1), strict=True))
         loss, against_plain = (
-            format_interval(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain")
+            interval_text(entry[key], 3, "+") if entry.get(key) else "" for key in ("loss", "against_plain")
         )
         rows.append([", ".join(entry["present"]), entry["row"], dice, loss, against_plain, hd95, assd])
     lines = ["", "Loss of Dice with one modality missing, as a share of the plain student's loss:"]

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.methods_table import format_interval
 from benchmarks.study_costs import COST_COLUMNS, ENSEMBLE, Cost
 from benchmarks.study_figures import draw_dice_by_size
 from benchmarks.study_records import Run
@@ -20,7 +19,7 @@ from benchmarks.study_statistics import (
     missing_runs,
     patient_means,
 )
-from scripts.utils.markdown import markdown_table
+from scripts.utils.markdown import interval_text, markdown_table
 
 Arms = Mapping[tuple[str, str], Sequence[Run]]  # (student, arm) -> runs
 
@@ -75,7 +74,7 @@ def _compression_table(arms: Arms, costs: Mapping[str, Cost]) -> str:
         if arm == TEACHERS or not difference["n"]:
             continue
         share = 100 * statistics.fmean(patient_means(runs).values()) / teacher_dice if teacher_dice else 0.0
-        cells = [student, arm, difference["n"], format_interval(difference, 3, "+"), f"{share:.1f}%"]
+        cells = [student, arm, difference["n"], interval_text(difference, 3, "+"), f"{share:.1f}%"]
         if student not in costs or ENSEMBLE not in costs:
             rows.append([*cells, "", "", "costs not measured"])
             continue

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods_table import format_interval
 from benchmarks.missing_modalities import subsets
 from benchmarks.study_compression import TEACHERS, Arms, compression_section
 from benchmarks.study_costs import read_costs, write_costs
@@ -22,7 +21,7 @@ from benchmarks.study_statistics import (
     patient_means,
 )
 from scripts.utils.atomic_files import write_json, write_text
-from scripts.utils.markdown import markdown_table
+from scripts.utils.markdown import interval_text, markdown_table
 
 SUBSETS = ["+".join(subset) for subset in subsets(("ct", "pet", "mr"))]
 _D_ARMS = ("alone_dropout@{}", "alone_{}", "kd_dropout@{}", "kd_experts_dropout@{}", "kd_{}", "expert@{}")
@@ -125,7 +124,7 @@ def _arm_table(experiment: str, arms: Arms) -> str:
     for (student, arm), runs in arms.items():
         means = {metric: patient_means(runs, metric) for metric in ("dice", "hd95_mm")}
         dice, hd95 = (
-            format_interval(mean_with_interval(means[metric]), digits) if means[metric] else ""
+            interval_text(mean_with_interval(means[metric]), digits) if means[metric] else ""
             for metric, digits in (("dice", 3), ("hd95_mm", 1))
         )
         seeds = len({run["seed"] for run in runs})
@@ -150,7 +149,7 @@ def _contrast_table(experiment: str, arms: Arms) -> str:
             if difference["n"]:
                 kind = tested.get((experiment, student, arm, reference), "exploratory")
                 run_counts = f"{len(runs)} and {len(reference_runs)}"
-                value = format_interval(difference, 3, "+")
+                value = interval_text(difference, 3, "+")
                 rows.append((student, f"{arm} - {reference}", run_counts, difference["n"], value, kind))
     return markdown_table(("student", "arms", "runs", "n", "difference in Dice", "kind"), rows) if rows else ""
 
@@ -159,7 +158,7 @@ def _hypothesis_table(results: Sequence[Mapping[str, Any]]) -> str:
     head = ("", "experiment", "student", "arms", "n", "difference in Dice", "90% interval", "p", "Holm p", "verdict")
     rows = []
     for hypothesis, result in zip(HYPOTHESES, results, strict=True):
-        difference = format_interval(result, 3, "+") if result["n"] else ""
+        difference = interval_text(result, 3, "+") if result["n"] else ""
         ci90 = "[{:+.3f}, {:+.3f}]".format(*result["ci90"]) if result["ci90"] else ""
         p_values = ["" if result[key] is None else f"{result[key]:.2g}" for key in ("p", "p_holm")]
         outcome = f"not yet tested: {result['untested']}" if result["untested"] else result["verdict"]

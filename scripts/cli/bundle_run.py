@@ -92,15 +92,20 @@ def user_overrides(args: argparse.Namespace) -> Overrides:
 def _all_overrides(
     args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, complete: bool = True
 ) -> Overrides:
-    """The overrides of a run, the strongest last: the task's file, the verb's own, the user's."""
+    """The overrides of a run, the strongest last: the task's file, the verb's own, the user's.
+
+    Labels that differ from those below come without their classes, regions and codes, unless they name them, too.
+    """
     known, task = merge_configs(configs), file_settings(args)
     if complete:
         require_complete(args, task)
-    own = {**{key: value for key, value in task.items() if key in known}, **overrides}
-    user = user_overrides(args)
-    labels = {**known, **own}.get("labels")
-    unnamed = UNNAMED if user.get("labels", labels) != labels else {}
-    return {**own, **unnamed, **user}
+    labels, merged = known.get("labels"), Overrides()
+    for layer in ({key: value for key, value in task.items() if key in known}, overrides, user_overrides(args)):
+        if layer.get("labels", labels) != labels:
+            merged |= UNNAMED
+        merged |= layer
+        labels = merged.get("labels", labels)
+    return merged
 
 
 def resolved_config(

@@ -95,25 +95,3 @@ def _ids(value: Any, prefix: str = "") -> Iterator[str]:
     for key, child in items:
         yield f"{prefix}{key}"
         yield from _ids(child, f"{prefix}{key}{SEPARATOR}")
-
-
-def read_object(path: str, what: str) -> dict[str, Any]:
-    """Read a JSON file of the user that holds one object.
-
-    Args:
-        path: of the file.
-        what: the object in words, for errors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or no object.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no {what} at {path}. Check the path.")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Write the {what}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not the {what}. Write an object with its keys.")
-    return content

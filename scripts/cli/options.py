@@ -9,8 +9,9 @@ import os
 import re
 from typing import Any
 
-from scripts.cli.config import config_names, read_object
+from scripts.cli.config import config_names
 from scripts.cli.task import is_file, task_name
+from scripts.utils.json_files import read_object
 from scripts.utils.task_file import read_task
 
 Parser = argparse.ArgumentParser

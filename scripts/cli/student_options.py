@@ -8,8 +8,9 @@ import pydoc
 from typing import Any
 
 from scripts.cli.bundle_run import Overrides, interpreted
-from scripts.cli.config import Config, read_object
+from scripts.cli.config import Config
 from scripts.cli.options import Parser
+from scripts.utils.json_files import read_object
 
 LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
 TAPS = ("deep", "middle", "fine")

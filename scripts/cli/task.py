@@ -12,13 +12,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.config import Config, config_names, read_config, read_object
+from scripts.cli.config import Config, config_names, read_config
+from scripts.utils.json_files import read_object
 
 FILES = "files"  # the cohort of a task with a layout
 # What every task must say. An nnU-Net data set says the first two itself.
 REQUIRED = ("modalities", "labels", "intensity", "spacing", "patch")
 NNUNET = "nnunet"
-# What belongs to the labels of a task: other labels come without it, unless it is named, too.
+# What belongs to the labels of a task, as it is where nothing is named.
 UNNAMED: Config = {"classes": None, "regions": None, "codes": {}}
 
 

@@ -62,16 +62,17 @@ def task_of(args: argparse.Namespace) -> Config:
     configs = ["inference", *context_configs(args)]
     config = resolved_config(args, configs, {})
     task = read_task(weights_path(args)) if "weights" in args else None
-    return {**config, **_trained_settings(args, task or {}, config)}
+    return resolved_config(args, configs, _trained_settings(args, task or {}, config))
 
 
 def _trained_settings(args: argparse.Namespace, task: Config, config: Config) -> Config:
     """The settings that the weights were trained with, where the user names no others."""
     named = _named_settings(args) | {key.removeprefix("+") for key in parse_set(args.set)}
-    # A record of version 0.9 names no classes; those of the data set that stands in for its own are of other labels.
-    unnamed = {} if task.get("labels", config["labels"]) == config["labels"] else UNNAMED
-    settings = {**unnamed, **{key: task[key] for key in SETTINGS if key in task}}
-    return {key: value for key, value in settings.items() if key not in named and value != config.get(key)}
+    settings = {key: task[key] for key in SETTINGS if key in task and key not in named}
+    changed = {key for key, value in settings.items() if value != config.get(key)}
+    if "labels" in changed:
+        changed |= set(UNNAMED)  # which go with them, even where they are the same
+    return {key: value for key, value in settings.items() if key in changed}
 
 
 def _named_settings(args: argparse.Namespace) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
-from scripts.data.regions import IGNORED
+from scripts.data.label_values import class_indices
 from scripts.data.resampling import copy_between_layouts, with_affine
 from scripts.image_io.headers import LPS_TO_RAS, Affine
 
@@ -189,10 +189,7 @@ class MapLabelsd(MapTransform):
         self, key: str, classes: Sequence[Sequence[float]], optional: bool = False, ignore: float | None = None
     ) -> None:
         super().__init__(key, allow_missing_keys=optional)
-        self.classes = [list(values) for values in classes]
-        self.values = {value: index for index, values in enumerate(classes) for value in values}
-        if ignore is not None:
-            self.values[ignore] = IGNORED
+        self.classes, self.ignore = classes, ignore
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -201,23 +198,10 @@ class MapLabelsd(MapTransform):
             return item
         if key not in item:
             raise ValueError(f"Case {item.get('case_id')} has no label. Training and validation need one.")
-        values, plain = item[key], _plain(item[key])  # plain: a MetaTensor would copy its metadata at every step
-        dtype = torch.int16 if values.dtype == torch.int8 else values.dtype  # int8 cannot hold IGNORED
-        mapped, known = torch.zeros_like(values, dtype=dtype), torch.zeros_like(plain, dtype=torch.bool)
-        for value, index in self.values.items():
-            matches = plain == value
-            known |= matches
-            if index:
-                _plain(mapped)[matches] = index
-        if not known.all():
-            # dict.fromkeys, because unique() lists every NaN
-            unknown = list(dict.fromkeys(f"{value:.7g}" for value in plain[~known].unique().tolist()))
-            path = values.meta.get("filename_or_obj", "The label")
-            raise ValueError(
-                f"{path} contains the values {', '.join(unknown[:5])}, which are not in the data set's mapping "
-                f"{self.classes}. Correct the file or the config's `labels` (or `ignore`)."
-            )
-        item[key] = mapped
+        label = item[key]
+        path = label.meta.get("filename_or_obj", "The label")
+        mapped = torch.from_numpy(class_indices(_plain(label).numpy(), self.classes, path, self.ignore))
+        item[key] = with_affine(mapped, np.asarray(label.affine), label.meta)
         return item
 
 

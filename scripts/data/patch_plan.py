@@ -20,7 +20,7 @@ COVERED = 0.05  # largest share of the data set's voxels in a batch
 FLOAT_BYTES = 4
 HEADS = 4  # of the student's attention
 LOSS_VALUES = 4  # tensors of logits that the loss keeps for its gradient
-PEAK_FACTOR = 2  # peak memory of a step over what it keeps for the gradient (measured: 1.4 to 2.1)
+PEAK_FACTOR = 2  # peak memory of a step over what it keeps for the gradient, an upper estimate
 
 Strides = list[list[int]]
 

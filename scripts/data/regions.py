@@ -68,13 +68,6 @@ def sigmoid_regions(
     return list(region_classes(labels, classes, regions).values()) if head == "sigmoid" else None
 
 
-def output_channels(
-    labels: Labels, head: str, classes: Sequence[str] | None = None, regions: Regions | None = None
-) -> int:
-    """The number of a network's output channels: classes, or regions of a sigmoid head."""
-    return len(sigmoid_regions(labels, head, classes, regions) or labels)
-
-
 def own_classes(regions: Sequence[Sequence[int]]) -> list[int]:
     """The class that a voxel gets for each region of a sigmoid head, where no later region contains the voxel.
 

@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scripts.data.regions import check_classes
+from scripts.data.regions import check_classes, region_values
+from scripts.image_io.dicom_codes import check_codes
+from scripts.image_io.dicom_rules import check_rules
 from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 
@@ -71,6 +73,11 @@ RULES: dict[str, _Rule] = {
         lambda value: value is None or _are_regions(value),
         'the label\'s values of each region, such as {"WT": [1, 2, 4], "ET": [4]}',
     ),
+    "codes": _Rule(
+        lambda value: isinstance(value, Mapping),
+        'the code of each region: {"tumour": ["108369006", "SCT", "Neoplasm"]}',
+    ),
+    "dicom": _Rule(lambda value: isinstance(value, Mapping), 'a rule per modality: {"t1": {"Modality": "MR"}}'),
     "ignore": _Rule(lambda value: value is None or is_number(value), "one value of the label, or null"),
     "head": _Rule(HEADS.__contains__, " or ".join(HEADS)),
     "mask_values": _Rule(("file", "index").__contains__, '"file" or "index"'),
@@ -130,6 +137,11 @@ def check_settings(
     if "labels" in settings:
         names = ("classes", "regions", "ignore", "head")
         check_classes(settings["labels"], **{name: settings[name] for name in names if name in settings})
+        if "codes" in settings:
+            regions = region_values(settings["labels"], settings.get("classes"), settings.get("regions"))
+            check_codes(regions, settings["codes"])
+    if "dicom" in settings and "modalities" in settings:
+        check_rules(settings["modalities"], settings["dicom"])
     if intensity is not None:
         _check_intensity(intensity, settings.get("modalities", ()))
     if student_strides is not None:

@@ -165,11 +165,8 @@ class DistillationLoss(nn.Module):
     def _loss(self, name: str, teacher: str) -> Callable[..., torch.Tensor]:
         """Return a term's loss as a function of the student's and the teacher's tensors and the label."""
         source = {"source": teacher} if self.needs_source[name] else {}
-        loss, on_logits, needs_label = (
-            partial(self.losses[name], **source),
-            self.on_logits[name],
-            self.needs_label[name],
-        )
+        loss = partial(self.losses[name], **source)
+        on_logits, needs_label = self.on_logits[name], self.needs_label[name]
 
         def compare(student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
             extra = [_of_known_class(label)] if needs_label else []

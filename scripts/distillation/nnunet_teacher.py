@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, NNUNetFolder
 from scripts.image_io.headers import Header
 from scripts.networks.weights import require_finite
+from scripts.utils.json_files import read_json
 from scripts.utils.tensor_files import load_plain
 
 
@@ -137,7 +137,8 @@ def _load_predictor(origin: NNUNetFolder, device: torch.device) -> Any:
         raise ValueError(
             f'The teacher {origin.name} is an nnU-Net, and nnunetv2 >= 2.8 is not installed: pip install ".[nnunet]".'
         ) from error
-    dataset, plans = (_read_json(origin.folder / f"{name}.json") for name in ("dataset", "plans"))
+    names = ("dataset.json", "plans.json")
+    dataset, plans = (read_json(origin.folder / name, f"{name} of a finished nnU-Net training") for name in names)
     checkpoints = [_read_checkpoint(path) for path in origin.paths]
     first, manager = checkpoints[0], PlansManager(plans)
     configuration = manager.get_configuration(first["init_args"]["configuration"])
@@ -155,13 +156,6 @@ def _load_predictor(origin: NNUNetFolder, device: torch.device) -> Any:
     axes = first.get("inference_allowed_mirroring_axes")
     predictor.manual_initialization(network, manager, configuration, weights, dataset, first["trainer_name"], axes)
     return predictor
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Give the folder of a finished nnU-Net training.") from error
 
 
 def _read_checkpoint(path: Path) -> Any:

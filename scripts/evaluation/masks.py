@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.data.regions import mask_values, region_classes
+from scripts.data.label_values import Labels, class_indices
+from scripts.data.regions import IGNORED, mask_values, region_classes
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.report.case_images import resample_to_grid
-
-Labels = Sequence[Sequence[float]]
 
 
 class MaskCoding(NamedTuple):
@@ -58,9 +57,12 @@ def reference_classes(image: sitk.Image, coding: MaskCoding, source: str) -> tup
     Raises:
         ValueError: the mask holds values that ``coding`` does not list.
     """
-    values = sitk.GetArrayViewFromImage(image)
-    ignored = None if coding.ignore is None else values == coding.ignore
-    return _classes(values, coding.labels, ignored, source), ignored
+    classes = class_indices(sitk.GetArrayViewFromImage(image), coding.labels, source, coding.ignore)
+    if coding.ignore is None:
+        return classes, None
+    ignored = classes == IGNORED
+    classes[ignored] = 0
+    return classes, ignored
 
 
 def predicted_classes(
@@ -80,47 +82,15 @@ def predicted_classes(
     Raises:
         ValueError: the mask holds values that ``coding`` does not list.
     """
-    values, indices = sitk.GetArrayViewFromImage(image), _indices(coding.labels)
+    values = sitk.GetArrayViewFromImage(image)
+    if ignored is not None:  # a mask may hold anything there, such as the value of the label
+        values = np.where(ignored, coding.predicted_background, values)
+    indices = [[index] for index in range(len(coding.labels))]
     if coding.mask_values == "file":
         hint = 'These are class indices: set "mask_values": "index".'
-        return _classes(values, coding.labels, ignored, source, indices, hint)
+        return class_indices(values, coding.labels, source, others=indices, hint=hint)
     hint = 'These are values of the label files: set "mask_values": "file".'
-    return _classes(values, indices, ignored, source, coding.labels, hint)
-
-
-def _indices(labels: Labels) -> list[list[float]]:
-    return [[index] for index in range(len(labels))]
-
-
-def _classes(
-    values: np.ndarray,
-    labels: Labels,
-    ignored: np.ndarray | None,
-    source: str,
-    other_labels: Labels = (),
-    hint: str = "",
-) -> np.ndarray:
-    """Class indices of a mask's values. The error ends with ``hint`` where ``other_labels`` lists all of them."""
-    classes = np.zeros(values.shape, np.uint8)
-    known = np.zeros(values.shape, bool) if ignored is None else ignored.copy()
-    for index, members in enumerate(labels):
-        for value in members:
-            matches = values == value
-            known |= matches
-            if index:
-                classes[matches] = index
-    if ignored is not None:
-        classes[ignored] = 0
-    if not known.all():
-        # dict.fromkeys, because unique() lists every NaN
-        unlisted = dict.fromkeys(f"{value:.7g}" for value in np.unique(values[~known]).tolist())
-        counted = values if ignored is None else values[~ignored]
-        is_other = np.isin(counted, [value for members in other_labels for value in members]).all()
-        raise ValueError(
-            f"{source} contains the values {', '.join([*unlisted][:5])}, which are not in the data set's mapping "
-            f"{list(labels)}. " + (hint if is_other else "Correct the file or the config's `labels`.")
-        )
-    return classes
+    return class_indices(values, indices, source, others=coding.labels, hint=hint)
 
 
 def read_on_grid(path: Path, grid: sitk.Image, rules: Rules, background: float = 0) -> sitk.Image:

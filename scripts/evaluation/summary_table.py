@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.metrics.aggregate import case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES
-from scripts.utils.markdown import markdown_table
+from scripts.utils.markdown import interval_text, markdown_table
 
 _HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")
 _DIGITS = {"dice": 3, "hd95_mm": 1, "assd_mm": 1}
@@ -59,7 +59,7 @@ def markdown_differences(runs: Sequence[Mapping[str, Any]], baseline: Mapping[st
     for run in runs:
         if run is not baseline:
             difference = paired_difference(run["rows"], baseline["rows"], "dice")
-            rows.append((run["name"], _interval_text(difference, 3, "+"), difference["n"]))
+            rows.append((run["name"], interval_text(difference, 3, "+"), difference["n"]))
     return markdown_table(("network", f"Dice - that of {baseline['name']}", "cases"), rows)
 
 
@@ -74,12 +74,4 @@ def _metric(metric: Mapping[str, Any], digits: int, failures: int) -> str:
     with_failures = f"; {worst:.{digits}f} with failures" if failures and worst is not None else ""
     if summary["mean"] is None:
         return f"undefined (0){with_failures}"
-    return f"{_interval_text(summary, digits)} ({summary['n']}){with_failures}"
-
-
-def _interval_text(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
-    """A mean and its interval, if there is one."""
-    if summary["mean"] is None:
-        return "undefined"
-    ends = [f"{x:{sign}.{digits}f}" for x in summary["ci95"] or ()]
-    return f"{summary['mean']:{sign}.{digits}f}" + (f" [{', '.join(ends)}]" if ends else "")
+    return f"{interval_text(summary, digits)} ({summary['n']}){with_failures}"

@@ -54,6 +54,22 @@ class Property(NamedTuple):
     anatomy: Triple | None = None
 
 
+def check_codes(regions: Iterable[str], codes: Mapping[str, Any]) -> None:
+    """Refuse codes that are none, or are of no region; what needs pydicom is left to ``segment_properties``.
+
+    Args:
+        regions, codes: see ``segment_properties``.
+
+    Raises:
+        ValueError: there is such a code.
+    """
+    names = list(regions)
+    for name, code in codes.items():
+        if name not in names:
+            raise ValueError(f"codes has an entry for {name}, which is no region of this task. Use {', '.join(names)}.")
+        _triples(name, code)
+
+
 def segment_properties(regions: Iterable[str], codes: Mapping[str, Any]) -> dict[str, Property]:
     """What each region is in DICOM.
 
@@ -67,15 +83,13 @@ def segment_properties(regions: Iterable[str], codes: Mapping[str, Any]) -> dict
             DICOM; or pydicom is not installed.
     """
     names = list(regions)
+    check_codes(names, codes)
     for name in names:
         if len(name) > MAX_LONG or "\\" in name or not name.isprintable():
             raise ValueError(
                 f"The region {name!r} cannot be a name in DICOM. Give it at most {MAX_LONG} printable characters "
                 "without a backslash."
             )
-    for name in codes:
-        if name not in names:
-            raise ValueError(f"codes has an entry for {name}, which is no region of this task. Use {', '.join(names)}.")
     return {name: _property(name, codes[name]) if name in codes else Property(TISSUE, TISSUE) for name in names}
 
 
@@ -87,6 +101,13 @@ def is_lesion(code: Any) -> bool:
 
 
 def _property(region: str, code: Any) -> Property:
+    triples = _triples(region, code)
+    category = triples.get("category") or _category(region, triples["type"])
+    return Property(category, triples["type"], triples.get("anatomy"))
+
+
+def _triples(region: str, code: Any) -> dict[str, Triple]:
+    """The codes of a region's entry by their keys."""
     given = _given(code)
     unknown = [key for key in given if key not in KEYS]
     if unknown or "type" not in given:
@@ -98,9 +119,7 @@ def _property(region: str, code: Any) -> Property:
                 f'codes["{region}"] has {value!r}. Give the value, the scheme and the meaning of a code, at most '
                 f"{MAX_SHORT}, {MAX_SHORT} and {MAX_LONG} characters long: {EXAMPLE}."
             )
-    triples = {key: (value[0], value[1], value[2]) for key, value in given.items()}
-    category = triples.get("category") or _category(region, triples["type"])
-    return Property(category, triples["type"], triples.get("anatomy"))
+    return {key: (value[0], value[1], value[2]) for key, value in given.items()}
 
 
 def _given(code: Any) -> dict[str, Any]:

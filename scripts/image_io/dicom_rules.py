@@ -24,6 +24,25 @@ EXAMPLE = '{"Modality": "MR", "SeriesDescription": "*T1*"}'
 NUMBER_TOLERANCE = 1e-4  # relative: DICOM writes decimals as text
 
 
+def check_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> None:
+    """Refuse rules of no modality, and rules that are none; what needs pydicom is left to ``series_rules``.
+
+    Args:
+        modalities, rules: see ``series_rules``.
+
+    Raises:
+        ValueError: there is such a rule.
+    """
+    for key, rule in rules.items():
+        if key not in modalities:
+            known = ", ".join(modalities)
+            raise ValueError(f"dicom has a rule for {key}, which is no modality of this task. Use {known}.")
+        if not isinstance(rule, Mapping) or (not rule and key not in DICOM_MODALITIES):
+            raise ValueError(
+                f'dicom["{key}"] is {rule!r}. Give keywords of DICOM with a pattern or a number: {EXAMPLE}.'
+            )
+
+
 def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[str, Rule]:
     """The rule of each modality; those of ``ct``, ``pet`` and ``mr`` begin with the ``Modality`` of DICOM.
 
@@ -35,10 +54,7 @@ def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[st
         ValueError: a modality without a rule, a rule of no modality, a rule that is none, an unknown keyword, or
             pydicom is not installed.
     """
-    for key in rules:
-        if key not in modalities:
-            known = ", ".join(modalities)
-            raise ValueError(f"dicom has a rule for {key}, which is no modality of this task. Use {known}.")
+    check_rules(modalities, rules)
     defaults = {key: {"Modality": value} for key, value in DICOM_MODALITIES.items()}
     complete: dict[str, Rule] = {}
     for key in modalities:
@@ -85,8 +101,6 @@ def _numbers(texts: Iterable[str]) -> list[float]:
 
 def _checked(key: str, rule: Any) -> Rule:
     """The rule, if it is one."""
-    if not isinstance(rule, Mapping) or (not rule and key not in DICOM_MODALITIES):
-        raise ValueError(f'dicom["{key}"] is {rule!r}. Give keywords of DICOM with a pattern or a number: {EXAMPLE}.')
     dictionary = dicom_package("pydicom.datadict")
     for keyword, wanted in rule.items():
         tag = dictionary.tag_for_keyword(keyword)

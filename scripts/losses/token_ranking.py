@@ -52,8 +52,8 @@ class TokenRankingLoss(nn.Module):
         top_k: share of the tokens that is ranked, in (0, 1]; at least one token is ranked.
         grid: cells per axis; fewer along an axis on which either map is smaller.
         flat: entropy / log N above which a teacher's importance counts as flat. The default is just below that of
-            noise: normal maps of 8 to 128 channels have 0.9992 or more on the default grid of 216 tokens. With few
-            tokens noise has an order by chance, and only nearly constant maps are found. Watch ``flat_teachers``.
+            noise on the default grid of 216 tokens. With few tokens noise has an order by chance, and only nearly
+            constant maps are found. Watch ``flat_teachers``.
 
     Raises:
         ValueError: ``top_k`` or ``flat`` is not in (0, 1], or ``grid`` is less than 1.

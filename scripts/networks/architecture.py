@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from scripts import bundle_root
+from scripts.utils.json_files import read_json
 
 FOLDER = Path(bundle_root()) / "configs" / "teachers"
 KINDS = ("cnn", "transformer")
@@ -162,10 +163,7 @@ def read_architecture(name: str) -> Architecture:
             f"Unknown architecture {name!r}.{did_you_mean(name, names)} Choose one of {', '.join(names)}, or a file "
             "that describes one (docs/how_to/own_teacher.md)."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Write an architecture as in configs/teachers.") from error
+    content = read_json(path, "architecture")
     _require_architecture(path, content)
     return Architecture(path.stem, **content)
 

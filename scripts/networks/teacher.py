@@ -141,10 +141,7 @@ class Teacher(nn.Module):
             digests.append(load_weights(self, file, sha256))
             members.append(self.network)
         if len(members) > 1:
-            self.network, self.layers = (
-                Ensemble(members, head == "sigmoid"),
-                {},
-            )  # members have features, their mean has none
+            self.network, self.layers = Ensemble(members, head == "sigmoid"), {}  # their mean has no features
         self.sha256 = join_checksums(digests)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -220,12 +217,12 @@ def load_teachers(
             of the task; the teacher is named.
     """
     classes = classes or out_channels
-    heads = {}
+    heads, outputs = {}, {}
     for name, spec in specs.items():
         check_spec(name, spec)
         heads[name] = teacher_head(name, spec, "softmax" if regions is None else "sigmoid")
-        outputs = classes if heads[name] == "softmax" else out_channels
-        _require_usable(name, spec, outputs, own_input(spec, patch, intensity or {}, spacing), cached)
+        outputs[name] = classes if heads[name] == "softmax" else out_channels
+        _require_usable(name, spec, outputs[name], own_input(spec, patch, intensity or {}, spacing), cached)
     teachers: dict[str, Teacher | LabelTeacher] = {}
     for name, spec in specs.items():
         if spec.get("label"):
@@ -234,12 +231,13 @@ def load_teachers(
             continue
         own_patch = spec.get("patch") or patch
         rescale = _own_windows(spec, patch, intensity or {}, spacing)
-        outputs = classes if heads[name] == "softmax" else out_channels
         try:
-            teacher = _build(spec, outputs, all_modalities, own_patch, scale, options, rescale, heads[name], regions)
+            teacher = _build(
+                spec, outputs[name], all_modalities, own_patch, scale, options, rescale, heads[name], regions
+            )
             if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
                 advice = (
-                    f"Its network needs {len(spec['modalities'])} input channels, and {outputs} outputs or "
+                    f"Its network needs {len(spec['modalities'])} input channels, and {outputs[name]} outputs or "
                     'the key "classes".'
                 )
                 check_network(teacher, len(all_modalities), out_channels, own_patch, advice=advice)

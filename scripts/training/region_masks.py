@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from monai.utils import CommonKeys
 from torch import Tensor
 
 from scripts.data.modalities import UNLABELLED
 from scripts.data.regions import IGNORED
+from scripts.losses.segmentation import region_targets
 
 
 class RegionMasks:
@@ -35,11 +35,7 @@ class RegionMasks:
         predictions, labels = ([item[key] for item in output] for key in (CommonKeys.PRED, CommonKeys.LABEL))
         counted = [(label != IGNORED) & (label != UNLABELLED) for label in labels]
         predictions, labels = (
-            [self._channels(mask) * where for mask, where in zip(masks, counted, strict=True)]
+            [region_targets(mask[None], self.regions)[0] * where for mask, where in zip(masks, counted, strict=True)]
             for masks in (predictions, labels)
         )
         return predictions, labels
-
-    def _channels(self, mask: Tensor) -> Tensor:
-        inside = [torch.isin(mask[0], torch.tensor(classes, device=mask.device)) for classes in self.regions]
-        return torch.stack(inside).to(torch.uint8)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables."""
+"""Markdown tables, and numbers in them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -19,6 +20,20 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """
     lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def interval_text(summary: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """A mean and its interval as text, such as ``0.700 [0.650, 0.750]``; without an interval the mean alone.
+
+    Args:
+        summary: with ``mean`` and ``ci95``; either may be None.
+        digits: decimals.
+        sign: ``"+"`` to write the sign of positive numbers.
+    """
+    if summary["mean"] is None:
+        return "undefined"
+    ends = [f"{x:{sign}.{digits}f}" for x in summary["ci95"] or ()]
+    return f"{summary['mean']:{sign}.{digits}f}" + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def _cell(value: object) -> str:

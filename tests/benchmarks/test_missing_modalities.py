@@ -211,7 +211,7 @@ def test_the_table_sorts_rows_by_size_and_lists_the_shares() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| ct, pet | alone, dropout | 0.750 [0.650, 0.850] | +0.000 [-0.100, +0.100] | -0.050 [-0.150, +0.050] "
         "| 12.0 [11.9, 12.1] | 3.0 [2.9, 3.1] |",
-        "| ct | alone | 0.400 [0.300, 0.500] | -0.400 [-0.500, -0.300] |  | 12.0 [11.9, 12.1] | 3.0 [nan, nan] |",
+        "| ct | alone | 0.400 [0.300, 0.500] | -0.400 [-0.500, -0.300] |  | 12.0 [11.9, 12.1] | 3.0 |",
         "",
         "Loss of Dice with one modality missing, as a share of the plain student's loss:",
         "- alone: 1.00",

@@ -66,6 +66,14 @@ def test_other_labels_come_without_the_classes_and_regions_of_the_task() -> None
     assert config("train", "--data", "sts", "--set", "labels=[[0],[1]]")["classes"] == ["background", "tumour"]
 
 
+def test_a_record_with_other_labels_brings_its_own_classes() -> None:
+    for more, classes in (({}, None), ({"classes": ["background", "tumour"]}, ["background", "tumour"])):
+        record = {"modalities": ["ct"], "labels": [[0], [2]], "cohort": "own", **more}
+        Path("model.task.json").write_text(json.dumps(record))
+        task = task_of(parse_arguments(["evaluate", "--weights", "model.pt"]))
+        assert (task["labels"], task["classes"]) == ([[0], [2]], classes)  # sts has the same names for other labels
+
+
 def test_text_of_a_task_is_never_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     code = "$open('RAN', 'w').write('x')"
     write(classes=["background", code, "@spacing"])
@@ -88,6 +96,25 @@ def test_incomplete_and_unknown_settings_are_refused(
 ) -> None:
     write(**changes)
     assert f"task.json {message}" in refused(capsys, "train", "--data", "task.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": {"core": ["1", "SCT", "x"]}}, "codes has an entry for core, which is no region of this task"),
+        ({"codes": {"whole": ["1", "SCT"]}}, 'codes["whole"] has'),
+        ({"codes": []}, "codes is []. Give the code of each region"),
+        ({"dicom": {"t2": {"Modality": "MR"}}}, "dicom has a rule for t2, which is no modality of this task"),
+        ({"dicom": {"t1": "MR"}}, 'dicom["t1"] is'),
+    ],
+)
+def test_codes_and_rules_for_dicom_are_judged_before_a_training(
+    changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(**changes)
+    assert main(["train", "--data", "task.json", "--dataset-dir", "nowhere", "--output-dir", "out"]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_files_that_are_no_task_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

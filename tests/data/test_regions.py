@@ -8,7 +8,6 @@ from scripts.data.regions import (
     class_mask_values,
     class_names,
     mask_values,
-    output_channels,
     own_classes,
     region_classes,
     region_mask_values,
@@ -36,8 +35,6 @@ def test_a_region_has_the_classes_of_its_values():
 def test_a_sigmoid_head_has_one_channel_per_region():
     assert sigmoid_regions(BRATS, "sigmoid", NAMES, REGIONS) == [[1, 2, 3], [1, 3], [3]]
     assert sigmoid_regions(BRATS, "softmax", NAMES, REGIONS) is None
-    assert output_channels(BRATS, "sigmoid", NAMES, REGIONS) == 3
-    assert output_channels(BRATS, "softmax", NAMES, REGIONS) == 4
 
 
 def test_a_region_stands_for_its_class_that_no_later_region_has():

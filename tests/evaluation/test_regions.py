@@ -35,13 +35,6 @@ def tumour() -> Mask:
     return mask
 
 
-@pytest.fixture(autouse=True)
-def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds: only tests with "outlines" in their names draw."""
-    if "outlines" not in request.node.name:
-        monkeypatch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
-
-
 @pytest.fixture
 def scored(tmp_path: Path, write_nifti: Any) -> Any:
     """``scored(label and prediction by case, **options)``: write the masks, score them; returns the rows by key."""
@@ -144,7 +137,7 @@ def test_masks_of_class_indices_are_scored_by_index(scored: Any) -> None:
     [
         ("file", 3, r'These are class indices: set "mask_values": "index"'),
         ("index", 4, r'These are values of the label files: set "mask_values": "file"'),
-        ("file", 7, r"Correct the file or the config's `labels`"),
+        ("file", 7, r"Correct the file or the config's `labels` \(or `ignore`\)"),
     ],
 )
 def test_unknown_values_are_an_error_of_every_region_and_name_the_other_setting(

@@ -32,13 +32,6 @@ def cube(shift: int = 0) -> Any:
     return mask
 
 
-@pytest.fixture(autouse=True)
-def _no_outlines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds: only tests with "outlines" in their names draw."""
-    if "outlines" not in request.node.name:
-        monkeypatch.setattr("scripts.evaluation.score.case_overlays", lambda *arguments: [])
-
-
 @pytest.fixture
 def cohort(tmp_path: Path, write_nifti: Any) -> list[dict[str, Any]]:
     """Six cases and, in the folder ``masks``, predictions of every kind."""

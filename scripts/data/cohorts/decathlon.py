@@ -28,7 +28,7 @@ from scripts.data.case_list import TEST, Item, check_cases, refuse_unknown_keys,
 from scripts.data.case_table import path_inside
 from scripts.image_io.checks import LABEL
 from scripts.utils.file_names import nfc
-from scripts.utils.json_files import read_json_object
+from scripts.utils.json_files import read_object
 from scripts.utils.values import is_list, is_whole
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], a
     refuse_unknown_keys(layout, ("list",), "decathlon")
     root = require_folder(root, "decathlon", LAYOUT)
     path = Path(path_inside(layout["list"], root, allow_outside, "layout")) if layout else _list_file(root)
-    content = read_json_object(path)
+    content = read_object(path, "data list")
     problems: list[str] = []
     entries = _entries(content, path, problems)
     other_keys = sorted({str(key) for _, entry, _ in entries if isinstance(entry, Mapping) for key in entry} - {*KEYS})

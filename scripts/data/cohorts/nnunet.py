@@ -21,7 +21,7 @@ from typing import Any
 from scripts.data.case_list import TEST, Item, check_cases, make_item, refuse_unknown_keys, require_folder
 from scripts.data.case_table import path_inside
 from scripts.data.cohorts.nnunet_task import DATASET_JSON, channel_modalities, modality_key
-from scripts.utils.json_files import read_json, read_json_object
+from scripts.utils.json_files import read_json, read_object
 from scripts.utils.values import is_list
 
 LAYOUT = "dataset.json, imagesTr/<case>_0000{ending} and labelsTr/<case>{ending}"
@@ -50,7 +50,7 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], a
     refuse_unknown_keys(layout, (), "nnunet")
     root = require_folder(root, "nnunet", LAYOUT.format(ending=".nii.gz"))
     path = root / DATASET_JSON
-    content = read_json_object(path)
+    content = read_object(path, DATASET_JSON)
     channels = _channel_of(modalities, channel_modalities(content, path), path)
     ending = str(content.get("file_ending", ".nii.gz"))
     problems: list[str] = []
@@ -165,7 +165,7 @@ def _read_folds(path: Path, cases: set[str]) -> dict[str, int]:
     if not path.is_file():
         return {}
     expected = 'Expected [{"train": [cases], "val": [cases]}, ...], every case in the val of one fold'
-    content = read_json(path)
+    content = read_json(path, SPLITS)
     is_valid = isinstance(content, list) and all(
         isinstance(fold, Mapping) and is_list(fold.get("train")) and is_list(fold.get("val")) for fold in content
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.utils.json_files import read_json_object
+from scripts.utils.json_files import read_object
 from scripts.utils.values import is_list, is_whole
 
 DATASET_JSON = "dataset.json"
@@ -32,7 +32,7 @@ def nnunet_task(root: Path) -> dict[str, Any]:
         ValueError: it names no channels or labels, or labels that contradict each other.
     """
     path = root / DATASET_JSON
-    content = read_json_object(path)
+    content = read_object(path, DATASET_JSON)
     members = _label_values(content, path)
     ignored = members.pop(IGNORE, [None])
     background = members.pop(BACKGROUND)
@@ -64,7 +64,7 @@ def label_contradiction(root: Path, labels: Sequence[Sequence[float]], ignore: f
         FileNotFoundError, ValueError: as for ``nnunet_task``.
     """
     path = root / DATASET_JSON
-    members = _label_values(read_json_object(path), path)
+    members = _label_values(read_object(path, DATASET_JSON), path)
     (ignored,) = members.pop(IGNORE, [None])
     if ignored != ignore:
         stated, own = ("no value" if value is None else f"{value:g}" for value in (ignored, ignore))

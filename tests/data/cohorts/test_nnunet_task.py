@@ -76,9 +76,9 @@ def test_a_wrong_dataset_json_is_one_sentence(content: dict[str, Any], message: 
 
 
 def test_a_missing_or_damaged_dataset_json_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no dataset\.json in .*Give the folder that contains it"):
+    with pytest.raises(FileNotFoundError, match=r"There is no dataset\.json at .*Check the path"):
         nnunet_task(tmp_path)
-    for text, message in (("{", "is not readable JSON"), ("[]", "contains no JSON object")):
+    for text, message in (("{", "is not JSON"), ("[]", "is not the dataset.json")):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             nnunet_task(tmp_path)

@@ -62,7 +62,10 @@ def test_masks_hold_the_first_value_of_a_class_or_its_index():
         ({"labels": [[0], [1, 2]], "regions": {"A": [1]}}, "region A has the value 1 but not 2"),
         ({"labels": BRATS, "regions": {"A": [1], "B": [1]}}, "regions A and B have the same values"),
         ({"labels": BRATS, "regions": {"A": []}}, "region A is"),
-        ({"labels": BRATS, "regions": {"ET": [4], "WT": [1, 2, 4]}, "head": "sigmoid"}, "head is sigmoid"),
+        (
+            {"labels": BRATS, "regions": {"ET": [4], "WT": [1, 2, 4]}, "head": "sigmoid"},
+            "With the head sigmoid each region needs one class",
+        ),
     ],
 )
 def test_contradictions_are_refused(settings, message):

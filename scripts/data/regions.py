@@ -87,8 +87,8 @@ def own_classes(regions: Sequence[Sequence[int]]) -> list[int]:
         own = [each for each in members if each not in later]
         if len(own) != 1:
             raise ValueError(
-                f"With the head sigmoid each region needs one class that no later region has, but region {index + 1} of "
-                f"{len(regions)} has {len(own)}. Order the regions from the outermost to the innermost."
+                f"With the head sigmoid each region needs one class that no later region has, but region {index + 1} "
+                f"of {len(regions)} has {len(own)}. Order the regions from the outermost to the innermost."
             )
         chosen.append(own[0])
     return chosen

@@ -31,7 +31,7 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from scripts.data import datalist
-    from scripts.data.regions import region_values
+    from scripts.runtime.regions import region_values
     from scripts.evaluation.compare import compare
     from scripts.evaluation.records import evaluated_task
 

@@ -14,7 +14,7 @@ from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.trained_task import with_trained_task
-from scripts.data.regions import region_mask_values
+from scripts.runtime.regions import region_mask_values
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.data.regions import class_mask_values, region_values
+from scripts.runtime.regions import class_mask_values, region_values
 from scripts.image_io.dicom_codes import is_lesion
 from scripts.utils.atomic_files import write_json, write_text
 from scripts.utils.colours import region_colour

@@ -17,7 +17,7 @@ from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import CohortError, Item, datalist, missing_file
 from scripts.data.cohorts.nnunet_task import label_contradiction
 from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds, stack_advice
-from scripts.data.regions import class_names
+from scripts.runtime.regions import class_names
 from scripts.data.resampling import network_grid, resample, vanished_classes, vanished_message
 from scripts.image_io.checks import (
     ERROR,

@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from scripts.data.regions import own_classes
+from scripts.runtime.regions import own_classes
 
 Regions = Sequence[Sequence[int]]
 

@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 
-from scripts.data.label_values import class_indices
+from scripts.runtime.label_values import class_indices
 from scripts.data.resampling import copy_between_layouts, with_affine
 from scripts.image_io.headers import LPS_TO_RAS, Affine
 

@@ -16,7 +16,7 @@ import torch
 from monai import transforms as mt
 
 from scripts.data.case_files import CaseFiles
-from scripts.data.memory_check import require_memory
+from scripts.runtime.memory_check import require_memory
 from scripts.data.modalities import (
     CropToBoxd,
     FillLabeld,
@@ -277,7 +277,7 @@ def postprocessing(
         output_dir: folder of the masks.
         save: whether to write them.
         regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
-        values: what to write for each class (``scripts.data.regions.mask_values``); by default its index.
+        values: what to write for each class (``scripts.runtime.regions.mask_values``); by default its index.
 
     Raises:
         ValueError: a value is no integer, so that no mask can hold it.

@@ -20,7 +20,7 @@ from monai.data.utils import compute_shape_offset, zoom_affine
 from monai.transforms import MapTransform
 
 from scripts.data.decision import Regions, classes_from_logits, classes_from_probabilities
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.image_io.headers import Affine
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.distillation.distiller import LOGITS
 from scripts.losses import SegmentationLoss
 from scripts.networks import AlignmentHeader, SemanticAutoEncoder

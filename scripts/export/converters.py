@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from scripts import bundle_root
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.inference.engines import import_optional, openvino_core
 from scripts.utils.run_manifest import running_config
 

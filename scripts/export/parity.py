@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scripts.data.decision import classes_from_logits
-from scripts.data.regions import IGNORED, own_classes
+from scripts.runtime.regions import IGNORED, own_classes
 from scripts.metrics import dice
 
 REFERENCE_ENGINE = "torch fp32"

@@ -10,7 +10,7 @@ from monai.utils import CommonKeys
 from torch import Tensor
 
 from scripts.data.modalities import UNLABELLED
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.losses.segmentation import region_targets
 
 

@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 
 from scripts.data import postprocessing
 from scripts.data.decision import DecideClassesd, classes_from_logits, classes_from_probabilities
-from scripts.data.regions import mask_values
+from scripts.runtime.regions import mask_values
 
 NESTED = [[1, 2, 3], [1, 3], [3]]  # whole tumour, core, enhancing part: a voxel gets class 2, 1 or 3
 

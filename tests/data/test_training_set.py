@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from scripts.data import preprocessing
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.data.pipelines import Pipeline
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.data.training_set import CentreCandidatesd, Volumes, training_set
 
 ROOT = Path(__file__).parents[2]

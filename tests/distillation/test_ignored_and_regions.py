@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.distillation.teacher_weighting import teacher_weights

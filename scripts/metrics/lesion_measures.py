@@ -20,7 +20,6 @@ import numpy as np
 from scripts.metrics.lesion_shape import (
     Floats,
     Lesion,
-    Line,
     Volume,
     centroid,
     find_lesions,
@@ -49,8 +48,8 @@ class Measures:
         region: its name.
         lesion: number of the lesion, 1 for the largest; None for all lesions of the region.
         volume_ml: number of voxels times their volume.
-        axial_diameter, diameter: longest diameter in an axial slice and in space; of a region, of its lesions. None
-            where the region is empty.
+        axial_diameter_mm, diameter_mm: longest diameter in an axial slice and in space; of a region, the longest of its
+            lesions. None where the region is empty.
         centroid: mean of the voxel centres in mm (RAS); None where the region is empty.
         uptake: None without a PET, and where the whole lesion lies outside of it.
     """
@@ -58,18 +57,18 @@ class Measures:
     region: str
     lesion: int | None
     volume_ml: float
-    axial_diameter: Line | None = None
-    diameter: Line | None = None
+    axial_diameter_mm: float | None = None
+    diameter_mm: float | None = None
     centroid: Floats | None = None
     uptake: Uptake | None = None
 
     def values(self) -> dict[str, float | None]:
         """The measures by the names of their columns, ``NUMBERS``; None where one is undefined."""
-        lines = (self.axial_diameter, self.diameter)
-        lengths = [None if line is None else line.length for line in lines]
         place = [None] * 3 if self.centroid is None else [float(each) for each in self.centroid]
         uptakes = [None] * len(UPTAKE) if self.uptake is None else [*self.uptake]
-        return dict(zip(NUMBERS, [self.volume_ml, *lengths, *uptakes, *place], strict=True))
+        return dict(
+            zip(NUMBERS, [self.volume_ml, self.axial_diameter_mm, self.diameter_mm, *uptakes, *place], strict=True)
+        )
 
 
 def measure_mask(mask: Volume, regions: Mapping[str, Sequence[float]], pet: Volume | None = None) -> list[Measures]:
@@ -123,8 +122,8 @@ def _sum(region: str, lesions: Sequence[Measures], taken: Uptake | None) -> Meas
     """The measures of a region from those of its lesions."""
     volumes = np.array([each.volume_ml for each in lesions])
     axial, spatial = (
-        max((line for each in lesions if (line := getattr(each, name))), key=lambda line: line.length)
-        for name in ("axial_diameter", "diameter")
+        max(value for each in lesions if (value := getattr(each, name)) is not None)
+        for name in ("axial_diameter_mm", "diameter_mm")
     )
     centre = volumes @ np.array([each.centroid for each in lesions]) / volumes.sum()
     return Measures(region, None, float(volumes.sum()), axial, spatial, centre, taken)

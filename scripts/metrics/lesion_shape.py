@@ -46,13 +46,6 @@ class Volume(NamedTuple):
         return np.asarray(indices @ self.affine[:3, :3].T + self.affine[:3, 3])
 
 
-class Line(NamedTuple):
-    """A diameter: its length in mm, and the world coordinates of its ends in mm."""
-
-    length: float
-    ends: Floats  # 2 x 3
-
-
 class Lesion(NamedTuple):
     """A connected component.
 
@@ -68,6 +61,13 @@ class Lesion(NamedTuple):
     def voxel_count(self) -> int:
         """Number of its voxels."""
         return int(np.count_nonzero(self.inside))
+
+    def within(self, shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Its voxels in a mask of this shape."""
+        mask = np.zeros(tuple(shape), dtype=bool)
+        core = self.inside[1:-1, 1:-1, 1:-1]
+        mask[tuple(slice(s + 1, s + 1 + n) for s, n in zip(self.start, core.shape, strict=True))] = core
+        return mask
 
 
 def find_lesions(inside: NDArray[np.bool_]) -> list[Lesion]:
@@ -97,21 +97,20 @@ def centroid(lesion: Lesion, volume: Volume) -> Floats:
     return volume.to_world(np.array([mean]) + lesion.start)[0]
 
 
-def longest_diameter(lesion: Lesion, volume: Volume) -> Line:
-    """The longest diameter of a lesion in three dimensions."""
+def longest_diameter(lesion: Lesion, volume: Volume) -> float:
+    """The longest diameter of a lesion in three dimensions, in mm."""
     surface = np.concatenate([_outermost(lesion.inside, axis) for axis in range(3)])
-    return _longest_line(surface + lesion.start, volume)
+    return _longest_distance(surface, volume)
 
 
-def longest_axial_diameter(lesion: Lesion, volume: Volume) -> Line:
-    """The longest diameter of a lesion within one axial slice.
+def longest_axial_diameter(lesion: Lesion, volume: Volume) -> float:
+    """The longest diameter of a lesion within one axial slice, in mm.
 
     The slices are those of the mask's grid, across the axis that is nearest to the direction from the feet to the head.
     """
     across = axial_axis(volume.affine)
     planes = (_plane_surface(plane, across, index) for index, plane in _planes(lesion.inside, across))
-    lines = [_longest_line(surface + lesion.start, volume, across) for surface in planes]
-    return max(lines, key=lambda line: line.length)
+    return max(_longest_distance(surface, volume, across) for surface in planes)
 
 
 def axial_axis(affine: Floats) -> int:
@@ -142,8 +141,8 @@ def _outermost(inside: NDArray[np.bool_], axis: int) -> Floats:
     return np.concatenate([np.insert(hit.astype(float), axis, each, axis=1) for each in (first, last)])
 
 
-def _longest_line(surface: Floats, volume: Volume, across: int | None = None) -> Line:
-    """The longest distance between two points, which are corners of their convex hull.
+def _longest_distance(surface: Floats, volume: Volume, across: int | None = None) -> float:
+    """The longest distance between two points in mm; both are corners of the convex hull.
 
     Args:
         surface: points in voxels.
@@ -152,10 +151,5 @@ def _longest_line(surface: Floats, volume: Volume, across: int | None = None) ->
     """
     varying: Sequence[int] = [axis for axis in range(3) if axis != across]
     points = volume.to_world(surface[ConvexHull(surface[:, varying]).vertices])
-    best = Line(-1.0, np.zeros((2, 3)))
-    for start in range(0, len(points), CHUNK):
-        distances = cdist(points[start : start + CHUNK], points)
-        first, second = np.unravel_index(int(distances.argmax()), distances.shape)
-        if distances[first, second] > best.length:
-            best = Line(float(distances[first, second]), points[[start + first, second]])
-    return best
+    chunks = (points[start : start + CHUNK] for start in range(0, len(points), CHUNK))
+    return max(float(cdist(chunk, points).max()) for chunk in chunks)

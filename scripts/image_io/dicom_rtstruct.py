@@ -127,14 +127,18 @@ def _add_structure(dataset: Any, number: int, name: str, contours: list[Any], fr
 
 def _contours(inside: NDArray[np.bool_], slices: Sequence[Any]) -> Iterator[Any]:
     """The contours of a region on each slice."""
+    element = dicom_package("pydicom").DataElement
     for plane, dataset in zip(inside, slices, strict=True):
         for corners in edge_contours(plane):
-            yield _item(
+            contour = _item(
                 ContourImageSequence=[_image(dataset)],
                 ContourGeometricType="CLOSED_PLANAR",
                 NumberOfContourPoints=len(corners),
-                ContourData=[f"{value:.{DECIMALS}f}" for value in _positions(corners, dataset).ravel()],
             )
+            text = "\\".join(f"{value:.{DECIMALS}f}" for value in _positions(corners, dataset).ravel())
+            # As one text: pydicom would make an object of each of the numbers, of which there may be a million.
+            contour.add(element("ContourData", "DS", text, already_converted=True))
+            yield contour
 
 
 def _positions(corners: NDArray[np.float64], dataset: Any) -> NDArray[np.float64]:

@@ -75,7 +75,7 @@ def _join_holes(loops: list[tuple[Loop, bool]]) -> list[Loop]:
     """Join each hole to the loop on its left, from the first vertex of the hole along the edges of pixels."""
     owner = {vertex: number for number, (loop, _) in enumerate(loops) for vertex in loop}
     joined: dict[int, Loop] = {number: loop for number, (loop, _) in enumerate(loops)}
-    part_of = {number: number for number in joined}
+    part_of: dict[int, int] = {}
     for number, (hole, is_hole) in enumerate(loops):
         if not is_hole:
             continue
@@ -83,11 +83,13 @@ def _join_holes(loops: list[tuple[Loop, bool]]) -> list[Loop]:
         column -= 1
         while (row, column) not in owner:
             column -= 1
-        target = part_of[owner[row, column]]
+        target = owner[row, column]
+        while target in part_of:
+            target = part_of[target]
         around, inner = joined[target], joined.pop(number)
         at, begin = around.index((row, column)), inner.index(first)
         joined[target] = [*around[: at + 1], *inner[begin:], *inner[:begin], first, *around[at:]]
-        part_of.update({each: target for each, whole in part_of.items() if whole == number})
+        part_of[number] = target
     return list(joined.values())
 
 

@@ -153,7 +153,7 @@ class AlignmentLoss(nn.Module):
 
 
 def semantic_codes(network: Any, header: AlignmentHeader, images: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the codes of images, one row each, for ``scripts.metrics.frechet.FrechetSemanticDistance``.
+    """Return the codes of images, one row each, for ``scripts.metrics.FrechetSemanticDistance``.
 
     Args:
         network: see ``build_header``; in eval().

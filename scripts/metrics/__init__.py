@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dice, HD95 and ASSD per case, their aggregates over a cohort, and measures of lesions.
 
-``monai_metric`` offers the same as a MONAI metric and as an ignite handler. It and ``frechet`` need torch, all other
-modules do without.
+``monai_metric`` offers the same as a MONAI metric and as an ignite handler.
 """
 
 from scripts.metrics.aggregate import aggregate as aggregate
@@ -18,6 +17,7 @@ from scripts.metrics.case_rows import filled_value as filled_value
 from scripts.metrics.case_rows import read_rows as read_rows
 from scripts.metrics.case_rows import region_of as region_of
 from scripts.metrics.case_rows import write_rows as write_rows
+from scripts.metrics.frechet import FrechetSemanticDistance as FrechetSemanticDistance
 from scripts.metrics.surface import dice as dice
 from scripts.metrics.surface import image_diagonal_mm as image_diagonal_mm
 from scripts.metrics.surface import region_metrics as region_metrics

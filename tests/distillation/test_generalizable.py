@@ -21,7 +21,7 @@ from scripts.distillation.alignment_training import (
 from scripts.distillation.generalizable import GeneralizableDistiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.losses import ContrastiveGraphLoss, SoftPredictionLoss
-from scripts.metrics.frechet import FrechetSemanticDistance
+from scripts.metrics import FrechetSemanticDistance
 from scripts.networks import Student
 from scripts.networks.teacher import Teacher
 from scripts.utils.tensor_files import write_atomically

@@ -22,6 +22,7 @@ from scripts.cli.main import main
 from scripts.image_io.dicom_rules import series_rules
 from scripts.image_io.dicom_series import SeriesFiles
 from scripts.image_io.dicom_study import Series, choose_series, find_series
+from scripts.metrics.lesion_measures import Measures
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,6 +205,22 @@ def test_a_study_without_images_is_refused(tmp_path: Path) -> None:
         find_series(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         find_series(tmp_path / "lost")
+
+
+def test_the_largest_lesions_get_segments_within_a_limit_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((10, 10, 10), np.uint8), np.eye(4)), tmp_path / "mask.nii.gz")
+    sizes = {"organ": [9.0, 2.0], "tumour": [5.0, 3.0, 1.0]}
+    measured = [Measures(name, None, sum(volumes)) for name, volumes in sizes.items()]
+    measured += [Measures(name, k, ml) for name, volumes in sizes.items() for k, ml in enumerate(volumes, start=1)]
+    assert len(clinic.largest_lesions(measured, tmp_path / "mask.nii.gz")) == 5
+    monkeypatch.setattr(clinic, "MAX_SEGMENT_BYTES", 3000)
+    largest = clinic.largest_lesions(measured, tmp_path / "mask.nii.gz")
+    assert largest == [("organ", 1), ("tumour", 1), ("tumour", 2)]
+    assert clinic._sr_line(Path("sr.dcm"), measured, largest) == (
+        "SR: sr.dcm (the 3 largest of 5 lesions; measures.csv has all)"
+    )
 
 
 def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.cli import exported_run
 from scripts.cli.bundle_run import resolved_config, run_bundle
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import measure_case, write_case_measures
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
 if TYPE_CHECKING:
     from scripts.metrics.lesion_measures import Measures
@@ -35,7 +36,7 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         ValueError: see ``mask_and_images``, or the images are refused.
     """
     configs = ["inference", *context_configs(args), *profile_configs(args)]
-    task = with_trained_task(args, configs, network_overrides(args))
+    task = with_trained_settings(args, configs, network_overrides(args))
     config = resolved_config(args, configs, task)
     mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
     case_id = mask.name.removesuffix(SUFFIX)
@@ -54,7 +55,13 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         overrides["weights"] = args.weights
     if args.stacked:
         overrides["stacked"] = True
-    run_bundle(args, configs, overrides)
+    config = resolved_config(args, configs, overrides)
+    exported_run.export_once(args, config)
+    reason = exported_run.obstacle(args, config)
+    if reason:
+        run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
+    else:
+        exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
         return []
     print(f"mask: {mask}")

@@ -16,7 +16,7 @@ import nibabel as nib
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
@@ -49,7 +49,7 @@ def segment_study(args: argparse.Namespace) -> None:
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
     configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
+    task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
     modalities = task["modalities"]
     output = Path(args.output_dir or "runs/dicom")
     mask = output / "mask.nii.gz"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment a DICOM study and write the mask as NIfTI, DICOM SEG and RTSTRUCT."""
+"""Segment a DICOM study and write the mask as NIfTI, DICOM SEG and RTSTRUCT, and its measures as CSV and DICOM SR."""
 
 from __future__ import annotations
 

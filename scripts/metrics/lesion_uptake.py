@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.signal import fftconvolve
+from scipy import fft, ndimage
 
 from scripts.metrics.lesion_shape import Floats, Lesion, Volume
 
@@ -111,9 +110,20 @@ def sphere_means(pet: Volume, voxels: Indices, sphere: Floats) -> Floats:
     first = np.maximum(indices.min(axis=1) - radius, 0)
     last = np.minimum(indices.max(axis=1) + radius + 1, pet.voxels.shape)
     values = pet.voxels[tuple(slice(*ends) for ends in zip(first, last, strict=True))].astype(float)
-    sums, weights = (fftconvolve(each, sphere, mode="same") for each in (values, np.ones_like(values)))
+    sums, weights = (_convolved(each, sphere) for each in (values, np.ones_like(values)))
     chosen = tuple(indices - first[:, None])
     return np.asarray(sums[chosen] / weights[chosen])
+
+
+def _convolved(values: Floats, kernel: Floats) -> Floats:
+    """The sum of the values around each voxel, weighted by a symmetric kernel; zeros outside.
+
+    By Fourier transforms. `scipy.signal` would do the same, but takes a second to import.
+    """
+    shape = [fft.next_fast_len(n + k - 1, real=True) for n, k in zip(values.shape, kernel.shape, strict=True)]
+    product = fft.rfftn(values, shape) * fft.rfftn(kernel, shape)
+    same = tuple(slice(k // 2, k // 2 + n) for n, k in zip(values.shape, kernel.shape, strict=True))
+    return np.asarray(fft.irfftn(product, shape)[same])
 
 
 def sphere_weights(affine: Floats, radius_mm: float = PEAK_RADIUS_MM) -> Floats:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.cli import main as program
-from scripts.cli.errors import error_sentence
+from scripts.utils.errors import error_sentence
 from scripts.cli.main import TOOLS, VERBS, main, parse_arguments
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT and SR. For research pipelines."""
+"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT and SR. For research only."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from scripts.cli.errors import error_sentence
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
+from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_task
 from scripts.data import Rules, datalist
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, write_dataset_description
@@ -106,6 +107,7 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
         raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
+    refuse_values_of_one_patient(args, "--data-list")
 
 
 def _mask_paths(
@@ -162,7 +164,7 @@ def _case_options(
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
     own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask), "image": [*images.items()]}
-    return argparse.Namespace(**{**vars(args), **own})
+    return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 
 def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:

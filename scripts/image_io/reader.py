@@ -14,7 +14,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
-from scripts.image_io.checks import Rules, check_headers, check_images, report_findings
+from scripts.image_io.checks import Rules, check_headers, check_images, check_suv_values, report_findings
 from scripts.image_io.dicom_enhanced import is_enhanced, read_enhanced_voxels
 from scripts.image_io.dicom_series import is_pet, read_series_header
 from scripts.image_io.dicom_suv import series_suv_factor
@@ -39,7 +39,7 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
         OSError: not enough memory.
     """
     try:
-        return _read_voxels(header)
+        return _read_voxels(header, rules)
     except MemoryError as error:
         gib = header.voxels * header.kind.itemsize / 2**30
         raise OSError(
@@ -48,7 +48,7 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
         ) from error
 
 
-def _read_voxels(header: Header) -> MetaTensor:
+def _read_voxels(header: Header, rules: Rules) -> MetaTensor:
     name = header.path.lower()
     if name.endswith(NIFTI):
         return read_nifti(header.path, header)
@@ -57,7 +57,7 @@ def _read_voxels(header: Header) -> MetaTensor:
     if header.slices and is_enhanced(header.slices[0]):
         voxels = read_enhanced_voxels(header.slices[0])
         if is_pet(header.slices[0]):
-            voxels *= series_suv_factor(header.slices, header.path)
+            voxels *= series_suv_factor(header.slices, header.path, rules.suv)
         return to_meta_tensor(torch.from_numpy(voxels.reshape(header.shape)), header)
     if name.endswith(METAIMAGE):
         check_metaimage_voxels(Path(header.path))
@@ -66,7 +66,8 @@ def _read_voxels(header: Header) -> MetaTensor:
         image = _execute(reader, header.path, header.path)
     else:
         image = _execute(sitk.ImageSeriesReader(), header.slices, header.path)
-        image = image * series_suv_factor(header.slices, header.path) if is_pet(header.slices[0]) else image
+        if is_pet(header.slices[0]):
+            image = image * series_suv_factor(header.slices, header.path, rules.suv)
     return _from_array(sitk.GetArrayFromImage(image).T, header)
 
 
@@ -162,14 +163,17 @@ class LoadModalitiesd(LoadImaged):
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
         paths = {k: str(item[k]) for k in self.image_keys if k in item and not isinstance(item[k], torch.Tensor)}
-        headers = {key: header_of(path, self.rules) for key, path in paths.items()}
-        report_findings(check_headers(headers, self.reference, self.stacked), self.log_notes)
+        rules = self.rules.of_case(item)
+        item.pop("suv", None)
+        headers = {key: header_of(path, rules) for key, path in paths.items()}
+        findings = [*check_headers(headers, self.reference, self.stacked), *check_suv_values(headers, rules)]
+        report_findings(findings, self.log_notes)
         if self.before_reading:
             self.before_reading(headers)
         with ThreadPoolExecutor(max(1, len(paths))) as pool:
-            results = pool.map(lambda key: read_modality(key, headers[key], self.rules, self.stacked), headers)
+            results = pool.map(lambda key: read_modality(key, headers[key], rules, self.stacked), headers)
             volumes = dict(zip(headers, results, strict=True))
         checked = {key: volume for key, volume in volumes.items() if key not in self.unchecked}
-        report_findings(check_images(checked, self.rules, self.intensity))
+        report_findings(check_images(checked, rules, self.intensity))
         item.update(volumes)
         return item

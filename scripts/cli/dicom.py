@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment a DICOM study and write the mask as NIfTI, DICOM SEG and RTSTRUCT."""
+"""Segment a DICOM study, from a folder or a PACS, and write the mask as NIfTI, DICOM SEG and RTSTRUCT."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ from scripts.cli.options import Parser, add_common_options, add_engine_options, 
 from scripts.cli.student_options import add_network_option
 from scripts.cli.suv_options import add_suv_options
 
-EXAMPLE = "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct"
+EXAMPLE = (
+    "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct\n"
+    "python -m scripts dicom --dicomweb https://pacs.example/dicom-web --study-uid UID --output-dir OUT --store\n"
+    "python -m scripts dicom --dicomweb https://pacs.example/dicom-web --study-list studies.csv --output-dir OUT"
+)
 
 
 def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("--study", required=True, metavar="DIR", help="folder of one DICOM study, with its sub folders")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--study", metavar="DIR", help="folder of one DICOM study, with its sub folders")
+    source.add_argument("--dicomweb", metavar="URL", help="DICOMweb service of a PACS, such as https://HOST/dicom-web")
+    group = parser.add_argument_group("with --dicomweb (login: DICOMWEB_USER and DICOMWEB_PASSWORD, or DICOMWEB_TOKEN)")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--study-uid", metavar="UID", help="Study Instance UID")
+    which.add_argument(
+        "--study-list", metavar="FILE", help="many studies: one UID a line, or a .csv with a column study_uid"
+    )
+    group.add_argument("--store", action="store_true", help="store SEG and RTSTRUCT in the study on the server")
     parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
     add_weights_option(parser)
     add_network_option(parser)
@@ -26,7 +39,12 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Segment the study."""
+    """Segment the study, or the studies."""
+    if args.dicomweb:
+        from scripts.cli.segment_pacs import segment_from_pacs
+
+        segment_from_pacs(args)
+        return
     from scripts.cli.segment_dicom import segment_study
 
     segment_study(args)

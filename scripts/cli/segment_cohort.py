@@ -82,10 +82,10 @@ def _segment_cases(
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
-    _refuse_other_weights(output / RECORD, checksum)
+    refuse_other_weights(output / RECORD, checksum)
     if bids:
         write_dataset_description(output, bids)
-    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
+    remaining = [case for case in cases if not is_complete(masks[case["case_id"]], args.report)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
@@ -100,7 +100,7 @@ def _segment_cases(
     if bids:
         for case in cases:
             describe_mask(masks[case["case_id"]], case, modalities, bids)
-    _report({case_id: outcomes[case_id] for case_id in masks})
+    report_outcomes({case_id: outcomes[case_id] for case_id in masks})
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
@@ -133,7 +133,12 @@ def _mask_paths(
     return masks
 
 
-def _refuse_other_weights(record: Path, checksum: str) -> None:
+def refuse_other_weights(record: Path, checksum: str) -> None:
+    """Refuse a folder whose record names other weights.
+
+    Raises:
+        ValueError: it does.
+    """
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
     except (OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one
@@ -145,7 +150,7 @@ def _refuse_other_weights(record: Path, checksum: str) -> None:
         )
 
 
-def _is_complete(mask: Path, with_report: bool) -> bool:
+def is_complete(mask: Path, with_report: bool = False) -> bool:
     """Whether the whole mask can be read, and its report exists where one is wanted."""
     if with_report and not mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html").is_file():
         return False
@@ -200,19 +205,23 @@ def segment_quietly(args: argparse.Namespace) -> Outcome:
     return Outcome(result, tuple(record.getMessage() for record in messages.buffer))
 
 
-def _report(outcomes: Mapping[str, Outcome]) -> None:
-    """Print the warnings and the counts; ValueError where cases failed."""
+def report_outcomes(outcomes: Mapping[str, Outcome], what: str = "cases") -> None:
+    """Print the warnings and the counts.
+
+    Raises:
+        ValueError: cases failed.
+    """
     for case_id, outcome in outcomes.items():
         for message in outcome.warnings:
             print(f"{case_id}: {message}")
     results = [outcome.result for outcome in outcomes.values()]
     failed = {key: outcome.result for key, outcome in outcomes.items() if outcome.result not in (SEGMENTED, SKIPPED)}
     print(
-        f"{len(outcomes)} cases: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
+        f"{len(outcomes)} {what}: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
         f"{len(failed)} failed"
     )
     if failed:
         listed = "; ".join(f"{case_id}: {result}" for case_id, result in failed.items())
         raise ValueError(
-            f"{len(failed)} of {len(outcomes)} cases failed. Correct them and run the command again. {listed}"
+            f"{len(failed)} of {len(outcomes)} {what} failed. Correct them and run the command again. {listed}"
         )

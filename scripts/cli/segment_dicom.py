@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
+from scripts.cli.series_table import series_table
 from scripts.cli.trained_task import with_trained_task
 from scripts.data.regions import region_mask_values
 from scripts.image_io.checks import WARNING, Finding, report_findings
@@ -22,8 +24,25 @@ from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
+from scripts.image_io.series_preference import preferences
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
+
+DEFAULT_OUTPUT, MASK = "runs/dicom", "mask.nii.gz"
+
+
+class StudyTask(NamedTuple):
+    """What a task says of a study: rules and preferences by modality, and values and codes by region."""
+
+    rules: dict[str, Rule]
+    preferences: dict[str, tuple[str, ...]]
+    regions: Regions
+    properties: Mapping[str, Property]
+
+    @property
+    def keywords(self) -> list[str]:
+        """The DICOM elements that the rules read."""
+        return sorted({keyword for rule in self.rules.values() for keyword in rule})
 
 
 def segment_study(args: argparse.Namespace) -> None:
@@ -38,24 +57,60 @@ def segment_study(args: argparse.Namespace) -> None:
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
-    configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
-    modalities = task["modalities"]
-    output = Path(args.output_dir or "runs/dicom")
-    mask = output / "mask.nii.gz"
     if args.dry_run:  # as if one folder held every series
+        configs = ["inference", *context_configs(args)]
+        modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
+        mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
         images = [(key, args.study) for key in modalities]
         segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
         return
+    task = study_task(args)
+    chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
+    segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+
+
+def study_task(args: argparse.Namespace) -> StudyTask:
+    """The rules and regions of the task, before anything is read.
+
+    Raises:
+        ValueError: they are wrong, or an optional package is not installed.
+    """
     for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
-        dicom_package(name)  # before anything is segmented
-    rules = series_rules(modalities, task["dicom"])
+        dicom_package(name)
+    configs = ["inference", *context_configs(args)]
+    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
+    rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
-    keywords = {keyword for rule in rules.values() for keyword in rule}
-    chosen = choose_series(find_series(args.study, sorted(keywords)), rules, args.series_uid or ())
-    _require_series(args, chosen, rules)
-    reference = chosen[modalities[0]]
+    return StudyTask(rules, preferences(task["modalities"], task["dicom"]), regions, properties)
+
+
+def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], name: str) -> dict[str, Series]:
+    """Choose a series for each modality, and print all series of the study with what was chosen, and why.
+
+    Args:
+        args: parsed options.
+        task: of the weights.
+        study: its series.
+        name: of the study, for errors.
+
+    Raises:
+        ValueError: see ``choose_series``; or a modality has no series.
+    """
+    choice = choose_series(study, task.rules, args.series_uid or (), task.preferences)
+    print(series_table(study, choice))
+    _require_series(args, choice.series, task.rules, name)
+    return choice.series
+
+
+def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[str, Series], output: Path) -> None:
+    """Segment chosen series, whose files are on this machine, and write the mask and the DICOM objects into a folder.
+
+    Raises:
+        ValueError: see ``segment_study``.
+    """
+    mask, regions, properties = output / MASK, task.regions, task.properties
+    reference = chosen[next(iter(task.rules))]
     if args.rtstruct and reference.enhanced:
         raise ValueError(
             f"The series {reference.uid} is multi-frame (enhanced) DICOM, for which no RTSTRUCT can be written. Leave "
@@ -70,13 +125,15 @@ def segment_study(args: argparse.Namespace) -> None:
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug)
 
 
-def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule]) -> None:
+def _require_series(
+    args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule], name: str
+) -> None:
     missing = [key for key in rules if key not in chosen]
     reference = next(iter(rules))
     if missing and (reference in missing or not args.allow_missing):
         names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
         advice = "Add it" if reference in missing else "Add it, use --allow-missing"
-        raise ValueError(f"{args.study} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
+        raise ValueError(f"{name} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
 
 
 def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:

@@ -50,7 +50,7 @@ def require_complete(head: Any, needs_uptake: bool, name: str) -> None:
     Raises:
         ValueError: values are missing.
     """
-    drug = next(iter(head.get(DRUGS) or []), {})
+    drug: Any = next(iter(head.get(DRUGS) or []), {})
     lacks = {WEIGHT: "PatientWeight"} if head.get("PatientWeight") in (None, "") else {}
     lacks |= {key: KEYWORDS[key] for key in (DOSE, HALF_LIFE) if drug.get(KEYWORDS[key]) in (None, "")}
     if not any(str(drug.get(tag) or "") for tag in START_TIMES):

@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
 
         segment_from_pacs(args)
         return
+    used = [name for name in ("study_uid", "study_list", "store") if getattr(args, name)]
+    if used:
+        option = f"--{used[0].replace('_', '-')}"
+        raise ValueError(f"{option} is an option of a server. Add --dicomweb URL, or remove it.")
     from scripts.cli.segment_dicom import segment_study
 
     segment_study(args)

@@ -120,8 +120,8 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
     with hold(output):  # until the last file is written: another study's mask must not come between
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = _series_folders(chosen, Path(links))
-            images = [*folders.items()]
-            segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "series_uid": uids}))
+            own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
+            segment_case(argparse.Namespace(**{**vars(args), **own}))
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug)
 
 

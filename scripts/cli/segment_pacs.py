@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 from scripts.cli.segment_dicom import DEFAULT_OUTPUT, StudyTask, choose, segment_chosen, study_task
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
@@ -59,7 +60,7 @@ def segment_one(args: argparse.Namespace, task: StudyTask, pacs: Pacs, study: st
     chosen = choose(args, task, pacs.find_series(study, kinds, task.keywords), f"The study {study}")
     if args.dry_run:
         return chosen
-    with hold(output), _fetched(pacs, study, chosen, output) as local:
+    with hold(output), _fetched(args, pacs, study, chosen, output) as local:
         segment_chosen(args, task, local, output)
     return chosen
 
@@ -69,7 +70,9 @@ def _may_be(kind: str, rule: Mapping[str, str | float]) -> bool:
 
 
 @contextmanager
-def _fetched(pacs: Pacs, study: str, chosen: Mapping[str, Series], output: Path) -> Iterator[dict[str, Series]]:
+def _fetched(
+    args: argparse.Namespace, pacs: Pacs, study: str, chosen: Mapping[str, Series], output: Path
+) -> Iterator[dict[str, Series]]:
     """The chosen series with the folders of their files, which exist inside the block; a killed run's are removed."""
     for left in output.glob(f"{IMAGES}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -80,7 +83,15 @@ def _fetched(pacs: Pacs, study: str, chosen: Mapping[str, Series], output: Path)
             count = pacs.fetch_series(study, series.uid, Path(images) / key)
             print(f"fetched {key}: {count} objects in {time.monotonic() - start:.1f} s")
             local[key] = series._replace(folder=Path(images) / key)
-        yield local
+        try:
+            yield local
+        except EXPECTED_ERRORS as error:
+            text = error_sentence(error)
+            for key, series in local.items():  # the folder that is about to be removed helps nobody
+                text = text.replace(str(series.folder), f"The series {series.uid} ({key})")
+            if args.debug or text == error_sentence(error):
+                raise
+            raise ValueError(text) from None
 
 
 def written_objects(args: argparse.Namespace, output: Path) -> list[Path]:

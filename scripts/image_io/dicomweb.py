@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 MAX_UID = 64  # characters
-ATTEMPTS = 3  # of a request that the server answers with "try again later"
+ATTEMPTS, WAIT_MS = 3, 250  # of a request that fails, and the wait before the second is twice this
 ANY_SYNTAX = (("application/dicom", "*"),)  # the images as they are stored
 IDENTITY = ("SOPInstanceUID", "InstanceNumber")
 
@@ -44,8 +44,12 @@ class Pacs:
     def __init__(self, url: str) -> None:
         self.url = check_url(url)
         web = dicom_package("dicomweb_client.web")
-        self._client = web.DICOMwebClient(self.url, session=connected_session(self.url), timeout=TIMEOUT)
-        self._client.set_http_retry_params(max_attempts=ATTEMPTS)
+        session = connected_session(self.url)
+        self._client = web.DICOMwebClient(self.url, session=session, timeout=TIMEOUT)
+        self._client.set_http_retry_params(max_attempts=ATTEMPTS, wait_exponential_multiplier=WAIT_MS)
+        # A second attempt of dicomweb-client to store would send what is left of the first one's data.
+        self._storing = web.DICOMwebClient(self.url, session=session, timeout=TIMEOUT)
+        self._storing.set_http_retry_params(retry=False)
 
     def find_series(self, study: str, modalities: Iterable[str], keywords: Iterable[str] = ()) -> list[Series]:
         """The image series of a study by the metadata of the server; see ``dicom_study.find_series``.
@@ -82,11 +86,13 @@ class Pacs:
             while True:
                 page = self._client.search_for_series(study, fields=["Modality"], offset=len(found) or None)
                 known = len(found)
-                for each in page:
-                    if is_uid(uid := _text(each, "0020000E")):
-                        found[uid] = _text(each, "00080060")
+                found |= {_text(each, "0020000E"): _text(each, "00080060") for each in page}
                 if len(found) == known:
-                    return found
+                    break
+        valid = {uid: modality for uid, modality in found.items() if is_uid(uid)}
+        if len(valid) < len(found):
+            logger.warning("%s: left out %d series without a valid UID", study, len(found) - len(valid))
+        return valid
 
     def _heads(self, study: str, series: str, tags: Sequence[str]) -> list[Any]:
         """The headers of a series' images (pydicom data sets with some elements), in the order of their numbers."""
@@ -128,7 +134,7 @@ class Pacs:
                 for dataset in self._client.iter_series(study, series, ANY_SYNTAX):
                     arrived |= _write(dataset, part, len(arrived))
         except PacsError as error:
-            if not error.broken or not arrived:
+            if not error.broken:
                 raise
             logger.warning("%s Fetching the missing ones of %d objects one by one.", error, len(expected))
         for uid in sorted(expected - arrived):
@@ -156,7 +162,7 @@ class Pacs:
         datasets = [pydicom.dcmread(file) for file in files]
         names = {str(dataset.SOPInstanceUID): file.name for dataset, file in zip(datasets, files, strict=True)}
         with one_sentence(self.url, f"store {', '.join(names.values())} in the study {study}", names):
-            answer = self._client.store_instances(datasets, study)
+            answer = self._storing.store_instances(datasets, study)
         if failed := failure_reasons(answer, names):
             raise PacsError(f"{self.url} refused {failed}. What it accepted stays in the study {study}.")
         confirmed = {str(item.get("ReferencedSOPInstanceUID")) for item in answer.get("ReferencedSOPSequence", [])}

@@ -125,7 +125,7 @@ def add_weights_option(parser: Parser) -> None:
 
 def add_engine_options(parser: Parser) -> None:
     """Options of the inference engine."""
-    from scripts.inference import ENGINES, PRECISIONS
+    from scripts.runtime import ENGINES, PRECISIONS
 
     group = parser.add_argument_group("engine")
     group.add_argument(

@@ -151,7 +151,7 @@ def _memory_gib(args: argparse.Namespace) -> float:
     """Memory of a training step: the option, or what suits the device."""
     import torch
 
-    from scripts.data.memory_check import available_bytes
+    from scripts.runtime.memory_check import available_bytes
 
     if args.memory_gib:
         return float(args.memory_gib)

@@ -46,8 +46,8 @@ def segment_case(args: argparse.Namespace) -> None:
         return
     print(f"mask: {mask}")
     if args.report:
-        from scripts.data.regions import region_mask_values
         from scripts.report.mask_report import write_mask_report
+        from scripts.runtime.regions import region_mask_values
 
         regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
         report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)

@@ -16,7 +16,6 @@ from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.series_table import series_table
 from scripts.cli.trained_task import with_trained_task
-from scripts.data.regions import region_mask_values
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
@@ -25,6 +24,7 @@ from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
 from scripts.image_io.series_preference import preferences
+from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 

@@ -15,7 +15,6 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from scripts.data.modalities import modalities_used
 from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_message
 from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
 from scripts.evaluation.network_cost import network_cost
@@ -28,6 +27,7 @@ from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
+from scripts.runtime.modalities import modalities_used
 from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_json
 from scripts.utils.process_pool import end_with_parent

@@ -28,6 +28,9 @@ def add_options(parser: Parser) -> None:
         "--study-list", metavar="FILE", help="many studies: one UID a line, or a .csv with a column study_uid"
     )
     group.add_argument("--store", action="store_true", help="store SEG and RTSTRUCT in the study on the server")
+    parser.add_argument(
+        "--list-series", action="store_true", help="print the series, which are chosen and why, and stop"
+    )
     parser.add_argument("--rtstruct", action="store_true", help="also write an RT structure set")
     add_weights_option(parser)
     add_network_option(parser)

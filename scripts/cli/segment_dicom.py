@@ -57,16 +57,22 @@ def segment_study(args: argparse.Namespace) -> None:
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
-    if args.dry_run:  # as if one folder held every series
-        configs = ["inference", *context_configs(args)]
-        modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
-        mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
-        images = [(key, args.study) for key in modalities]
-        segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
+    if args.dry_run:
+        print_command(args, args.study)
         return
     task = study_task(args)
     chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
-    segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+    if not args.list_series:
+        segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+
+
+def print_command(args: argparse.Namespace, study: str) -> None:
+    """Print the ``monai.bundle`` command with ``--dry-run``, as if one folder held every series of the study."""
+    configs = ["inference", *context_configs(args)]
+    modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
+    mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
+    images = [(key, study) for key in modalities]
+    segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
 
 
 def study_task(args: argparse.Namespace) -> StudyTask:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
-from scripts.cli.segment_dicom import DEFAULT_OUTPUT, StudyTask, choose, segment_chosen, study_task
+from scripts.cli.segment_dicom import DEFAULT_OUTPUT, StudyTask, choose, print_command, segment_chosen, study_task
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
 from scripts.image_io.dicom_study import Series
@@ -33,6 +33,9 @@ def segment_from_pacs(args: argparse.Namespace) -> None:
         raise ValueError("dicom segments the studies of a server. Remove --data-list, or name UIDs with --study-list.")
     if not args.study_uid and not args.study_list:
         raise ValueError("Which study of the server? Give --study-uid UID, or --study-list FILE.")
+    if args.dry_run:  # without the server
+        print_command(args, args.study_uid or "STUDY_UID")
+        return
     task, pacs = study_task(args), Pacs(args.dicomweb)
     if args.study_list:
         from scripts.cli.segment_study_list import segment_studies
@@ -41,12 +44,12 @@ def segment_from_pacs(args: argparse.Namespace) -> None:
         return
     output = Path(args.output_dir or DEFAULT_OUTPUT)
     segment_one(args, task, pacs, args.study_uid, output)
-    if args.store and not args.dry_run:
+    if args.store and not args.list_series:
         store(pacs, args.study_uid, written_objects(args, output))
 
 
 def segment_one(args: argparse.Namespace, task: StudyTask, pacs: Pacs, study: str, output: Path) -> dict[str, Series]:
-    """Find, fetch and segment one study; with ``args.dry_run`` only find.
+    """Find, fetch and segment one study; with ``args.list_series`` only find.
 
     Only the chosen series are fetched, into a folder below ``output`` that is removed afterwards.
 
@@ -58,7 +61,7 @@ def segment_one(args: argparse.Namespace, task: StudyTask, pacs: Pacs, study: st
     """
     kinds = [kind for kind in DICOM_MODALITIES.values() if any(_may_be(kind, rule) for rule in task.rules.values())]
     chosen = choose(args, task, pacs.find_series(study, kinds, task.keywords), f"The study {study}")
-    if args.dry_run:
+    if args.list_series:
         return chosen
     with hold(output), _fetched(args, pacs, study, chosen, output) as local:
         segment_chosen(args, task, local, output)

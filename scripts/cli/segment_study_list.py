@@ -49,7 +49,7 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
         raise ValueError("--series-uid names series of one study. Remove it, or write a rule into the task's dicom.")
     studies = read_study_list(Path(args.study_list))
     output = Path(args.output_dir or DEFAULT_OUTPUT)
-    if args.dry_run:
+    if args.list_series:
         for uid, values in studies.items():
             segment_one(_with(args, values), task, pacs, uid, output / uid)
         return

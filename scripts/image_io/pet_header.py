@@ -61,8 +61,8 @@ def require_complete(head: Any, needs_uptake: bool, name: str) -> None:
         *others, last = [f"no {what}" for what in lacks.values()]
         listed = " and ".join(filter(None, (", ".join(others), last)))
         raise ValueError(
-            f"{name} has {listed}, which SUV requires. Give {options_of(lacks)} (in a table of cases, columns of these "
-            "names with underscores), or give the PET as SUV."
+            f"{name} has {listed}, which SUV requires. Give {options_of(lacks)} (in a table: columns of these "
+            "names with underscores), or the PET as SUV."
         )
 
 

@@ -119,15 +119,21 @@ def test_a_study_is_fetched_segmented_and_stored(
     assert {path.name for path in output.iterdir()} == {"mask.nii.gz", "mask.manifest.json", "seg.dcm"}
 
 
-def test_a_dry_run_prints_the_choice_and_fetches_nothing(
+def test_the_series_are_listed_and_nothing_is_fetched(
     pacs: FakePacs, uid: str, options: list[str], study: Path, tmp_path: Path, capsys: Any
 ) -> None:
     thick = str(pydicom.dcmread(next(study.glob("thick_*")), stop_before_pixels=True).SeriesInstanceUID)
-    command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--series-uid", thick, "--dry-run", *options]
+    command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--series-uid", thick, "--list-series", *options]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
     assert "named by --series-uid" in capsys.readouterr().out
     assert not pacs.fetched()
+    assert main(["dicom", "--study", str(study), "--list-series", "--output-dir", str(tmp_path / "out"), *options]) == 0
+    assert "thinnest of 2 (" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+    pacs.requests.clear()
+    assert main([*command, "--dry-run"]) == 0
+    assert "monai.bundle run" in capsys.readouterr().out
+    assert not pacs.requests
 
 
 @pytest.mark.parametrize(

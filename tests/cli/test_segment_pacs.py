@@ -34,6 +34,7 @@ TINY = [
 def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DICOMWEB_USER", "DICOMWEB_PASSWORD", "DICOMWEB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("scripts.image_io.dicomweb.WAIT_MS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,9 @@ def test_a_study_is_fetched_segmented_and_stored(
     pacs: FakePacs, uid: str, options: list[str], local: Path, study: Path, tmp_path: Path, capsys: Any, caplog: Any
 ) -> None:
     output = tmp_path / "out"
+    killed = output / ".images-killed" / "ct"  # of a run that could not remove it
+    killed.mkdir(parents=True)
+    (killed / "000000.dcm").write_bytes(b"half an image")
     command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--store", "--output-dir", str(output), *options]
     assert main(command) == 0
     out, err = capsys.readouterr()

@@ -31,6 +31,7 @@ COUNT, SIZE = 6, 32
 def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (USER, PASSWORD, TOKEN):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("scripts.image_io.dicomweb.WAIT_MS", 1)
 
 
 @pytest.fixture(scope="module")

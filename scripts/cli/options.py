@@ -135,6 +135,15 @@ def add_engine_options(parser: Parser) -> None:
     group.add_argument("--profile", action="store_true", help="print the time of each stage")
 
 
+def add_export_option(parser: Parser) -> None:
+    """The option of verbs that export the weights at their first run."""
+    parser.add_argument(
+        "--no-export",
+        action="store_true",
+        help="do not export the weights for OpenVINO at the first run (half a minute)",
+    )
+
+
 def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The config overrides of the options that every verb has, without ``--device`` and ``--set``."""
     values = {

@@ -15,7 +15,7 @@ from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.series_table import series_table
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
@@ -69,7 +69,7 @@ def segment_study(args: argparse.Namespace) -> None:
 def print_command(args: argparse.Namespace, study: str) -> None:
     """Print the ``monai.bundle`` command with ``--dry-run``, as if one folder held every series of the study."""
     configs = ["inference", *context_configs(args)]
-    modalities = resolved_config(args, configs, with_trained_task(args, configs, {}))["modalities"]
+    modalities = resolved_config(args, configs, with_trained_settings(args, configs, {}))["modalities"]
     mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
     images = [(key, study) for key in modalities]
     segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
@@ -84,7 +84,7 @@ def study_task(args: argparse.Namespace) -> StudyTask:
     for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
         dicom_package(name)
     configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
+    task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
     rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
-from scripts.cli.errors import error_sentence
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
@@ -32,6 +31,7 @@ from scripts.image_io.checks import Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
+from scripts.utils.errors import error_sentence
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 

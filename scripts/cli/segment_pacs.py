@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 from scripts.cli.segment_dicom import DEFAULT_OUTPUT, StudyTask, choose, print_command, segment_chosen, study_task
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
 from scripts.image_io.dicom_study import Series
 from scripts.image_io.dicomweb import Pacs
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
 
 OBJECTS = {"seg.dcm": None, "rtstruct.dcm": "rtstruct", "sr.dcm": "sr"}  # and the option that each needs

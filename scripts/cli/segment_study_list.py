@@ -9,7 +9,6 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 from scripts.cli.segment_cohort import (
     MAX_WARNINGS,
     SEGMENTED,
@@ -29,6 +28,7 @@ from scripts.image_io.dicomweb_errors import PacsError
 from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.json_files import read_object
 from scripts.utils.output_lock import hold
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,15 @@ def read_summary(path: Path) -> dict[str, Any]:
     if not valid:
         raise _not_an_evaluation(path)
     return summary
+
+
+def read_measures(folder: str) -> list[dict[str, str]]:
+    """The rows of ``measures.csv`` in the folder of an evaluation, as text; none where there is no such file."""
+    path = Path(folder) / "measures.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _not_an_evaluation(path: Path) -> ValueError:

@@ -20,7 +20,7 @@ from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_messag
 from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
 from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
-from scripts.evaluation.records import Case, add_centres, cases_in_manifest
+from scripts.evaluation.records import Case, add_centres, cases_in_manifest, read_measures
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.evaluation.training_cases import NO, YES, trained_on, training_notes
 from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
@@ -54,6 +54,7 @@ def score(
     regions: Mapping[str, Sequence[float]] | None = None,
     ignore: float | None = None,
     mask_values: str = "file",
+    single_file: bool = False,
 ) -> dict[str, Any]:
     """Score a folder of masks and write ``cases.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
 
@@ -77,6 +78,7 @@ def score(
         regions: name -> values of the reference masks; by default one region for each foreground class.
         ignore: value of the reference masks whose voxels count as background in both masks.
         mask_values: what the masks hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
+        single_file: write the report as one file, instead of a page and the folder ``report_files``.
 
     Returns:
         The summary.
@@ -144,6 +146,8 @@ def score(
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
         notes,
+        single_file=single_file,
+        measures=read_measures(output_dir),
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
     if len(problems) + len(missing) == len(case_ids):

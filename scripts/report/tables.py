@@ -78,10 +78,9 @@ def summary_table(runs: Sequence[Run]) -> Table:
             head = _head(f"{run['name']}, unseen cases", unseen, regions=_region_count(run))
             rows.append([head, *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
-    note = (
-        "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
-        "value."
-    )
+    note = "Mean over cases [interval] (number of cases)."
+    if any(_failures(run["aggregate"]) for run in runs):
+        note = note[:-1] + ": where the metric is defined, and with failures at their worst value."
     if any(_region_count(run) > 1 for run in runs):
         note += " The first row of a network is over all regions of all cases, then follows each region."
     return Table("Summary", columns, rows, note)
@@ -213,6 +212,35 @@ def volume_table(volumes_ml: Mapping[str, float]) -> Table:
     return Table("Volumes", [Column("Mask"), Column("Volume ml", number=True)], rows)
 
 
+def measures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The measures of one case's lesions and regions.
+
+    Args:
+        rows: one per lesion or region, such as rows of ``measures.csv``; numbers may be text. Columns without a value
+            are left out, and so is ``case_id``.
+    """
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case_id"]
+    keys = [key for key in keys if any(row.get(key) not in (None, "") for row in rows)]
+    numeric = {key: all(_number(row.get(key)) is not None for row in rows if row.get(key) not in (None, "")) for key in keys}
+    cells = [[_measure_cell(row.get(key), numeric[key]) for key in keys] for row in rows]
+    return Table("Measures", [Column(key.replace("_", " "), numeric[key]) for key in keys], cells)
+
+
+def _measure_cell(value: Any, numeric: bool) -> Cell:
+    number = _number(value) if numeric else None
+    if number is None:
+        return Cell(DASH if value in (None, "") else str(value), css_class="number" if numeric else "")
+    return _number_cell(f"{number:,.0f}" if number == int(number) and "." not in str(value) else f"{number:,.2f}")
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _format(value: float | None, digits: int) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
@@ -227,15 +255,18 @@ def _metric_columns() -> Iterable[Column]:
 
 
 def _metric_cells(summary: Mapping[str, Any]) -> list[Cell]:
-    """Per metric the mean of the defined cases and the mean with failures; then the number of failures by status."""
-    metrics, counts = summary["metrics"], summary["counts"]
+    """Per metric the mean of the defined cases and, if any, the mean with failures; then the failures by status."""
+    metrics, counts, failures = summary["metrics"], summary["counts"], _failures(summary)
     cells = []
     for metric, _, digits in _METRICS:
         defined, worst_filled = (_with_interval(metrics[metric][key], digits) for key in ("defined", "worst_filled"))
-        cells.append(_number_cell(defined, "with failures", worst_filled))
+        cells.append(_number_cell(defined, *(("with failures", worst_filled) if failures else ())))
     by_status = (f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES[1:] if counts[status])
-    failures = sum(counts[status] for status in FAILURES)
     return [*cells, _number_cell(f"{failures} of {summary['n']}", *by_status)]
+
+
+def _failures(summary: Mapping[str, Any]) -> int:
+    return sum(summary["counts"][status] for status in FAILURES)
 
 
 def _number_cell(text: str, *notes: str) -> Cell:

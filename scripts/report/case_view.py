@@ -85,7 +85,7 @@ def case_view(
     windows = {modality: overlay.window(modality) for modality in images}
     differences = None
     if "reference" in masks:
-        differences = mask_differences(masks["prediction"], masks["reference"], step, overlay.has_regions)
+        differences = mask_differences(masks["prediction"], masks["reference"], step.tolist(), overlay.has_regions)
     try:
         planes = plane_views(overlay, element_id, masks, images, step, windows)
     except ImportError:
@@ -150,9 +150,8 @@ def _panels(overlay: Overlay, windows: Mapping[str, tuple[float, float]]) -> lis
     for modality, window in windows.items():
         image = np.asarray(overlay.images[modality])
         choices[modality] = [preset._asdict() for preset in presets(modality, window, image[np.isfinite(image)])]
-    panels = [
-        {"name": name, "image": name, "over": None, "light": is_pet(name), "presets": choices[name]}
-        for name in windows
+    panels: list[dict[str, Any]] = [
+        {"name": name, "image": name, "over": None, "light": is_pet(name), "presets": choices[name]} for name in windows
     ]
     if pair := fused_pair(windows):
         ct, pet = pair

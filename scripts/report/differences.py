@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a prediction differs from its reference: a missed part, an extra part, the border, or a wrong region.
 
-The rule, which the page states too: a voxel that only one mask holds belongs to the border if it lies within
-``tolerance_mm`` of the other mask. Else it is a missed part (reference only) or an extra part (prediction only). A voxel
-that both masks hold with different values is in a wrong region. The reason is the kind with the largest volume.
+The page states the rule, which is ``RULE``.
 """
 
 from __future__ import annotations

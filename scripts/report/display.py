@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 FUSION = "PET on CT"
-FUSION_OPACITY = 0.75  # of PET, where it is at least a third of its window
 
 # Width and level of the usual presets in HU, and SUV ranges that begin at 0.
 _CT_PRESETS = {"soft tissue": (400, 40), "lung": (1500, -600), "bone": (1800, 400), "brain": (80, 40)}
@@ -65,7 +64,7 @@ def fused_pair(modalities: Iterable[str]) -> tuple[str, str] | None:
 
 
 def fuse(ct: NDArray[np.uint8], pet: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """PET in hot colours (black, red, yellow, white) on CT.
+    """PET in hot colours (black, red, yellow, white) on CT; the higher PET, the less transparent.
 
     Args:
         ct: grey levels, any shape.
@@ -76,5 +75,4 @@ def fuse(ct: NDArray[np.uint8], pet: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     share = pet[..., None] / 255.0
     hot = np.clip(3 * share - np.arange(3), 0, 1)
-    alpha = FUSION_OPACITY * np.clip(3 * share, 0, 1)
-    return np.round(255 * ((1 - alpha) * ct[..., None] / 255.0 + alpha * hot)).astype(np.uint8)
+    return np.round((1 - share) * ct[..., None] + 255 * share * hot).astype(np.uint8)

@@ -50,5 +50,7 @@ def write_mask_report(
     missing = [key.upper() for key in intensity or {} if key not in files]
     notes = [f"Segmented without {', '.join(missing)}."] if missing else []
     path = mask.with_name(f"{case_id}.report.html")
-    write_report(path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes, single_file=True, measures=measures)
+    write_report(
+        path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes, single_file=True, measures=measures
+    )
     return path

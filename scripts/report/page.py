@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One HTML page about one or several evaluations.
 
-The page makes no request to a network: its content security policy allows data URIs, inline styles, the page's own script
-by its hash, and what that script loads from the folder beside the page. The templates in ``templates/`` are rendered by
-jinja2 with autoescape, so that text from files is never markup. matplotlib and Pillow are optional: without them the page
-says so.
+The page makes no request to a network: its content security policy allows data URIs, inline styles, the page's own
+script by its hash, and what that script loads from the folder beside the page. The templates in ``templates/`` are
+rendered by jinja2 with autoescape, so that text from files is never markup. matplotlib and Pillow are optional: without
+them the page says so.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _entry(view: CaseView) -> CaseEntry:
         view.id,
         overlay.name,
         "" if overlay.dice is None else f"{overlay.dice:.3f}",
-        (differences.reason or "no difference") if differences else "",
+        differences.reason if differences else "",
         differences.text if differences else view.volumes_text,
         differences.tolerance_mm if differences else None,
         overlay.volumes_ml(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page loads only when a reader asks for it: cases, their volumes, the viewer.
 
-They lie in a folder beside the page, ``<page>_files``, or inside the page. A file's name holds a hash of its content, so
-that an old page never loads a file of a new one; files of earlier pages are removed when the new page is written.
+They lie in a folder beside the page, ``<page>_files``, or inside the page. A file's name holds a hash of its content,
+so that an old page never loads a file of a new one; files of earlier pages are removed when the new page is written.
 """
 
 from __future__ import annotations

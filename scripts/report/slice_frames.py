@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of the report's still images: one slice in grey levels, the outlines above it, and strips of frames.
 
-Every frame is a square, so that all panels have one size: the slice lies in its middle. All frames of a panel are joined
-side by side into one image, the strip. Pillow is imported when it is needed.
+Every frame is a square, so that all panels have one size: the slice lies in its middle. All frames of a panel are
+joined side by side into one image, the strip. Pillow is imported when it is needed.
 """
 
 from __future__ import annotations

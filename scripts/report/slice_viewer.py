@@ -197,13 +197,12 @@ def _panels(
     if pair := fused_pair(images):
         fused = [fuse(ct, pet) for ct, pet in zip(*(frames[modality] for modality in pair), strict=True)]
         alt = f"{overlay.name}: {FUSION}, {plane.name}, outlines of {outlines}"
-        panels.append(PanelView(FUSION, "hot colours", image_strip(fused), alt))
+        low, high = windows[pair[1]]
+        panels.append(PanelView(FUSION, f"{low:.4g} to {high:.4g}", image_strip(fused), alt))
     return panels
 
 
-def _strip(
-    outline: Outline, masks: Volumes, indices: Sequence[int], axis: int, size: tuple[int, int]
-) -> OutlineStrip:
+def _strip(outline: Outline, masks: Volumes, indices: Sequence[int], axis: int, size: tuple[int, int]) -> OutlineStrip:
     slices = [outline.of(np.take(masks[outline.mask], index, axis).T) for index in indices]
     return OutlineStrip(
         outline, outline_strip([outline_frame(each, size, outline.dashed) for each in slices], outline.colour)

@@ -221,7 +221,9 @@ def measures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case_id"]
     keys = [key for key in keys if any(row.get(key) not in (None, "") for row in rows)]
-    numeric = {key: all(_number(row.get(key)) is not None for row in rows if row.get(key) not in (None, "")) for key in keys}
+    numeric = {
+        key: all(_number(row.get(key)) is not None for row in rows if row.get(key) not in (None, "")) for key in keys
+    }
     cells = [[_measure_cell(row.get(key), numeric[key]) for key in keys] for row in rows]
     return Table("Measures", [Column(key.replace("_", " "), numeric[key]) for key in keys], cells)
 

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted against reference volume: a scatter plot and a Bland-Altman plot, as shapes for ``templates/agreement.html``."""
+"""Predicted against reference volume: a scatter and a Bland-Altman plot, as shapes for ``templates/agreement.html``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from scripts.metrics.case_rows import FOREGROUND, region_of
+from scripts.metrics.case_rows import FOREGROUND, Row, region_of
 from scripts.utils.colours import region_colour
+
+Values = NDArray[np.floating]
 
 WIDTH, HEIGHT = 400, 320
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 46  # margins
+_SMALLEST_ML = 1e-3  # length of an axis
 
 
 @dataclass(frozen=True)
@@ -82,79 +86,94 @@ def agreements(runs: Sequence[Mapping[str, Any]]) -> list[Agreement]:
     return [each for each in found if each]
 
 
-def bland_altman(predicted: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None]:
+def bland_altman(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, float | None]:
     """The mean of predicted minus reference, and 1.96 standard deviations of it; None for fewer than two cases."""
     difference = np.subtract(predicted, reference)
     return float(difference.mean()), float(1.96 * difference.std(ddof=1)) if difference.size > 1 else None
 
 
-def _agreement(name: str, rows: Sequence[Mapping[str, Any]]) -> Agreement | None:
+def _agreement(name: str, rows: Sequence[Row]) -> Agreement | None:
     rows = [row for row in rows if row.get("volume_ml") is not None and row.get("reference_volume_ml") is not None]
     if not rows:
         return None
     regions = list(dict.fromkeys(region_of(row) for row in rows))
-    predicted = [float(row["volume_ml"]) for row in rows]
-    reference = [float(row["reference_volume_ml"]) for row in rows]
+    predicted = np.array([row["volume_ml"] for row in rows], dtype=float)
+    reference = np.array([row["reference_volume_ml"] for row in rows], dtype=float)
     bias, spread = bland_altman(predicted, reference)
     text = f"Predicted minus reference volume: mean {bias:,.2f} ml"
     text += f", 95% limits of agreement {bias - spread:,.2f} to {bias + spread:,.2f} ml" if spread is not None else ""
     text += f" ({len(rows)} {'volumes' if len(rows) > 1 else 'volume'})."
-    titles = [
-        f"{row['case_id']}{'' if region_of(row) == FOREGROUND else ' ' + region_of(row)}: predicted {p:,.2f} ml, "
-        f"reference {r:,.2f} ml"
-        for row, p, r in zip(rows, predicted, reference, strict=True)
-    ]
-    colours = [region_colour(regions.index(region_of(row))) if len(regions) > 1 else "" for row in rows]
-    cases = [str(row["case_id"]) for row in rows]
-    means, differences = np.add(predicted, reference) / 2, np.subtract(predicted, reference)
-    top = max(*predicted, *reference, 1e-3)
-    scatter = _plot(
-        "Predicted against reference volume", f"{name}: {text}", ("reference volume, ml", "predicted volume, ml"),
-        (reference, predicted), ((0, top), (0, top)), (cases, titles, colours), [((0, 0), (top, top), "equal", "equal")],
-    )  # fmt: skip
-    level = [(bias, "mean", "mean")]
-    level += [] if spread is None else [(bias + sign * spread, "limit", "95% limit") for sign in (1, -1)]
-    low, high = min(0.0, *differences, *(y for y, *_ in level)), max(0.0, *differences, *(y for y, *_ in level))
-    right = float(means.max()) or 1e-3
-    lines = [((0, 0), (right, 0), "zero", ""), *(((0, y), (right, y), kind, label) for y, kind, label in level)]
-    difference = _plot(
-        "Difference by volume (Bland-Altman)", f"{name}: {text}", ("mean of both volumes, ml", "predicted - reference, ml"),
-        (means, differences), ((0, right), (low, high if high > low else low + 1e-3)), (cases, titles, colours), lines,
-    )  # fmt: skip
-    names = [(region, region_colour(i)) for i, region in enumerate(regions)] if len(regions) > 1 else []
-    return Agreement(name, text, [scatter, difference], names)
+    colours = [region_colour(i) for i in range(len(regions))] if len(regions) > 1 else [""]
+    marks = [_mark(row, colours[regions.index(region_of(row))]) for row in rows]
+    plots = [_scatter(predicted, reference, marks, text), _differences(predicted, reference, marks, text)]
+    return Agreement(name, text, plots, list(zip(regions, colours, strict=True)) if len(regions) > 1 else [])
 
 
-def _plot(
-    title: str,
-    alt: str,
-    labels: tuple[str, str],
-    values: tuple[Any, Any],
-    ranges: tuple[tuple[float, float], tuple[float, float]],
-    marks: tuple[Sequence[str], Sequence[str], Sequence[str]],
-    lines: Sequence[tuple[tuple[float, float], tuple[float, float], str, str]],
-) -> Plot:
-    x_ticks, y_ticks = (_ticks(*ends) for ends in ranges)
-    x_ends, y_ends = (min(x_ticks[0], ranges[0][0]), x_ticks[-1]), (min(y_ticks[0], ranges[1][0]), y_ticks[-1])
+def _mark(row: Row, colour: str) -> Mark:
+    """A case, not yet in its place."""
+    region = "" if region_of(row) == FOREGROUND else f" {region_of(row)}"
+    title = f"{row['case_id']}{region}: predicted {row['volume_ml']:,.2f} ml"
+    return Mark(0, 0, str(row["case_id"]), f"{title}, reference {row['reference_volume_ml']:,.2f} ml", colour)
 
-    def across(x: float) -> float:
-        return round(LEFT + (x - x_ends[0]) / (x_ends[1] - x_ends[0]) * (WIDTH - LEFT - RIGHT), 1)
 
-    def down(y: float) -> float:
-        return round(HEIGHT - BOTTOM - (y - y_ends[0]) / (y_ends[1] - y_ends[0]) * (HEIGHT - TOP - BOTTOM), 1)
-
-    return Plot(
-        title,
-        alt,
-        *labels,
-        [Tick(across(x), f"{x:,g}") for x in x_ticks],
-        [Tick(down(y), f"{y:,g}") for y in y_ticks],
-        [Line(across(a[0]), down(a[1]), across(b[0]), down(b[1]), kind, label) for a, b, kind, label in lines],
-        [
-            Mark(across(x), down(y), case_id, text, colour)
-            for x, y, case_id, text, colour in zip(*values, *marks, strict=True)
-        ],
+def _scatter(predicted: Values, reference: Values, marks: Sequence[Mark], text: str) -> Plot:
+    top = max(float(predicted.max()), float(reference.max()), _SMALLEST_ML)
+    place = _Place((0, top), (0, top))
+    return place.plot(
+        "Predicted against reference volume",
+        text,
+        ("reference volume, ml", "predicted volume, ml"),
+        [place.line((0, 0), (top, top), "equal", "equal")],
+        [place.mark(mark, x, y) for mark, x, y in zip(marks, reference, predicted, strict=True)],
     )
+
+
+def _differences(predicted: Values, reference: Values, marks: Sequence[Mark], text: str) -> Plot:
+    means, differences = (predicted + reference) / 2, predicted - reference
+    bias, spread = bland_altman(predicted, reference)
+    levels = [(0.0, "zero", ""), (bias, "mean", "mean")]
+    levels += [] if spread is None else [(bias + sign * spread, "limit", "95% limit") for sign in (1, -1)]
+    heights = [*differences, *(y for y, *_ in levels)]
+    low, high, right = min(heights), max(heights), max(float(means.max()), _SMALLEST_ML)
+    place = _Place((0, right), (low, max(high, low + _SMALLEST_ML)))
+    return place.plot(
+        "Difference by volume (Bland-Altman)",
+        text,
+        ("mean of both volumes, ml", "predicted - reference, ml"),
+        [place.line((0, y), (right, y), css_class, label) for y, css_class, label in levels],
+        [place.mark(mark, x, y) for mark, x, y in zip(marks, means, differences, strict=True)],
+    )
+
+
+class _Place:
+    """From values to places in the picture.
+
+    Args:
+        x_range: values that the picture holds from left to right.
+        y_range: values from bottom to top.
+    """
+
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
+        self.x_ticks, self.y_ticks = _ticks(*x_range), _ticks(*y_range)
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    def line(self, start: tuple[float, float], end: tuple[float, float], css_class: str, label: str) -> Line:
+        return Line(self.x(start[0]), self.y(start[1]), self.x(end[0]), self.y(end[1]), css_class, label)
+
+    def mark(self, mark: Mark, x: float, y: float) -> Mark:
+        return replace(mark, x=self.x(x), y=self.y(y))
+
+    def plot(self, title: str, alt: str, labels: tuple[str, str], lines: Sequence[Line], marks: Sequence[Mark]) -> Plot:
+        x_ticks = [Tick(self.x(value), f"{value:,g}") for value in self.x_ticks]
+        y_ticks = [Tick(self.y(value), f"{value:,g}") for value in self.y_ticks]
+        return Plot(title, alt, *labels, x_ticks, y_ticks, lines, marks)
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

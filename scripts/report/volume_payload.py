@@ -23,15 +23,21 @@ _DICOM_TO_NIFTI = np.diag([-1.0, -1.0, 1.0, 1.0])  # left and posterior against 
 def viewer_library() -> str | None:
     """The text of NiiVue, from ``make viewer`` or the file that ``REPORT_VIEWER`` names; None where there is none.
 
+    An empty ``REPORT_VIEWER`` means none.
+
     Raises:
         FileNotFoundError: ``REPORT_VIEWER`` names no file.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
+    if named == "":
+        return None
     path = Path(named) if named else LIBRARY
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if named:
-        raise FileNotFoundError(f"{LIBRARY_VARIABLE} names {named}, which does not exist. Run `make viewer`, or unset it.")
+        raise FileNotFoundError(
+            f"{LIBRARY_VARIABLE} names {named}, which does not exist. Run `make viewer`, or unset it."
+        )
     return None
 
 

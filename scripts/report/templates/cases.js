@@ -112,7 +112,9 @@ class Cases {
       this.withoutViewer = true;
       root.hidden = true;
       stills.hidden = false;
-      stills.prepend(Object.assign(document.createElement("p"), {className: "no-viewer", textContent: `${error.message.replace(/\.$/, "")}: still images are shown.`}));
+      const note = this.reading.querySelector(".no-viewer");
+      note.textContent = `${error.message.replace(/\.$/, "")}: still images are shown.`;
+      note.hidden = false;
     }
   }
 }

@@ -1,6 +1,7 @@
 
 // The viewer: one NiiVue per panel, all at one place, with the masks' outlines as lines on top.
 const PLANE_AXES = [2, 1, 0];  // axial, coronal, sagittal: the axis that each cuts; NiiVue numbers planes in this order
+const PLANE_LETTERS = ["RLPA", "RLIS", "PAIS"];  // at the left, right, bottom and top edge
 const SCALE_BARS = [200, 100, 50, 20, 10, 5, 2, 1];
 
 const bytesOf = text => Uint8Array.from(atob(text), character => character.charCodeAt(0));
@@ -26,7 +27,7 @@ class Viewer {
     this.views.addEventListener("keydown", event => this.key(event), {capture: true});
     for (const kind of ["keyup", "keypress"]) this.views.addEventListener(kind, event => event.target.matches("canvas") && event.stopPropagation(), {capture: true});
   }
-  axis() { return PLANE_AXES[Math.min(this.plane, 2)]; }
+  axis() { return PLANE_AXES[this.plane % 3]; }  // of all planes together, the axial one
 
   async show(scene, volumes) {
     this.scene = scene;
@@ -62,11 +63,11 @@ class Viewer {
     this.views.append(root);
     const nv = new niivue.Niivue({
       isRadiologicalConvention: true, dragAndDropEnabled: false, loadingText: "", logLevel: "error", show3Dcrosshair: false,
-      crosshairColor: [0.2, 0.75, 0.35, 1], crosshairWidth: 1, multiplanarShowRender: 0, fontMinPx: 12, isColorbar: false,
+      crosshairWidth: 0, isOrientationTextVisible: false, multiplanarShowRender: 0, isColorbar: false,
     });
     await nv.attachToCanvas(image);
     nv.addColormap("inverted", {R: [255, 0], G: [255, 0], B: [255, 0], A: [255, 255], I: [0, 255]});
-    nv.addColormap("hot on CT", {R: [0, 255, 255, 255], G: [0, 0, 255, 255], B: [0, 0, 0, 255], A: [0, 191, 191, 191], I: [0, 85, 170, 255]});
+    nv.addColormap("hot on CT", {R: [0, 255, 255, 255], G: [0, 0, 255, 255], B: [0, 0, 0, 255], A: [255, 255, 255, 255], I: [0, 85, 170, 255]});
     const panel = {root, title, select, range, image, lines, nv};
     const draw = nv.drawScene;
     nv.drawScene = () => { const result = draw.call(nv); this.drawLines(panel); return result; };
@@ -94,6 +95,7 @@ class Viewer {
     nv.volumes[0].colormap = data.light ? "inverted" : "gray";
     if (data.over) {
       nv.volumes[1].colormap = "hot on CT";
+      nv.setModulationImage(nv.volumes[1].id, nv.volumes[1].id, 1);  // the higher PET, the less transparent
       [nv.volumes[0].cal_min, nv.volumes[0].cal_max] = [data.window.low, data.window.high];
     }
     this.setWindow(panel, data.presets[0].low, data.presets[0].high);
@@ -138,9 +140,7 @@ class Viewer {
       nv.drawScene();
     }
   }
-  restyle() {
-    for (const {nv} of this.shown()) nv.setCrosshairWidth(this.scene.cross ? 1 : 0);
-  }
+  restyle() { for (const panel of this.shown()) this.drawLines(panel); }
   key(event) {
     if (event.target.matches("select") || event.ctrlKey || event.metaKey || event.altKey) return;
     const axis = this.axis(), at = Math.round(this.scene.position[axis]), last = this.scene.part.shape[axis] - 1;
@@ -170,7 +170,9 @@ class Viewer {
       context.rect(...tile.leftTopWidthHeight);
       context.clip();
       this.drawOutlines(nv, context, tile, dpr);
+      this.drawCross(nv, context, tile, dpr);
       this.drawScale(context, tile, dpr, panel.data.light);
+      this.drawLetters(context, tile, dpr, panel.data.light);
       context.restore();
     }
   }
@@ -205,6 +207,31 @@ class Viewer {
       context.stroke();
     }
     context.globalAlpha = 1;
+  }
+  drawCross(nv, context, tile, dpr) {
+    if (!this.scene.cross) return;
+    const [x, y] = this.place(nv, tile, nv.scene.crosshairPos), [left, top, width, height] = tile.leftTopWidthHeight, gap = 8 * dpr;
+    context.strokeStyle = "#33bf59";
+    context.lineWidth = dpr;
+    context.setLineDash([]);
+    context.beginPath();
+    for (const [from, to] of [[left, x - gap], [x + gap, left + width]]) { context.moveTo(from, y); context.lineTo(to, y); }
+    for (const [from, to] of [[top, y - gap], [y + gap, top + height]]) { context.moveTo(x, from); context.lineTo(x, to); }
+    context.stroke();
+  }
+  drawLetters(context, tile, dpr, light) {
+    const [left, top, width, height] = tile.leftTopWidthHeight, edge = 10 * dpr;
+    const places = [[left + edge, top + height / 2], [left + width - edge, top + height / 2], [left + width / 2, top + height - edge], [left + width / 2, top + edge]];
+    context.font = `600 ${13 * dpr}px system-ui, sans-serif`;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    context.lineWidth = 3 * dpr;
+    context.strokeStyle = light ? "#ffffff" : "#000000";
+    context.fillStyle = light ? "#000000" : "#ffffff";
+    places.forEach((place, index) => {
+      context.strokeText(PLANE_LETTERS[tile.axCorSag][index], ...place);
+      context.fillText(PLANE_LETTERS[tile.axCorSag][index], ...place);
+    });
   }
   insideOf(outline, axis, across, up, slice) {
     const strides = [1, this.shape[0], this.shape[0] * this.shape[1]], mask = this.masks[outline.mask], codes = outline.codes;

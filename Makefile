@@ -115,13 +115,15 @@ build/viewer/niivue.js: Makefile
 	echo "$(NIIVUE_SHA512)" | base64 -d | od -An -v -tx1 | tr -d ' \n' > build/viewer/sha512
 	echo "$$(cat build/viewer/sha512)  build/viewer/niivue-niivue-$(NIIVUE).tgz" | sha512sum --check --quiet
 	tar -xzf build/viewer/niivue-niivue-$(NIIVUE).tgz -C build/viewer package/dist/niivue.umd.js
-	(echo "/*! NiiVue $(NIIVUE), BSD-2-Clause, https://github.com/niivue/niivue */"; \
+	(echo "/*! NiiVue $(NIIVUE). Copyright (c) 2021, Niivue. All rights reserved. SPDX-License-Identifier: BSD-2-Clause."; \
+	  echo "    The licence: https://github.com/niivue/niivue/blob/main/LICENSE */"; \
 	  cat build/viewer/package/dist/niivue.umd.js) > $@.part
 	mv $@.part $@
 	rm -r build/viewer/package build/viewer/niivue-niivue-$(NIIVUE).tgz build/viewer/sha512
 
-# Needs Chromium, and says so where it is absent: apt-get install chromium
+# Needs Chromium, and says so where it is absent: apt-get install chromium. Where npm is absent, the viewer's tests are skipped.
 browser-test: env
+	-$(MAKE) --no-print-directory viewer
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
 
 # An nnU-Net is trained on phantoms, cached and distilled from, in an environment of its own. torch is installed first, so

@@ -88,8 +88,9 @@ def mask_differences(
         return Differences({}, None, near)
     largest = np.pad(kinds[max(volumes, key=volumes.__getitem__)], 1)
     depth = distance_transform_edt(largest, sampling=spacing)
-    index = np.unravel_index(int(depth.argmax()), depth.shape)
-    return Differences(volumes, tuple(int(i) - 1 + c for i, c in zip(index, corner, strict=True)), near)
+    deepest = np.argwhere(depth > depth.max() - 1e-6)
+    index = deepest[np.square(deepest - deepest.mean(axis=0)).sum(axis=1).argmin()] - 1
+    return Differences(volumes, tuple(int(i) for i in index + corner), near)
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[tuple[int, ...], tuple[slice, ...]]:

@@ -10,7 +10,7 @@ from scripts.cli.options import Parser, add_common_options, add_weights_option, 
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import with_trained_task
 from scripts.export import FORMATS
-from scripts.inference import EXPORT_PRECISIONS
+from scripts.runtime import EXPORT_PRECISIONS
 
 EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 

@@ -10,6 +10,7 @@ from scripts.cli.options import (
     Parser,
     add_common_options,
     add_engine_options,
+    add_export_option,
     add_weights_option,
     positive_int,
 )
@@ -40,6 +41,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--bids", action="store_true", help="with --data-list: name the masks as BIDS derivatives")
     add_engine_options(parser)
+    add_export_option(parser)
     add_common_options(parser)
 
 

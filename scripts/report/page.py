@@ -78,7 +78,7 @@ def write_report(
     Args:
         path: the HTML file. The cases lie in ``<path without suffix>_files`` beside it.
         title: heading of the page.
-        runs: per network ``{"name", "aggregate": of metrics.aggregate, "rows"}`` and, where known, ``"parameters"``,
+        runs: per network ``{"name", "aggregate": of metrics.aggregates, "rows"}`` and, where known, ``"parameters"``,
             ``"gflops"``, ``"seconds_per_case"``, ``"present"`` (modalities) and ``"regions"`` (name -> aggregate); rows
             may name their ``"centre"`` and ``"region"``.
         overlays: cases to draw, in the order of the list; each is drawn before the next one is read. Without runs their

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from scripts.data.resampling import network_grid
 from scripts.image_io.checks import LABEL
 from scripts.image_io.headers import Header
-from scripts.inference.sliding_window import BYTES_PER_VOXEL, GIB
+from scripts.runtime import BYTES_PER_VOXEL, GIB
+from scripts.runtime.grids import network_grid
 
 logger = logging.getLogger(__name__)
 

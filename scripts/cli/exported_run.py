@@ -18,10 +18,10 @@ from typing import Any
 
 from scripts.cli.bundle_run import command_line, protected
 from scripts.cli.config import SEPARATOR, Config
-from scripts.cli.errors import error_sentence
 from scripts.cli.options import image_rules, parse_set
 from scripts.cli.trained_task import names_network, weights_path
 from scripts.utils.atomic_files import write_json
+from scripts.utils.errors import error_sentence
 from scripts.utils.task_file import read_task
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def segment_exported(
             config["stacked"],
         )
         engine, _ = exported_engine(args, config)
-        stage_seconds = segment_item(config["datalist"][0], settings, engine, mask)
+        stage_seconds = segment_item(config["datalist"][0], settings, lambda: engine, mask)
         run_config = {**config, "exported_files": str(export_folder(weights)), "stage_seconds": stage_seconds}
         with described_run(command_line(configs, protected(overrides)), run_config):
             seconds = time.perf_counter() - began
@@ -220,7 +220,7 @@ def export_once(args: argparse.Namespace, config: Config) -> None:
     print(f"Exporting {weights} for OpenVINO: once, for all later runs (about half a minute).", flush=True)
     of_weights = dict.fromkeys(("precisions", "fold", "output_dir", "dataset_dir", "data_list", "scale", "data"))
     try:
-        run(argparse.Namespace(**{**vars(args), **of_weights, "formats": ["openvino"], "set": []}))
+        run(argparse.Namespace(**{**vars(args), **of_weights, "formats": ["openvino"], "runtime": None, "set": []}))
     except (ValueError, RuntimeError) as error:  # one precision was refused, or all; MONAI wraps errors
         logger.warning("%s", error_sentence(error))
         if not (export_folder(weights) / RECORD).is_file():

@@ -20,7 +20,7 @@ from scripts.utils.colours import region_colour
 from scripts.utils.run_manifest import code_version
 
 # Files that BIDS does not define: the record of the run, and each mask's manifest and report.
-BIDS_IGNORE = ("segment.json", "*.manifest.json", "*.report.html")
+BIDS_IGNORE = ("segment.json", "*.manifest.json", "*.report.html", "measures.csv", "*.measures.csv")
 BACKGROUND = "#000000"
 SUFFIX = ".nii.gz"
 _CASE = re.compile(r"(sub-[A-Za-z0-9]+)(?:_(ses-[A-Za-z0-9]+))?")  # a case of a BIDS data set

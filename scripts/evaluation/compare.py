@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.evaluation.masks import MaskCoding
 from scripts.evaluation.overlays import case_overlays
-from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_measures, read_summary
+from scripts.evaluation.records import Case, add_centres, evaluated_cases, evaluated_measures, read_summary
 from scripts.evaluation.seeds import group_seeds
 from scripts.evaluation.summary_table import markdown_differences, markdown_summary
 from scripts.evaluation.training_cases import training_notes
@@ -94,7 +94,7 @@ def compare(
         training_notes(runs),
         reference,
         single_file,
-        read_measures(shown["folder"]),
+        evaluated_measures(shown["folder"]),
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.metrics import Row
+from scripts.metrics.lesion_measures import read_measures
 from scripts.report.tables import summary_table
 
 Case = Mapping[str, Any]
@@ -71,13 +71,14 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def read_measures(folder: str) -> list[dict[str, str]]:
-    """The rows of ``measures.csv`` in the folder of an evaluation, as text; none where there is no such file."""
+def evaluated_measures(folder: str) -> list[Row]:
+    """The rows of ``measures.csv`` of an evaluation; none where it was made without them.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(folder) / "measures.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_measures(path) if path.is_file() else []
 
 
 def _not_an_evaluation(path: Path) -> ValueError:

@@ -14,7 +14,7 @@ from scripts.report.differences import Differences, mask_differences
 from scripts.report.display import FUSION, fused_pair, is_pet, presets
 from scripts.report.overlay import OUTLINES, Overlay, Volumes, to_view, view_affine, viewing_orientation
 from scripts.report.slice_viewer import Outline, PlaneView, outlines_of, plane_views
-from scripts.report.tables import Table, measures_table
+from scripts.report.tables import Table, measures_tables
 from scripts.report.volume_payload import volume_payload
 from scripts.utils.colours import region_colour
 
@@ -77,7 +77,7 @@ def case_view(
         overlay: images and masks.
         element_id: of the case, unique in the page.
         with_volumes: whether the viewer's volumes are made.
-        measures: rows of measures with a ``case_id``; those of other cases are left out.
+        measures: rows of ``measures.csv``; those of other cases are left out.
     """
     _, images, step = viewing_orientation(overlay)
     masks = to_view(overlay, overlay.region_values())
@@ -101,7 +101,7 @@ def case_view(
         "outlines": [_outline(each, codes) for each in outlines],
         "panels": _panels(overlay, windows),
     }
-    own = [row for row in measures if str(row.get("case_id")) == overlay.name]
+    own = measures_tables([row for row in measures if row["case_id"] == overlay.name])
     path = overlay.mask_path
     return CaseView(
         element_id,
@@ -110,7 +110,7 @@ def case_view(
         planes,
         payload,
         volume_payload(images, _coded(masks, codes), affine) if with_volumes else None,
-        measures_table(own) if own else None,
+        own[0] if own else None,
         hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else "",
     )
 

@@ -28,6 +28,7 @@ from scripts.report.tables import (
     case_tables,
     centre_table,
     difference_table,
+    measures_tables,
     modality_table,
     summary_table,
     volume_table,
@@ -88,7 +89,7 @@ def write_report(
         notes: sentences below the heading, for example on missing predictions.
         baseline: the run of ``runs`` that the others are compared with, if any.
         single_file: write the cases into the page instead of the folder.
-        measures: rows with a ``case_id`` and the measures of a lesion or region, shown with their case.
+        measures: rows of ``measures.csv``, shown with their case, or in tables if it is not drawn.
     """
     path = Path(path)
     parts = PageParts(None if single_file else path)
@@ -137,6 +138,8 @@ def _render(
     }
     loaded = ["'strict-dynamic'"] if parts.files else []  # lets the page's script load files beside the page
     sources = " ".join([script_hash(script), *parts.script_hashes, *loaded])
+    drawn = {case.name for case in cases}
+    measures_elsewhere = measures_tables([row for row in measures if row["case_id"] not in drawn])
     tolerances = sorted({each.tolerance_mm for each in cases if each.tolerance_mm is not None})
     return environment.get_template("page.html").render(
         title=title,
@@ -155,7 +158,7 @@ def _render(
         review_file=f"{stem}.review.json",
         agreements=agreements(runs),
         plot_size=(WIDTH, HEIGHT),
-        tables_after_cases=[(table.label, table) for table in case_tables(runs)],
+        tables_after_cases=[(table.label, table) for table in [*measures_elsewhere, *case_tables(runs)]],
         curves=_figures(lambda: curve_figures(curves)),
         definitions=list(dict.fromkeys(pair for run in runs for pair in run["aggregate"]["definitions"].items())),
         manifest=json.dumps(manifest, indent=2, default=str, ensure_ascii=False),

@@ -13,6 +13,7 @@ from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, regio
 
 Run = Mapping[str, Any]
 
+_MEASURED = ("_ml", "_mm", "_g")  # endings of columns of numbers in the table of measures
 DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
@@ -212,35 +213,24 @@ def volume_table(volumes_ml: Mapping[str, float]) -> Table:
     return Table("Volumes", [Column("Mask"), Column("Volume ml", number=True)], rows)
 
 
-def measures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The measures of one case's lesions and regions.
+def measures_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The measures of lesions and regions, a table for each case.
 
     Args:
-        rows: one per lesion or region, such as rows of ``measures.csv``; numbers may be text. Columns without a value
-            are left out, and so is ``case_id``.
+        rows: of ``measures.csv``. Columns without a value are left out.
     """
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case_id"]
-    keys = [key for key in keys if any(row.get(key) not in (None, "") for row in rows)]
-    numeric = {
-        key: all(_number(row.get(key)) is not None for row in rows if row.get(key) not in (None, "")) for key in keys
-    }
-    cells = [[_measure_cell(row.get(key), numeric[key]) for key in keys] for row in rows]
-    return Table("Measures", [Column(key.replace("_", " "), numeric[key]) for key in keys], cells)
-
-
-def _measure_cell(value: Any, numeric: bool) -> Cell:
-    number = _number(value) if numeric else None
-    if number is None:
-        return Cell(DASH if value in (None, "") else str(value), css_class="number" if numeric else "")
-    return _number_cell(f"{number:,.0f}" if number == int(number) and "." not in str(value) else f"{number:,.2f}")
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    tables = []
+    for case_id in dict.fromkeys(row["case_id"] for row in rows):
+        own = [row for row in rows if row["case_id"] == case_id]
+        keys = [key for key in own[0] if key != "case_id" and any(row[key] not in (None, "") for row in own)]
+        numbers = {key for key in keys if key.endswith(_MEASURED) or key.startswith("suv")}
+        cells = [
+            [_number_cell(_format(row[key], 2)) if key in numbers else Cell(str(row[key])) for key in keys]
+            for row in own
+        ]
+        columns = [Column(key.replace("_", " "), key in numbers) for key in keys]
+        tables.append(Table(f"Measures of {case_id}", columns, cells))
+    return tables
 
 
 def _format(value: float | None, digits: int) -> str:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,14 +86,15 @@ class Settings:
 
 
 def segment_item(
-    item: Mapping[Any, Any], settings: Settings, engine: NumpyEngine, mask_path: str | Path
+    item: Mapping[Any, Any], settings: Settings, start_engine: Callable[[], NumpyEngine], mask_path: str | Path
 ) -> dict[str, float]:
     """Segment a case, and write its mask on the grid of its reference image.
 
     Args:
         item: ``image``, and optionally one key per modality, ``case_id`` and ``bbox_mm``.
         settings: of the task.
-        engine: runs the network.
+        start_engine: returns the engine that runs the network. It is called in a thread of its own, so that the
+            engine starts while the images are read.
         mask_path: .nii.gz or .nii.
 
     Returns:
@@ -112,12 +114,16 @@ def segment_item(
         settings.stacked,
     )
     case = gather(item)
-    images = _read(case, settings)
-    clock.end_stage("read, check, decompress")
-    header = images[settings.reference_key].header
-    own = own_grid(case, header.affine, header.shape)
-    image, affine = network_input(images, own, settings)
-    clock.end_stage("resample, normalise")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start_engine)
+        images = _read(case, settings)
+        clock.end_stage("read, check, decompress")
+        header = images[settings.reference_key].header
+        own = own_grid(case, header.affine, header.shape)
+        image, affine = network_input(images, own, settings)
+        clock.end_stage("resample, normalise")
+        engine = starting.result()
+        clock.end_stage("wait for the engine")
     logits = predict_volume(image[None], engine, settings.plan)[0]
     clock.end_stage("network")
     regions = sigmoid_regions(settings.labels, settings.head, settings.classes, settings.regions)

@@ -388,15 +388,15 @@ def test_the_list_names_the_reason_of_each_case_and_the_rule(tmp_path) -> None:
 
 def test_the_measures_of_a_case_are_shown_with_it(tmp_path) -> None:
     rows = [
-        {"case_id": "a", "lesion": "1", "volume_ml": "12.3456", "suv_peak": "", "note": "<b>", "empty": ""},
-        {"case_id": "a", "lesion": "2", "volume_ml": "1200.5", "suv_peak": "4.5", "note": "", "empty": ""},
-        {"case_id": "other", "lesion": "1", "volume_ml": "1", "suv_peak": "1", "note": "", "empty": ""},
+        {"case_id": "a", "lesion": "1", "volume_ml": 12.3456, "suvpeak": None, "tlg_g": None},
+        {"case_id": "a", "lesion": "<2>", "volume_ml": 1200.5, "suvpeak": 4.5, "tlg_g": None},
+        {"case_id": "not drawn", "lesion": "1", "volume_ml": 1.0, "suvpeak": 1.0, "tlg_g": 1.0},
     ]
     write_report(tmp_path / "r.html", "t", [], [overlay("a")], {}, {}, single_file=True, measures=rows)
-    case_page = Page((tmp_path / "r.html").read_text(encoding="utf-8")).case(0)
-    assert case_page.texts("th") == ["lesion", "volume ml", "suv peak", "note"]
-    dash = "\N{EN DASH}"
-    assert case_page.rows(0) == [["1", "12.35", dash, "<b>"], ["2", "1,200.50", "4.50", dash]]
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.case(0).texts("th") == ["lesion", "volume ml", "suvpeak"]
+    assert page.case(0).rows(0) == [["1", "12.35", "\N{EN DASH}"], ["<2>", "1,200.50", "4.50"]]
+    assert [text for text in page.texts("h2") if "Measures" in text] == ["Measures of not drawn"]
 
 
 def test_the_form_of_a_review_names_the_mask_by_its_hash(tmp_path) -> None:

@@ -47,5 +47,5 @@ def test_a_box_in_lps_is_a_part_of_an_image_in_ras() -> None:
     own = own_grid({"bbox_mm": [-10, -8, 4, -6, -4, 8], "image": "a"}, affine, (20, 20, 20))
     assert (own.start, own.part, own.shape) == ((3, 2, 2), (3, 3, 3), (20, 20, 20))
     np.testing.assert_array_equal(own.part_affine[:3, 3], [6, 4, 4])
-    with pytest.raises(ValueError, match="Case A: its bounding box lies outside a.nii"):
+    with pytest.raises(ValueError, match=r"Case A: its bounding box lies outside a\.nii"):
         own_grid({"case_id": "A", "bbox_mm": [90, 90, 90, 99, 99, 99], "image": "a.nii"}, affine, (20, 20, 20))

@@ -105,7 +105,7 @@ def _compare(item: dict[str, Any], changes: dict[str, Any], folder: Path) -> NDA
     regions = sigmoid_regions(settings.labels, settings.head, settings.classes, settings.regions)
     engine = Network(len(regions or settings.labels))
     item = {**item, "case_id": "A"}
-    segment_item(item, settings, engine, folder / "lean.nii.gz")  # type: ignore[arg-type]
+    segment_item(item, settings, lambda: engine, folder / "lean.nii.gz")  # type: ignore[arg-type]
     prepare = preprocessing(
         settings.modalities,
         settings.intensity,

@@ -81,5 +81,7 @@ def case_overlays(
             reference, prediction = (sitk.GetArrayFromImage(image) > 0 for image in (label, mask))
         regions = coding.region_classes if coding else {}
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
-        overlay = load_overlay(case_id, images, label, prediction, reference, intensity, rules, source, given, regions)
+        overlay = load_overlay(
+            case_id, images, label, prediction, reference, intensity, rules.of_case(case), source, given, regions
+        )
         yield replace(overlay, dice=dice.get(case_id), mask_path=path)

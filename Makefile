@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults viewer browser-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -103,8 +103,27 @@ gpu-check:
 release-test: env
 	$(PY) -m pytest -m "release or not release" tests/tools
 
-# Needs Chromium, and says so where it is absent: apt-get install chromium
+# The viewer of the report, NiiVue, from the npm registry: this version, checked by the registry's own hash. Nothing of it is
+# in the repository; reports written without it hold still images.
+NIIVUE := 0.69.0
+NIIVUE_SHA512 := YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
+
+viewer: build/viewer/niivue.js
+build/viewer/niivue.js: Makefile
+	mkdir -p build/viewer
+	npm pack --silent --pack-destination build/viewer @niivue/niivue@$(NIIVUE)
+	echo "$(NIIVUE_SHA512)" | base64 -d | od -An -v -tx1 | tr -d ' \n' > build/viewer/sha512
+	echo "$$(cat build/viewer/sha512)  build/viewer/niivue-niivue-$(NIIVUE).tgz" | sha512sum --check --quiet
+	tar -xzf build/viewer/niivue-niivue-$(NIIVUE).tgz -C build/viewer package/dist/niivue.umd.js
+	(echo "/*! NiiVue $(NIIVUE). Copyright (c) 2021, Niivue. All rights reserved. SPDX-License-Identifier: BSD-2-Clause."; \
+	  echo "    The licence: https://github.com/niivue/niivue/blob/main/LICENSE */"; \
+	  cat build/viewer/package/dist/niivue.umd.js) > $@.part
+	mv $@.part $@
+	rm -r build/viewer/package build/viewer/niivue-niivue-$(NIIVUE).tgz build/viewer/sha512
+
+# Needs Chromium, and says so where it is absent: apt-get install chromium. Where npm is absent, the viewer's tests are skipped.
 browser-test: env
+	-$(MAKE) --no-print-directory viewer
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
 
 # An Orthanc is started on a free port of this machine and ended; it says so where none is installed:

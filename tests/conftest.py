@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
+os.environ["REPORT_VIEWER"] = ""  # reports of tests hold no viewer, whether `make viewer` was run or not
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count

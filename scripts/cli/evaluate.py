@@ -16,6 +16,7 @@ from scripts.cli.options import (
     add_common_options,
     add_engine_options,
     add_network_options,
+    add_single_file_option,
     add_weights_option,
     context_configs,
     engine_overrides,
@@ -47,6 +48,7 @@ def add_options(parser: Parser) -> None:
         "--present", nargs="+", metavar="MODALITY", help="use only these modalities of each case (default: all)"
     )
     parser.add_argument("--curves", nargs="+", metavar="FILE", help="curves.csv files to draw in the report")
+    add_single_file_option(parser)
     add_engine_options(parser)
     add_common_options(parser)
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     }
     overrides = {key: value for key, value in options.items() if value is not None} | engine_overrides(args)
     overrides |= network_overrides(args)
+    overrides |= {"single_file": True} if args.single_file else {}
     has_weights = bool(args.weights or "weights" in parse_set(args.set))
     if args.predictions:
         if args.profile or engine_overrides(args):

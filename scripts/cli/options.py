@@ -123,6 +123,15 @@ def add_weights_option(parser: Parser) -> None:
     parser.add_argument("--weights", metavar="FILE", help="weights of the network (default: models/model.pt)")
 
 
+def add_single_file_option(parser: Parser) -> None:
+    """The option that writes a report as one file."""
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="write the report as one file; by default its cases lie in report_files/ beside it and load when opened",
+    )
+
+
 def add_engine_options(parser: Parser) -> None:
     """Options of the inference engine."""
     from scripts.runtime import ENGINES, PRECISIONS

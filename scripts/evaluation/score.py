@@ -58,6 +58,7 @@ def score(
     ignore: float | None = None,
     mask_values: str = "file",
     dicom: Mapping[str, Any] | None = None,
+    single_file: bool = False,
 ) -> dict[str, Any]:
     """Score a folder of masks.
 
@@ -84,6 +85,7 @@ def score(
         ignore: value of the reference masks whose voxels count as background in both masks.
         mask_values: what the masks hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
         dicom: rules of the modalities, which tell the PET where none is called so.
+        single_file: write the report as one file, instead of a page and the folder ``report_files``.
 
     Returns:
         The summary.
@@ -158,6 +160,7 @@ def score(
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
         notes,
+        single_file=single_file,
         measures=measures,
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")

@@ -79,10 +79,9 @@ def summary_table(runs: Sequence[Run]) -> Table:
             head = _head(f"{run['name']}, unseen cases", unseen, regions=_region_count(run))
             rows.append([head, *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
-    note = (
-        "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
-        "value."
-    )
+    note = "Mean over cases [interval] (number of cases)."
+    if any(_failures(run["aggregate"]) for run in runs):
+        note = note[:-1] + ": where the metric is defined, and with failures at their worst value."
     if any(_region_count(run) > 1 for run in runs):
         note += " The first row of a network is over all regions of all cases, then follows each region."
     return Table("Summary", columns, rows, note)
@@ -248,15 +247,18 @@ def _metric_columns() -> Iterable[Column]:
 
 
 def _metric_cells(summary: Mapping[str, Any]) -> list[Cell]:
-    """Per metric the mean of the defined cases and the mean with failures; then the number of failures by status."""
-    metrics, counts = summary["metrics"], summary["counts"]
+    """Per metric the mean of the defined cases and, if any, the mean with failures; then the failures by status."""
+    metrics, counts, failures = summary["metrics"], summary["counts"], _failures(summary)
     cells = []
     for metric, _, digits in _METRICS:
         defined, worst_filled = (_with_interval(metrics[metric][key], digits) for key in ("defined", "worst_filled"))
-        cells.append(_number_cell(defined, "with failures", worst_filled))
+        cells.append(_number_cell(defined, *(("with failures", worst_filled) if failures else ())))
     by_status = (f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES[1:] if counts[status])
-    failures = sum(counts[status] for status in FAILURES)
     return [*cells, _number_cell(f"{failures} of {summary['n']}", *by_status)]
+
+
+def _failures(summary: Mapping[str, Any]) -> int:
+    return sum(summary["counts"][status] for status in FAILURES)
 
 
 def _number_cell(text: str, *notes: str) -> Cell:

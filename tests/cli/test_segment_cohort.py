@@ -25,6 +25,7 @@ from scripts.cli import segment_cohort as batch
 from scripts.cli.main import main
 from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
+from tests.report_cases import case_html
 
 WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
@@ -152,7 +153,8 @@ def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
         manifest = json.loads((output / f"{name}.manifest.json").read_text())
         assert [case["case_id"] for case in manifest["data"]] == [name]
         page = (output / f"{name}.report.html").read_text()
-        assert ">volume ml</th>" in page.replace(' class="number"', "")  # of the measures
+        html = case_html(output / f"{name}.report.html")
+        assert ">volume ml</th>" in html.replace(' class="number"', "")  # of the measures
         assert [other for other in names if f"/{other}/" in page] == [name]
 
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from scripts.cli import exported_run
@@ -61,6 +63,8 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     if reason:
         run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
     else:
+        if not args.no_measures:  # SciPy is loaded while the network runs
+            Thread(target=importlib.import_module, args=("scripts.image_io.mask_measures",), daemon=True).start()
         exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
         return []

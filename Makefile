@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test bids-test benchmark-test gpu-check release-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -106,6 +106,16 @@ release-test: env
 # Needs Chromium, and says so where it is absent: apt-get install chromium
 browser-test: env
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
+
+# The validator of BIDS, in an environment of its own. The tests that need it say so where it cannot be installed.
+bids-test: env
+	-[ -f .venv-bids/ready ] || $(MAKE) --no-print-directory .venv-bids/ready
+	$(PY) -m pytest -m bids -rs tests/end_to_end/test_bids_validator.py
+
+.venv-bids/ready:
+	$(PYTHON) -m venv .venv-bids
+	.venv-bids/bin/python -m pip install -q --disable-pip-version-check "bids-validator-deno>=3.0.2"
+	touch $@
 
 # An nnU-Net is trained on phantoms, cached and distilled from, in an environment of its own. torch is installed first, so
 # that no other package chooses its build.

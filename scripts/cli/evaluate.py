@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         if args.modalities:
             overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
-    configs += ["evaluate", *profile_configs(args)]
+    configs += ["score", *profile_configs(args)]
     if has_weights or not args.predictions:
         overrides = with_trained_task(args, configs, overrides)
     run_bundle(args, configs, overrides)

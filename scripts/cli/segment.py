@@ -6,13 +6,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from scripts.cli.options import (
-    Parser,
-    add_common_options,
-    add_engine_options,
-    add_weights_option,
-    positive_int,
-)
+from scripts.cli.options import Parser, add_common_options, add_engine_options, add_weights_option, positive_int
 from scripts.cli.student_options import add_network_option
 
 EXAMPLE = (

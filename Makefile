@@ -99,7 +99,8 @@ benchmark-test: env
 gpu-check:
 	$(PYTHON) -m benchmarks gpu --output-dir runs/gpu
 
-# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out.
+# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out. With a clone of
+# the zoo's repository, `make release-test ZOO=FOLDER`, its own programs run too.
 release-test: env
 	$(PY) -m pytest -m "release or not release" tests/tools
 
@@ -142,7 +143,7 @@ type: env
 clean:
 	rm -rf runs build *.egg-info
 
-# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip. Needs a checkout without changes.
+# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip, and what goes with it. Needs a checkout without changes.
 release: env
 	$(PY) -W ignore -m tools.release
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
 INSTRUMENTS = {  # name -> module, summary
     "methods": ("methods", "train and score every distillation method under one recipe"),

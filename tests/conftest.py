@@ -30,6 +30,7 @@ from filelock import FileLock
 from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
+from scripts.cli import exported_run
 from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.utils.output_lock import release
@@ -98,6 +99,17 @@ def _outputs_are_unlocked() -> Iterator[None]:
     """A run locks its output until its process ends; here that would be the end of all tests."""
     yield
     release()
+
+
+@pytest.fixture
+def first_export() -> None:
+    """For tests of the export that the first `segment` makes; in all others it is off, since it takes seconds."""
+
+
+@pytest.fixture(autouse=True)
+def _no_first_export(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "first_export" not in request.fixturenames:
+        monkeypatch.setattr(exported_run, "export_once", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.cli.options import Parser, add_common_options, add_engine_options, add_weights_option
+from scripts.cli.options import Parser, add_common_options, add_engine_options, add_export_option, add_weights_option
 from scripts.cli.student_options import add_network_option
 
 EXAMPLE = "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct"
@@ -18,6 +18,7 @@ def add_options(parser: Parser) -> None:
     add_weights_option(parser)
     add_network_option(parser)
     add_engine_options(parser)
+    add_export_option(parser)
     add_common_options(parser)
     # Options of `segment`, which segments the chosen series.
     parser.set_defaults(stacked=None, report=False, bids=False)

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Expression, run_bundle
+from scripts import bundle_root
+from scripts.cli.bundle_run import Expression, Overrides, command_line, protected, resolved_config, run_bundle
+from scripts.cli.exported_run import READ, unread_setting
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -15,12 +19,14 @@ from scripts.cli.options import (
     add_weights_option,
     context_configs,
     engine_overrides,
+    image_rules,
     parse_set,
     profile_configs,
 )
 from scripts.cli.student_options import add_network_option, network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
+SCORED = {"name", "curves", "splits_file"}  # config ids that scoring masks reads besides
 EXAMPLE = (
     "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
     "python -m scripts evaluate --data sts --dataset-dir DATA --predictions MASKS --output-dir OUT"
@@ -81,6 +87,54 @@ def run(args: argparse.Namespace) -> None:
             overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
     configs += ["score", *profile_configs(args)]
-    if has_weights or not args.predictions:
+    if args.predictions:
+        overrides = with_trained_settings(args, configs, overrides) if has_weights else overrides
+        if not (args.verbose or args.dry_run or unread_setting(args, READ | SCORED)):
+            score_masks(args, configs, overrides)
+            return
+    else:
         overrides = with_trained_task(args, configs, overrides)
     run_bundle(args, configs, overrides)
+
+
+def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+    """Score masks that exist, as ``run_bundle`` would, without loading MONAI; arguments as there."""
+    from scripts.data.case_list import datalist
+    from scripts.data.folds import fold_split
+    from scripts.data.settings_check import check_settings
+    from scripts.evaluation.score import score
+    from scripts.runtime.regions import region_values
+    from scripts.utils.output_lock import hold
+    from scripts.utils.run_manifest import described_run
+
+    config = resolved_config(args, configs, overrides)
+    check_settings(**{key: config[key] for key in config["settings_check"] if key != "_target_" and key in config})
+    output = args.output_dir or str(Path(bundle_root()) / "runs" / "evaluation")
+    cases = datalist(
+        config["cohort"],
+        config["dataset_dir"],
+        config["data_list"],
+        config["modalities"],
+        config["allow_outside"],
+        config["layout"],
+    )
+    if config["fold"] is not None:
+        cases = fold_split(cases, config["fold"], file=config["splits_file"])[1]
+    with hold(output), described_run(command_line(configs, protected(overrides)), config):
+        score(
+            name=config["name"],
+            cases=cases,
+            labels=config["labels"],
+            predictions=args.predictions,
+            output_dir=output,
+            intensity=config["intensity"],
+            curves=config["curves"],
+            patch=config["patch"],
+            seed=config["seed"],
+            present=config["present"],
+            checks=image_rules(config),
+            weights=config["weights"] if args.weights or "weights" in parse_set(args.set) else None,
+            regions=region_values(config["labels"], config["classes"], config["regions"]),
+            ignore=config["ignore"],
+            mask_values=config["mask_values"],
+        )

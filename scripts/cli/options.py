@@ -124,7 +124,7 @@ def add_weights_option(parser: Parser) -> None:
 
 def add_engine_options(parser: Parser) -> None:
     """Options of the inference engine."""
-    from scripts.inference import ENGINES, PRECISIONS
+    from scripts.runtime import ENGINES, PRECISIONS
 
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -132,6 +132,15 @@ def add_engine_options(parser: Parser) -> None:
     )
     group.add_argument("--precision", choices=PRECISIONS, help="default: auto, which takes bf16 where the CPU has it")
     group.add_argument("--profile", action="store_true", help="print the time of each stage")
+
+
+def add_export_option(parser: Parser) -> None:
+    """The option of verbs that export the weights at their first run."""
+    parser.add_argument(
+        "--no-export",
+        action="store_true",
+        help="do not export the weights for OpenVINO at the first run (half a minute)",
+    )
 
 
 def common_overrides(args: argparse.Namespace) -> dict[str, Any]:

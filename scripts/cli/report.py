@@ -31,9 +31,9 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from scripts.data import datalist
-    from scripts.data.regions import region_values
     from scripts.evaluation.compare import compare
     from scripts.evaluation.records import evaluated_task
+    from scripts.runtime.regions import region_values
 
     task = {} if args.data else evaluated_task(args.evaluations[0])
     config = resolved_config(args, ["inference", *context_configs(args)], task)

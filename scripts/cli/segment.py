@@ -6,7 +6,14 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from scripts.cli.options import Parser, add_common_options, add_engine_options, add_weights_option, positive_int
+from scripts.cli.options import (
+    Parser,
+    add_common_options,
+    add_engine_options,
+    add_export_option,
+    add_weights_option,
+    positive_int,
+)
 from scripts.cli.student_options import add_network_option
 
 EXAMPLE = (
@@ -35,6 +42,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--bids", action="store_true", help="with several cases: write a data set of BIDS derivatives")
     add_engine_options(parser)
+    add_export_option(parser)
     add_common_options(parser)
 
 

@@ -7,10 +7,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.cli import exported_run
 from scripts.cli.bundle_run import resolved_config, run_bundle
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
 SUFFIX = ".nii.gz"
 
@@ -22,7 +23,7 @@ def segment_case(args: argparse.Namespace) -> None:
         ValueError: see ``mask_and_images``, or the images are refused.
     """
     configs = ["inference", *context_configs(args), *profile_configs(args)]
-    task = with_trained_task(args, configs, network_overrides(args))
+    task = with_trained_settings(args, configs, network_overrides(args))
     config = resolved_config(args, configs, task)
     mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
     case_id = mask.name.removesuffix(SUFFIX)
@@ -41,13 +42,19 @@ def segment_case(args: argparse.Namespace) -> None:
         overrides["weights"] = args.weights
     if args.stacked:
         overrides["stacked"] = True
-    run_bundle(args, configs, overrides)
+    config = resolved_config(args, configs, overrides)
+    exported_run.export_once(args, config)
+    reason = exported_run.obstacle(args, config)
+    if reason:
+        run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
+    else:
+        exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
         return
     print(f"mask: {mask}")
     if args.report:
-        from scripts.data.regions import region_mask_values
         from scripts.report.mask_report import write_mask_report
+        from scripts.runtime.regions import region_mask_values
 
         regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
         report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)

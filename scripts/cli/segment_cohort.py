@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
@@ -17,24 +18,27 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
-from scripts.cli.errors import error_sentence
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import weights_path, with_trained_task
-from scripts.data import Rules, datalist
+from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
-from scripts.image_io.checks import LABEL
+from scripts.data.case_list import datalist
+from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
+from scripts.utils.errors import error_sentence
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
-PRELOADED = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
+# Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
+RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check"]
+BUNDLE = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
 MAX_WARNINGS = 10_000  # kept per case
 
 
@@ -55,12 +59,17 @@ def segment_cohort(args: argparse.Namespace) -> None:
     _refuse_options_of_one_case(args)
     configs = ["inference", *context_configs(args), *profile_configs(args)]
     weights = {"weights": args.weights} if args.weights else {}
-    overrides = with_trained_task(args, configs, weights | network_overrides(args))
+    overrides = with_trained_settings(args, configs, weights | network_overrides(args))
     if args.dry_run:  # the same masks, one after the other in one process
-        run_bundle(args, configs, engine_overrides(args) | overrides)
+        run_bundle(args, configs, engine_overrides(args) | with_trained_task(args, configs, overrides))
         return
-    build_item(args, configs, overrides, "same_task")  # once, not per case
-    config = resolved_config(args, configs, overrides)
+    config = resolved_config(args, configs, engine_overrides(args) | overrides)
+    exported_run.export_once(args, config)
+    reason = exported_run.obstacle(args, config)
+    if reason:
+        build_item(args, configs, with_trained_task(args, configs, overrides), "same_task")  # once, not per case
+    else:
+        exported_run.require_trained_settings(args, config)
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
     unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
@@ -69,7 +78,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused
-        _segment_cases(args, cases, masks, modalities, output, bids)
+        _segment_cases(args, cases, masks, modalities, output, bids, BUNDLE if reason else RUNTIME)
 
 
 def _segment_cases(
@@ -79,6 +88,7 @@ def _segment_cases(
     modalities: Sequence[str],
     output: Path,
     bids: BidsTask | None,
+    preloaded: list[str],
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
@@ -90,7 +100,7 @@ def _segment_cases(
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
-        _run_jobs(jobs, args.workers, outcomes)
+        _run_jobs(jobs, args.workers, outcomes, preloaded)
     finally:
         record = {
             case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
@@ -107,7 +117,8 @@ def _segment_cases(
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
-        raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
+        several = "--data-list" if args.data_list else "--dataset-dir"
+        raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
 
 
 def _mask_paths(
@@ -164,14 +175,18 @@ def _case_options(
     images = {key: case[key] for key in modalities if key in case}
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
-    own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask), "image": [*images.items()]}
+    threads = args.threads or (max(1, len(os.sched_getaffinity(0)) // args.workers) if args.workers > 1 else None)
+    of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
+    own = {**of_cohort, "output": str(mask), "image": [*images.items()]}
     return argparse.Namespace(**{**vars(args), **own})
 
 
-def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
+def _run_jobs(
+    jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome], preloaded: list[str]
+) -> None:
     """Segment the cases in a pool of processes and add the outcome of each to ``outcomes``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # imported once, not by every process
+    context.set_forkserver_preload(preloaded)  # imported once, not by every process
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
 
         def add_outcome(case_id: str, outcome: Outcome) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
-from scripts.cli.trained_task import with_trained_task
-from scripts.data.regions import region_mask_values
+from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
@@ -22,6 +21,7 @@ from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
+from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
@@ -39,7 +39,7 @@ def segment_study(args: argparse.Namespace) -> None:
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
     configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
+    task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
     modalities = task["modalities"]
     output = Path(args.output_dir or "runs/dicom")
     mask = output / "mask.nii.gz"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from scripts.data.regions import class_mask_values, region_values
 from scripts.image_io.dicom_codes import is_lesion
+from scripts.runtime.regions import class_mask_values, region_values
 from scripts.utils.atomic_files import write_json, write_text
 from scripts.utils.colours import region_colour
 from scripts.utils.json_files import read_object

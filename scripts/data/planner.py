@@ -11,8 +11,8 @@ import numpy as np
 
 from scripts.data.fingerprint import CaseFingerprint
 from scripts.data.patch_plan import MIN_BATCH, PatchPlan, StudentSize, divisor, median_shape, plan_patch
-from scripts.data.regions import region_values
 from scripts.image_io.checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
+from scripts.runtime.regions import region_values
 from scripts.utils.values import is_whole
 
 AXES = ("left-right", "front-back", "foot-head")

@@ -17,9 +17,8 @@ from scripts.image_io.checks import Rules
 from scripts.metrics import read_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
-from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_text
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
 
 
 def compare(

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.data.label_values import Labels, class_indices
-from scripts.data.regions import IGNORED, mask_values, region_classes
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.report.case_images import resample_to_grid
+from scripts.runtime.label_values import Labels, class_indices
+from scripts.runtime.regions import IGNORED, mask_values, region_classes
 
 
 class MaskCoding(NamedTuple):

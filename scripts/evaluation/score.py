@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
-from scripts.data.modalities import modalities_used
 from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_message
 from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
-from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
@@ -28,10 +25,13 @@ from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
-from scripts.training.handlers import torch_usage
+from scripts.runtime.modalities import modalities_used
 from scripts.utils.atomic_files import write_json
 from scripts.utils.process_pool import end_with_parent
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def score(
         "aggregate": aggregate(rows, seed=seed),
         "regions": aggregate_regions(rows, seed=seed),
         "trained_on": _training_summary(rows, seed),
-        **network_cost(network, patch, len(intensity)),
+        **_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
         "missing": sorted(missing),
         "unreadable": [problems[case_id] for case_id in sorted(problems)],
@@ -149,6 +149,15 @@ def score(
     if len(problems) + len(missing) == len(case_ids):
         raise ValueError(f"None of the {len(case_ids)} masks could be scored. {next(iter(problems.values()))}")
     return summary
+
+
+def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
+    """``network_cost``, for which PyTorch is loaded; unknown without a network."""
+    if network is None:
+        return {"parameters": None, "gflops": None}
+    from scripts.evaluation.network_cost import network_cost
+
+    return network_cost(network, patch, channels)
 
 
 def score_case(

@@ -56,7 +56,7 @@ def write_report(
     Args:
         path: the HTML file.
         title: heading of the page.
-        runs: per network ``{"name", "aggregate": of metrics.aggregate, "rows"}`` and, where known, ``"parameters"``,
+        runs: per network ``{"name", "aggregate": of metrics.aggregates, "rows"}`` and, where known, ``"parameters"``,
             ``"gflops"``, ``"seconds_per_case"``, ``"present"`` (modalities) and ``"regions"`` (name -> aggregate); rows
             may name their ``"centre"`` and ``"region"``.
         overlays: cases to draw. Without runs their volumes are listed too.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.metrics.aggregate import aggregate, case_count, paired_difference
+from scripts.metrics.aggregates import aggregate, case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, region_of
 
 Run = Mapping[str, Any]

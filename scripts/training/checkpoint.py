@@ -14,7 +14,8 @@ from typing import Any
 from ignite.engine import Engine, Events
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.training.training_record import differences, value_differences, write_task
+from scripts.runtime.task_record import value_differences
+from scripts.training.training_record import differences, write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)

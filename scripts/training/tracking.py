@@ -24,9 +24,9 @@ from monai.utils import CommonKeys, path_to_sqlite_uri
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.data.regions import IGNORED
 from scripts.report import Overlay, slice_figure
 from scripts.report.curves import read_curves
+from scripts.runtime.regions import IGNORED
 from scripts.utils.atomic_files import atomic_file
 from scripts.utils.task_file import task_path
 

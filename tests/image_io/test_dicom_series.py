@@ -100,8 +100,8 @@ def read(folder: Path, *uids: str) -> tuple[Array, Array]:
     rules = Rules(series_uids=uids)
     header = header_of(folder, rules)
     volume = read_volume(header, rules)
-    assert volume.shape == (1, *header.shape)
-    return header.affine, volume[0].numpy()
+    assert volume.shape == header.shape
+    return header.affine, volume
 
 
 @pytest.mark.parametrize("axes", [np.eye(3), OBLIQUE, OBLIQUE[:, [1, 2, 0]]], ids=["straight", "oblique", "sagittal"])

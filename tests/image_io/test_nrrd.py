@@ -73,7 +73,7 @@ def test_byte_order_and_gzip_are_followed(tmp_path: Path) -> None:
     packed = write(tmp_path / "packed.nrrd", gzip.compress(VOXELS.tobytes()), encoding="gzip", extra="Segment0_ID:=a:b")
     for path in (big, packed):
         voxels = read_volume(header_of(path, Rules()), Rules())
-        assert np.array_equal(voxels[0].numpy(), VOXELS.T)
+        assert np.array_equal(voxels, VOXELS.T)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from numpy.typing import NDArray
 
+from scripts.data.case_io import LoadModalitiesd
 from scripts.image_io.checks import Rules
-from scripts.image_io.reader import LoadModalitiesd
 
 Array = NDArray[Any]
 Damage = Callable[[Path], Path]

@@ -19,7 +19,7 @@ from scripts.cli.student_options import add_network_option
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
     "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2\n"
-    "python -m scripts segment --data task.json --dataset-dir BIDS --output-dir BIDS/derivatives/masks --bids"
+    "python -m scripts segment --data sts --dataset-dir DATA --output-dir MASKS --bids"
 )
 
 

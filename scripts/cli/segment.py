@@ -35,6 +35,9 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--stacked", metavar="FILE", help="one 4D file with the modalities on its last axis, in order")
     parser.add_argument("--output", metavar="FILE", help="the mask to write, .nii.gz")
     parser.add_argument("--report", action="store_true", help="also write an HTML report beside the mask")
+    parser.add_argument(
+        "--no-measures", action="store_true", help="do not write the table of volumes, diameters and SUV of each lesion"
+    )
     add_weights_option(parser)
     add_network_option(parser)
     parser.add_argument(
@@ -44,6 +47,7 @@ def add_options(parser: Parser) -> None:
     add_engine_options(parser)
     add_export_option(parser)
     add_common_options(parser)
+    parser.set_defaults(measures=None)
 
 
 def image_of(text: str) -> tuple[str, str]:

@@ -6,18 +6,31 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scripts.cli import exported_run
 from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.measure_case import SUFFIX as MEASURES
+from scripts.cli.measure_case import measure_case, write_case_measures
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 from scripts.cli.student_options import network_overrides
 from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
+if TYPE_CHECKING:
+    from scripts.metrics.lesion_measures import Measures
+
 SUFFIX = ".nii.gz"
 
 
-def segment_case(args: argparse.Namespace) -> None:
-    """Segment the case that the options of ``segment`` name, and write the mask, its manifest and its report.
+def segment_case(args: argparse.Namespace) -> list[Measures]:
+    """Segment the case that the options of ``segment`` name, and write the mask, its manifest, measures and report.
+
+    Args:
+        args: options of ``segment``; ``measures`` is the name of the case in the table of measures and the path of the
+            table, by default those of the mask.
+
+    Returns:
+        The measures of the mask; none with ``no_measures`` and ``dry_run``.
 
     Raises:
         ValueError: see ``mask_and_images``, or the images are refused.
@@ -50,15 +63,22 @@ def segment_case(args: argparse.Namespace) -> None:
     else:
         exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
-        return
+        return []
     print(f"mask: {mask}")
+    measured, rows = [], []
+    if not args.no_measures:
+        measured = measure_case(mask, images, bool(args.stacked), config)
+        name, table = args.measures or (case_id, mask.with_name(f"{case_id}{MEASURES}"))
+        rows = write_case_measures(name, table, measured)
     if args.report:
         from scripts.report.mask_report import write_mask_report
         from scripts.runtime.regions import region_mask_values
 
         regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
-        report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)
+        rules, intensity = image_rules(config), config["intensity"]
+        report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
+    return measured
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
+from scripts.cli.measure_case import SUFFIX as MEASURES
+from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
@@ -50,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 def segment_cohort(args: argparse.Namespace) -> None:
-    """Segment each case of ``args.data_list`` or ``args.dataset_dir`` into ``args.output_dir``; write ``segment.json``.
+    """Segment the cases of ``args.data_list`` or ``args.dataset_dir``; write ``segment.json`` and ``measures.csv``.
 
     Raises:
         ValueError: an option works with one case only; the folder contains masks of other weights; a mask would
@@ -96,7 +98,7 @@ def _segment_cases(
     sources = image_sources(cases, modalities) if bids else {}
     if bids:
         write_dataset_files(output, bids, sources)
-    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
+    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
@@ -108,6 +110,10 @@ def _segment_cases(
             if case_id in outcomes
         }
         write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
+    if not args.no_measures:
+        done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
+        tables = {case_id: _measures_of(mask) for case_id, mask in masks.items() if case_id in done}
+        join_measures(tables, output / "measures.csv")
     if bids:
         for case in cases:
             describe_mask(masks[case["case_id"]], case, modalities, bids, sources)
@@ -157,9 +163,15 @@ def _refuse_other_weights(record: Path, checksum: str) -> None:
         )
 
 
-def _is_complete(mask: Path, with_report: bool) -> bool:
-    """Whether the whole mask can be read, and its report exists where one is wanted."""
-    if with_report and not mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html").is_file():
+def _measures_of(mask: Path) -> Path:
+    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{MEASURES}")
+
+
+def _is_complete(mask: Path, args: argparse.Namespace) -> bool:
+    """Whether the whole mask can be read, and its report and its measures exist where they are wanted."""
+    report = mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html")
+    wanted = [*([report] if args.report else []), *([] if args.no_measures else [_measures_of(mask)])]
+    if not all(path.is_file() for path in wanted):
         return False
     try:
         read_volume(header_of(mask, Rules()), Rules())

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT. For research pipelines."""
+"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT and SR. For research only."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import nibabel as nib
 
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
@@ -17,19 +20,26 @@ from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.dicom_rtstruct import write_rtstruct
 from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
 from scripts.image_io.dicom_series import series_files
+from scripts.image_io.dicom_sr import write_sr
 from scripts.image_io.dicom_study import Series, choose_series, find_series
-from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
+from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_seg
+from scripts.metrics.lesion_measures import Measures
 from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
+
+MAX_LESIONS = 50  # with a segment of their own
+MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
 
 
 def segment_study(args: argparse.Namespace) -> None:
     """Segment a study onto the grid of its reference series.
 
-    Writes ``mask.nii.gz``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` into ``args.output_dir``.
+    Writes ``mask.nii.gz``, ``measures.csv``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` and, with
+    ``args.sr``, ``sr.dcm`` into ``args.output_dir``.
 
     Raises:
         ValueError: the study lacks a series, holds several for a modality, or mixes patients or frames of reference;
@@ -47,7 +57,7 @@ def segment_study(args: argparse.Namespace) -> None:
         images = [(key, args.study) for key in modalities]
         segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
         return
-    for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
+    for name in ("pydicom", "highdicom"):
         dicom_package(name)  # before anything is segmented
     rules = series_rules(modalities, task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
@@ -66,8 +76,11 @@ def segment_study(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = _series_folders(chosen, Path(links))
             images = [*folders.items()]
-            segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "series_uid": uids}))
-        write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug)
+            measures = (output.resolve().name, output / "measures.csv")
+            case = {"image": images, "output": str(mask), "series_uid": uids, "measures": measures}
+            measured = segment_case(argparse.Namespace(**{**vars(args), **case}))
+        report = measured if args.sr else None
+        write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
 
 
 def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule]) -> None:
@@ -105,8 +118,9 @@ def write_dicom(
     output: Path,
     rtstruct: bool,
     debug: bool = False,
+    measured: Sequence[Measures] | None = None,
 ) -> None:
-    """Write the mask as DICOM SEG and, on request, as RTSTRUCT.
+    """Write the mask as DICOM SEG and, on request, as RTSTRUCT and its measures as SR.
 
     Args:
         mask: the NIfTI mask on the grid of ``reference``.
@@ -116,17 +130,47 @@ def write_dicom(
         output: folder of ``seg.dcm`` and ``rtstruct.dcm``.
         rtstruct: also write the structure set.
         debug: let the errors of the DICOM packages through, which may quote the patient's data.
+        measured: of the mask, to be written as ``sr.dcm``; its lesions get segments of their own then.
     """
+    lesions = largest_lesions(measured or (), mask)
     path = output / "seg.dcm"
     with _without_patient_data(path, reference, mask, debug):
         slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
-        write_seg(mask, slices, regions, properties, code_version(), path)
+        write_seg(mask, slices, regions, properties, code_version(), path, lesions)
     print(f"DICOM SEG: {path}")
+    if measured is not None:
+        report = output / "sr.dcm"
+        with _without_patient_data(report, reference, mask, debug):
+            write_sr(measured, path, slices, properties, code_version(), report)
+        print(_sr_line(report, measured, lesions))
     if rtstruct:
         path = output / "rtstruct.dcm"
         with _without_patient_data(path, reference, mask, debug):
-            written = write_rtstruct(mask, slices, regions, path)
+            written = write_rtstruct(mask, slices, regions, code_version(), path)
         print(_rtstruct_line(path, regions, written))
+
+
+def largest_lesions(measured: Sequence[Measures], mask: Path) -> list[tuple[str, int]]:
+    """The lesions that get a segment of their own, the largest of all regions.
+
+    Args:
+        measured: of the mask.
+        mask: its file; fewer lesions of larger masks get a segment, because each takes a byte per voxel.
+    """
+    lesions = [each for each in measured if each.lesion is not None]
+    largest = sorted(lesions, key=lambda each: -each.volume_ml)[: _max_lesions(mask)] if lesions else []
+    return [(each.region, each.lesion) for each in lesions if each in largest and each.lesion is not None]
+
+
+def _max_lesions(mask: Path) -> int:
+    voxels = math.prod(nib.Nifti1Image.from_filename(mask).shape)
+    return min(MAX_LESIONS, max(1, MAX_SEGMENT_BYTES // voxels))
+
+
+def _sr_line(path: Path, measured: Sequence[Measures], lesions: Sequence[tuple[str, int]]) -> str:
+    count = sum(each.lesion is not None for each in measured)
+    left_out = f" (the {len(lesions)} largest of {count} lesions; measures.csv has all)" if len(lesions) < count else ""
+    return f"SR: {path}{left_out}"
 
 
 def _rtstruct_line(path: Path, regions: Regions, written: Sequence[str]) -> str:

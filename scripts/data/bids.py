@@ -26,7 +26,7 @@ from scripts.utils.json_files import read_object
 from scripts.utils.run_manifest import code_version
 
 # Files that BIDS does not define: the record of the run, and each mask's manifest and report.
-BIDS_IGNORE = ("segment.json", "*.manifest.json", "*.report.html")
+BIDS_IGNORE = ("segment.json", "*.manifest.json", "*.report.html", "measures.csv", "*.measures.csv")
 BACKGROUND = "#000000"
 SUFFIX = ".nii.gz"
 DESCRIPTION = "dataset_description.json"  # which makes a folder a data set of BIDS
@@ -40,6 +40,8 @@ diagnosis, treatment planning or any decision about a patient.
 - The `.json` beside a mask names the images that it was made from, and the image whose grid it has. The sources in
   these BIDS URIs are found by `DatasetLinks` in `dataset_description.json`.
 - The `.manifest.json` beside a mask records the run: settings, versions and checksums.
+- `measures.csv` and the `.measures.csv` beside a mask have volumes and other measures of each region and lesion, if
+  they were wanted.
 - `segment.json` lists the result of each case. All were made by {generator}
   {version}.
 

@@ -67,6 +67,13 @@ def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[st
     return complete
 
 
+def pet_modality(modalities: Sequence[str], rules: Mapping[str, Any]) -> str | None:
+    """The first modality that is a PET, by its name or by its rule; arguments as for ``series_rules``."""
+    defaults = {key: {"Modality": value} for key, value in DICOM_MODALITIES.items()}
+    kinds = {key: {**defaults.get(key, {}), **rules.get(key, {})}.get("Modality") for key in modalities}
+    return next((key for key, kind in kinds.items() if kind and _matches(["PT"], str(kind))), None)
+
+
 def rule_text(rule: Rule) -> str:
     """A rule in words, such as ``Modality MR, SeriesDescription *T1*``."""
     return ", ".join(f"{keyword} {value}" for keyword, value in rule.items())

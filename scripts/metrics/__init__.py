@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice, HD95 and ASSD per case, and their aggregates over a cohort.
+"""Dice, HD95 and ASSD per case, their aggregates over a cohort, and measures of lesions.
 
 ``monai_metric`` offers the same as a MONAI metric and as an ignite handler. The names below are imported at their first
 use, so that reading a table does not load SciPy and PyTorch.

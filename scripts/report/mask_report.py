@@ -22,6 +22,7 @@ def write_mask_report(
     rules: Rules | None = None,
     intensity: Mapping[str, Any] | None = None,
     regions: Mapping[str, Sequence[float]] | None = None,
+    measures: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the report of a mask next to it, as ``<mask>.report.html``.
 
@@ -32,6 +33,7 @@ def write_mask_report(
         rules: which files are accepted; by default all.
         intensity: the network's modalities, each with its intensity range. Modalities without a file are named.
         regions: name -> values of the mask; by default one region of all that is not 0.
+        measures: rows of measures, with the name of the mask without .nii.gz as ``case_id``.
 
     Returns:
         Path of the report.
@@ -46,5 +48,5 @@ def write_mask_report(
     missing = [key.upper() for key in intensity or {} if key not in files]
     notes = [f"Segmented without {', '.join(missing)}."] if missing else []
     path = mask.with_name(f"{case_id}.report.html")
-    write_report(path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes)
+    write_report(path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes, measures=measures)
     return path

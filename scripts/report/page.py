@@ -25,6 +25,7 @@ from scripts.report.tables import (
     case_tables,
     centre_table,
     difference_table,
+    measures_tables,
     modality_table,
     summary_table,
     volume_table,
@@ -50,6 +51,7 @@ def write_report(
     manifest: Mapping[str, Any],
     notes: Sequence[str] = (),
     baseline: Mapping[str, Any] | None = None,
+    measures: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the page; an earlier file is replaced only when the new one is complete.
 
@@ -64,8 +66,9 @@ def write_report(
         manifest: the manifest of the run; shown as JSON.
         notes: sentences below the heading, for example on missing predictions.
         baseline: the run of ``runs`` that the others are compared with, if any.
+        measures: rows of ``measures.csv``, of any number of cases.
     """
-    write_text(render_report(title, runs, overlays, curves, manifest, notes, baseline), path)
+    write_text(render_report(title, runs, overlays, curves, manifest, notes, baseline, measures), path)
 
 
 def render_report(
@@ -76,6 +79,7 @@ def render_report(
     manifest: Mapping[str, Any],
     notes: Sequence[str] = (),
     baseline: Mapping[str, Any] | None = None,
+    measures: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page as text; see `write_report`."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
@@ -88,7 +92,7 @@ def render_report(
         "By centre": centre_table(runs),
         "Volumes": volume_table(volumes_ml) if volumes_ml and not runs else None,
     }
-    after_slices = case_tables(runs)
+    after_slices = [*measures_tables(measures), *case_tables(runs)]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

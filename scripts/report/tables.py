@@ -13,6 +13,7 @@ from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, regio
 
 Run = Mapping[str, Any]
 
+_MEASURED = ("_ml", "_mm", "_g")  # endings of columns of numbers in the table of measures
 DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
@@ -211,6 +212,26 @@ def volume_table(volumes_ml: Mapping[str, float]) -> Table:
     """Volumes of masks in millilitres."""
     rows = [[Cell(name, header=True), _number_cell(_format(value, 2))] for name, value in volumes_ml.items()]
     return Table("Volumes", [Column("Mask"), Column("Volume ml", number=True)], rows)
+
+
+def measures_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The measures of lesions and regions, a table for each case.
+
+    Args:
+        rows: of ``measures.csv``. Columns without a value are left out.
+    """
+    tables = []
+    for case_id in dict.fromkeys(row["case_id"] for row in rows):
+        own = [row for row in rows if row["case_id"] == case_id]
+        keys = [key for key in own[0] if key != "case_id" and any(row[key] not in (None, "") for row in own)]
+        numbers = {key for key in keys if key.endswith(_MEASURED) or key.startswith("suv")}
+        cells = [
+            [_number_cell(_format(row[key], 2)) if key in numbers else Cell(str(row[key])) for key in keys]
+            for row in own
+        ]
+        columns = [Column(key.replace("_", " "), key in numbers) for key in keys]
+        tables.append(Table(f"Measures of {case_id}", columns, cells))
+    return tables
 
 
 def _format(value: float | None, digits: int) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from scripts.cli.main import main
 from scripts.evaluation.compare import compare
 from scripts.evaluation.score import score
+from scripts.metrics.lesion_measures import read_measures
 
 pytestmark = pytest.mark.usefixtures("fake_git")
 SHAPE, SPACING = (24, 20, 16), (1.5, 2.0, 2.5)
@@ -69,6 +70,29 @@ def run(cases: Any, tmp_path: Path, **options: Any) -> dict[str, Any]:
 def read(path: Path) -> dict[str, dict[str, str]]:
     with open(path, newline="") as file:
         return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def test_the_measures_are_those_of_the_predictions_on_their_own_grids(
+    cohort: Any, tmp_path: Path, write_nifti: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The PET is 4 in the left half of the image and 8 in the right; that of B cannot be read."""
+    pet = np.full(SHAPE, 4, np.float32)
+    pet[12:] = 8
+    for case in cohort:
+        case["fdg"] = str(write_nifti(tmp_path / case["case_id"] / "pet.nii.gz", pet, AFFINE))
+    Path(cohort[1]["fdg"]).write_bytes(b"")
+    run(cohort, tmp_path, intensity={"ct": [0, 100], "fdg": [0, 10]}, dicom={"fdg": {"Modality": "PT"}})
+    rows = read_measures(tmp_path / "out" / "measures.csv")
+    by_case = {row["case_id"]: row for row in rows if row["lesion"] == "all"}
+    assert list(by_case) == ["A_same", "B_shifted", "C_other_grid", "E_empty"]
+    for name in ("A_same", "C_other_grid"):
+        assert by_case[name]["volume_ml"] == pytest.approx(CUBE_ML)
+        assert [by_case[name][key] for key in ("suvmax", "suvmean", "suvpeak")] == pytest.approx([8, 6, 8], rel=0.1)
+        assert by_case[name]["mtv_ml"] == pytest.approx(CUBE_ML)
+        assert by_case[name]["tlg_g"] == pytest.approx(6 * CUBE_ML)
+    assert by_case["B_shifted"]["suvmax"] is None
+    assert "B_shifted: no uptake is measured" in caplog.text
+    assert (by_case["E_empty"]["volume_ml"], by_case["E_empty"]["mtv_ml"]) == (0, 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

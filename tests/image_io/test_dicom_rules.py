@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scripts.image_io.dicom_rules import matches, rule_text, series_rules
+from scripts.image_io.dicom_rules import matches, pet_modality, rule_text, series_rules
 from scripts.image_io.dicom_study import Series, choose_series
 
 T1, T1CE = {"SeriesDescription": "*T1*"}, {"SeriesDescription": "*T1*post*"}
@@ -21,6 +21,19 @@ def test_ct_pet_and_mr_are_told_by_their_modality():
     rules = series_rules(["ct", "pet", "mr"], {"mr": T1})
     assert rules == {"ct": {"Modality": "CT"}, "pet": {"Modality": "PT"}, "mr": {"Modality": "MR", **T1}}
     assert rule_text(rules["mr"]) == "Modality MR, SeriesDescription *T1*"
+
+
+@pytest.mark.parametrize(
+    ("modalities", "rules", "pet"),
+    [
+        (["ct", "pet"], {}, "pet"),
+        (["ct", "pet"], {"pet": {"SeriesDescription": "*AC*"}}, "pet"),
+        (["t1", "fdg", "psma"], {"fdg": {"Modality": "pt"}, "psma": {"Modality": "PT"}}, "fdg"),
+        (["ct", "mr", "dose"], {"dose": {"SeriesDescription": "*"}}, None),
+    ],
+)
+def test_the_pet_is_known_by_its_name_or_its_rule(modalities: list[str], rules: dict[str, Any], pet: str | None):
+    assert pet_modality(modalities, rules) == pet
 
 
 @pytest.mark.parametrize(

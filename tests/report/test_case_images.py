@@ -17,6 +17,7 @@ import torch
 from scripts.cli.main import main
 from scripts.data import Rules
 from scripts.image_io.reader import read_itk
+from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
 from scripts.report.case_images import load_overlay
 from scripts.report.mask_report import write_mask_report
@@ -114,6 +115,9 @@ def test_segment_writes_a_report_only_with_report(
     assert f'<td class="number">{volume:,.2f}</td>' in page
     assert "<h1>Segmentation of who &amp; what</h1>" in page
     assert "Segmented without MR." in page
+    (region, *_) = read_measures(output.with_name("who & what.measures.csv"))
+    assert (region["case_id"], region["volume_ml"]) == ("who & what", pytest.approx(volume, rel=1e-4))
+    assert f'<td class="number">{region["suvpeak"]:,.2f}</td>' in page
     assert page.count("data:image/webp") == 3 * 2  # planes, modalities
     assert "CT</b><small>-200 to 300</small>" in page
 

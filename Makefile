@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults browser-test bids-test benchmark-test gpu-check release-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults browser-test bids-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -117,6 +117,11 @@ bids-test: env
 	$(PYTHON) -m venv .venv-bids
 	.venv-bids/bin/python -m pip install -q --disable-pip-version-check "bids-validator-deno>=3.0.2"
 	touch $@
+
+# An Orthanc is started on a free port of this machine and ended; it says so where none is installed:
+# apt-get install orthanc orthanc-dicomweb
+pacs-test: env
+	$(PY) -m pytest -m "pacs or not pacs" -rs tests/end_to_end/test_pacs.py tests/image_io/test_dicomweb.py tests/cli/test_segment_pacs.py
 
 # An nnU-Net is trained on phantoms, cached and distilled from, in an environment of its own. torch is installed first, so
 # that no other package chooses its build.

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from scripts.cli.config import config_names
+from scripts.cli.suv_options import suv_values
 from scripts.cli.task import is_file, task_name
 from scripts.utils.json_files import read_object
 from scripts.utils.task_file import read_task
@@ -157,6 +158,7 @@ def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
         "checks#replace_nonfinite": args.replace_nonfinite,
         "checks#series_uids": args.series_uid or None,
         "checks#voxel_size": args.voxel_size,
+        "checks#suv": suv_values(args) or None,
     }
     return {key: value for key, value in values.items() if value is not None}
 

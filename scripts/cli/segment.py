@@ -15,6 +15,7 @@ from scripts.cli.options import (
     positive_int,
 )
 from scripts.cli.student_options import add_network_option
+from scripts.cli.suv_options import add_suv_options
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
@@ -46,6 +47,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--bids", action="store_true", help="with several cases: write a data set of BIDS derivatives")
     add_engine_options(parser)
     add_export_option(parser)
+    add_suv_options(parser)
     add_common_options(parser)
     parser.set_defaults(measures=None)
 

@@ -25,6 +25,7 @@ from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
+from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
 from scripts.data.case_list import datalist
@@ -94,11 +95,11 @@ def _segment_cases(
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
-    _refuse_other_weights(output / RECORD, checksum)
+    refuse_other_weights(output / RECORD, checksum)
     sources = image_sources(cases, modalities) if bids else {}
     if bids:
         write_dataset_files(output, bids, sources)
-    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args)]
+    remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
@@ -117,7 +118,7 @@ def _segment_cases(
     if bids:
         for case in cases:
             describe_mask(masks[case["case_id"]], case, modalities, bids, sources)
-    _report({case_id: outcomes[case_id] for case_id in masks})
+    report_outcomes({case_id: outcomes[case_id] for case_id in masks})
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
@@ -125,6 +126,7 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     if used:
         several = "--data-list" if args.data_list else "--dataset-dir"
         raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
+    refuse_values_of_one_patient(args, "--data-list")
 
 
 def _mask_paths(
@@ -151,7 +153,12 @@ def _mask_paths(
     return masks
 
 
-def _refuse_other_weights(record: Path, checksum: str) -> None:
+def refuse_other_weights(record: Path, checksum: str) -> None:
+    """Refuse a folder whose record names other weights.
+
+    Raises:
+        ValueError: it does.
+    """
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
     except (OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one
@@ -167,11 +174,16 @@ def _measures_of(mask: Path) -> Path:
     return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{MEASURES}")
 
 
-def _is_complete(mask: Path, args: argparse.Namespace) -> bool:
+def _case_is_complete(mask: Path, args: argparse.Namespace) -> bool:
     """Whether the whole mask can be read, and its report and its measures exist where they are wanted."""
     report = mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html")
     wanted = [*([report] if args.report else []), *([] if args.no_measures else [_measures_of(mask)])]
-    if not all(path.is_file() for path in wanted):
+    return all(path.is_file() for path in wanted) and is_complete(mask)
+
+
+def is_complete(mask: Path) -> bool:
+    """Whether the whole mask can be read."""
+    if not mask.is_file():
         return False
     try:
         read_volume(header_of(mask, Rules()), Rules())
@@ -190,7 +202,7 @@ def _case_options(
     threads = args.threads or (max(1, len(os.sched_getaffinity(0)) // args.workers) if args.workers > 1 else None)
     of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
     own = {**of_cohort, "output": str(mask), "image": [*images.items()]}
-    return argparse.Namespace(**{**vars(args), **own})
+    return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 
 def _run_jobs(
@@ -228,19 +240,23 @@ def segment_quietly(args: argparse.Namespace) -> Outcome:
     return Outcome(result, tuple(record.getMessage() for record in messages.buffer))
 
 
-def _report(outcomes: Mapping[str, Outcome]) -> None:
-    """Print the warnings and the counts; ValueError where cases failed."""
+def report_outcomes(outcomes: Mapping[str, Outcome], what: str = "cases") -> None:
+    """Print the warnings and the counts.
+
+    Raises:
+        ValueError: cases failed.
+    """
     for case_id, outcome in outcomes.items():
         for message in outcome.warnings:
             print(f"{case_id}: {message}")
     results = [outcome.result for outcome in outcomes.values()]
     failed = {key: outcome.result for key, outcome in outcomes.items() if outcome.result not in (SEGMENTED, SKIPPED)}
     print(
-        f"{len(outcomes)} cases: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
+        f"{len(outcomes)} {what}: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
         f"{len(failed)} failed"
     )
     if failed:
         listed = "; ".join(f"{case_id}: {result}" for case_id, result in failed.items())
         raise ValueError(
-            f"{len(failed)} of {len(outcomes)} cases failed. Correct them and run the command again. {listed}"
+            f"{len(failed)} of {len(outcomes)} {what} failed. Correct them and run the command again. {listed}"
         )

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
+from scripts.cli.series_table import series_table
 from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
@@ -26,13 +28,29 @@ from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_sr import write_sr
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_seg
+from scripts.image_io.series_preference import preferences
 from scripts.metrics.lesion_measures import Measures
 from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
+DEFAULT_OUTPUT, MASK = "runs/dicom", "mask.nii.gz"
 MAX_LESIONS = 50  # with a segment of their own
 MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
+
+
+class StudyTask(NamedTuple):
+    """What a task says of a study: rules and preferences by modality, and values and codes by region."""
+
+    rules: dict[str, Rule]
+    preferences: dict[str, tuple[str, ...]]
+    regions: Regions
+    properties: Mapping[str, Property]
+
+    @property
+    def keywords(self) -> list[str]:
+        """The DICOM elements that the rules read."""
+        return sorted({keyword for rule in self.rules.values() for keyword in rule})
 
 
 def segment_study(args: argparse.Namespace) -> None:
@@ -48,24 +66,66 @@ def segment_study(args: argparse.Namespace) -> None:
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
+    if args.dry_run:
+        print_command(args, args.study)
+        return
+    task = study_task(args)
+    chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
+    if not args.list_series:
+        segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+
+
+def print_command(args: argparse.Namespace, study: str) -> None:
+    """Print the ``monai.bundle`` command with ``--dry-run``, as if one folder held every series of the study."""
+    configs = ["inference", *context_configs(args)]
+    modalities = resolved_config(args, configs, with_trained_settings(args, configs, {}))["modalities"]
+    mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
+    images = [(key, study) for key in modalities]
+    segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
+
+
+def study_task(args: argparse.Namespace) -> StudyTask:
+    """The rules and regions of the task, before anything is read.
+
+    Raises:
+        ValueError: they are wrong, or an optional package is not installed.
+    """
+    for name in ("pydicom", "highdicom"):
+        dicom_package(name)
     configs = ["inference", *context_configs(args)]
     task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
-    modalities = task["modalities"]
-    output = Path(args.output_dir or "runs/dicom")
-    mask = output / "mask.nii.gz"
-    if args.dry_run:  # as if one folder held every series
-        images = [(key, args.study) for key in modalities]
-        segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
-        return
-    for name in ("pydicom", "highdicom"):
-        dicom_package(name)  # before anything is segmented
-    rules = series_rules(modalities, task["dicom"])
+    rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
-    keywords = {keyword for rule in rules.values() for keyword in rule}
-    chosen = choose_series(find_series(args.study, sorted(keywords)), rules, args.series_uid or ())
-    _require_series(args, chosen, rules)
-    reference = chosen[modalities[0]]
+    return StudyTask(rules, preferences(task["modalities"], task["dicom"]), regions, properties)
+
+
+def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], name: str) -> dict[str, Series]:
+    """Choose a series for each modality, and print all series of the study with what was chosen, and why.
+
+    Args:
+        args: parsed options.
+        task: of the weights.
+        study: its series.
+        name: of the study, for errors.
+
+    Raises:
+        ValueError: see ``choose_series``; or a modality has no series.
+    """
+    choice = choose_series(study, task.rules, args.series_uid or (), task.preferences)
+    print(series_table(study, choice))
+    _require_series(args, choice.series, task.rules, name)
+    return choice.series
+
+
+def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[str, Series], output: Path) -> None:
+    """Segment chosen series, whose files are on this machine, and write the mask and the DICOM objects into a folder.
+
+    Raises:
+        ValueError: see ``segment_study``.
+    """
+    mask, regions, properties = output / MASK, task.regions, task.properties
+    reference = chosen[next(iter(task.rules))]
     if args.rtstruct and reference.enhanced:
         raise ValueError(
             f"The series {reference.uid} is multi-frame (enhanced) DICOM, for which no RTSTRUCT can be written. Leave "
@@ -75,21 +135,22 @@ def segment_study(args: argparse.Namespace) -> None:
     with hold(output):  # until the last file is written: another study's mask must not come between
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = _series_folders(chosen, Path(links))
-            images = [*folders.items()]
+            own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
             measures = (output.resolve().name, output / "measures.csv")
-            case = {"image": images, "output": str(mask), "series_uid": uids, "measures": measures}
-            measured = segment_case(argparse.Namespace(**{**vars(args), **case}))
+            measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
 
 
-def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule]) -> None:
+def _require_series(
+    args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule], name: str
+) -> None:
     missing = [key for key in rules if key not in chosen]
     reference = next(iter(rules))
     if missing and (reference in missing or not args.allow_missing):
         names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
         advice = "Add it" if reference in missing else "Add it, use --allow-missing"
-        raise ValueError(f"{args.study} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
+        raise ValueError(f"{name} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
 
 
 def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:

@@ -46,11 +46,11 @@ class CaseFiles:
         item, key = self.gather(case), key or self.gather.reference
         if key not in item:
             raise ValueError(f"Case {case.get('case_id')} has no {key}, which a teacher reads. Add the file.")
-        return header_of(item[key], self.rules)
+        return header_of(item[key], self.rules.of_case(case))
 
     def volume(self, case: Mapping[Any, Any], key: str) -> NDArray:
         """The voxels of a modality on its own grid, ``H W D``."""
-        return read_modality(key, self.header(case, key), self.rules, self.stacked)
+        return read_modality(key, self.header(case, key), self.rules.of_case(case), self.stacked)
 
     def grid(self, case: Mapping[Any, Any]) -> tuple[Affine, tuple[int, ...]]:
         """Affine (RAS, mm) and shape of a case's volumes before they are padded to a patch, from headers alone."""

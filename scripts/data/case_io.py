@@ -69,10 +69,12 @@ class LoadModalitiesd(LoadImaged):
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         item = dict(data)
         paths = {k: str(item[k]) for k in self.image_keys if k in item and not isinstance(item[k], torch.Tensor)}
+        rules = self.rules.of_case(item)
+        item.pop("suv", None)
         images = read_images(
             paths,
             self.reference,
-            self.rules,
+            rules,
             self.stacked,
             self.before_reading,
             self.unchecked,

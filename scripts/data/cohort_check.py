@@ -26,6 +26,7 @@ from scripts.image_io.checks import (
     check_all_constant,
     check_headers,
     check_intensities,
+    check_suv_values,
     expected_extra_axes,
     grids_overlap,
     same_grid,
@@ -151,6 +152,7 @@ def check_case(case: Item, criteria: Criteria) -> list[Finding]:
 
 
 def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
+    criteria = replace(criteria, rules=criteria.rules.of_case(case))
     paths, findings = _existing_files(case, criteria)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
@@ -159,6 +161,7 @@ def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
         except USER_ERRORS as error:
             findings.append(Finding(ERROR, str(error), key=key))
     findings += check_headers(headers, criteria.modalities[0], criteria.stacked_modalities)
+    findings += check_suv_values(headers, criteria.rules)
     findings += _check_grids(headers, criteria)
     reference, classes = headers.get(criteria.modalities[0]), None
     for key, header in headers.items():

@@ -7,7 +7,7 @@ Everything is in the axes of the network: right, anterior, superior (RAS).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -119,6 +119,7 @@ def fingerprint_case(case: Item, source: Source) -> CaseFingerprint:
 def _read_case(case_id: str, case: Item, source: Source) -> CaseFingerprint:
     named: dict[Any, Any] = {**case}
     item = GatherModalities(source.modalities, source.naming, allow_missing=True, stacked=source.stacked)(named)
+    source = replace(source, rules=source.rules.of_case(case))
     stacked = source.modalities if source.stacked else ()
     keys = [key for key in (*source.modalities, LABEL) if key in item]
     headers = {key: header_of(item[key], source.rules) for key in keys}

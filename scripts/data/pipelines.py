@@ -223,6 +223,8 @@ def preprocessing(
         settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
         settings["voxel_size"] = checks.voxel_size
+    if checks and checks.suv:
+        settings["suv"] = dict(checks.suv)
     map_label = MapLabelsd(LABEL, labels, unlabelled, ignore) if labels and mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(

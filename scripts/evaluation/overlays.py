@@ -85,6 +85,8 @@ def case_overlays(
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
         title = f"{kind}: {case_id}, {'mean ' if len(regions) > 1 else ''}Dice {dice[case_id]:.3f}"
         overlays.append(
-            load_overlay(title, images, label, prediction, reference, intensity, rules, source, given, regions)
+            load_overlay(
+                title, images, label, prediction, reference, intensity, rules.of_case(case), source, given, regions
+            )
         )
     return overlays

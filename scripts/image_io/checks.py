@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.image_io.headers import MAX_VOXELS, VOXEL_SIZES, Affine, Header
+from scripts.image_io.suv_values import SuvValues, checked_suv_values, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +69,18 @@ class Rules:
         voxel_size: which voxel sizes to believe where a header contradicts itself by more than 1%: those of the
             ``"affine"`` (the axes of the sform, ElementSpacing) or of ``"pixdim"`` (pixdim, ElementSize); None refuses
             such files. See ``scripts.image_io.headers.reconcile_voxel_sizes``.
+        suv: what the header of a PET in DICOM lacks for SUV, see ``scripts.image_io.suv_values``.
 
     Raises:
-        ValueError: ``replace_nonfinite`` is not finite in float32, or ``voxel_size`` is unknown.
+        ValueError: ``replace_nonfinite`` is not finite in float32, ``voxel_size`` is unknown, or a value in ``suv``
+            is implausible.
     """
 
     max_voxels: int = MAX_VOXELS
     replace_nonfinite: float | None = None
     series_uids: Sequence[str] = field(default=())
     voxel_size: str | None = None
+    suv: SuvValues = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         value = self.replace_nonfinite
@@ -84,6 +88,11 @@ class Rules:
             raise ValueError(f"--replace-nonfinite is {value}: give a number that is finite in float32, such as 0.")
         if self.voxel_size is not None and self.voxel_size not in VOXEL_SIZES:
             raise ValueError(f"--voxel-size is {self.voxel_size!r}. Choose {' or '.join(VOXEL_SIZES)}.")
+        object.__setattr__(self, "suv", checked_suv_values(self.suv))
+
+    def of_case(self, case: Mapping[Any, Any]) -> Rules:
+        """These rules with the values for SUV that the table of cases gives for a case."""
+        return replace(self, suv={**self.suv, **case["suv"]}) if case.get("suv") else self
 
 
 def report_findings(findings: Iterable[Finding], log_notes: bool = False) -> None:
@@ -138,6 +147,23 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
             if key != reference:
                 findings += _compare_with_reference(headers[reference], header, key)
     return findings
+
+
+def check_suv_values(headers: Mapping[str, Header], rules: Rules) -> list[Finding]:
+    """An error if values for SUV are given for a case whose PET is no DICOM, a warning if it has no PET."""
+    images = {key: header for key, header in headers.items() if key != LABEL}
+    if not rules.suv or any(header.modality == "PT" for header in images.values()):
+        return []
+    files = [header.path for header in images.values() if not header.slices]
+    if not files:
+        return [Finding(WARNING, f"{options_of(rules.suv)} is not used: the case has no PET")]
+    return [
+        Finding(
+            ERROR,
+            f"{options_of(rules.suv)} completes the header of a PET in DICOM, but {', '.join(files)} is none. Remove "
+            "it, and give the PET in SUV.",
+        )
+    ]
 
 
 def expected_extra_axes(key: str, stacked: Sequence[str]) -> tuple[int, ...]:

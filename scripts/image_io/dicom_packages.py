@@ -7,7 +7,10 @@ import logging
 from importlib import import_module
 from typing import Any
 
-PIP_NAMES = {"pydicom": "pydicom", "highdicom": "highdicom"}  # by module
+PIP_NAMES = {  # by module
+    **{"pydicom": "pydicom", "highdicom": "highdicom"},
+    **{"dicomweb_client": "dicomweb-client", "requests": "dicomweb-client"},
+}
 
 
 def dicom_package(module: str) -> Any:

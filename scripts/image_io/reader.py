@@ -36,7 +36,7 @@ def read_volume(header: Header, rules: Rules) -> NDArray:
         OSError: not enough memory.
     """
     try:
-        return _read_voxels(header)
+        return _read_voxels(header, rules)
     except MemoryError as error:
         gib = header.voxels * header.kind.itemsize / 2**30
         raise OSError(
@@ -45,7 +45,7 @@ def read_volume(header: Header, rules: Rules) -> NDArray:
         ) from error
 
 
-def _read_voxels(header: Header) -> NDArray:
+def _read_voxels(header: Header, rules: Rules) -> NDArray:
     name = header.path.lower()
     if name.endswith(NIFTI):
         return read_nifti(header.path, header)
@@ -54,7 +54,7 @@ def _read_voxels(header: Header) -> NDArray:
     if header.slices and is_enhanced(header.slices[0]):
         voxels = read_enhanced_voxels(header.slices[0])
         if is_pet(header.slices[0]):
-            voxels *= series_suv_factor(header.slices, header.path)
+            voxels *= series_suv_factor(header.slices, header.path, rules.suv)
         return voxels.reshape(header.shape)
     if name.endswith(METAIMAGE):
         check_metaimage_voxels(Path(header.path))
@@ -63,7 +63,8 @@ def _read_voxels(header: Header) -> NDArray:
         image = _execute(reader, header.path, header.path)
     else:
         image = _execute(sitk.ImageSeriesReader(), header.slices, header.path)
-        image = image * series_suv_factor(header.slices, header.path) if is_pet(header.slices[0]) else image
+        if is_pet(header.slices[0]):
+            image = image * series_suv_factor(header.slices, header.path, rules.suv)
     return _from_array(sitk.GetArrayFromImage(image).T, header)
 
 

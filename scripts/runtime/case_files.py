@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from numpy.typing import NDArray
 
-from scripts.image_io.checks import Rules, check_headers, check_images, report_findings
+from scripts.image_io.checks import Rules, check_headers, check_images, check_suv_values, report_findings
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
 
@@ -47,7 +47,7 @@ def read_images(
         ValueError: see ``scripts.image_io.checks``; the message names every file with an error.
     """
     headers = {key: header_of(path, rules) for key, path in paths.items()}
-    report_findings(check_headers(headers, reference, stacked), log_notes)
+    report_findings([*check_headers(headers, reference, stacked), *check_suv_values(headers, rules)], log_notes)
     if before_reading:
         before_reading(headers)
     with ThreadPoolExecutor(max(1, len(paths))) as pool:

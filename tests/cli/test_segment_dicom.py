@@ -168,7 +168,7 @@ def _series(kind: str, uid: str, patient: str = "SECRET", frame: str = "1.9") ->
 def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
     found = [_series("CT", "1.1"), _series("PT", "1.2"), _series("MR", "1.3"), _series("CT", "1.4")]
     rules = series_rules(["ct", "pet"], {})
-    assert {k: s.uid for k, s in choose_series(found, rules, ["1.4"]).items()} == {"ct": "1.4", "pet": "1.2"}
+    assert {k: s.uid for k, s in choose_series(found, rules, ["1.4"]).series.items()} == {"ct": "1.4", "pet": "1.2"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_one_series_of_each_kind_is_chosen_and_others_are_passed_over() -> None:
         (
             [_series("CT", "1.1"), _series("CT", "1.2")],
             [],
-            r"has 2 series for ct \(Modality CT\)\. Choose one with --series-uid: 1\.1",
+            r"has 2 series for ct \(Modality CT\)\. Choose one with --series-uid, or .*: 1\.1",
         ),
         ([_series("CT", "1.1")], ["7.7"], "has no series 7.7. It has 1.1"),
         ([_series("CT", "1.1"), _series("MR", "1.2", patient="OTHER")], [], "1.1, 1.2 have 2 different patients"),

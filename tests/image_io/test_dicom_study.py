@@ -20,8 +20,6 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 from scripts.cli import segment_dicom as clinic
@@ -32,6 +30,7 @@ from scripts.image_io.dicom_study import Series, find_series
 from scripts.image_io.dicom_writer import read_slices, write_seg
 from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
+from tests.dicom_phantom import MARKER, PERSON, make_slice, write_study
 
 Array = NDArray[Any]
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
@@ -39,54 +38,8 @@ TINY = [
     "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
     "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
 ]  # fmt: skip
-CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 TUMOUR = {"tumour": [1]}
 NEOPLASM = segment_properties(TUMOUR, {"tumour": ["108369006", "SCT", "Neoplasm"]})
-MARKER = "ZZMARKER"
-PERSON = {"PatientName": f"{MARKER}NAME", "PatientID": f"{MARKER}ID", "ReferringPhysicianName": f"{MARKER}DOCTOR",
-          "AccessionNumber": f"{MARKER}1", "InstitutionName": f"{MARKER} HOSPITAL", "StudyID": MARKER}  # fmt: skip
-# 70 kg, 370 MBq, half gone by the scan: SUV 1 is 370e6 / 2 Bq / 70000 g = 2642.857 Bq/ml. Stored are SUV x 1000.
-SLOPE = "2.64285714285714"
-
-
-def _slice(kind: str, series: str, frame: str, study: str, **tags: Any) -> Dataset:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dates = {"StudyDate": "20200102", "StudyTime": "110000", "PatientBirthDate": "", "PatientSex": "O"}
-    ids = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "SeriesNumber": 3}
-    pixels = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16,
-              "HighBit": 15, "PixelRepresentation": 1, "RescaleIntercept": 0, "RescaleSlope": 1}  # fmt: skip
-    for keyword, value in {"Modality": kind, **dates, **ids, **pixels, **PERSON, **tags}.items():
-        setattr(dataset, keyword, value)
-    return dataset
-
-
-def _pet_tags() -> dict[str, Any]:
-    drug = Dataset()
-    drug.RadionuclideTotalDose, drug.RadionuclideHalfLife = 370e6, 6000
-    drug.RadiopharmaceuticalStartTime = "100000"  # 100 minutes, one half life, before the scan
-    scan = {"SeriesDate": "20200102", "SeriesTime": "114000", "Units": "BQML", "DecayCorrection": "START"}
-    return {**scan, "PatientWeight": 70, "RescaleSlope": SLOPE, "RadiopharmaceuticalInformationSequence": [drug]}
-
-
-def _write_series(folder: Path, kind: str, stored: Array, affine: Array, ids: tuple[str, str], tags: Any) -> None:
-    """One file per plane of the last axis; the affine is RAS, DICOM is LPS."""
-    folder.mkdir(parents=True, exist_ok=True)
-    series, lps = generate_uid(), np.diag([-1.0, -1, 1, 1]) @ affine
-    sizes = np.linalg.norm(lps[:3, :3], axis=0)
-    axes = lps[:3, :3] / sizes
-    for k in range(stored.shape[2]):
-        dataset = _slice(kind, series, *ids, **tags)
-        dataset.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3, 3] + k * lps[:3, 2]]
-        dataset.ImageOrientationPatient = [f"{x:.9g}" for x in axes[:, :2].T.ravel()]
-        dataset.PixelSpacing = [f"{sizes[1]:.9g}", f"{sizes[0]:.9g}"]  # between rows, between columns
-        dataset.SliceThickness, dataset.InstanceNumber = f"{sizes[2]:.9g}", k + 1
-        dataset.Columns, dataset.Rows = stored.shape[:2]
-        dataset.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
-        dataset.save_as(folder / f"{kind}_{k:03d}.dcm", enforce_file_format=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +52,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def study(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One phantom as DICOM, all series in one folder, and next to it the same images as NIfTI files, in SUV.
-
-    Every second column of the CT is left out, so that its pixels are twice as wide as they are high.
-    """
-    root, case = tmp_path_factory.mktemp("study"), phantoms[0]
-    ids = (generate_uid(), generate_uid())
-    for key, kind, factor in (("ct", "CT", 1), ("pet", "PT", 1000), ("mr", "MR", 1)):
-        image = nib.Nifti1Image.from_filename(case[key])
-        voxels, affine = np.asanyarray(image.dataobj), image.affine.copy()
-        if key == "ct":
-            voxels, affine[:3, 0] = voxels[::2], affine[:3, 0] * 2
-        stored = np.rint(voxels * float(factor)).astype(np.int16)
-        _write_series(root / "dicom", kind, stored, affine, ids, _pet_tags() if key == "pet" else {})
-        nib.save(nib.Nifti1Image(stored.astype(np.float32) / factor, affine), root / f"{key}.nii.gz")
-    return root
+    """One phantom as DICOM, all series in one folder, and next to it the same images as NIfTI files, in SUV."""
+    return write_study(phantoms[0], tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +286,7 @@ def test_frames_of_a_single_frame_class_are_refused_before_anything_is_segmented
     weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pixels = {"Rows": 1, "Columns": 1, "NumberOfFrames": 2, "PixelData": b"\0\0" * 2, "PixelSpacing": [1, 1]}
-    _slice("CT", "1.2.3", "1.2.4", "1.2.5", **pixels).save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    make_slice("CT", "1.2.3", "1.2.4", "1.2.5", **pixels).save_as(tmp_path / "ct.dcm", enforce_file_format=True)
     command = ["dicom", "--study", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--allow-missing", *TINY]
     assert main([*command, "--weights", weights]) == 1
     assert "ct.dcm has several frames, but is no enhanced CT, PET or MR" in capsys.readouterr().err

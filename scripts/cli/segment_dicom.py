@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,13 @@ from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.series_table import series_table
 from scripts.cli.trained_task import with_trained_settings
-from scripts.image_io.checks import WARNING, Finding, report_findings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_rtstruct import write_rtstruct
-from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
+from scripts.image_io.dicom_rules import Rule, series_rules
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_sr import write_sr
-from scripts.image_io.dicom_study import Series, choose_series, find_series
+from scripts.image_io.dicom_study import Series, choose_series, find_series, require_series, series_folders
 from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_seg
 from scripts.image_io.series_preference import preferences
 from scripts.metrics.lesion_measures import Measures
@@ -114,7 +112,7 @@ def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], n
     """
     choice = choose_series(study, task.rules, args.series_uid or (), task.preferences)
     print(series_table(study, choice))
-    _require_series(args, choice.series, task.rules, name)
+    require_series(choice.series, task.rules, args.allow_missing, name)
     return choice.series
 
 
@@ -134,41 +132,12 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
     uids = [series.uid for series in chosen.values()]
     with hold(output):  # until the last file is written: another study's mask must not come between
         with tempfile.TemporaryDirectory(prefix="series-") as links:
-            folders = _series_folders(chosen, Path(links))
+            folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
             measures = (output.resolve().name, output / "measures.csv")
             measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
-
-
-def _require_series(
-    args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule], name: str
-) -> None:
-    missing = [key for key in rules if key not in chosen]
-    reference = next(iter(rules))
-    if missing and (reference in missing or not args.allow_missing):
-        names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
-        advice = "Add it" if reference in missing else "Add it, use --allow-missing"
-        raise ValueError(f"{name} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
-
-
-def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
-    """A folder for each modality that holds only its series; of series that share a folder, links to their files."""
-    counts = Counter(series.folder for series in chosen.values())
-    folders = {}
-    for key, series in chosen.items():
-        folder = series.folder
-        if counts[folder] > 1:
-            folder = links / key
-            folder.mkdir()
-            files = series_files(series.folder, [series.uid])
-            report_findings(Finding(WARNING, text) for text in files.warnings)
-            for number, file in enumerate(files.heads):
-                (folder / f"{number:05d}").symlink_to(Path(file).resolve())
-            print(f"{key}: series {series.uid} of {series.folder}")
-        folders[key] = str(folder)
-    return folders
 
 
 def write_dicom(

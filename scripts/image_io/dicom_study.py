@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from scripts.image_io.checks import DICOM_MODALITIES
+from scripts.image_io.checks import DICOM_MODALITIES, WARNING, Finding, report_findings
 from scripts.image_io.dicom_classes import ENHANCED, no_image
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_rules import Rule, element_texts, matches, rule_text
+from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_structure import read_structure
 from scripts.image_io.series_preference import KEYWORDS, PREFER, narrow
 
@@ -237,3 +238,46 @@ def _refuse_unusable(chosen: Sequence[Series]) -> None:
                 f"The series {uids} have {len(values)} different {what}. Give one study of one patient and one frame "
                 "of reference."
             )
+
+
+def require_series(chosen: Mapping[str, Series], rules: Mapping[str, Rule], allow_missing: bool, name: str) -> None:
+    """Refuse a study in which modalities have no series.
+
+    Args:
+        chosen: series by modality.
+        rules: of each modality, the reference first.
+        allow_missing: accept this for all modalities but the reference.
+        name: of the study.
+
+    Raises:
+        ValueError: a modality has no series.
+    """
+    missing = [key for key in rules if key not in chosen]
+    reference = next(iter(rules))
+    if missing and (reference in missing or not allow_missing):
+        names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
+        advice = "Add it" if reference in missing else "Add it, use --allow-missing"
+        raise ValueError(f"{name} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
+
+
+def series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
+    """A folder for each modality that holds only its series; of series that share a folder, links to their files.
+
+    Args:
+        chosen: series by modality.
+        links: an empty folder, for the links.
+    """
+    counts = Counter(series.folder for series in chosen.values())
+    folders = {}
+    for key, series in chosen.items():
+        folder = series.folder
+        if counts[folder] > 1:
+            folder = links / key
+            folder.mkdir()
+            files = series_files(series.folder, [series.uid])
+            report_findings(Finding(WARNING, text) for text in files.warnings)
+            for number, file in enumerate(files.heads):
+                (folder / f"{number:05d}").symlink_to(Path(file).resolve())
+            print(f"{key}: series {series.uid} of {series.folder}")
+        folders[key] = str(folder)
+    return folders

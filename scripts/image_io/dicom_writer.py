@@ -18,7 +18,6 @@ from scripts.image_io.dicom_codes import MAX_LONG, Property
 from scripts.image_io.dicom_geometry import MAX_OFFSET
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.headers import LPS_TO_RAS
-from scripts.metrics.lesion_shape import find_lesions
 from scripts.utils.atomic_files import atomic_file
 from scripts.utils.colours import region_colour
 
@@ -161,8 +160,11 @@ def _planes(
     mask = np.asanyarray(image.dataobj)
     inside = {name: np.isin(mask, list(values)) for name, values in regions.items()}
     volumes = [*inside.values()]
-    components = {name: find_lesions(inside[name]) for name in {name for name, _ in lesions}}
-    volumes += [components[name][number - 1].within(mask.shape) for name, number in lesions]
+    if lesions:
+        from scripts.metrics.lesion_shape import find_lesions  # needs SciPy, which a runtime folder does without
+
+        components = {name: find_lesions(inside[name]) for name in {name for name, _ in lesions}}
+        volumes += [components[name][number - 1].within(mask.shape) for name, number in lesions]
     return [order_planes(each, image.affine, slices, mask_file) for each in volumes]
 
 

@@ -7,16 +7,22 @@ It needs the packages in the folder's requirements.txt, neither PyTorch nor MONA
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
+
+if TYPE_CHECKING:
+    from scripts.image_io.dicom_study import Series
 
 TASK, MODEL = "task.json", "model"
 # Where the platforms that run containers say that input and output lie: mercure, Kaapana, MONAI Deploy.
@@ -66,6 +72,7 @@ def main(arguments: Sequence[str] | None = None, folder: str | Path | None = Non
     Returns:
         The exit code: 0, or 1 after an error (one sentence on stderr). Wrong options exit with 2.
     """
+    warnings.filterwarnings("ignore")  # of packages; those about DICOM quote the patient's data
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     folder = Path(folder or Path(sys.argv[0]).resolve().parent)
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
@@ -151,4 +158,35 @@ def _start_engine(folder: Path, task: Mapping[str, Any], threads: int) -> Any:
 
 
 def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Path) -> None:
-    raise NotImplementedError
+    """Segment the study in a folder: ``mask.nii.gz``, and ``seg.dcm`` where highdicom is installed."""
+    from scripts.image_io.dicom_rules import series_rules
+    from scripts.image_io.dicom_study import choose_series, find_series, require_series, series_folders
+    from scripts.image_io.series_preference import preferences
+
+    rules = series_rules(task["modalities"], task["dicom"])
+    study = find_series(args.input, sorted({keyword for rule in rules.values() for keyword in rule}))
+    wanted = preferences(task["modalities"], task["dicom"])
+    chosen = choose_series(study, rules, args.series_uid or (), wanted).series
+    require_series(chosen, rules, args.allow_missing, args.input)
+    mask = Path(args.output_dir) / "mask.nii.gz"
+    with tempfile.TemporaryDirectory(prefix="series-") as links:
+        folders = series_folders(chosen, Path(links))
+        args.series_uid = [series.uid for series in chosen.values()]
+        segment(args, task, folder, folders, mask)
+    if importlib.util.find_spec("highdicom") is None:
+        print("seg.dcm was not written, because highdicom is not installed.")
+        return
+    _write_seg(mask, next(iter(chosen.values())), task)
+
+
+def _write_seg(mask: Path, reference: Series, task: Mapping[str, Any]) -> None:
+    from scripts.image_io.dicom_codes import segment_properties
+    from scripts.image_io.dicom_series import series_files
+    from scripts.image_io.dicom_writer import read_slices, write_seg
+    from scripts.runtime.regions import region_mask_values
+
+    regions = region_mask_values(*(task[key] for key in ("labels", "classes", "regions", "mask_values")))
+    slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
+    path = mask.with_name("seg.dcm")
+    write_seg(mask, slices, regions, segment_properties(regions, task["codes"]), task["bundle_version"], path)
+    print(f"DICOM SEG: {path}")

@@ -120,7 +120,7 @@ def test_a_study_is_fetched_segmented_and_stored(
     np.testing.assert_array_equal(pixels > 0, _mask(local / "mask.nii.gz").transpose(2, 1, 0) > 0)
     series = {str(pydicom.dcmread(next(study.glob(f"{kind}_*"))).SeriesInstanceUID) for kind in ("CT", "PT", "MR")}
     assert pacs.fetched() == series  # and not the CT with thicker slices
-    assert {path.name for path in output.iterdir()} == {"mask.nii.gz", "mask.manifest.json", "seg.dcm"}
+    assert {path.name for path in output.iterdir()} == {"mask.nii.gz", "mask.manifest.json", "measures.csv", "seg.dcm"}
 
 
 def test_the_series_are_listed_and_nothing_is_fetched(

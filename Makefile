@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_DATA := --data phantom --scale demo --dataset-dir $(DEMO)/train --set overwrite=true
 DEMO_TEST := --data phantom --scale demo --dataset-dir $(DEMO)/test --threads 1 --set overlap=0.25
 
-.PHONY: env bench-env demo test test-real test-faults viewer browser-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults viewer browser-test bids-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -99,7 +99,8 @@ benchmark-test: env
 gpu-check:
 	$(PYTHON) -m benchmarks gpu --output-dir runs/gpu
 
-# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out.
+# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out. With a clone of
+# the zoo's repository, `make release-test ZOO=FOLDER`, its own programs run too.
 release-test: env
 	$(PY) -m pytest -m "release or not release" tests/tools
 
@@ -125,6 +126,16 @@ build/viewer/niivue.js: Makefile
 browser-test: env
 	-$(MAKE) --no-print-directory viewer
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
+
+# The validator of BIDS, in an environment of its own. The tests that need it say so where it cannot be installed.
+bids-test: env
+	-[ -f .venv-bids/ready ] || $(MAKE) --no-print-directory .venv-bids/ready
+	$(PY) -m pytest -m bids -rs tests/end_to_end/test_bids_validator.py
+
+.venv-bids/ready:
+	$(PYTHON) -m venv .venv-bids
+	.venv-bids/bin/python -m pip install -q --disable-pip-version-check "bids-validator-deno>=3.0.2"
+	touch $@
 
 # An Orthanc is started on a free port of this machine and ended; it says so where none is installed:
 # apt-get install orthanc orthanc-dicomweb
@@ -156,7 +167,7 @@ type: env
 clean:
 	rm -rf runs build *.egg-info
 
-# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip. Needs a checkout without changes.
+# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip, and what goes with it. Needs a checkout without changes.
 release: env
 	$(PY) -W ignore -m tools.release
 

@@ -27,7 +27,7 @@ from scripts.cli.options import (
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
-SCORED = {"name", "curves", "splits_file"}  # config ids that scoring masks reads besides
+SCORED = {"name", "curves", "splits_file", "single_file"}  # config ids that scoring masks reads besides
 EXAMPLE = (
     "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
     "python -m scripts evaluate --data sts --dataset-dir DATA --predictions MASKS --output-dir OUT"
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         if args.modalities:
             overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
-    configs += ["evaluate", *profile_configs(args)]
+    configs += ["score", *profile_configs(args)]
     if args.predictions:
         overrides = with_trained_settings(args, configs, overrides) if has_weights else overrides
         if not (args.verbose or args.dry_run or unread_setting(args, READ | SCORED)):
@@ -123,21 +123,14 @@ def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Ove
     )
     if config["fold"] is not None:
         cases = fold_split(cases, config["fold"], file=config["splits_file"])[1]
+    settings = {key: config.get(str(text)[1:]) for key, text in config["score"].items() if key != "_target_"}  # "@KEY"
+    settings |= {
+        "cases": cases,
+        "output_dir": output,
+        "checks": image_rules(config),
+        "regions": region_values(config["labels"], config["classes"], config["regions"]),
+        "network": None,
+        "weights": config["weights"] if args.weights or "weights" in parse_set(args.set) else None,
+    }
     with hold(output), described_run(command_line(configs, protected(overrides)), config):
-        score(
-            name=config["name"],
-            cases=cases,
-            labels=config["labels"],
-            predictions=args.predictions,
-            output_dir=output,
-            intensity=config["intensity"],
-            curves=config["curves"],
-            patch=config["patch"],
-            seed=config["seed"],
-            present=config["present"],
-            checks=image_rules(config),
-            weights=config["weights"] if args.weights or "weights" in parse_set(args.set) else None,
-            regions=region_values(config["labels"], config["classes"], config["regions"]),
-            ignore=config["ignore"],
-            mask_values=config["mask_values"],
-        )
+        score(**settings)

@@ -38,12 +38,7 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export."""
-    options = {
-        "weights": args.weights,
-        "fold": args.fold,
-        "formats": args.formats,
-        "precisions": args.precisions,
-    }
+    options = {"weights": args.weights, "fold": args.fold, "formats": args.formats, "precisions": args.precisions}
     overrides = {key: value for key, value in options.items() if value is not None} | network_overrides(args)
     configs = ["inference", *context_configs(args), "export"]
     if args.runtime:

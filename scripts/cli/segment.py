@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment one case, or every case of a table."""
+"""Segment one case, or every case of a table or of a data set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from scripts.cli.suv_options import add_suv_options
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
-    "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2"
+    "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2\n"
+    "python -m scripts segment --data sts --dataset-dir DATA --output-dir MASKS --bids"
 )
 
 
@@ -41,9 +42,9 @@ def add_options(parser: Parser) -> None:
     add_weights_option(parser)
     add_network_option(parser)
     parser.add_argument(
-        "--workers", type=positive_int, default=1, metavar="N", help="with --data-list: cases at a time (default: 1)"
+        "--workers", type=positive_int, default=1, metavar="N", help="how many cases at a time (default: 1)"
     )
-    parser.add_argument("--bids", action="store_true", help="with --data-list: name the masks as BIDS derivatives")
+    parser.add_argument("--bids", action="store_true", help="with several cases: write a data set of BIDS derivatives")
     add_engine_options(parser)
     add_export_option(parser)
     add_suv_options(parser)
@@ -86,7 +87,7 @@ def _named_image(modality: str, path: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     """Segment."""
-    if args.data_list:
+    if args.data_list or (args.dataset_dir and not (args.output or args.image or args.stacked)):
         from scripts.cli.segment_cohort import segment_cohort
 
         segment_cohort(args)

@@ -116,9 +116,9 @@ def mask_and_images(
             or the reference is missing.
     """
     if not args.output:
-        raise ValueError("No output. Name the mask with --output, or a table of cases with --data-list.")
+        raise ValueError("No output. Name the mask with --output, or several cases with --data-list or --dataset-dir.")
     if args.bids:
-        raise ValueError("--bids names the masks of a table. Add --data-list, or remove --bids.")
+        raise ValueError("--bids names the masks of several cases. Add --data-list or --dataset-dir, or remove --bids.")
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
         raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment every case of a table, several at a time: finished masks are skipped, failed cases are listed."""
+"""Segment the cases of a table or data set, several at a time: finished masks are skipped, failed cases are listed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
-from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, write_dataset_description
+from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
 from scripts.data.case_list import datalist
-from scripts.image_io.checks import Rules
+from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def segment_cohort(args: argparse.Namespace) -> None:
-    """Segment every case of ``args.data_list`` and write ``segment.json`` and ``measures.csv``.
+    """Segment the cases of ``args.data_list`` or ``args.dataset_dir``; write ``segment.json`` and ``measures.csv``.
 
     Raises:
         ValueError: an option works with one case only; the folder contains masks of other weights; a mask would
@@ -75,9 +75,9 @@ def segment_cohort(args: argparse.Namespace) -> None:
         exported_run.require_trained_settings(args, config)
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(
-        config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, config["layout"]
-    )
+    unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
+    layout = {key: pattern for key, pattern in config["layout"].items() if key != unread}
+    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, layout)
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused
@@ -96,8 +96,9 @@ def _segment_cases(
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
     refuse_other_weights(output / RECORD, checksum)
+    sources = image_sources(cases, modalities) if bids else {}
     if bids:
-        write_dataset_description(output, bids)
+        write_dataset_files(output, bids, sources)
     remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
@@ -116,14 +117,15 @@ def _segment_cases(
         join_measures(tables, output / "measures.csv")
     if bids:
         for case in cases:
-            describe_mask(masks[case["case_id"]], case, modalities, bids)
+            describe_mask(masks[case["case_id"]], case, modalities, bids, sources)
     report_outcomes({case_id: outcomes[case_id] for case_id in masks})
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
-        raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
+        several = "--data-list" if args.data_list else "--dataset-dir"
+        raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
     refuse_values_of_one_patient(args, "--data-list")
 
 
@@ -141,7 +143,8 @@ def _mask_paths(
         masks[case["case_id"]] = output / name
     if len(set(masks.values())) < len(masks):
         raise ValueError(
-            f"Two cases of {args.data_list} get the same BIDS name, which holds only letters and digits. Rename them."
+            f"Two cases of {args.data_list or args.dataset_dir} get the same BIDS name, which holds only letters and "
+            "digits. Rename them."
         )
     images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
     for case_id, mask in masks.items():

@@ -74,8 +74,11 @@ class CohortError(Exception):
     """
 
     def __init__(self, message: str, cases: list[Item], problems: list[str]) -> None:
-        super().__init__(message)
+        super().__init__(message, cases, problems)  # all of them, so that a process can send the error to another
         self.cases, self.problems = cases, problems
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IncompleteError(CohortError, FileNotFoundError):

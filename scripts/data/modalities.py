@@ -117,11 +117,7 @@ class StackModalitiesd(Transform):
     """
 
     def __init__(
-        self,
-        modalities: Sequence[str],
-        stack: bool,
-        reference: str | None = None,
-        present: Sequence[str] | None = None,
+        self, modalities: Sequence[str], stack: bool, reference: str | None = None, present: Sequence[str] | None = None
     ) -> None:
         self.modalities, self.stack = list(modalities), stack
         self.reference, self.used = reference or self.modalities[0], modalities_used(modalities, present)

@@ -106,19 +106,12 @@ def _add_structure(dataset: Any, number: int, name: str, contours: list[Any], fr
     """Add a structure; its number is that of the region in the task, from 1."""
     dataset.StructureSetROISequence.append(
         _item(
-            ROINumber=number,
-            ReferencedFrameOfReferenceUID=frame_uid,
-            ROIName=name,
-            ROIGenerationAlgorithm="AUTOMATIC",
+            ROINumber=number, ReferencedFrameOfReferenceUID=frame_uid, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC"
         )
     )
     colour = region_colour(number - 1).removeprefix("#")
     dataset.ROIContourSequence.append(
-        _item(
-            ROIDisplayColor=[*bytes.fromhex(colour)],
-            ReferencedROINumber=number,
-            ContourSequence=contours,
-        )
+        _item(ROIDisplayColor=[*bytes.fromhex(colour)], ReferencedROINumber=number, ContourSequence=contours)
     )
     dataset.RTROIObservationsSequence.append(
         _item(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="", ROIInterpreter="")

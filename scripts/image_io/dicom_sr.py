@@ -13,12 +13,7 @@ from typing import Any
 
 from scripts.image_io.dicom_codes import Property, Triple
 from scripts.image_io.dicom_packages import dicom_package
-from scripts.image_io.dicom_writer import (
-    MANUFACTURER,
-    MODEL,
-    shorten_strings,
-    tracking_id,
-)
+from scripts.image_io.dicom_writer import MANUFACTURER, MODEL, shorten_strings, tracking_id
 from scripts.metrics.lesion_measures import Measures
 from scripts.utils.atomic_files import atomic_file
 

@@ -34,8 +34,11 @@ class PacsError(ValueError):
     """
 
     def __init__(self, message: str, broken: bool = False, fatal: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message, broken, fatal)  # all of them, so that a process can send the error to another
         self.broken, self.fatal = broken, fatal
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @contextmanager

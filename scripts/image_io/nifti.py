@@ -104,6 +104,7 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image = nib.Nifti1Image(voxels, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip_module().compress(data, COMPRESSION, mtime=0)

@@ -32,11 +32,7 @@ if TYPE_CHECKING:
     from scripts.metrics.surface import surface_metrics as surface_metrics
 
 NAMES = {
-    "aggregates": (
-        "aggregate",
-        "aggregate_regions",
-        "paired_difference",
-    ),
+    "aggregates": ("aggregate", "aggregate_regions", "paired_difference"),
     "case_rows": (
         "COLUMNS",
         "FOREGROUND",
@@ -50,12 +46,7 @@ NAMES = {
         "write_rows",
     ),
     "frechet": ("FrechetSemanticDistance",),
-    "surface": (
-        "dice",
-        "image_diagonal_mm",
-        "region_metrics",
-        "surface_metrics",
-    ),
+    "surface": ("dice", "image_diagonal_mm", "region_metrics", "surface_metrics"),
 }
 
 

@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_folder(
-    path: str,
-    weights: str,
-    record: Mapping[str, Any],
-    resume: bool = False,
-    overwrite: bool = False,
-    seed: int = 0,
+    path: str, weights: str, record: Mapping[str, Any], resume: bool = False, overwrite: bool = False, seed: int = 0
 ) -> None:
     """Refuse what a training could not write or continue, before any case is preprocessed.
 

@@ -213,7 +213,7 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
         (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--image cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--profile"], "--profile cannot be combined with --data-list"),
-        (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of a table"),
+        (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of several cases"),
         (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "Use a name that ends in .nii.gz"),
@@ -274,7 +274,7 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
     command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
     assert main([*command, *TINY, "--bids", "--data-list", str(table())]) == 0
     names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.nii.gz"))
-    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_mask.nii.gz"
+    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_desc-auto_mask.nii.gz"
     assert {row["case_id"] for row in read_measures(output / "measures.csv")} == {f"PHANTOM_00{k}" for k in (1, 2, 3)}
     assert len(names) == 3
     assert json.loads((output / "dataset_description.json").read_text())["DatasetType"] == "derivative"
@@ -287,7 +287,9 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
     assert sidecar["SpatialReference"] == sidecar["Sources"][0]
     assert sidecar["Type"] == "Lesion"
     ignored = (output / ".bidsignore").read_text().split()
-    named = re.compile(r"sub-[A-Za-z0-9]+_space-ct_label-tumour_mask\.(nii\.gz|json)|dataset_description\.json")
+    named = re.compile(
+        r"sub-[A-Za-z0-9]+_space-ct_label-tumour_desc-auto_mask\.(nii\.gz|json)|dataset_description\.json|README\.md"
+    )
     for path in output.rglob("[!.]*"):
         known = named.fullmatch(path.name) or any(fnmatch(path.name, pattern) for pattern in ignored)
         assert path.is_dir() or known, path

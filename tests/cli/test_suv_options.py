@@ -67,10 +67,7 @@ def expected(study: Path, options: list[str]) -> Any:
 @pytest.mark.parametrize(
     ("given", "recorded"),
     [
-        (
-            WHOLE,
-            {"patient_weight": 70.0, "injected_dose": 370e6, "injection_time": "10:00", "half_life": 6000.0},
-        ),
+        (WHOLE, {"patient_weight": 70.0, "injected_dose": 370e6, "injection_time": "10:00", "half_life": 6000.0}),
         (["--suv-factor", str(1 / 1000 / float(SLOPE))], {"suv_factor": 1 / 1000 / float(SLOPE)}),
     ],
 )

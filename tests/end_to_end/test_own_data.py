@@ -163,8 +163,7 @@ def test_a_dicom_study_gets_one_segment_per_region(name: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "grid"),
-    [("hecktor21", ["--set", "spacing=[6,6,6]"]), ("picai22", ["--set", "spacing=[2,2,3]"])],
+    ("name", "grid"), [("hecktor21", ["--set", "spacing=[6,6,6]"]), ("picai22", ["--set", "spacing=[2,2,3]"])]
 )
 def test_data_sets_as_downloaded(
     name: str, grid: list[str], require_data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

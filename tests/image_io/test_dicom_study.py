@@ -189,10 +189,7 @@ def files_containing(folder: Path, marker: str) -> list[str]:
     ("error", "message"),
     [
         (ModuleNotFoundError("No module named 'highdicom'", name="highdicom"), 'is not installed. Run: pip install "'),
-        (
-            ImportError("libz.so: cannot open", name="PIL"),
-            r"cannot be loaded \(libz\.so: cannot open\)\. Install",
-        ),
+        (ImportError("libz.so: cannot open", name="PIL"), r"cannot be loaded \(libz\.so: cannot open\)\. Install"),
     ],
     ids=["package", "library"],
 )

@@ -83,6 +83,7 @@ def test_nibabel_reads_the_written_mask(tmp_path: Path, module: str) -> None:
     np.testing.assert_array_equal(np.asanyarray(loaded.dataobj), values("u1"))
     np.testing.assert_allclose(loaded.get_sform(coded=True)[0], AFFINE)
     assert loaded.get_data_dtype() == np.uint8
+    assert loaded.header.get_xyzt_units() == ("mm", "unknown")
     assert gzip.decompress(written.read_bytes()) == nifti.read_bytes(written)
 
 

@@ -12,11 +12,7 @@ import pytest
 from scripts.image_io.dicom_suv import series_suv_factor, suv_factor
 from scripts.image_io.pet_header import philips_factor
 
-DRUG = {
-    "RadionuclideTotalDose": "370000000",
-    "RadionuclideHalfLife": "6000",
-    "RadiopharmaceuticalStartTime": "100000",
-}
+DRUG = {"RadionuclideTotalDose": "370000000", "RadionuclideHalfLife": "6000", "RadiopharmaceuticalStartTime": "100000"}
 COMPLETE = 70_000 / (370e6 / 2)  # 70 kg, 370 MBq, one half life (6000 s) before the scan
 
 

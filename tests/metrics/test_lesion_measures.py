@@ -14,14 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from scipy.integrate import quad
 from scipy.ndimage import gaussian_filter
 
-from scripts.metrics.lesion_measures import (
-    COLUMNS,
-    Measures,
-    measure_mask,
-    measure_rows,
-    read_measures,
-    write_measures,
-)
+from scripts.metrics.lesion_measures import COLUMNS, Measures, measure_mask, measure_rows, read_measures, write_measures
 from scripts.metrics.lesion_shape import Volume
 from scripts.metrics.lesion_uptake import PEAK_RADIUS_MM, sphere_weights
 

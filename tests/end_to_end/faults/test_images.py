@@ -177,12 +177,7 @@ CASES = [  # row, modality, damage, a part of the sentence
     ("4 NaN pixdim", "ct", _header(PIXDIM + 8, "<f4", np.nan), "has voxel sizes of [4.0, nan, 5.0] mm"),
     ("4 sheared .mha", "pet", _mha_line("TransformMatrix", "1 0 0 0.3 1 0 0 0 1"), "has a sheared affine"),
     ("4 zero spacing .mha", "pet", _mha_line("ElementSpacing", "0 5 5"), ".mha"),
-    (
-        "4 in metres",
-        "ct",
-        _header(XYZT_UNITS, "u1", 1),
-        "that voxel sizes are in metres. Correct xyzt_units",
-    ),
+    ("4 in metres", "ct", _header(XYZT_UNITS, "u1", 1), "that voxel sizes are in metres. Correct xyzt_units"),
     (
         "4 in micrometres",
         "mr",

@@ -123,7 +123,8 @@ def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Ove
     )
     if config["fold"] is not None:
         cases = fold_split(cases, config["fold"], file=config["splits_file"])[1]
-    settings = {key: config.get(str(text)[1:]) for key, text in config["score"].items() if key != "_target_"}  # "@KEY"
+    texts = {key: str(text) for key, text in config["score"].items() if key != "_target_"}  # "@KEY"
+    settings: dict[str, Any] = {key: config.get(text[1:]) for key, text in texts.items()}
     settings |= {
         "cases": cases,
         "output_dir": output,

@@ -18,7 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -40,30 +40,39 @@ Command = Sequence[str]
 
 
 class Run(NamedTuple):
-    """One process: seconds from its start to its end, and its peak memory in MiB."""
+    """One process: seconds from its start to its end, and its peak memory in MiB (of its largest process)."""
 
     seconds: float
     peak_mib: float
 
 
+# A small process that starts the command: Linux hands the peak memory of the starting process on to the new one.
+LAUNCHER = """
+import json, os, sys, time
+began = time.perf_counter()
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), time.perf_counter() - began, usage.ru_maxrss / 1024], file)
+"""
+
+
 def run_process(command: Command, environment: Mapping[str, str] | None = None) -> Run:
-    """Run a command to its end.
+    """Run a command, whose first word is the path of a program, to its end.
 
     Raises:
         ValueError: it fails; the message ends with what it printed.
     """
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=bundle_root(),
-        env={**os.environ, **(environment or {})},
-    )  # fmt: skip
-    printed = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - began
-    if process.returncode:
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, result.name, *command]
+        printed = subprocess.run(
+            launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=bundle_root(), check=True,
+            env={**os.environ, **(environment or {})},
+        ).stdout  # fmt: skip
+        code, seconds, peak_mib = json.load(result)
+    if code:
         raise ValueError(f"{shlex.join(command)} failed: {printed[-2000:]}")
-    return Run(seconds, usage.ru_maxrss / 1024)
+    return Run(seconds, peak_mib)
 
 
 def time_in_turns(commands: Mapping[str, Command], rounds: int) -> dict[str, list[Run]]:

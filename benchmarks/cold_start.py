@@ -2,7 +2,8 @@
 """Time whole commands from the shell to the written mask: each process starts anew, in turns, and its memory is read.
 
 The first round is not counted: it fills the disk's cache. With --nnunet-python the command of nnU-Net segments the same
-case with its standard 3D network, untrained, since weights do not change the time.
+case, and that of TotalSegmentator its CT, where they are installed: with networks as their planner lays them out,
+untrained, since weights do not change the time.
 
 Example: python -m benchmarks cold --dataset-dir STS --rounds 7
 """
@@ -159,6 +160,18 @@ def prepare_nnunet(python: str, case: Path, folder: Path) -> tuple[list[str], di
     return command, {name: str(folder / name) for name in names}
 
 
+def prepare_totalsegmentator(python: str, case: Path, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Write an untrained network for TotalSegmentator; its command for the CT and its environment."""
+    code = "from benchmarks.nnunet_inference import write_totalsegmentator as w; import sys; w(*sys.argv[1:])"
+    folder.mkdir(parents=True, exist_ok=True)
+    run_process([python, "-W", "ignore", "-c", code, str(folder)])
+    command = [
+        str(Path(python).with_name("TotalSegmentator")), "-i", str(case / FILES["ct"]), "-o", str(folder / "masks"),
+        "--fast", "--device", "cpu", "--ml", "-q",
+    ]  # fmt: skip
+    return command, {"TOTALSEG_HOME_DIR": str(folder)}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--dataset-dir", required=True, type=Path, help="folder of the STS data set")
@@ -190,6 +203,10 @@ def run(args: argparse.Namespace) -> str:
         command, environment = prepare_nnunet(args.nnunet_python, case, output / "nnunet")
         os.environ.update(environment)
         commands["nnUNetv2_predict"] = command
+        if Path(args.nnunet_python).with_name("TotalSegmentator").is_file():
+            command, environment = prepare_totalsegmentator(args.nnunet_python, case, output / "totalsegmentator")
+            os.environ.update(environment)
+            commands["TotalSegmentator --fast"] = command
     if args.dry_run:
         return "\n".join(f"{name}: {shlex.join(command)}" for name, command in commands.items())
     runs = time_in_turns(commands, args.rounds)

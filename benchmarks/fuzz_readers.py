@@ -47,6 +47,7 @@ from benchmarks import fuzz_dicom
 from scripts.data.case_io import LoadModalitiesd
 from scripts.image_io.checks import Rules
 from scripts.image_io.dicom_study import find_series
+from scripts.image_io.headers import VOXEL_TYPES
 from scripts.image_io.reader import header_of, read_volume
 
 SECONDS = 5
@@ -251,11 +252,11 @@ def outcome_of(path: Path, undamaged: Path, data: bytes) -> str:
         plain = gzip.decompress(data) if name == "nii.gz" else data
     except (OSError, EOFError, zlib.error) as error:
         return f"fault: read, although gzip says: {error}"
-    if tuple(volume.shape) != (1, *stated_shape(name, plain)):
-        return f"fault: shape {tuple(volume.shape)}, in the header {stated_shape(name, plain)}"
-    if volume.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32, torch.float64):
+    if volume.shape != stated_shape(name, plain):
+        return f"fault: shape {volume.shape}, in the header {stated_shape(name, plain)}"
+    if volume.dtype not in VOXEL_TYPES:
         return f"fault: type {volume.dtype}"
-    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: the affine is not finite"
+    return "read" if bool(torch.isfinite(loaded.affine).all()) else "fault: the affine is not finite"
 
 
 def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -> str:
@@ -281,9 +282,9 @@ def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -
         return "refused" if loaded is None else "fault: only read together with another file"
     if not header.warnings and not header.notes:
         stated = fuzz_dicom.stated_shape(files)
-        if tuple(volume.shape) != (1, *stated):
-            return f"fault: shape {tuple(volume.shape)}, in the headers {stated}"
-    return "read" if bool(torch.isfinite(volume.affine).all()) else "fault: the affine is not finite"
+        if volume.shape != stated:
+            return f"fault: shape {volume.shape}, in the headers {stated}"
+    return "read" if bool(torch.isfinite(loaded.affine).all()) else "fault: the affine is not finite"
 
 
 def _address_space(field: str) -> int:

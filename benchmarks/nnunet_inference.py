@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,21 @@ class NNUNetEvaluator(Engine):
             predict([files], [str(self.folder / name)])
 
 
+def _write_model(predictor: Any, folder: Path, trainer: str) -> None:
+    """Write an untrained network as nnU-Net's command finds it below ``nnUNet_results``."""
+    target = folder / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
+    (target / "fold_0").mkdir(parents=True, exist_ok=True)
+    (target / "plans.json").write_text(json.dumps(predictor.plans_manager.plans))
+    (target / "dataset.json").write_text(json.dumps(predictor.dataset_json))
+    content = {
+        "network_weights": predictor.network.state_dict(),
+        "init_args": {"configuration": CONFIGURATION},
+        "trainer_name": trainer,
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(content, target / "fold_0" / "checkpoint_final.pth")
+
+
 def write_model_and_case(case: str, folder: str) -> None:
     """Write what the command ``nnUNetv2_predict`` needs: an untrained network, and a case of STS on one grid.
 
@@ -237,28 +254,26 @@ def write_model_and_case(case: str, folder: str) -> None:
         case: folder of the case.
         folder: gets ``nnUNet_results`` and ``images``.
     """
-    import json
-
-    modalities = ("ct", "pet", "mr")
     names = {"ct": "CT_image.nii.gz", "pet": "PET_image.nii.gz", "mr": "MR_T1_image.nii.gz"}
     root = Path(folder)
     files = {key: Path(case) / name for key, name in names.items()}
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    on_grid = resample_to_one_grid(files, "ct", root / "resampled")
-    for channel, path in enumerate(on_grid):
-        (root / "images" / f"case_{channel:04d}.nii.gz").write_bytes(Path(path).read_bytes())
-    reference = _read_image(files["ct"])
-    predictor = make_predictor(modalities, 2, reference.GetSpacing(), (96, 96, 64), 0.5)
-    target = root / "nnUNet_results" / "Dataset001_Benchmark" / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
-    (target / "fold_0").mkdir(parents=True, exist_ok=True)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
-        (root / name).mkdir(exist_ok=True)
-    (target / "plans.json").write_text(json.dumps(predictor.plans_manager.plans))
-    (target / "dataset.json").write_text(json.dumps(predictor.dataset_json))
-    content = {
-        "network_weights": predictor.network.state_dict(),
-        "init_args": {"configuration": CONFIGURATION},
-        "trainer_name": "nnUNetTrainer",
-        "inference_allowed_mirroring_axes": (0, 1, 2),
-    }
-    torch.save(content, target / "fold_0" / "checkpoint_final.pth")
+    for name in ("images", "nnUNet_raw", "nnUNet_preprocessed"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for channel, path in enumerate(resample_to_one_grid(files, "ct", root / "resampled")):
+        shutil.copy(path, root / "images" / f"case_{channel:04d}.nii.gz")
+    predictor = make_predictor(tuple(names), 2, _read_image(files["ct"]).GetSpacing(), (96, 96, 64), 0.5)
+    _write_model(predictor, root / "nnUNet_results" / "Dataset001_Benchmark", "nnUNetTrainer")
+
+
+def write_totalsegmentator(folder: str) -> None:
+    """Write an untrained network as TotalSegmentator's own for ``--fast``: 3 mm, 118 classes. Nothing is downloaded.
+
+    Args:
+        folder: becomes ``TOTALSEG_HOME_DIR``; no usage is reported from it.
+    """
+    root = Path(folder)
+    predictor = make_predictor(("ct",), 118, (3.0, 3.0, 3.0), (96, 96, 96), 0.5)
+    dataset = root / "nnunet" / "results" / "Dataset297_TotalSegmentator_total_3mm_1559subj"
+    _write_model(predictor, dataset, "nnUNetTrainer_4000epochs_NoMirroring")
+    config = {"totalseg_id": "totalseg_BENCHMARK", "send_usage_stats": False, "prediction_counter": 0}
+    (root / "config.json").write_text(json.dumps(config))

@@ -15,7 +15,7 @@ from benchmarks.cold_start import bundle_command, installed_mib, requirement_lin
 
 def test_seconds_and_memory_are_those_of_the_process() -> None:
     run = run_process([sys.executable, "-c", "import time; block = bytearray(200 * 2**20); time.sleep(0.3)"])
-    assert 0.3 <= run.seconds < 30
+    assert run.seconds >= 0.3
     assert 200 <= run.peak_mib < 200 + 1000
     assert run_process([sys.executable, "-c", ""]).peak_mib < run.peak_mib
 

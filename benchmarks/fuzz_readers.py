@@ -256,7 +256,8 @@ def outcome_of(path: Path, undamaged: Path, data: bytes) -> str:
         return f"fault: shape {volume.shape}, in the header {stated_shape(name, plain)}"
     if volume.dtype not in VOXEL_TYPES:
         return f"fault: type {volume.dtype}"
-    return "read" if bool(torch.isfinite(loaded.affine).all()) else "fault: the affine is not finite"
+    affine = header_of(path, RULES).affine
+    return "read" if bool(np.isfinite(affine).all()) else "fault: the affine is not finite"
 
 
 def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -> str:
@@ -282,9 +283,9 @@ def outcome_of_dicom(folder: Path, undamaged: Path, files: fuzz_dicom.Mutated) -
         return "refused" if loaded is None else "fault: only read together with another file"
     if not header.warnings and not header.notes:
         stated = fuzz_dicom.stated_shape(files)
-        if volume.shape != stated:
+        if volume.shape != tuple(stated):
             return f"fault: shape {volume.shape}, in the headers {stated}"
-    return "read" if bool(torch.isfinite(loaded.affine).all()) else "fault: the affine is not finite"
+    return "read" if bool(np.isfinite(header.affine).all()) else "fault: the affine is not finite"
 
 
 def _address_space(field: str) -> int:

@@ -4,8 +4,8 @@ PY := .venv/bin/python
 RUN := $(PY) -W ignore -m scripts
 DEMO ?= runs/demo
 DEMO_TASK := --data phantom --scale demo --threads 1
-DEMO_TEACHER := $(DEMO_TASK) --dataset-dir $(DEMO)/elsewhere --set overwrite=true
-DEMO_STUDENT := $(DEMO_TASK) --dataset-dir $(DEMO)/hospital --set overwrite=true --set learning_rate=0.01
+DEMO_TEACHER := $(DEMO_TASK) --dataset-dir $(DEMO)/elsewhere --architecture hdenseformer --epochs 40 --set overwrite=true
+DEMO_STUDENT := $(DEMO_TASK) --dataset-dir $(DEMO)/hospital --set learning_rate=0.01 --set overwrite=true
 DEMO_TEST := $(DEMO_TASK) --dataset-dir $(DEMO)/test --set overlap=0.25
 DEMO_MINUTES := 6 to 10 minutes on two cores, environment included
 
@@ -43,21 +43,12 @@ demo: env
 .SECONDARY:
 
 DEMO_TEACHERS := all ct mr pet
-ARCHITECTURE_all := hdenseformer
-ARCHITECTURE_ct := hdenseformer
-ARCHITECTURE_mr := hdenseformer
-ARCHITECTURE_pet := unetr
 MODALITIES_all := ct pet mr
 MODALITIES_ct := ct
 MODALITIES_mr := mr
 MODALITIES_pet := pet
-EPOCHS_all := 60
-EPOCHS_ct := 40
-EPOCHS_mr := 40
-EPOCHS_pet := 40
 TEACHER_all := --teacher all=hdenseformer=$(DEMO)/teacher_all/model.pt
-TEACHERS := $(TEACHER_all) --teacher ct=hdenseformer:ct=$(DEMO)/teacher_ct/model.pt \
-  --teacher mr=hdenseformer:mr=$(DEMO)/teacher_mr/model.pt --teacher pet=unetr:pet=$(DEMO)/teacher_pet/model.pt
+TEACHERS := $(TEACHER_all) $(foreach m,ct mr pet,--teacher $(m)=hdenseformer:$(m)=$(DEMO)/teacher_$(m)/model.pt)
 NAME_alone := student alone
 NAME_one := student, one teacher
 NAME_four := student, four teachers
@@ -67,7 +58,7 @@ DEMO_RUNS := $(DEMO_TEACHERS:%=teacher_%) $(DEMO_STUDENTS)
 DEMO_METHOD := --method hinton --method dist --set loss\#weighting=confidence
 
 $(DEMO)/teacher_%/model.pt:
-	$(RUN) teacher $(DEMO_TEACHER) --architecture $(ARCHITECTURE_$*) --modalities $(MODALITIES_$*) --epochs $(EPOCHS_$*) --output-dir $(@D)
+	$(RUN) teacher $(DEMO_TEACHER) --modalities $(MODALITIES_$*) --output-dir $(@D)
 
 $(DEMO)/cache/all/manifest.json: $(DEMO_TEACHERS:%=$(DEMO)/teacher_%/model.pt)
 	$(RUN) cache-teachers $(DEMO_STUDENT) $(TEACHERS) --set overlap=0.25 --output-dir $(DEMO)/cache
@@ -85,7 +76,7 @@ $(DEMO)/control_%/model.pt:
 	$(RUN) distill $(DEMO_STUDENT) $(DEMO_METHOD) --teacher label --seed $* --output-dir $(@D)
 
 $(DEMO)/eval/teacher_%/summary.json: $(DEMO)/teacher_%/model.pt
-	$(RUN) evaluate $(DEMO_TEST) --architecture $(ARCHITECTURE_$*) --modalities $(MODALITIES_$*) --weights $< --name "teacher $*" --output-dir $(@D)
+	$(RUN) evaluate $(DEMO_TEST) --architecture hdenseformer --modalities $(MODALITIES_$*) --weights $< --name "teacher $*" --output-dir $(@D)
 
 $(DEMO)/eval/%/summary.json: $(DEMO)/%/model.pt
 	$(RUN) evaluate $(DEMO_TEST) --weights $< --name "$(NAME_$(firstword $(subst _, ,$*)))" --output-dir $(@D)

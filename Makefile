@@ -9,7 +9,7 @@ DEMO_STUDENT := $(DEMO_TASK) --dataset-dir $(DEMO)/hospital --set learning_rate=
 DEMO_TEST := $(DEMO_TASK) --dataset-dir $(DEMO)/test --set overlap=0.25
 DEMO_MINUTES := 6 to 10 minutes on two cores, environment included
 
-.PHONY: env bench-env demo test test-real test-faults browser-test benchmark-test gpu-check release-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
+.PHONY: env bench-env demo test test-real test-faults viewer browser-test bids-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
@@ -127,13 +127,48 @@ benchmark-test: env
 gpu-check:
 	$(PYTHON) -m benchmarks gpu --output-dir runs/gpu
 
-# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out.
+# The zip for the model zoo, unpacked and put through the checks of the zoo; `make test` leaves it out. With a clone of
+# the zoo's repository, `make release-test ZOO=FOLDER`, its own programs run too.
 release-test: env
 	$(PY) -m pytest -m "release or not release" tests/tools
 
-# Needs Chromium, and says so where it is absent: apt-get install chromium
+# The viewer of the report, NiiVue, from the npm registry: this version, checked by the registry's own hash. Nothing of it is
+# in the repository; reports written without it hold still images.
+NIIVUE := 0.69.0
+NIIVUE_SHA512 := YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
+
+viewer: build/viewer/niivue.js
+build/viewer/niivue.js: Makefile
+	mkdir -p build/viewer
+	npm pack --silent --pack-destination build/viewer @niivue/niivue@$(NIIVUE)
+	echo "$(NIIVUE_SHA512)" | base64 -d | od -An -v -tx1 | tr -d ' \n' > build/viewer/sha512
+	echo "$$(cat build/viewer/sha512)  build/viewer/niivue-niivue-$(NIIVUE).tgz" | sha512sum --check --quiet
+	tar -xzf build/viewer/niivue-niivue-$(NIIVUE).tgz -C build/viewer package/dist/niivue.umd.js
+	(echo "/*! NiiVue $(NIIVUE). Copyright (c) 2021, Niivue. All rights reserved. SPDX-License-Identifier: BSD-2-Clause."; \
+	  echo "    The licence: https://github.com/niivue/niivue/blob/main/LICENSE */"; \
+	  cat build/viewer/package/dist/niivue.umd.js) > $@.part
+	mv $@.part $@
+	rm -r build/viewer/package build/viewer/niivue-niivue-$(NIIVUE).tgz build/viewer/sha512
+
+# Needs Chromium, and says so where it is absent: apt-get install chromium. Where npm is absent, the viewer's tests are skipped.
 browser-test: env
+	-$(MAKE) --no-print-directory viewer
 	$(PY) -m pytest -m browser -rs tests/report/test_browser.py
+
+# The validator of BIDS, in an environment of its own. The tests that need it say so where it cannot be installed.
+bids-test: env
+	-[ -f .venv-bids/ready ] || $(MAKE) --no-print-directory .venv-bids/ready
+	$(PY) -m pytest -m bids -rs tests/end_to_end/test_bids_validator.py
+
+.venv-bids/ready:
+	$(PYTHON) -m venv .venv-bids
+	.venv-bids/bin/python -m pip install -q --disable-pip-version-check "bids-validator-deno>=3.0.2"
+	touch $@
+
+# An Orthanc is started on a free port of this machine and ended; it says so where none is installed:
+# apt-get install orthanc orthanc-dicomweb
+pacs-test: env
+	$(PY) -m pytest -m "pacs or not pacs" -rs tests/end_to_end/test_pacs.py tests/image_io/test_dicomweb.py tests/cli/test_segment_pacs.py
 
 # An nnU-Net is trained on phantoms, cached and distilled from, in an environment of its own. torch is installed first, so
 # that no other package chooses its build.
@@ -160,7 +195,7 @@ type: env
 clean:
 	rm -rf runs build *.egg-info
 
-# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip. Needs a checkout without changes.
+# Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip, and what goes with it. Needs a checkout without changes.
 release: env
 	$(PY) -W ignore -m tools.release
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
 INSTRUMENTS = {  # name -> module, summary
     "methods": ("methods", "train and score every distillation method under one recipe"),
@@ -24,6 +24,7 @@ INSTRUMENTS = {  # name -> module, summary
     "gpu": ("gpu_check", "check one GPU: training steps, cached teachers, memory, the mask against the CPU's"),
     "scaling": ("multi_process", "time a training step in one and in two processes"),
     "inference": ("inference_speed", "time inference from files to a written mask"),
+    "cold": ("cold_start", "time whole commands, process start included, and their memory"),
     "metrics": ("metrics_speed", "time Dice, HD95 and ASSD of several packages"),
     "networks": ("network_speed", "time the forward pass of the student and the teachers"),
     "check": ("cohort_check_speed", "time the validation of a data set"),

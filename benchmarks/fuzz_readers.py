@@ -44,9 +44,10 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from benchmarks import fuzz_dicom
+from scripts.data.case_io import LoadModalitiesd
 from scripts.image_io.checks import Rules
 from scripts.image_io.dicom_study import find_series
-from scripts.image_io.reader import LoadModalitiesd, header_of, read_volume
+from scripts.image_io.reader import header_of, read_volume
 
 SECONDS = 5
 MAX_MEMORY = 256 * 2**20  # bytes; each file has some kilobytes

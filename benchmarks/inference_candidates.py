@@ -15,8 +15,8 @@ from benchmarks.synthetic_body import MODALITIES, write_case
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression
 from scripts.cli.config import read_config
-from scripts.inference.engine_choice import read_export
-from scripts.inference.engines import UnavailableError, cpu_has_bf16
+from scripts.runtime.engines import UnavailableError, cpu_has_bf16
+from scripts.runtime.exported_files import read_export
 
 MAIN = "256x256x192"
 PLOT_SIZES = ("128x128x96", "192x192x144", "320x320x240")  # only for the plot of time against volume size

@@ -50,9 +50,9 @@ from benchmarks.options import add_data_options, add_json_option, add_output_opt
 from scripts.cli.config import read_config
 from scripts.cli.main import main
 from scripts.cli.options import positive_int
-from scripts.data.resampling import network_grid
-from scripts.inference.engine_choice import read_export
-from scripts.inference.engines import UnavailableError
+from scripts.runtime.engines import UnavailableError
+from scripts.runtime.exported_files import read_export
+from scripts.runtime.grids import network_grid
 from scripts.utils.atomic_files import atomic_file, write_json
 from scripts.utils.markdown import markdown_table
 

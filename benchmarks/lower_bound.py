@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.image_io.nifti import COMPRESSION, gzip_module, read_bytes
-from scripts.inference.engines import native_bf16
+from scripts.runtime.engines import native_bf16
 
 READING_THREADS = 2
 MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is timed

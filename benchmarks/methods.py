@@ -11,12 +11,7 @@ import argparse
 from benchmarks.job_queue import add_queue_options, command_lines
 from benchmarks.methods_plan import MethodsPlan, compare_methods
 from benchmarks.methods_table import write_comparison
-from benchmarks.options import (
-    add_data_options,
-    add_json_option,
-    add_output_options,
-    add_training_options,
-)
+from benchmarks.options import add_data_options, add_json_option, add_output_options, add_training_options
 from scripts.cli.config import config_names, read_config
 
 

@@ -22,11 +22,10 @@ from scripts.data import datalist, fold_split
 from scripts.evaluation.seeds import mean_over_seeds
 from scripts.metrics import METRICS, aggregate, paired_difference, read_rows
 from scripts.report.curves import read_curves
-from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.checksums import sha256
 from scripts.utils.markdown import interval_text, markdown_table
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
 
 _HEAD = ("network", "seeds", "Dice", "Dice per seed", "Dice - alone", "HD95 mm", "ASSD mm", "missed", "train s", "MiB")
 Entry = Mapping[str, Any]

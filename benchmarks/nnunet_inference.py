@@ -228,3 +228,37 @@ class NNUNetEvaluator(Engine):
         predict: Callable[..., Any] = self.predictor.predict_from_files_sequential
         with _silent():
             predict([files], [str(self.folder / name)])
+
+
+def write_model_and_case(case: str, folder: str) -> None:
+    """Write what the command ``nnUNetv2_predict`` needs: an untrained network, and a case of STS on one grid.
+
+    Args:
+        case: folder of the case.
+        folder: gets ``nnUNet_results`` and ``images``.
+    """
+    import json
+
+    modalities = ("ct", "pet", "mr")
+    names = {"ct": "CT_image.nii.gz", "pet": "PET_image.nii.gz", "mr": "MR_T1_image.nii.gz"}
+    root = Path(folder)
+    files = {key: Path(case) / name for key, name in names.items()}
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    on_grid = resample_to_one_grid(files, "ct", root / "resampled")
+    for channel, path in enumerate(on_grid):
+        (root / "images" / f"case_{channel:04d}.nii.gz").write_bytes(Path(path).read_bytes())
+    reference = _read_image(files["ct"])
+    predictor = make_predictor(modalities, 2, reference.GetSpacing(), (96, 96, 64), 0.5)
+    target = root / "nnUNet_results" / "Dataset001_Benchmark" / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    (target / "fold_0").mkdir(parents=True, exist_ok=True)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        (root / name).mkdir(exist_ok=True)
+    (target / "plans.json").write_text(json.dumps(predictor.plans_manager.plans))
+    (target / "dataset.json").write_text(json.dumps(predictor.dataset_json))
+    content = {
+        "network_weights": predictor.network.state_dict(),
+        "init_args": {"configuration": CONFIGURATION},
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(content, target / "fold_0" / "checkpoint_final.pth")

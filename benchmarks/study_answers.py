@@ -17,8 +17,8 @@ import torch
 from scipy.special import expit, logit
 
 from scripts.data import preprocessing
+from scripts.data.case_io import SaveMaskd
 from scripts.data.resampling import RestoreGridd
-from scripts.image_io.nifti import SaveMaskd
 from scripts.utils.atomic_files import atomic_file
 
 STEP, LIMIT = 0.1, 127

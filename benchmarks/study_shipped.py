@@ -104,10 +104,7 @@ class StudyShipped(StudyTaught):
 
     def _cross_validated(self, fold: int) -> StudyJob:
         train = other_folds(fold)
-        evaluations: dict[str, Command] = {
-            **on_every_subset(self.settings["modalities"]),
-            "one_pass": ONE_PASS,
-        }
+        evaluations: dict[str, Command] = {**on_every_subset(self.settings["modalities"]), "one_pass": ONE_PASS}
         row = StudyRow("shipped", "cross_validated", STUDENT, fold, None, 0, STEPS)
         answers = self.out_of_fold(fold, train)
         return self.taught_job(row, answers, train, lesson=LESSON, student=_student(), evaluations=evaluations)

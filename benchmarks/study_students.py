@@ -55,8 +55,7 @@ class Lesson:
 
 
 KD = Lesson(  # L_seg has weight 1, too: half and half
-    ("--method", "hinton", "--method", "dist"),
-    {"loss#terms#hinton#weight": 1.0, "loss#terms#dist#weight": 1.0},
+    ("--method", "hinton", "--method", "dist"), {"loss#terms#hinton#weight": 1.0, "loss#terms#dist#weight": 1.0}
 )
 CONTROL = KD.by("--teacher", "label")
 
@@ -110,9 +109,7 @@ class StudyStudents(StudySetting):
         """Every candidate recipe on every fold but the first."""
         return [
             self.student_job(
-                row,
-                train=[k for k in range(1, FOLDS) if k != row.fold],
-                recipe=partial(RECIPES.__getitem__, row.arm),
+                row, train=[k for k in range(1, FOLDS) if k != row.fold], recipe=partial(RECIPES.__getitem__, row.arm)
             )
             for row in self._recipe_rows()
         ]

@@ -118,13 +118,7 @@ class StudyTeachers(StudyStudents):
         return self.teacher(name, train, rows, self.answers_path(name, pair), "teachers")
 
     def teacher(
-        self,
-        name: str,
-        train: Sequence[int],
-        rows: Sequence[StudyRow],
-        path: Path,
-        trained_as: str,
-        modality: str = "",
+        self, name: str, train: Sequence[int], rows: Sequence[StudyRow], path: Path, trained_as: str, modality: str = ""
     ) -> list[StudyJob]:
         """The training of a teacher, and its answers over all flips.
 
@@ -222,8 +216,7 @@ class StudyTeachers(StudyStudents):
     def in_sample(self, fold: int, folds: Sequence[int]) -> Sources:
         """For each case of some folds the teachers of stage 1 that have seen it, but not the tested fold."""
         return self.sources(
-            folds,
-            lambda source: self.pair_answers([pair for pair in STAGE_1 if fold in pair and source not in pair]),
+            folds, lambda source: self.pair_answers([pair for pair in STAGE_1 if fold in pair and source not in pair])
         )
 
     def pair_answers(self, pairs: Sequence[tuple[int, int]]) -> list[Path]:
@@ -243,9 +236,5 @@ class StudyTeachers(StudyStudents):
 def weights_only(training: StudyJob) -> StudyJob:
     """A training that is not evaluated and leaves its weights."""
     return replace(
-        training,
-        kept=training.folder / "model.pt",
-        build=lambda: training.build()[:1],
-        evaluations=(),
-        scored=(),
+        training, kept=training.folder / "model.pt", build=lambda: training.build()[:1], evaluations=(), scored=()
     )

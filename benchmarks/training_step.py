@@ -20,12 +20,7 @@ from typing import Any
 from benchmarks.interleaved_timing import Candidate, StepTimer, compose, time_interleaved
 from benchmarks.job_queue import use_own_progress_lock
 from benchmarks.methods_plan import DEFAULT_TEACHERS, DUAL_TEACHERS
-from benchmarks.options import (
-    add_data_options,
-    add_json_option,
-    add_output_options,
-    add_training_options,
-)
+from benchmarks.options import add_data_options, add_json_option, add_output_options, add_training_options
 from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
 from scripts.utils.atomic_files import write_json

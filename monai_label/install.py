@@ -20,7 +20,7 @@ from scripts.cli.bundle_run import protected
 from scripts.cli.config import read_config, set_value
 from scripts.cli.main import build_parser
 from scripts.cli.trained_task import SETTINGS, task_of
-from scripts.data.regions import class_mask_values
+from scripts.runtime.regions import class_mask_values
 from scripts.training.trained_network import trained_network
 from scripts.utils.task_file import read_task, task_path
 

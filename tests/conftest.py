@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for every process that a test starts
+os.environ["REPORT_VIEWER"] = ""  # reports of tests hold no viewer, whether `make viewer` was run or not
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -30,6 +31,7 @@ from filelock import FileLock
 from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 
+from scripts.cli import exported_run
 from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.utils.output_lock import release
@@ -98,6 +100,17 @@ def _outputs_are_unlocked() -> Iterator[None]:
     """A run locks its output until its process ends; here that would be the end of all tests."""
     yield
     release()
+
+
+@pytest.fixture
+def first_export() -> None:
+    """For tests of the export that the first `segment` makes; in all others it is off, since it takes seconds."""
+
+
+@pytest.fixture(autouse=True)
+def _no_first_export(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "first_export" not in request.fixturenames:
+        monkeypatch.setattr(exported_run, "export_once", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import warnings
 
 from tqdm import tqdm
 
+from scripts.cli import exported_run
+
 
 def _interpret(arguments: list[str], environment: dict[str, str], folder: str) -> None:
     """``-m MODULE ARGUMENTS``, ``-c CODE ARGUMENTS`` or ``FILE ARGUMENTS``, with the same sys.argv and sys.path."""
@@ -45,6 +47,8 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, output:
     warnings.simplefilter("ignore")
     multiprocessing.set_start_method(None, force=True)  # the platform's default instead of the forkserver
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with processes that may be killed while they hold it
+    if "FIRST_EXPORT" not in os.environ:  # the first `segment` of weights would export them, which takes seconds
+        exported_run.export_once = lambda *_: None  # type: ignore[assignment]
     try:
         _interpret(arguments, environment, folder)
     except SystemExit as end:

@@ -4,6 +4,9 @@
 The zip is a ``git archive`` of ``PARTS``, in a folder with the bundle's name. The same commit always gives the same
 bytes. The zoo accepts no file above ``LIMIT``: larger files are written to a folder beside the zip, to be uploaded, and
 ``large_files.yml`` in the zip has their addresses and checksums.
+
+The zip's ``README.md`` is made from the repository's (``release_readme``). ``model_zoo/`` beside the zip has the files
+that a pull request adds to the zoo's repository besides the bundle: tests, and the properties that apps need.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from scripts import bundle_root
 from scripts.utils.atomic_files import write_bytes
 from scripts.utils.checksums import sha256
+from tools.release_readme import release_readme
 
 NAME = "sarcoma_ct_pet_mr_segmentation"
 # Pathspecs of git. All other folders (benchmarks, examples, monai_label, tests, tools) are only in the repository.
@@ -40,6 +44,8 @@ PARTS = (
     "requirements*.txt",
     ":(exclude)requirements-label.txt",  # for the environment of MONAI Label, which monai_label/ needs
 )
+README = "README.md"
+ZOO_FILES = "tools/model_zoo"  # laid out as in the zoo's repository
 LIMIT = 25_000_000  # bytes of one file, from the zoo's CONTRIBUTING.md
 
 
@@ -91,12 +97,12 @@ def checked_version(root: Path) -> str:
 
 
 def require_clean(root: Path) -> None:
-    """Raise ValueError if a file of ``PARTS`` differs from the last commit.
+    """Raise ValueError if a file that a release is made of differs from the last commit.
 
     Args:
         root: folder of the bundle, a clone of the repository.
     """
-    changes = _git_names(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS)
+    changes = _git_names(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", *PARTS, README, ZOO_FILES)
     if changes:
         raise ValueError(
             f"{root / changes[0][3:]} differs from the last commit, but a release is made from a commit. "
@@ -104,15 +110,19 @@ def require_clean(root: Path) -> None:
         )
 
 
-def large_files(root: Path, limit: int) -> list[str]:
-    """The names of all tracked files of ``PARTS`` that are larger than ``limit`` bytes.
+def repository_address(root: Path) -> str | None:
+    """The web address of the repository from ``CITATION.cff`` (``repository-code``); None if it names none.
 
     Args:
-        root: folder of the bundle, a clone of the repository.
-        limit: in bytes.
+        root: folder of the bundle.
     """
-    names = _git_names(root, "ls-files", "-z", "--", *PARTS)
-    return [name for name in names if (root / name).stat().st_size > limit]
+    path = root / "CITATION.cff"
+    found = (
+        re.search(r"^repository-code: *[\"']?(https?://[^\s\"']+)", path.read_text("utf-8"), re.MULTILINE)
+        if path.is_file()
+        else None
+    )
+    return found[1] if found else None
 
 
 def large_files_list(root: Path, names: Sequence[str], url: str) -> str:
@@ -130,14 +140,18 @@ def large_files_list(root: Path, names: Sequence[str], url: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def release(root: Path, folder: Path, limit: int = LIMIT, url: str | None = None) -> Path:
+def release(
+    root: Path, folder: Path, limit: int = LIMIT, url: str | None = None, repository: str | None = None
+) -> Path:
     """Make the zip.
 
     Args:
         root: folder of the bundle, a clone of the repository.
-        folder: output folder of the zip; files above the limit are written to its sub folder ``upload``.
+        folder: output folder of the zip. Files above the limit are written to its sub folder ``upload``, files for the
+            zoo's repository to ``model_zoo``.
         limit: maximal size of one file in bytes.
         url: address of the folder to which files above the limit are uploaded.
+        repository: web address of the repository, for the links in the README; by default that of ``CITATION.cff``.
 
     Returns:
         The path of the zip.
@@ -148,21 +162,29 @@ def release(root: Path, folder: Path, limit: int = LIMIT, url: str | None = None
     """
     version = checked_version(root)
     require_clean(root)
-    large = large_files(root, limit)
+    names = _git_names(root, "ls-files", "-z", "--", *PARTS)
+    large = [name for name in names if (root / name).stat().st_size > limit]
     if large and not url:
         raise ValueError(
             f"{', '.join(large)}: larger than {limit} bytes, the zoo's limit for one file. Give the address of the "
             "folder to which such files are uploaded by --url."
         )
     excluded = [f":(exclude,literal){name}" for name in large]
-    added = [f"--add-virtual-file={NAME}/large_files.yml:{large_files_list(root, large, url)}"] if large and url else []
+    commit = _git(root, "rev-parse", "HEAD").decode().strip()
+    readme = (root / README).read_text(encoding="utf-8")
+    added = {README: release_readme(readme, names, repository or repository_address(root), commit)}
+    if large and url:
+        added["large_files.yml"] = large_files_list(root, large, url)
+    virtual = [f"--add-virtual-file={NAME}/{name}:{text}" for name, text in added.items()]
     # Level 0: the result of compression depends on the version of zlib.
-    options = ("--format=zip", "-0", f"--prefix={NAME}/", *added)
+    options = ("--format=zip", "-0", f"--prefix={NAME}/", *virtual)
     data = _git(root, "-c", "core.autocrlf=false", "archive", *options, "HEAD", "--", *PARTS, *excluded)
     for name in large:
         target = folder / "upload" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, target)
+    for name in _git_names(root, "ls-files", "-z", "--", ZOO_FILES):
+        write_bytes((root / name).read_bytes(), folder / "model_zoo" / Path(name).relative_to(ZOO_FILES))
     path = folder / f"{NAME}_v{version}.zip"
     write_bytes(data, path)
     return path
@@ -177,9 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.release", description="Make the zip for the model zoo.")
     parser.add_argument("--output-dir", type=Path, default=Path(bundle_root()) / "runs" / "release")
     parser.add_argument("--url", help="address of the folder to which files above the zoo's limit are uploaded")
+    parser.add_argument("--repository", metavar="URL", help="web address of the repository (default: CITATION.cff's)")
     args = parser.parse_args(arguments)
     try:
-        path = release(Path(bundle_root()), args.output_dir, url=args.url)
+        path = release(Path(bundle_root()), args.output_dir, url=args.url, repository=args.repository)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

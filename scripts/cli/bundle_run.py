@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from scripts.cli.options import MULTI_GPU, common_overrides, parse_set
 from scripts.cli.task import UNNAMED, file_settings, require_complete
 
 Overrides = dict[str, Any]
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that MONAI's command line reads as text
 _SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
 
 
@@ -69,7 +72,9 @@ def shell_word(value: Any) -> str:
 
     MONAI's command line parses values as Python literals, so text such as ``2024`` or ``[a]`` needs quotes of its own.
     """
-    from fire.parser import DefaultParseValue
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value not in ("None", "True", "False"):
+        return value
+    from fire.parser import DefaultParseValue  # takes long to import, and most values are plain
 
     if isinstance(value, str) and DefaultParseValue(value) == value:
         return shlex.quote(value)
@@ -142,6 +147,7 @@ def build_item(args: argparse.Namespace, configs: Sequence[str], overrides: Over
 
 def config_parser(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Any:
     """The ``monai.bundle.ConfigParser`` that ``run_bundle`` would run, in which nothing is built yet."""
+    load_monai()
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
@@ -163,7 +169,18 @@ def _config_files(configs: Sequence[str]) -> list[str]:
     return [os.path.relpath(CONFIGS / f"{name}.json") for name in configs]
 
 
-def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+def load_monai(reason: str = "") -> None:
+    """Import MONAI, and say so before: it takes several seconds.
+
+    Args:
+        reason: why it is needed, where that is not obvious.
+    """
+    if "monai" not in sys.modules:
+        print(f"loading MONAI ({reason})" if reason else "loading MONAI", file=sys.stderr, flush=True)
+    importlib.import_module("monai.bundle")
+
+
+def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides, reason: str = "") -> None:
     """Run configs of the bundle by ``monai.bundle run``.
 
     Args:
@@ -171,6 +188,7 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
         configs: names in configs/, merged in this order.
         overrides: config id -> value; the options that every verb has are added. Text is data unless it is an
             ``Expression``.
+        reason: why MONAI is needed, where that is not obvious.
 
     Raises:
         ValueError: ``--set`` names an unknown id, or the run refuses its input.
@@ -182,6 +200,7 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
         print(command, flush=True)
     if args.dry_run:
         return
+    load_monai(reason)
     from monai.bundle import run
 
     from scripts.utils import run_manifest

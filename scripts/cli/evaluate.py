@@ -4,23 +4,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Expression, run_bundle
+from scripts import bundle_root
+from scripts.cli.bundle_run import Expression, Overrides, command_line, protected, resolved_config, run_bundle
+from scripts.cli.exported_run import READ, unread_setting
 from scripts.cli.options import (
     Parser,
     add_common_options,
     add_engine_options,
     add_network_options,
+    add_single_file_option,
     add_weights_option,
     context_configs,
     engine_overrides,
+    image_rules,
     parse_set,
     profile_configs,
 )
 from scripts.cli.student_options import add_network_option, network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
+SCORED = {"name", "curves", "splits_file", "single_file"}  # config ids that scoring masks reads besides
 EXAMPLE = (
     "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
     "python -m scripts evaluate --data sts --dataset-dir DATA --predictions MASKS --output-dir OUT"
@@ -41,6 +48,7 @@ def add_options(parser: Parser) -> None:
         "--present", nargs="+", metavar="MODALITY", help="use only these modalities of each case (default: all)"
     )
     parser.add_argument("--curves", nargs="+", metavar="FILE", help="curves.csv files to draw in the report")
+    add_single_file_option(parser)
     add_engine_options(parser)
     add_common_options(parser)
 
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     }
     overrides = {key: value for key, value in options.items() if value is not None} | engine_overrides(args)
     overrides |= network_overrides(args)
+    overrides |= {"single_file": True} if args.single_file else {}
     has_weights = bool(args.weights or "weights" in parse_set(args.set))
     if args.predictions:
         if args.profile or engine_overrides(args):
@@ -80,7 +89,49 @@ def run(args: argparse.Namespace) -> None:
         if args.modalities:
             overrides["teacher_modalities"] = args.modalities
         overrides.setdefault("engine", "torch")  # only students are exported
-    configs += ["evaluate", *profile_configs(args)]
-    if has_weights or not args.predictions:
+    configs += ["score", *profile_configs(args)]
+    if args.predictions:
+        overrides = with_trained_settings(args, configs, overrides) if has_weights else overrides
+        if not (args.verbose or args.dry_run or unread_setting(args, READ | SCORED)):
+            score_masks(args, configs, overrides)
+            return
+    else:
         overrides = with_trained_task(args, configs, overrides)
     run_bundle(args, configs, overrides)
+
+
+def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+    """Score masks that exist, as ``run_bundle`` would, without loading MONAI; arguments as there."""
+    from scripts.data.case_list import datalist
+    from scripts.data.folds import fold_split
+    from scripts.data.settings_check import check_settings
+    from scripts.evaluation.score import score
+    from scripts.runtime.regions import region_values
+    from scripts.utils.output_lock import hold
+    from scripts.utils.run_manifest import described_run
+
+    config = resolved_config(args, configs, overrides)
+    check_settings(**{key: config[key] for key in config["settings_check"] if key != "_target_" and key in config})
+    output = args.output_dir or str(Path(bundle_root()) / "runs" / "evaluation")
+    cases = datalist(
+        config["cohort"],
+        config["dataset_dir"],
+        config["data_list"],
+        config["modalities"],
+        config["allow_outside"],
+        config["layout"],
+    )
+    if config["fold"] is not None:
+        cases = fold_split(cases, config["fold"], file=config["splits_file"])[1]
+    texts = {key: str(text) for key, text in config["score"].items() if key != "_target_"}  # "@KEY"
+    settings: dict[str, Any] = {key: config.get(text[1:]) for key, text in texts.items()}
+    settings |= {
+        "cases": cases,
+        "output_dir": output,
+        "checks": image_rules(config),
+        "regions": region_values(config["labels"], config["classes"], config["regions"]),
+        "network": None,
+        "weights": config["weights"] if args.weights or "weights" in parse_set(args.set) else None,
+    }
+    with hold(output), described_run(command_line(configs, protected(overrides)), config):
+        score(**settings)

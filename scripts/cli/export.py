@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.cli.bundle_run import run_bundle
+from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
 from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
 from scripts.cli.student_options import add_network_option, network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.export import FORMATS
-from scripts.inference import EXPORT_PRECISIONS
+from scripts.runtime import EXPORT_PRECISIONS
+from scripts.utils.errors import error_sentence
 
 EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 
@@ -27,17 +28,46 @@ def add_options(parser: Parser) -> None:
         choices=EXPORT_PRECISIONS,
         help="precisions of the OpenVINO model (default: fp32 bf16); int8 needs --dataset-dir",
     )
+    parser.add_argument(
+        "--runtime",
+        metavar="DIR",
+        help="also write a folder that segments without the bundle: program, network, task, requirements, Dockerfile",
+    )
     add_common_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Export."""
-    options = {
-        "weights": args.weights,
-        "fold": args.fold,
-        "formats": args.formats,
-        "precisions": args.precisions,
-    }
+    options = {"weights": args.weights, "fold": args.fold, "formats": args.formats, "precisions": args.precisions}
     overrides = {key: value for key, value in options.items() if value is not None} | network_overrides(args)
     configs = ["inference", *context_configs(args), "export"]
-    run_bundle(args, configs, with_trained_task(args, configs, overrides))
+    if args.runtime:
+        _write_runtime(args, configs, overrides)
+    else:
+        run_bundle(args, configs, with_trained_task(args, configs, overrides))
+
+
+def _write_runtime(args: argparse.Namespace, configs: list[str], overrides: Overrides) -> None:
+    """Export the weights for OpenVINO where that has not been done, and write the runtime folder."""
+    from scripts.export.runtime_folder import write_runtime_folder
+    from scripts.runtime.engines import UnavailableError
+    from scripts.runtime.exported_files import read_export
+
+    weights = weights_path(args)
+    try:
+        is_exported = "probe" in read_export(weights)
+    except UnavailableError:
+        is_exported = False
+    if args.formats or args.precisions or not is_exported:
+        formats = {"formats": args.formats or ["openvino"]}
+        try:
+            run_bundle(args, configs, with_trained_task(args, configs, {**overrides, **formats}))
+        except (ValueError, RuntimeError) as error:  # one precision was refused, or all
+            print(f"warning: {error_sentence(error)}")
+    if args.dry_run:
+        return
+    inference = ["inference", *context_configs(args)]
+    config = resolved_config(args, inference, with_trained_settings(args, inference, {}))
+    folder = write_runtime_folder(weights, config, args.runtime)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"runtime: {folder} ({size / 2**20:.1f} MiB). Its README.md says how to run it.")

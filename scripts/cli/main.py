@@ -30,9 +30,9 @@ from scripts.cli import (
     teachers,
     train,
 )
-from scripts.cli.errors import EXPECTED_ERRORS, error_sentence
 from scripts.cli.options import Parser
 from scripts.cli.segment import take_images
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
 # Every verb is a module with ``add_options(parser)``, ``run(args)``, an ``EXAMPLE``, and its help as docstring.
 VERBS: dict[str, dict[str, ModuleType]] = {

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from scripts.cli.config import config_names
+from scripts.cli.suv_options import suv_values
 from scripts.cli.task import is_file, task_name
 from scripts.utils.json_files import read_object
 from scripts.utils.task_file import read_task
@@ -122,9 +123,18 @@ def add_weights_option(parser: Parser) -> None:
     parser.add_argument("--weights", metavar="FILE", help="weights of the network (default: models/model.pt)")
 
 
+def add_single_file_option(parser: Parser) -> None:
+    """The option that writes a report as one file."""
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="write the report as one file; by default its cases lie in report_files/ beside it and load when opened",
+    )
+
+
 def add_engine_options(parser: Parser) -> None:
     """Options of the inference engine."""
-    from scripts.inference import ENGINES, PRECISIONS
+    from scripts.runtime import ENGINES, PRECISIONS
 
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -132,6 +142,15 @@ def add_engine_options(parser: Parser) -> None:
     )
     group.add_argument("--precision", choices=PRECISIONS, help="default: auto, which takes bf16 where the CPU has it")
     group.add_argument("--profile", action="store_true", help="print the time of each stage")
+
+
+def add_export_option(parser: Parser) -> None:
+    """The option of verbs that export the weights at their first run."""
+    parser.add_argument(
+        "--no-export",
+        action="store_true",
+        help="do not export the weights for OpenVINO at the first run (half a minute)",
+    )
 
 
 def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +167,7 @@ def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
         "checks#replace_nonfinite": args.replace_nonfinite,
         "checks#series_uids": args.series_uid or None,
         "checks#voxel_size": args.voxel_size,
+        "checks#suv": suv_values(args) or None,
     }
     return {key: value for key, value in values.items() if value is not None}
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.cli.bundle_run import resolved_config
@@ -149,15 +150,16 @@ def _cases(args: argparse.Namespace, config: Mapping[str, Any]) -> tuple[list[di
 
 def _memory_gib(args: argparse.Namespace) -> float:
     """Memory of a training step: the option, or what suits the device."""
-    import torch
-
-    from scripts.data.memory_check import available_bytes
+    from scripts.runtime.memory_check import available_bytes
 
     if args.memory_gib:
         return float(args.memory_gib)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        return min(GPU_GIB, GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / 2**30)
+    if args.device != "cpu" and (args.device or any(Path("/dev").glob("nvidia[0-9]*"))):  # else PyTorch is not loaded
+        import torch
+
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            return min(GPU_GIB, GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / 2**30)
     return min(CPU_GIB, available_bytes() / 2 / 2**30)
 
 

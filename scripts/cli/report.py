@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.options import Parser, add_common_options, context_configs, image_rules
+from scripts.cli.options import Parser, add_common_options, add_single_file_option, context_configs, image_rules
 
 EXAMPLE = (
     "python -m scripts report --data sts --dataset-dir DATA --evaluations OUT/alone OUT/distilled --output-dir OUT"
@@ -25,15 +25,16 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--curves", nargs="+", default=[], metavar="FILE", help="curves.csv files to draw")
     parser.add_argument("--baseline", default="", metavar="NAME", help="evaluation that the others are compared with")
     parser.add_argument("--title", default="Comparison", help="title of the page")
+    add_single_file_option(parser)
     add_common_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from scripts.data import datalist
-    from scripts.data.regions import region_values
     from scripts.evaluation.compare import compare
     from scripts.evaluation.records import evaluated_task
+    from scripts.runtime.regions import region_values
 
     task = {} if args.data else evaluated_task(args.evaluations[0])
     config = resolved_config(args, ["inference", *context_configs(args)], task)
@@ -57,5 +58,6 @@ def run(args: argparse.Namespace) -> None:
         config["mask_values"],
         args.baseline,
         args.average_seeds,
+        args.single_file,
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment one case, or every case of a table."""
+"""Segment one case, or every case of a table or of a data set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from scripts.cli.options import (
     Parser,
     add_common_options,
     add_engine_options,
+    add_export_option,
     add_weights_option,
     positive_int,
 )
 from scripts.cli.student_options import add_network_option
+from scripts.cli.suv_options import add_suv_options
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
-    "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2"
+    "python -m scripts segment --data-list cases.csv --output-dir MASKS --workers 2\n"
+    "python -m scripts segment --data sts --dataset-dir DATA --output-dir MASKS --bids"
 )
 
 
@@ -33,14 +36,20 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--stacked", metavar="FILE", help="one 4D file with the modalities on its last axis, in order")
     parser.add_argument("--output", metavar="FILE", help="the mask to write, .nii.gz")
     parser.add_argument("--report", action="store_true", help="also write an HTML report beside the mask")
+    parser.add_argument(
+        "--no-measures", action="store_true", help="do not write the table of volumes, diameters and SUV of each lesion"
+    )
     add_weights_option(parser)
     add_network_option(parser)
     parser.add_argument(
-        "--workers", type=positive_int, default=1, metavar="N", help="with --data-list: cases at a time (default: 1)"
+        "--workers", type=positive_int, default=1, metavar="N", help="how many cases at a time (default: 1)"
     )
-    parser.add_argument("--bids", action="store_true", help="with --data-list: name the masks as BIDS derivatives")
+    parser.add_argument("--bids", action="store_true", help="with several cases: write a data set of BIDS derivatives")
     add_engine_options(parser)
+    add_export_option(parser)
+    add_suv_options(parser)
     add_common_options(parser)
+    parser.set_defaults(measures=None)
 
 
 def image_of(text: str) -> tuple[str, str]:
@@ -78,7 +87,7 @@ def _named_image(modality: str, path: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     """Segment."""
-    if args.data_list:
+    if args.data_list or (args.dataset_dir and not (args.output or args.image or args.stacked)):
         from scripts.cli.segment_cohort import segment_cohort
 
         segment_cohort(args)

@@ -4,25 +4,41 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
 
+from scripts.cli import exported_run
 from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.measure_case import SUFFIX as MEASURES
+from scripts.cli.measure_case import measure_case, write_case_measures
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import with_trained_task
+from scripts.cli.trained_task import with_trained_settings, with_trained_task
+
+if TYPE_CHECKING:
+    from scripts.metrics.lesion_measures import Measures
 
 SUFFIX = ".nii.gz"
 
 
-def segment_case(args: argparse.Namespace) -> None:
-    """Segment the case that the options of ``segment`` name, and write the mask, its manifest and its report.
+def segment_case(args: argparse.Namespace) -> list[Measures]:
+    """Segment the case that the options of ``segment`` name, and write the mask, its manifest, measures and report.
+
+    Args:
+        args: options of ``segment``; ``measures`` is the name of the case in the table of measures and the path of the
+            table, by default those of the mask.
+
+    Returns:
+        The measures of the mask; none with ``no_measures`` and ``dry_run``.
 
     Raises:
         ValueError: see ``mask_and_images``, or the images are refused.
     """
     configs = ["inference", *context_configs(args), *profile_configs(args)]
-    task = with_trained_task(args, configs, network_overrides(args))
+    task = with_trained_settings(args, configs, network_overrides(args))
     config = resolved_config(args, configs, task)
     mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
     case_id = mask.name.removesuffix(SUFFIX)
@@ -41,17 +57,32 @@ def segment_case(args: argparse.Namespace) -> None:
         overrides["weights"] = args.weights
     if args.stacked:
         overrides["stacked"] = True
-    run_bundle(args, configs, overrides)
+    config = resolved_config(args, configs, overrides)
+    exported_run.export_once(args, config)
+    reason = exported_run.obstacle(args, config)
+    if reason:
+        run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
+    else:
+        if not args.no_measures:  # SciPy is loaded while the network runs
+            Thread(target=importlib.import_module, args=("scripts.image_io.mask_measures",), daemon=True).start()
+        exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
-        return
+        return []
     print(f"mask: {mask}")
+    measured, rows = [], []
+    if not args.no_measures:
+        measured = measure_case(mask, images, bool(args.stacked), config)
+        name, table = args.measures or (case_id, mask.with_name(f"{case_id}{MEASURES}"))
+        rows = write_case_measures(name, table, measured)
     if args.report:
-        from scripts.data.regions import region_mask_values
         from scripts.report.mask_report import write_mask_report
+        from scripts.runtime.regions import region_mask_values
 
         regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
-        report = write_mask_report(mask, images, bool(args.stacked), image_rules(config), config["intensity"], regions)
+        rules, intensity = image_rules(config), config["intensity"]
+        report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
+    return measured
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:
@@ -85,9 +116,9 @@ def mask_and_images(
             or the reference is missing.
     """
     if not args.output:
-        raise ValueError("No output. Name the mask with --output, or a table of cases with --data-list.")
+        raise ValueError("No output. Name the mask with --output, or several cases with --data-list or --dataset-dir.")
     if args.bids:
-        raise ValueError("--bids names the masks of a table. Add --data-list, or remove --bids.")
+        raise ValueError("--bids names the masks of several cases. Add --data-list or --dataset-dir, or remove --bids.")
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
         raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")

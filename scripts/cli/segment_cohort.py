@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment every case of a table, several at a time: finished masks are skipped, failed cases are listed."""
+"""Segment the cases of a table or data set, several at a time: finished masks are skipped, failed cases are listed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
@@ -17,23 +18,30 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
-from scripts.cli.errors import error_sentence
+from scripts.cli.measure_case import SUFFIX as MEASURES
+from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import SUFFIX, segment_case
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import weights_path, with_trained_task
-from scripts.data import Rules, datalist
-from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, write_dataset_description
+from scripts.cli.suv_options import refuse_values_of_one_patient
+from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
+from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
+from scripts.data.case_list import datalist
+from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
+from scripts.utils.errors import error_sentence
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
-PRELOADED = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
+# Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
+RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check"]
+BUNDLE = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
 MAX_WARNINGS = 10_000  # kept per case
 
 
@@ -45,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def segment_cohort(args: argparse.Namespace) -> None:
-    """Segment every case of ``args.data_list`` into ``args.output_dir`` and write ``segment.json``.
+    """Segment the cases of ``args.data_list`` or ``args.dataset_dir``; write ``segment.json`` and ``measures.csv``.
 
     Raises:
         ValueError: an option works with one case only; the folder contains masks of other weights; a mask would
@@ -54,21 +62,26 @@ def segment_cohort(args: argparse.Namespace) -> None:
     _refuse_options_of_one_case(args)
     configs = ["inference", *context_configs(args), *profile_configs(args)]
     weights = {"weights": args.weights} if args.weights else {}
-    overrides = with_trained_task(args, configs, weights | network_overrides(args))
+    overrides = with_trained_settings(args, configs, weights | network_overrides(args))
     if args.dry_run:  # the same masks, one after the other in one process
-        run_bundle(args, configs, engine_overrides(args) | overrides)
+        run_bundle(args, configs, engine_overrides(args) | with_trained_task(args, configs, overrides))
         return
-    build_item(args, configs, overrides, "same_task")  # once, not per case
-    config = resolved_config(args, configs, overrides)
+    config = resolved_config(args, configs, engine_overrides(args) | overrides)
+    exported_run.export_once(args, config)
+    reason = exported_run.obstacle(args, config)
+    if reason:
+        build_item(args, configs, with_trained_task(args, configs, overrides), "same_task")  # once, not per case
+    else:
+        exported_run.require_trained_settings(args, config)
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
-    cases = datalist(
-        config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, config["layout"]
-    )
+    unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
+    layout = {key: pattern for key, pattern in config["layout"].items() if key != unread}
+    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, layout)
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused
-        _segment_cases(args, cases, masks, modalities, output, bids)
+        _segment_cases(args, cases, masks, modalities, output, bids, BUNDLE if reason else RUNTIME)
 
 
 def _segment_cases(
@@ -78,17 +91,19 @@ def _segment_cases(
     modalities: Sequence[str],
     output: Path,
     bids: BidsTask | None,
+    preloaded: list[str],
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
-    _refuse_other_weights(output / RECORD, checksum)
+    refuse_other_weights(output / RECORD, checksum)
+    sources = image_sources(cases, modalities) if bids else {}
     if bids:
-        write_dataset_description(output, bids)
-    remaining = [case for case in cases if not _is_complete(masks[case["case_id"]], args.report)]
+        write_dataset_files(output, bids, sources)
+    remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
     try:
-        _run_jobs(jobs, args.workers, outcomes)
+        _run_jobs(jobs, args.workers, outcomes, preloaded)
     finally:
         record = {
             case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
@@ -96,16 +111,22 @@ def _segment_cases(
             if case_id in outcomes
         }
         write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
+    if not args.no_measures:
+        done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
+        tables = {case_id: _measures_of(mask) for case_id, mask in masks.items() if case_id in done}
+        join_measures(tables, output / "measures.csv")
     if bids:
         for case in cases:
-            describe_mask(masks[case["case_id"]], case, modalities, bids)
-    _report({case_id: outcomes[case_id] for case_id in masks})
+            describe_mask(masks[case["case_id"]], case, modalities, bids, sources)
+    report_outcomes({case_id: outcomes[case_id] for case_id in masks})
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
-        raise ValueError(f"--{', --'.join(used)} cannot be combined with --data-list. Remove them.")
+        several = "--data-list" if args.data_list else "--dataset-dir"
+        raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
+    refuse_values_of_one_patient(args, "--data-list")
 
 
 def _mask_paths(
@@ -122,7 +143,8 @@ def _mask_paths(
         masks[case["case_id"]] = output / name
     if len(set(masks.values())) < len(masks):
         raise ValueError(
-            f"Two cases of {args.data_list} get the same BIDS name, which holds only letters and digits. Rename them."
+            f"Two cases of {args.data_list or args.dataset_dir} get the same BIDS name, which holds only letters and "
+            "digits. Rename them."
         )
     images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
     for case_id, mask in masks.items():
@@ -131,7 +153,12 @@ def _mask_paths(
     return masks
 
 
-def _refuse_other_weights(record: Path, checksum: str) -> None:
+def refuse_other_weights(record: Path, checksum: str) -> None:
+    """Refuse a folder whose record names other weights.
+
+    Raises:
+        ValueError: it does.
+    """
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
     except (OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one
@@ -143,9 +170,20 @@ def _refuse_other_weights(record: Path, checksum: str) -> None:
         )
 
 
-def _is_complete(mask: Path, with_report: bool) -> bool:
-    """Whether the whole mask can be read, and its report exists where one is wanted."""
-    if with_report and not mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html").is_file():
+def _measures_of(mask: Path) -> Path:
+    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{MEASURES}")
+
+
+def _case_is_complete(mask: Path, args: argparse.Namespace) -> bool:
+    """Whether the whole mask can be read, and its report and its measures exist where they are wanted."""
+    report = mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html")
+    wanted = [*([report] if args.report else []), *([] if args.no_measures else [_measures_of(mask)])]
+    return all(path.is_file() for path in wanted) and is_complete(mask)
+
+
+def is_complete(mask: Path) -> bool:
+    """Whether the whole mask can be read."""
+    if not mask.is_file():
         return False
     try:
         read_volume(header_of(mask, Rules()), Rules())
@@ -161,14 +199,18 @@ def _case_options(
     images = {key: case[key] for key in modalities if key in case}
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
-    own = {"data_list": None, "output_dir": None, "bids": False, "output": str(mask), "image": [*images.items()]}
-    return argparse.Namespace(**{**vars(args), **own})
+    threads = args.threads or (max(1, len(os.sched_getaffinity(0)) // args.workers) if args.workers > 1 else None)
+    of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
+    own = {**of_cohort, "output": str(mask), "image": [*images.items()]}
+    return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 
-def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
+def _run_jobs(
+    jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome], preloaded: list[str]
+) -> None:
     """Segment the cases in a pool of processes and add the outcome of each to ``outcomes``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # imported once, not by every process
+    context.set_forkserver_preload(preloaded)  # imported once, not by every process
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
 
         def add_outcome(case_id: str, outcome: Outcome) -> None:
@@ -198,19 +240,23 @@ def segment_quietly(args: argparse.Namespace) -> Outcome:
     return Outcome(result, tuple(record.getMessage() for record in messages.buffer))
 
 
-def _report(outcomes: Mapping[str, Outcome]) -> None:
-    """Print the warnings and the counts; ValueError where cases failed."""
+def report_outcomes(outcomes: Mapping[str, Outcome], what: str = "cases") -> None:
+    """Print the warnings and the counts.
+
+    Raises:
+        ValueError: cases failed.
+    """
     for case_id, outcome in outcomes.items():
         for message in outcome.warnings:
             print(f"{case_id}: {message}")
     results = [outcome.result for outcome in outcomes.values()]
     failed = {key: outcome.result for key, outcome in outcomes.items() if outcome.result not in (SEGMENTED, SKIPPED)}
     print(
-        f"{len(outcomes)} cases: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
+        f"{len(outcomes)} {what}: {results.count(SEGMENTED)} segmented, {results.count(SKIPPED)} already there, "
         f"{len(failed)} failed"
     )
     if failed:
         listed = "; ".join(f"{case_id}: {result}" for case_id, result in failed.items())
         raise ValueError(
-            f"{len(failed)} of {len(outcomes)} cases failed. Correct them and run the command again. {listed}"
+            f"{len(failed)} of {len(outcomes)} {what} failed. Correct them and run the command again. {listed}"
         )

@@ -1,35 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT. For research pipelines."""
+"""Segment a DICOM study: the mask as NIfTI, as DICOM SEG and, on request, as RTSTRUCT and SR. For research only."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
 
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
-from scripts.cli.trained_task import with_trained_task
-from scripts.data.regions import region_mask_values
-from scripts.image_io.checks import WARNING, Finding, report_findings
+from scripts.cli.series_table import series_table
+from scripts.cli.trained_task import with_trained_settings
 from scripts.image_io.dicom_codes import Property, segment_properties
 from scripts.image_io.dicom_packages import dicom_package
-from scripts.image_io.dicom_rules import Rule, rule_text, series_rules
+from scripts.image_io.dicom_rtstruct import write_rtstruct
+from scripts.image_io.dicom_rules import Rule, series_rules
 from scripts.image_io.dicom_series import series_files
-from scripts.image_io.dicom_study import Series, choose_series, find_series
-from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_rtstruct, write_seg
+from scripts.image_io.dicom_sr import write_sr
+from scripts.image_io.dicom_study import Series, choose_series, find_series, require_series, series_folders
+from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_seg
+from scripts.image_io.series_preference import preferences
+from scripts.metrics.lesion_measures import Measures
+from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
+
+DEFAULT_OUTPUT, MASK = "runs/dicom", "mask.nii.gz"
+MAX_LESIONS = 50  # with a segment of their own
+MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
+
+
+class StudyTask(NamedTuple):
+    """What a task says of a study: rules and preferences by modality, and values and codes by region."""
+
+    rules: dict[str, Rule]
+    preferences: dict[str, tuple[str, ...]]
+    regions: Regions
+    properties: Mapping[str, Property]
+
+    @property
+    def keywords(self) -> list[str]:
+        """The DICOM elements that the rules read."""
+        return sorted({keyword for rule in self.rules.values() for keyword in rule})
 
 
 def segment_study(args: argparse.Namespace) -> None:
     """Segment a study onto the grid of its reference series.
 
-    Writes ``mask.nii.gz``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` into ``args.output_dir``.
+    Writes ``mask.nii.gz``, ``measures.csv``, ``seg.dcm`` and, with ``args.rtstruct``, ``rtstruct.dcm`` and, with
+    ``args.sr``, ``sr.dcm`` into ``args.output_dir``.
 
     Raises:
         ValueError: the study lacks a series, holds several for a modality, or mixes patients or frames of reference;
@@ -38,24 +64,66 @@ def segment_study(args: argparse.Namespace) -> None:
     """
     if args.data_list:
         raise ValueError("dicom segments one --study. Remove --data-list.")
-    configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_task(args, configs, {}))
-    modalities = task["modalities"]
-    output = Path(args.output_dir or "runs/dicom")
-    mask = output / "mask.nii.gz"
-    if args.dry_run:  # as if one folder held every series
-        images = [(key, args.study) for key in modalities]
-        segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
+    if args.dry_run:
+        print_command(args, args.study)
         return
-    for name in ("pydicom", "highdicom", *(["rt_utils"] if args.rtstruct else [])):
-        dicom_package(name)  # before anything is segmented
-    rules = series_rules(modalities, task["dicom"])
+    task = study_task(args)
+    chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
+    if not args.list_series:
+        segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+
+
+def print_command(args: argparse.Namespace, study: str) -> None:
+    """Print the ``monai.bundle`` command with ``--dry-run``, as if one folder held every series of the study."""
+    configs = ["inference", *context_configs(args)]
+    modalities = resolved_config(args, configs, with_trained_settings(args, configs, {}))["modalities"]
+    mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
+    images = [(key, study) for key in modalities]
+    segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
+
+
+def study_task(args: argparse.Namespace) -> StudyTask:
+    """The rules and regions of the task, before anything is read.
+
+    Raises:
+        ValueError: they are wrong, or an optional package is not installed.
+    """
+    for name in ("pydicom", "highdicom"):
+        dicom_package(name)
+    configs = ["inference", *context_configs(args)]
+    task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
+    rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
-    keywords = {keyword for rule in rules.values() for keyword in rule}
-    chosen = choose_series(find_series(args.study, sorted(keywords)), rules, args.series_uid or ())
-    _require_series(args, chosen, rules)
-    reference = chosen[modalities[0]]
+    return StudyTask(rules, preferences(task["modalities"], task["dicom"]), regions, properties)
+
+
+def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], name: str) -> dict[str, Series]:
+    """Choose a series for each modality, and print all series of the study with what was chosen, and why.
+
+    Args:
+        args: parsed options.
+        task: of the weights.
+        study: its series.
+        name: of the study, for errors.
+
+    Raises:
+        ValueError: see ``choose_series``; or a modality has no series.
+    """
+    choice = choose_series(study, task.rules, args.series_uid or (), task.preferences)
+    print(series_table(study, choice))
+    require_series(choice.series, task.rules, args.allow_missing, name)
+    return choice.series
+
+
+def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[str, Series], output: Path) -> None:
+    """Segment chosen series, whose files are on this machine, and write the mask and the DICOM objects into a folder.
+
+    Raises:
+        ValueError: see ``segment_study``.
+    """
+    mask, regions, properties = output / MASK, task.regions, task.properties
+    reference = chosen[next(iter(task.rules))]
     if args.rtstruct and reference.enhanced:
         raise ValueError(
             f"The series {reference.uid} is multi-frame (enhanced) DICOM, for which no RTSTRUCT can be written. Leave "
@@ -64,37 +132,12 @@ def segment_study(args: argparse.Namespace) -> None:
     uids = [series.uid for series in chosen.values()]
     with hold(output):  # until the last file is written: another study's mask must not come between
         with tempfile.TemporaryDirectory(prefix="series-") as links:
-            folders = _series_folders(chosen, Path(links))
-            images = [*folders.items()]
-            segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "series_uid": uids}))
-        write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug)
-
-
-def _require_series(args: argparse.Namespace, chosen: Mapping[str, Series], rules: Mapping[str, Rule]) -> None:
-    missing = [key for key in rules if key not in chosen]
-    reference = next(iter(rules))
-    if missing and (reference in missing or not args.allow_missing):
-        names = " and none for ".join(f"{key} ({rule_text(rules[key])})" for key in missing)
-        advice = "Add it" if reference in missing else "Add it, use --allow-missing"
-        raise ValueError(f"{args.study} has no series for {names}. {advice}, or correct the rules in the task's dicom.")
-
-
-def _series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
-    """A folder for each modality that holds only its series; of series that share a folder, links to their files."""
-    counts = Counter(series.folder for series in chosen.values())
-    folders = {}
-    for key, series in chosen.items():
-        folder = series.folder
-        if counts[folder] > 1:
-            folder = links / key
-            folder.mkdir()
-            files = series_files(series.folder, [series.uid])
-            report_findings(Finding(WARNING, text) for text in files.warnings)
-            for number, file in enumerate(files.heads):
-                (folder / f"{number:05d}").symlink_to(Path(file).resolve())
-            print(f"{key}: series {series.uid} of {series.folder}")
-        folders[key] = str(folder)
-    return folders
+            folders = series_folders(chosen, Path(links))
+            own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
+            measures = (output.resolve().name, output / "measures.csv")
+            measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
+        report = measured if args.sr else None
+        write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
 
 
 def write_dicom(
@@ -105,8 +148,9 @@ def write_dicom(
     output: Path,
     rtstruct: bool,
     debug: bool = False,
+    measured: Sequence[Measures] | None = None,
 ) -> None:
-    """Write the mask as DICOM SEG and, on request, as RTSTRUCT.
+    """Write the mask as DICOM SEG and, on request, as RTSTRUCT and its measures as SR.
 
     Args:
         mask: the NIfTI mask on the grid of ``reference``.
@@ -116,17 +160,47 @@ def write_dicom(
         output: folder of ``seg.dcm`` and ``rtstruct.dcm``.
         rtstruct: also write the structure set.
         debug: let the errors of the DICOM packages through, which may quote the patient's data.
+        measured: of the mask, to be written as ``sr.dcm``; its lesions get segments of their own then.
     """
+    lesions = largest_lesions(measured or (), mask)
     path = output / "seg.dcm"
     with _without_patient_data(path, reference, mask, debug):
         slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
-        write_seg(mask, slices, regions, properties, code_version(), path)
+        write_seg(mask, slices, regions, properties, code_version(), path, lesions)
     print(f"DICOM SEG: {path}")
+    if measured is not None:
+        report = output / "sr.dcm"
+        with _without_patient_data(report, reference, mask, debug):
+            write_sr(measured, path, slices, properties, code_version(), report)
+        print(_sr_line(report, measured, lesions))
     if rtstruct:
         path = output / "rtstruct.dcm"
         with _without_patient_data(path, reference, mask, debug):
-            written = write_rtstruct(mask, slices, regions, path)
+            written = write_rtstruct(mask, slices, regions, code_version(), path)
         print(_rtstruct_line(path, regions, written))
+
+
+def largest_lesions(measured: Sequence[Measures], mask: Path) -> list[tuple[str, int]]:
+    """The lesions that get a segment of their own, the largest of all regions.
+
+    Args:
+        measured: of the mask.
+        mask: its file; fewer lesions of larger masks get a segment, because each takes a byte per voxel.
+    """
+    lesions = [each for each in measured if each.lesion is not None]
+    largest = sorted(lesions, key=lambda each: -each.volume_ml)[: _max_lesions(mask)] if lesions else []
+    return [(each.region, each.lesion) for each in lesions if each in largest and each.lesion is not None]
+
+
+def _max_lesions(mask: Path) -> int:
+    voxels = math.prod(nib.Nifti1Image.from_filename(mask).shape)
+    return min(MAX_LESIONS, max(1, MAX_SEGMENT_BYTES // voxels))
+
+
+def _sr_line(path: Path, measured: Sequence[Measures], lesions: Sequence[tuple[str, int]]) -> str:
+    count = sum(each.lesion is not None for each in measured)
+    left_out = f" (the {len(lesions)} largest of {count} lesions; measures.csv has all)" if len(lesions) < count else ""
+    return f"SR: {path}{left_out}"
 
 
 def _rtstruct_line(path: Path, regions: Regions, written: Sequence[str]) -> str:

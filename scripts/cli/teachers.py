@@ -8,8 +8,8 @@ from typing import Any
 
 from scripts.cli.bundle_run import resolved_config
 from scripts.cli.config import config_names
-from scripts.cli.errors import error_sentence
 from scripts.cli.options import Parser, add_common_options, architecture_name, context_configs
+from scripts.utils.errors import error_sentence
 
 EXAMPLE = (
     "python -m scripts teachers --data sts --scale full\npython -m scripts teachers --architecture unetr mine.json"

@@ -26,11 +26,30 @@ def weights_path(args: argparse.Namespace) -> Path:
     return Path(args.weights or parse_set(args.set).get("weights") or Path(bundle_root()) / "models" / "model.pt")
 
 
-def with_trained_task(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
-    """Add to the overrides of a verb what its weights were trained for, except for what the user names.
+def with_trained_settings(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
+    """Add to the overrides of a verb the settings that its weights were trained with, except for what the user names.
 
-    The user names settings with ``--data``, ``--scale``, ``--network``, ``--architecture`` and ``--set``; the run
-    compares them with the record and refuses contradictions. Weights without a record add nothing.
+    The user names settings with ``--data``, ``--scale`` and ``--set``; the run compares them with the record and
+    refuses contradictions. Weights without a record add nothing.
+
+    Args:
+        args: parsed options.
+        configs: of the verb.
+        overrides: of the verb's own options.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    task = read_task(weights_path(args))
+    if task is None:
+        return overrides
+    return {**_trained_settings(args, task, resolved_config(args, configs, overrides)), **overrides}
+
+
+def with_trained_task(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> Overrides:
+    """Add to the overrides of a verb the settings and the network that its weights were trained with.
+
+    See ``with_trained_settings``. The user names a network with ``--network``, ``--architecture`` and ``--set``.
 
     Args:
         args: parsed options.
@@ -47,9 +66,8 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     task = read_task(weights)
     if task is None:
         return overrides
-    config = resolved_config(args, configs, overrides)
-    used = _trained_settings(args, task, config)
-    if not _names_network(args, config, overrides) and isinstance(task.get("network"), dict):
+    used = _trained_settings(args, task, resolved_config(args, configs, overrides))
+    if not names_network(args, overrides) and isinstance(task.get("network"), dict):
         network = trained_network(task["network"], weights)
         current = network_definition(config_parser(args, configs, {**used, **overrides}))
         if network["_target_"] != current.get("_target_") or network_differences(network, current):
@@ -82,9 +100,9 @@ def _named_settings(args: argparse.Namespace) -> set[str]:
     return configs | set(file_settings(args))
 
 
-def _names_network(args: argparse.Namespace, config: Config, overrides: Overrides) -> bool:
+def names_network(args: argparse.Namespace, overrides: Overrides) -> bool:
     """Whether the user names the network, or one of its arguments."""
-    if "network_def" in overrides or vars(args).get("architecture"):
+    if "network_def" in overrides or vars(args).get("architecture") or vars(args).get("network"):
         return True
     referenced = re.findall(r"@(\w+)", str(read_config("inference")["network_def"]))
     ids = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from monai.data import MetaTensor
+from numpy.typing import NDArray
 
-from scripts.data.modalities import GatherModalitiesd, cropped_grid
-from scripts.data.resampling import network_grid
 from scripts.image_io.checks import Rules
 from scripts.image_io.headers import Affine, Header
 from scripts.image_io.reader import header_of, read_modality
+from scripts.runtime.grids import network_grid, own_grid
+from scripts.runtime.modalities import GatherModalities
 
 
 class CaseFiles:
@@ -28,7 +28,7 @@ class CaseFiles:
 
     def __init__(
         self,
-        gather: GatherModalitiesd,
+        gather: GatherModalities,
         rules: Rules,
         spacing: Sequence[float],
         patch: Sequence[int],
@@ -46,14 +46,14 @@ class CaseFiles:
         item, key = self.gather(case), key or self.gather.reference
         if key not in item:
             raise ValueError(f"Case {case.get('case_id')} has no {key}, which a teacher reads. Add the file.")
-        return header_of(item[key], self.rules)
+        return header_of(item[key], self.rules.of_case(case))
 
-    def volume(self, case: Mapping[Any, Any], key: str) -> MetaTensor:
-        """The voxels of a modality on its own grid, ``1 H W D``."""
-        return read_modality(key, self.header(case, key), self.rules, self.stacked)
+    def volume(self, case: Mapping[Any, Any], key: str) -> NDArray:
+        """The voxels of a modality on its own grid, ``H W D``."""
+        return read_modality(key, self.header(case, key), self.rules.of_case(case), self.stacked)
 
     def grid(self, case: Mapping[Any, Any]) -> tuple[Affine, tuple[int, ...]]:
         """Affine (RAS, mm) and shape of a case's volumes before they are padded to a patch, from headers alone."""
-        own = self.header(case)
-        affine, low, high = cropped_grid(case, own.affine, own.shape)
-        return network_grid(affine, [int(n) for n in high - low], self.spacing)
+        header = self.header(case)
+        own = own_grid(case, header.affine, header.shape)
+        return network_grid(own.part_affine, own.part, self.spacing)

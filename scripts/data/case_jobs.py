@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
+import SimpleITK as sitk  # noqa: N813
 from tqdm import tqdm
 
 from scripts.data.case_list import Item
@@ -33,6 +33,9 @@ def run_cases(
     """
     jobs = {str(case["case_id"]): case for case in cases}
     with tqdm(total=len(jobs), desc=description, unit="case") as bar:
-        one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        one_thread: dict[str, Any] = {
+            "initializer": sitk.ProcessObject.SetGlobalDefaultNumberOfThreads,
+            "initargs": (1,),
+        }
         results = run_jobs(work, jobs, workers, on_death, lambda *_: bar.update(), **one_thread)
     return list(results.values())

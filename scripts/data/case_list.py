@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data.case_table import ID_COLUMNS, read_case_table
-from scripts.data.modalities import GatherModalitiesd, modalities_used, stack_advice
+from scripts.runtime.modalities import GatherModalities, modalities_used, stack_advice
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,11 @@ class CohortError(Exception):
     """
 
     def __init__(self, message: str, cases: list[Item], problems: list[str]) -> None:
-        super().__init__(message)
+        super().__init__(message, cases, problems)  # all of them, so that a process can send the error to another
         self.cases, self.problems = cases, problems
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IncompleteError(CohortError, FileNotFoundError):
@@ -223,7 +226,7 @@ def require_cases(
         cases: the data list.
         root: folder that it was read from.
         modalities: those that every case should have.
-        naming: rules that find modalities which the data list does not name, see ``GatherModalitiesd``.
+        naming: rules that find modalities which the data list does not name, see ``GatherModalities``.
         allow_missing: accept absent modalities, and log them.
         reference: the modality that ``image`` may name; by default the first.
         present: the modalities to use, by default all; a case need not have any other.
@@ -240,7 +243,7 @@ def require_cases(
         raise ValueError("No data folder was given. Use --dataset_dir (--dataset-dir).")
     used = modalities_used(modalities, present)
     gather: Callable[[Any], Any] = (
-        GatherModalitiesd(modalities, naming, True, reference, present, stacked) if modalities else dict
+        GatherModalities(modalities, naming, True, reference, present, stacked) if modalities else dict
     )
     errors: list[Exception] = []
     absent, unlabelled = [], []

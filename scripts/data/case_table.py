@@ -11,13 +11,14 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from scripts.data.table_files import read_rows
+from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
 from scripts.utils.file_names import find_file, nfc
 
 CASE_ID = re.compile(r"[^\W.][\w.+-]*")  # an id is used as a file name
 INVALID_CHARACTER = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates cannot be file names or be written
 ID_COLUMNS = ("case_id", "patient_id", "centre")
 NO_VALUE = re.compile(r"nan|none|null|n/?a|<na>|#n/a", re.IGNORECASE)  # how programs write an empty cell
-OTHER_COLUMNS = (*ID_COLUMNS, "bbox_mm")  # besides those that contain paths
+OTHER_COLUMNS = (*ID_COLUMNS, "bbox_mm", *QUANTITIES)  # besides those that contain paths
 
 
 def read_case_table(
@@ -36,7 +37,8 @@ def read_case_table(
     Returns:
         Items with ``case_id`` (by default the reference file's name), ``patient_id`` (by default the case's id),
         ``image`` and the paths. Ids are in NFC; a path is that of the file on disk, in whichever Unicode form, and
-        with slashes where the table has backslashes.
+        with slashes where the table has backslashes. The columns of ``scripts.image_io.suv_values``, for PET in DICOM,
+        are in ``suv``.
 
     Raises:
         FileNotFoundError: no such table.
@@ -109,6 +111,9 @@ def _make_item(
     }
     if "bbox_mm" in item:
         item["bbox_mm"] = _parse_box(item["bbox_mm"], where)
+    suv = {key: item.pop(key) for key in QUANTITIES if key in item}
+    if suv:
+        item["suv"] = checked_suv_values(suv, {key: f"{where}: {key}" for key in suv})
     for key in keys:
         if key in item:
             item[key] = path_inside(_path_text(item[key], key, keys, where), root, allow_outside, f"{where}, {key}")

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import CohortError, Item, datalist, missing_file
 from scripts.data.cohorts.nnunet_task import label_contradiction
-from scripts.data.modalities import GatherModalitiesd, MapLabelsd, box_bounds, stack_advice
-from scripts.data.regions import class_names
-from scripts.data.resampling import network_grid, resample, vanished_classes, vanished_message
 from scripts.image_io.checks import (
     ERROR,
     LABEL,
@@ -29,12 +26,18 @@ from scripts.image_io.checks import (
     check_all_constant,
     check_headers,
     check_intensities,
+    check_suv_values,
     expected_extra_axes,
     grids_overlap,
     same_grid,
 )
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
+from scripts.runtime.grids import box_bounds, network_grid
+from scripts.runtime.label_values import class_indices
+from scripts.runtime.modalities import GatherModalities, stack_advice
+from scripts.runtime.regions import class_names
+from scripts.runtime.resampling import resample, vanished_classes, vanished_message
 from scripts.utils.atomic_files import write_json
 from scripts.utils.markdown import markdown_table
 from scripts.utils.process_pool import PROCESS_DIED
@@ -51,7 +54,7 @@ class Criteria:
         modalities: the reference first.
         labels: per class the label's values.
         rules: what is accepted of files.
-        naming: rules for modalities that the list does not name, see ``GatherModalitiesd``.
+        naming: rules for modalities that the list does not name, see ``GatherModalities``.
         allow_missing: whether absent modalities are only warnings.
         stacked: whether each case's ``image`` is one 4D file of all modalities.
         intensity: per modality the range that the network gets, or ``"zscore"``.
@@ -149,6 +152,7 @@ def check_case(case: Item, criteria: Criteria) -> list[Finding]:
 
 
 def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
+    criteria = replace(criteria, rules=criteria.rules.of_case(case))
     paths, findings = _existing_files(case, criteria)
     headers: dict[str, Header] = {}
     for key, path in paths.items():
@@ -157,6 +161,7 @@ def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
         except USER_ERRORS as error:
             findings.append(Finding(ERROR, str(error), key=key))
     findings += check_headers(headers, criteria.modalities[0], criteria.stacked_modalities)
+    findings += check_suv_values(headers, criteria.rules)
     findings += _check_grids(headers, criteria)
     reference, classes = headers.get(criteria.modalities[0]), None
     for key, header in headers.items():
@@ -200,7 +205,7 @@ def _existing_files(case: Item, criteria: Criteria) -> tuple[dict[str, str], lis
     findings = [Finding(ERROR, missing_file(path), key=first_key[path]) for path in dict.fromkeys(missing.values())]
     item: dict[Any, Any] = {key: value for key, value in case.items() if key not in missing}
     try:
-        item = GatherModalitiesd(modalities, criteria.naming, allow_missing=True, stacked=criteria.stacked)(item)
+        item = GatherModalities(modalities, criteria.naming, allow_missing=True, stacked=criteria.stacked)(item)
     except USER_ERRORS as error:
         if not missing:
             return {key: item[key] for key in keys if key in item and key != "image"}, [Finding(ERROR, str(error))]
@@ -216,7 +221,7 @@ def _check_voxels(key: str, header: Header, criteria: Criteria) -> list[Finding]
     """Read and check an image's voxels; the volume is released afterwards."""
     try:
         volume = read_modality(key, header, criteria.rules, criteria.stacked_modalities)
-        return check_intensities(volume, key, criteria.rules, criteria.intensity.get(key))
+        return check_intensities(volume, header.path, key, criteria.rules, criteria.intensity.get(key))
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error), key=key)]
 
@@ -227,7 +232,7 @@ def _check_label(
     """Read and check a label's voxels; the volume is released afterwards."""
     try:
         volume = read_modality(LABEL, header, criteria.rules)
-        mapped = MapLabelsd(LABEL, criteria.labels, ignore=criteria.ignore)({LABEL: volume})[LABEL].as_tensor()
+        mapped = class_indices(volume, criteria.labels, header.path, criteria.ignore)
     except USER_ERRORS as error:
         return CaseCheck([Finding(ERROR, str(error), key=LABEL)], None)
     classes = {index for index in range(1, len(criteria.labels)) if (mapped == index).any()}
@@ -235,12 +240,12 @@ def _check_label(
         return CaseCheck([Finding(NOTE, f"{header.path} is empty: no voxel is foreground", key=LABEL)], classes)
     if reference is None or criteria.spacing is None:
         return CaseCheck([], classes)
-    message = _vanished(header, mapped[0], reference, box, criteria.spacing)
+    message = _vanished(header, mapped, reference, box, criteria.spacing)
     return CaseCheck([Finding(WARNING, message, key=LABEL)] if message else [], classes)
 
 
 def _vanished(
-    header: Header, label: torch.Tensor, reference: Header, box: Sequence[float] | None, spacing: Sequence[float]
+    header: Header, label: NDArray, reference: Header, box: Sequence[float] | None, spacing: Sequence[float]
 ) -> str:
     """The warning about classes of a label that vanish on the network's grid; empty if none does."""
     affine, shape = np.array(reference.affine), reference.shape[:3]

@@ -7,7 +7,7 @@ Everything is in the axes of the network: right, anterior, superior (RAS).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import Item
-from scripts.data.modalities import GatherModalitiesd, cropped_grid
 from scripts.image_io.checks import ERROR, LABEL, Rules, check_headers
 from scripts.image_io.headers import Affine, Header
 from scripts.image_io.reader import header_of, read_modality
+from scripts.runtime.grids import own_grid
+from scripts.runtime.modalities import GatherModalities
 from scripts.utils.process_pool import PROCESS_DIED
 
 Array = NDArray[Any]
@@ -75,7 +76,7 @@ class Source:
     Attributes:
         modalities: the reference first.
         rules: what is accepted of files.
-        naming: rules for modalities that the data list does not name, see ``GatherModalitiesd``.
+        naming: rules for modalities that the data list does not name, see ``GatherModalities``.
         stacked: whether each case's ``image`` is one 4D file of all modalities.
         background: label values that are no foreground.
         samples: number of voxels that are drawn of each image.
@@ -117,7 +118,8 @@ def fingerprint_case(case: Item, source: Source) -> CaseFingerprint:
 
 def _read_case(case_id: str, case: Item, source: Source) -> CaseFingerprint:
     named: dict[Any, Any] = {**case}
-    item = GatherModalitiesd(source.modalities, source.naming, allow_missing=True, stacked=source.stacked)(named)
+    item = GatherModalities(source.modalities, source.naming, allow_missing=True, stacked=source.stacked)(named)
+    source = replace(source, rules=source.rules.of_case(case))
     stacked = source.modalities if source.stacked else ()
     keys = [key for key in (*source.modalities, LABEL) if key in item]
     headers = {key: header_of(item[key], source.rules) for key in keys}
@@ -125,8 +127,8 @@ def _read_case(case_id: str, case: Item, source: Source) -> CaseFingerprint:
     if errors:
         raise ValueError(" ".join(errors))
     reference = headers[source.modalities[0]]
-    affine, first, end = cropped_grid(item, np.asarray(reference.affine, dtype=float), reference.shape)
-    shape, spacing = ras_grid(affine, [int(n) for n in end - first])
+    own = own_grid(item, reference.affine, reference.shape)
+    shape, spacing = ras_grid(own.part_affine, own.part)
     rng = np.random.default_rng(0)
     volumes, points = None, None
     if LABEL in headers:
@@ -154,7 +156,7 @@ def ras_grid(affine: Affine, shape: Sequence[int]) -> tuple[tuple[int, ...], tup
 
 def _read_label(header: Header, source: Source, rng: np.random.Generator) -> tuple[dict[float, float], Array | None]:
     """The volume of each value in mm3, and world coordinates (4 x samples) of foreground voxels; None without any."""
-    label = read_modality(LABEL, header, source.rules).as_tensor()[0].numpy()
+    label = read_modality(LABEL, header, source.rules)
     if not np.isfinite(label).all():
         raise ValueError(f"{header.path} contains NaN or infinite values. Correct the file.")
     values, counts = _count_values(label)
@@ -184,7 +186,7 @@ def _image_values(
     key: str, header: Header, source: Source, stacked: Sequence[str], points: Array | None, rng: np.random.Generator
 ) -> ModalityValues:
     """The values of one image: at world coordinates, or of any voxels that are not 0."""
-    volume = read_modality(key, header, source.rules, stacked).as_tensor()[0].numpy()
+    volume = read_modality(key, header, source.rules, stacked)
     finite = volume if volume.dtype.kind != "f" else volume[np.isfinite(volume)]
     if not finite.size:
         raise ValueError(f"{header.path} contains only NaN or infinite values. Correct the file.")

@@ -8,8 +8,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from monai.data import partition_dataset
-
 from scripts.data.case_list import TEST, Item
 from scripts.utils.atomic_files import write_text
 from scripts.utils.file_names import nfc
@@ -30,6 +28,8 @@ def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> li
         raise ValueError(f"Cross-validation needs at least 2 folds, got {folds}.")
     if len(patients) < folds:
         raise ValueError(f"{len(patients)} patient(s) cannot fill {folds} folds. Use fewer folds.")
+    from monai.data import partition_dataset  # here, so that listing cases does not load MONAI
+
     parts = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed)
     return [sorted(part) for part in parts]
 

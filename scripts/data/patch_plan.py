@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scripts.inference.sliding_window import GIB
+from scripts.runtime import GIB
 
 MIN_EDGE = 2  # cells along an axis of the student's deepest grid
 LARGEST_PATCH = 128**3  # voxels

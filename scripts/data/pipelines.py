@@ -16,13 +16,13 @@ import torch
 from monai import transforms as mt
 
 from scripts.data.case_files import CaseFiles
-from scripts.data.memory_check import require_memory
+from scripts.data.case_io import LoadModalitiesd, SaveMaskd
 from scripts.data.modalities import (
     CropToBoxd,
     FillLabeld,
     GatherModalitiesd,
     MapLabelsd,
-    ScaleToUnitd,
+    NormaliseModalityd,
     SplitStackd,
     StackModalitiesd,
 )
@@ -30,23 +30,12 @@ from scripts.data.resampling import OntoGridd, RestoreGridd
 from scripts.data.settings_check import check_settings
 from scripts.data.training_set import CentreCandidatesd, Pipeline
 from scripts.image_io.checks import LABEL, Rules
-from scripts.image_io.nifti import SaveMaskd
-from scripts.image_io.reader import LoadModalitiesd
+from scripts.runtime.intensity import value_outside
+from scripts.runtime.memory_check import require_memory
 
 Intensity = Mapping[str, Sequence[float] | str]
 CANDIDATES = ("foreground", "background")
 FORMAT = 2  # increase it when the fixed transforms give different volumes for the same settings
-
-
-def _normalise(intensity: Intensity) -> list[mt.Transform]:
-    """Scale [low, high] to [0, 1] and clip; ``"zscore"``: zero mean and unit variance of the non-zero voxels."""
-    steps: list[mt.Transform] = []
-    for key, rule in intensity.items():
-        if rule == "zscore":
-            steps.append(mt.NormalizeIntensityd(key, nonzero=True, allow_missing_keys=True))
-        elif not isinstance(rule, str):
-            steps.append(ScaleToUnitd(key, rule[0], rule[1]))
-    return steps
 
 
 def _load_and_resample(
@@ -64,14 +53,14 @@ def _load_and_resample(
     label = [LABEL] if map_label else []
     used = {key: intensity[key] for key in modalities}
     # Outside its field of view a modality is 0 after normalisation, like an absent one.
-    outside = {key: rule[0] for key, rule in used.items() if not isinstance(rule, str)}
+    outside = {key: value_outside(rule) for key, rule in used.items()}
     return [
         GatherModalitiesd(modalities, naming, allow_missing, reference, present, bool(load.keywords["stacked"])),
         load([*modalities, *label], reference),
         CropToBoxd(reference),
         *([map_label] if map_label else []),
         OntoGridd([*modalities, *label], reference, spacing, outside, nearest=label),
-        *_normalise(used),
+        *(NormaliseModalityd(key, rule) for key, rule in used.items()),
     ]
 
 
@@ -234,6 +223,8 @@ def preprocessing(
         settings["ignore"] = ignore
     if checks and checks.voxel_size is not None:
         settings["voxel_size"] = checks.voxel_size
+    if checks and checks.suv:
+        settings["suv"] = dict(checks.suv)
     map_label = MapLabelsd(LABEL, labels, unlabelled, ignore) if labels and mode != "infer" else None
     check_memory = partial(require_memory, reference=reference, spacing=spacing, classes=len(labels or ()) or 2)
     load = partial(
@@ -277,7 +268,7 @@ def postprocessing(
         output_dir: folder of the masks.
         save: whether to write them.
         regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
-        values: what to write for each class (``scripts.data.regions.mask_values``); by default its index.
+        values: what to write for each class (``scripts.runtime.regions.mask_values``); by default its index.
 
     Raises:
         ValueError: a value is no integer, so that no mask can hold it.

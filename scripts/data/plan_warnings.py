@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.data.fingerprint import CaseFingerprint
 from scripts.data.planner import AXES, thick_axis
-from scripts.data.regions import class_names
+from scripts.runtime.regions import class_names
 
 FEW_VOXELS = 8  # a smaller part of a class may vanish when it is resampled
 MUCH_LARGER = 2  # ratio of a case's spacing to the planned one

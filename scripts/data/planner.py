@@ -10,16 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scripts.data.fingerprint import CaseFingerprint
-from scripts.data.patch_plan import (
-    MIN_BATCH,
-    PatchPlan,
-    StudentSize,
-    divisor,
-    median_shape,
-    plan_patch,
-)
-from scripts.data.regions import region_values
+from scripts.data.patch_plan import MIN_BATCH, PatchPlan, StudentSize, divisor, median_shape, plan_patch
 from scripts.image_io.checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
+from scripts.runtime.regions import region_values
 from scripts.utils.values import is_whole
 
 AXES = ("left-right", "front-back", "foot-head")
@@ -43,11 +36,7 @@ class Proposal(NamedTuple):
 
 
 def plan_task(
-    cases: Sequence[CaseFingerprint],
-    task: Mapping[str, Any],
-    features: Sequence[int],
-    full_features: int,
-    gib: float,
+    cases: Sequence[CaseFingerprint], task: Mapping[str, Any], features: Sequence[int], full_features: int, gib: float
 ) -> list[Proposal]:
     """Propose every setting, in an order in which each depends on earlier ones only.
 
@@ -126,11 +115,7 @@ def grid_shapes(cases: Sequence[CaseFingerprint], spacing: Sequence[float]) -> l
 
 
 def plan_training(
-    spacing: Sequence[float],
-    shapes: Sequence[Sequence[int]],
-    student: StudentSize,
-    gib: float,
-    task: Mapping[str, Any],
+    spacing: Sequence[float], shapes: Sequence[Sequence[int]], student: StudentSize, gib: float, task: Mapping[str, Any]
 ) -> list[Proposal]:
     """Patch, strides of the student and batch size.
 
@@ -148,6 +133,10 @@ def plan_training(
     plan = plan_patch(spacing, shapes, student, gib, patch, strides, batch)
     uniform = all(step == [2, 2, 2] for step in plan.strides)
     steps = [2 if step == [2, 2, 2] else step for step in plan.strides]
+    halved = (
+        "an axis is halved while its voxels are less than twice as long as the shortest, and enough cells are left; "
+        f"the patch must be divisible by {_sizes(divisor(plan.strides))}"
+    )
     return [
         Proposal(
             "patch",
@@ -155,14 +144,7 @@ def plan_training(
             f"the median case has {_sizes(median_shape(shapes))} voxels at this spacing; a batch of {free.batch} such "
             f"patches needs about {free.gib:.2g} of {gib:.2g} GiB in training",
         ),
-        Proposal(
-            "student_strides",
-            None if uniform else steps,
-            "every stage halves all axes"
-            if uniform
-            else "an axis is halved while its voxels are less than twice as long as the shortest, and enough cells are "
-            f"left; the patch must be divisible by {_sizes(divisor(plan.strides))}",
-        ),
+        Proposal("student_strides", None if uniform else steps, "every stage halves all axes" if uniform else halved),
         Proposal("batch_size", plan.batch, _batch_reason(plan, gib)),
     ]
 

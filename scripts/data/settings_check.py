@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scripts.data.regions import check_classes, region_values
 from scripts.image_io.dicom_codes import check_codes
 from scripts.image_io.dicom_rules import check_rules
+from scripts.runtime.regions import check_classes, region_values
 from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
 
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from scripts.data.case_files import CaseFiles
 from scripts.data.case_list import Item, source_files
-from scripts.data.regions import IGNORED
 from scripts.data.sampling import SeededDataset
+from scripts.runtime.regions import IGNORED
 from scripts.utils.atomic_files import atomic_file
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.data.regions import IGNORED
 from scripts.distillation.distiller import LOGITS
 from scripts.losses import SegmentationLoss
 from scripts.networks import AlignmentHeader, SemanticAutoEncoder
 from scripts.networks.weights import load_weights
+from scripts.runtime.regions import IGNORED
 
 
 def build_header(network: nn.Module, window: Sequence[int], **options: Any) -> AlignmentHeader:

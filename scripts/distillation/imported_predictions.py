@@ -18,14 +18,15 @@ from monai.utils import convert_to_tensor
 from scipy.ndimage import gaussian_filter
 
 from scripts.data.case_files import CaseFiles
-from scripts.data.modalities import MapLabelsd
+from scripts.data.case_io import to_tensor
 from scripts.data.resampling import resample
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, PredictionFiles
-from scripts.image_io.checks import LABEL, Rules
+from scripts.image_io.checks import Rules
 from scripts.image_io.headers import Affine, Header, read_header
 from scripts.image_io.reader import read_volume
 from scripts.networks.region_logits import region_logits
+from scripts.runtime.label_values import class_indices
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class ImportedAnswers:
         else:
             volume = read_volume(header, self.files.rules)
             is_mask = len(shape) == 3
-            probabilities = self._of_mask(case, volume, header) if is_mask else _of_channels(path, volume, sigmoid)
+            probabilities = self._of_mask(volume, header) if is_mask else _of_channels(path, volume, sigmoid)
         return logits_on_grid(
             probabilities, header.affine, self.files.grid(case), self.files.patch, self.regions, sigmoid
         )
@@ -153,10 +154,10 @@ class ImportedAnswers:
         header = read_header(path, rules.max_voxels, rules.voxel_size)
         return (*header.shape[3:], *header.shape[:3]), header
 
-    def _of_mask(self, case: Case, mask: torch.Tensor, header: Header) -> torch.Tensor:
-        """The probabilities of a mask: its one-hot encoding, smoothed."""
-        index = MapLabelsd(LABEL, self.labels)({LABEL: mask, "case_id": case["case_id"]})[LABEL]
-        hard = one_hot(torch.as_tensor(index)[None].float(), len(self.labels))[0]
+    def _of_mask(self, mask: np.ndarray, header: Header) -> torch.Tensor:
+        """The probabilities of a mask ``H W D``: its one-hot encoding, smoothed."""
+        index = to_tensor(class_indices(mask, self.labels, header.path))
+        hard = one_hot(index[None, None].float(), len(self.labels))[0]
         if not self.smooth:
             return hard
         sigmas = self.smooth / np.linalg.norm(header.affine[:3, :3], axis=0)
@@ -250,9 +251,9 @@ def _are_probabilities(values: torch.Tensor, sigmoid: bool) -> bool:
     return in_range and (sigmoid or bool(((values.sum(0) - 1).abs() <= SUM_TOLERANCE).all()))
 
 
-def _of_channels(path: Path, volume: torch.Tensor, sigmoid: bool) -> torch.Tensor:
-    """The probabilities in a 4D volume ``1 H W D C`` of probabilities or logits."""
-    values = torch.as_tensor(volume)[0].movedim(-1, 0).float()
+def _of_channels(path: Path, volume: np.ndarray, sigmoid: bool) -> torch.Tensor:
+    """The probabilities in a 4D volume ``H W D C`` of probabilities or logits."""
+    values = to_tensor(volume).movedim(-1, 0).float()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{path} holds NaN or infinite values. Export it again.")
     if _are_probabilities(values, sigmoid):
@@ -270,7 +271,7 @@ def _of_channels(path: Path, volume: torch.Tensor, sigmoid: bool) -> torch.Tenso
 def _require_agreement(path: Path, predicted: torch.Tensor, mask: Path, rules: Rules) -> None:
     """Refuse probabilities, with this foreground, that lie in other axes than the mask beside them."""
     header = read_header(mask, rules.max_voxels, rules.voxel_size)
-    inside = torch.as_tensor(read_volume(header, rules))[0] > 0
+    inside = to_tensor(read_volume(header, rules)) > 0
     total = int(inside.sum() + predicted.sum())
     dice = 2 * int((inside & predicted).sum()) / total if total else 1.0
     if dice < MIN_DICE:

@@ -13,11 +13,11 @@ from monai.losses import DeepSupervisionLoss
 from torch import nn
 
 from scripts.data.modalities import UNLABELLED
-from scripts.data.regions import IGNORED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
 from scripts.distillation.teacher_weighting import teacher_weights
 from scripts.losses import NO_CLASS
 from scripts.losses.soft_prediction import softening
+from scripts.runtime.regions import IGNORED
 
 
 class DistillationLoss(nn.Module):

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import convert_to_tensor
 
 from scripts.data.case_files import CaseFiles
-from scripts.data.resampling import resample
 from scripts.distillation.imported_predictions import logits_on_grid
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, NNUNetFolder
 from scripts.image_io.headers import Header
 from scripts.networks.weights import require_finite
+from scripts.runtime.resampling import resample
 from scripts.utils.json_files import read_json
 from scripts.utils.tensor_files import load_plain
 
@@ -94,10 +93,8 @@ class NNUNetAnswers:
 
     def _volume(self, case: Case, key: str, reference: Header) -> np.ndarray:
         """A modality on the reference's grid, ``z y x``, float32."""
-        volume = self.files.volume(case, key)
-        matrix = np.linalg.solve(np.asarray(volume.affine, dtype=np.float64), reference.affine)
-        resampled = resample(convert_to_tensor(volume[0], track_meta=False), matrix, reference.shape[:3])
-        return resampled.permute(2, 1, 0).contiguous().numpy()
+        matrix = np.linalg.solve(self.files.header(case, key).affine, reference.affine)
+        return np.ascontiguousarray(resample(self.files.volume(case, key), matrix, reference.shape[:3]).T)
 
 
 def _require_same_outputs(

@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.evaluation.masks import MaskCoding
 from scripts.evaluation.overlays import case_overlays
-from scripts.evaluation.records import Case, add_centres, evaluated_cases, read_summary
+from scripts.evaluation.records import Case, add_centres, evaluated_cases, evaluated_measures, read_summary
 from scripts.evaluation.seeds import group_seeds
 from scripts.evaluation.summary_table import markdown_differences, markdown_summary
 from scripts.evaluation.training_cases import training_notes
@@ -17,9 +17,8 @@ from scripts.image_io.checks import Rules
 from scripts.metrics import read_rows
 from scripts.report import write_report
 from scripts.report.curves import read_curves
-from scripts.training.handlers import torch_usage
 from scripts.utils.atomic_files import write_text
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
 
 
 def compare(
@@ -36,11 +35,11 @@ def compare(
     mask_values: str = "file",
     baseline: str = "",
     average_seeds: bool = False,
+    single_file: bool = False,
 ) -> str:
     """Write one report about several evaluations.
 
-    It shows the best, the median and the worst case of the evaluation with the most modalities, of several such of the
-    first one.
+    It shows the cases of the evaluation with the most modalities, of several such of the first one.
 
     Args:
         evaluations: folders that ``score`` wrote.
@@ -57,6 +56,7 @@ def compare(
         mask_values: likewise.
         baseline: name of the evaluation that the others are compared with, if any.
         average_seeds: average the evaluations of one name case by case, see ``group_seeds``.
+        single_file: write the report as one file, instead of a page and the folder ``report_files``.
 
     Returns:
         The summary table and that of the differences, as Markdown.
@@ -72,7 +72,7 @@ def compare(
             raise FileNotFoundError(f"{folder} contains no summary.json. Run `python -m scripts evaluate` first.")
         summary = read_summary(path)
         rows = add_centres(read_rows(Path(folder) / "cases.csv"), [*evaluated_cases(folder), *cases])
-        runs.append({**summary, "rows": rows})
+        runs.append({**summary, "rows": rows, "folder": folder})
     names = [str(run["name"]) for run in runs]
     if baseline and baseline not in names:
         raise ValueError(f"No evaluation is named {baseline}. Choose one of {', '.join(names)} as --baseline.")
@@ -93,6 +93,8 @@ def compare(
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),
         reference,
+        single_file,
+        evaluated_measures(shown["folder"]),
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.data.label_values import Labels, class_indices
-from scripts.data.regions import IGNORED, mask_values, region_classes
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.report.case_images import resample_to_grid
+from scripts.runtime.label_values import Labels, class_indices
+from scripts.runtime.regions import IGNORED, mask_values, region_classes, region_values
 
 
 class MaskCoding(NamedTuple):
@@ -36,6 +36,13 @@ class MaskCoding(NamedTuple):
     def region_classes(self) -> dict[str, list[int]]:
         """The classes of each region."""
         return region_classes(self.labels, None, self.regions)
+
+    @property
+    def predicted_regions(self) -> dict[str, list[float]]:
+        """The values of each region in predictions."""
+        if self.mask_values == "index":
+            return {name: [*map(float, members)] for name, members in self.region_classes.items()}
+        return region_values(self.labels, None, self.regions)
 
     @property
     def predicted_background(self) -> float:

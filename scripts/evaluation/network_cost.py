@@ -11,20 +11,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def network_cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
+def network_cost(network: nn.Module, patch: Sequence[int], channels: int) -> dict[str, Any]:
     """Count the parameters of a network and the operations of one window.
 
     Args:
         network: is put into eval(), and moved to the CPU unless it is on the device ``meta``, where nothing is
-            computed; None where it is not known.
+            computed.
         patch: size of the window in voxels.
         channels: of the image.
 
     Returns:
-        ``parameters`` and ``gflops`` (2 operations per multiply-add); both None without a network.
+        ``parameters`` and ``gflops`` (2 operations per multiply-add).
     """
-    if network is None:
-        return {"parameters": None, "gflops": None}
     device = torch.device("meta" if any(parameter.is_meta for parameter in network.parameters()) else "cpu")
     network = network.to(device).eval()
     with device, torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,16 @@ def mean_dice(rows: Sequence[Row]) -> dict[str, float]:
     return {case_id: statistics.fmean(each) for case_id, each in values.items()}
 
 
-def pick_cases(rows: Sequence[Row]) -> dict[str, str]:
-    """Choose the cases with the best, the (lower) median and the worst Dice, which is the mean over regions.
+def worst_first(rows: Sequence[Row]) -> list[str]:
+    """The scored cases by their Dice, which is the mean over regions, the lowest first.
 
-    Equal values are ordered by case id; cases with an undefined Dice are left out.
-
-    Returns:
-        ``best``, ``median`` and ``worst`` -> case id; empty where Dice is undefined everywhere.
+    Equal values are ordered by case id. Cases without a defined Dice, where both masks are empty, come last; cases with
+    the status ``error`` are left out.
     """
-    ascending = sorted((dice, case_id) for case_id, dice in mean_dice(rows).items())
-    if not ascending:
-        return {}
-    best = min(ascending, key=lambda pair: (-pair[0], pair[1]))
-    return {"best": best[1], "median": ascending[(len(ascending) - 1) // 2][1], "worst": ascending[0][1]}
+    scored = [row for row in rows if row["status"] != "error"]
+    dice = mean_dice(scored)
+    case_ids = {str(row["case_id"]) for row in scored}
+    return sorted(case_ids, key=lambda case_id: (case_id not in dice, dice.get(case_id, 0), case_id))
 
 
 def case_overlays(
@@ -50,8 +48,8 @@ def case_overlays(
     intensity: Mapping[str, Any],
     coding: MaskCoding | None = None,
     rules: Rules | None = None,
-) -> list[Overlay]:
-    """Overlays of the cases that `pick_cases` chooses, on the grid of the reference mask.
+) -> Iterator[Overlay]:
+    """Overlays of all scored cases, the worst first, on the grid of the reference mask; each is read when it is needed.
 
     Args:
         cases: data list, with ``label``; cases that it does not list are left out.
@@ -61,7 +59,7 @@ def case_overlays(
         coding: what the values of the masks mean; by default every value but 0 is foreground.
         rules: which files are accepted; by default all.
     """
-    cases_by_id, rules, overlays = {case["case_id"]: case for case in cases}, rules or Rules(), []
+    cases_by_id, rules = {str(case["case_id"]): case for case in cases}, rules or Rules()
     rows, predictions = run["rows"], run["predictions"]
     given = run.get("present") or list(intensity)
     # The modalities are known if the network is, or if `--present` named them.
@@ -70,8 +68,8 @@ def case_overlays(
     source = f"{network_name({**run, 'present': given})}{f', given {names}' if known else ''}"
     paths = find_masks(predictions, cases_by_id).paths if Path(predictions).is_dir() else {}
     dice = mean_dice(rows)
-    for kind, case_id in pick_cases(rows).items():
-        if case_id not in paths:
+    for case_id in worst_first(rows):
+        if case_id not in paths or case_id not in cases_by_id:
             continue
         case, path = cases_by_id[case_id], paths[case_id]
         label = read_itk(case["label"], rules)
@@ -83,8 +81,7 @@ def case_overlays(
             reference, prediction = (sitk.GetArrayFromImage(image) > 0 for image in (label, mask))
         regions = coding.region_classes if coding else {}
         images = {key: (str(case[key]), 0) for key in intensity if key in case}
-        title = f"{kind}: {case_id}, {'mean ' if len(regions) > 1 else ''}Dice {dice[case_id]:.3f}"
-        overlays.append(
-            load_overlay(title, images, label, prediction, reference, intensity, rules, source, given, regions)
+        overlay = load_overlay(
+            case_id, images, label, prediction, reference, intensity, rules.of_case(case), source, given, regions
         )
-    return overlays
+        yield replace(overlay, dice=dice.get(case_id), mask_path=path)

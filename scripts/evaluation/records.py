@@ -10,6 +10,7 @@ from typing import Any
 
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.metrics import Row
+from scripts.metrics.lesion_measures import read_measures
 from scripts.report.tables import summary_table
 
 Case = Mapping[str, Any]
@@ -68,6 +69,16 @@ def read_summary(path: Path) -> dict[str, Any]:
     if not valid:
         raise _not_an_evaluation(path)
     return summary
+
+
+def evaluated_measures(folder: str) -> list[Row]:
+    """The rows of ``measures.csv`` of an evaluation; none where it was made without them.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / "measures.csv"
+    return read_measures(path) if path.is_file() else []
 
 
 def _not_an_evaluation(path: Path) -> ValueError:

@@ -9,29 +9,32 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
-from scripts.data.modalities import modalities_used
 from scripts.evaluation.mask_files import MaskFiles, find_masks, no_masks_message
 from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
-from scripts.evaluation.network_cost import network_cost
 from scripts.evaluation.overlays import case_overlays
+from scripts.evaluation.prediction_measures import measure_prediction
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.evaluation.training_cases import NO, YES, trained_on, training_notes
 from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
+from scripts.image_io.dicom_rules import pet_modality
 from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
+from scripts.metrics.lesion_measures import write_measures
 from scripts.report import write_report
 from scripts.report.curves import read_curves
-from scripts.training.handlers import torch_usage
+from scripts.runtime.modalities import modalities_used
 from scripts.utils.atomic_files import write_json
 from scripts.utils.process_pool import end_with_parent
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,12 @@ def score(
     regions: Mapping[str, Sequence[float]] | None = None,
     ignore: float | None = None,
     mask_values: str = "file",
+    dicom: Mapping[str, Any] | None = None,
+    single_file: bool = False,
 ) -> dict[str, Any]:
-    """Score a folder of masks and write ``cases.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
+    """Score a folder of masks.
+
+    Writes ``cases.csv``, ``measures.csv``, ``summary.json``, ``report.html`` and ``manifest.json``.
 
     Every region of every case is scored: the table has a row for each.
 
@@ -77,6 +84,8 @@ def score(
         regions: name -> values of the reference masks; by default one region for each foreground class.
         ignore: value of the reference masks whose voxels count as background in both masks.
         mask_values: what the masks hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
+        dicom: rules of the modalities, which tell the PET where none is called so.
+        single_file: write the report as one file, instead of a page and the folder ``report_files``.
 
     Returns:
         The summary.
@@ -100,10 +109,12 @@ def score(
     if not masks.paths.keys() & set(case_ids):
         raise ValueError(no_masks_message(predictions, masks, case_ids))
     trained, trained_unknown = trained_on(weights, scored_cases)
+    pet = pet_modality(list(intensity), dicom or {})
     coding = MaskCoding(labels, regions, ignore, mask_values)
     work = partial(score_case, paths=masks.paths, coding=coding, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases)), initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
+        measured = list(pool.map(partial(measure_prediction, **work.keywords, pet=pet), scored_cases))
     rows = [row for case_rows, _, _ in results for row in case_rows]
     by_case = dict(zip(case_ids, results, strict=True))
     problems = {case_id: problem for case_id, (_, problem, _) in by_case.items() if problem}
@@ -120,7 +131,7 @@ def score(
         "aggregate": aggregate(rows, seed=seed),
         "regions": aggregate_regions(rows, seed=seed),
         "trained_on": _training_summary(rows, seed),
-        **network_cost(network, patch, len(intensity)),
+        **_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
         "missing": sorted(missing),
         "unreadable": [problems[case_id] for case_id in sorted(problems)],
@@ -133,6 +144,11 @@ def score(
     _log_warnings(summary, findings, [*masks.hints.values(), *notes])
     if trained_unknown:
         logger.info("%s", trained_unknown)
+    for case_id, (_, problem) in zip(case_ids, measured, strict=True):
+        if problem:
+            logger.warning("%s: no uptake is measured: %s", case_id, problem)
+    measures = [row for case_rows, _ in measured for row in case_rows]
+    write_measures(measures, Path(output_dir) / "measures.csv")
     write_rows(rows, Path(output_dir) / "cases.csv")
     write_json(summary, Path(output_dir) / "summary.json")
     run = {**summary, "rows": add_centres(rows, cases)}
@@ -144,11 +160,22 @@ def score(
         {Path(path).parent.name: read_curves(path) for path in curves},
         manifest,
         notes,
+        single_file=single_file,
+        measures=measures,
     )
     print(f"{markdown_summary([summary])}\nreport: {Path(output_dir) / 'report.html'}")
     if len(problems) + len(missing) == len(case_ids):
         raise ValueError(f"None of the {len(case_ids)} masks could be scored. {next(iter(problems.values()))}")
     return summary
+
+
+def _cost(network: nn.Module | None, patch: Sequence[int], channels: int) -> dict[str, Any]:
+    """``network_cost``, for which PyTorch is loaded; unknown without a network."""
+    if network is None:
+        return {"parameters": None, "gflops": None}
+    from scripts.evaluation.network_cost import network_cost
+
+    return network_cost(network, patch, channels)
 
 
 def score_case(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.metrics.aggregate import case_count, paired_difference
+from scripts.metrics.aggregates import case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES
 from scripts.utils.markdown import interval_text, markdown_table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
-from scripts.metrics.aggregate import case_count
+from scripts.metrics.aggregates import case_count
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
 from scripts.utils.task_file import read_task, task_path

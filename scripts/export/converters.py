@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from scripts import bundle_root
-from scripts.data.regions import IGNORED
-from scripts.inference.engines import import_optional, openvino_core
+from scripts.runtime.engines import import_optional, openvino_core
+from scripts.runtime.regions import IGNORED
 from scripts.utils.run_manifest import running_config
 
 # Layers that stay in float32 when the rest runs in bf16: the first convolution and the logits. Chosen on training cases

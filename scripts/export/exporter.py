@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,10 +25,11 @@ from tqdm import tqdm
 from scripts.data.cohorts.phantom import MODALITIES, write_phantoms
 from scripts.export import FORMATS, converters
 from scripts.export.parity import REFERENCE_ENGINE, Figures, Inferer, compare_engines, gate_failures
-from scripts.inference import EXPORT_PRECISIONS
-from scripts.inference.engine_choice import RECORD, export_folder
-from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, import_optional
+from scripts.inference.engines import ExportedEngine
 from scripts.networks.weights import load_weights
+from scripts.runtime import EXPORT_PRECISIONS
+from scripts.runtime.engines import ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, import_optional
+from scripts.runtime.exported_files import PROBE, RECORD, export_folder, kept_logits, probe_image, probe_sizes
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.markdown import markdown_table
@@ -114,6 +116,7 @@ def export(
             "weights_sha256": checksum,
             "window": list(window),
             "modalities": list(modalities),
+            "divisor": divisor_of(network),
             "compared_on": {"source": source, "cases": [case["case_id"] for case in cases]},
             "torch": figures[REFERENCE_ENGINE],
             "models": {name: _entry(folder, name, figures[name]) for name in engines if name not in refused},
@@ -124,6 +127,7 @@ def export(
         if any(name.endswith("fp32") for name in refused):
             raise ValueError(f"Nothing was written: {_refusals(refused)}.")
         _remove_refused(folder, record["models"])
+        record["probe"] = _write_probe(plain, len(modalities), window, folder / PROBE)
         write_json(record, folder / RECORD)
         _replace(folder, target)
     print(f"exported: {target}")
@@ -198,12 +202,12 @@ def _convert(
     engines: dict[str, nn.Module] = {}
     if "onnx" in formats:
         converters.to_onnx(network, channels, window, folder / "model.onnx")
-        engines["onnxruntime fp32"] = ONNXRuntimeEngine(folder / "model.onnx", threads)
+        engines["onnxruntime fp32"] = ExportedEngine(ONNXRuntimeEngine(folder / "model.onnx", threads))
     if "openvino" in formats:
         converters.to_openvino(network, channels, window, folder / "fp32.xml")
-        engines["openvino fp32"] = OpenVINOEngine(folder / "fp32.xml", "fp32", threads)
+        engines["openvino fp32"] = ExportedEngine(OpenVINOEngine(folder / "fp32.xml", "fp32", threads))
         if "bf16" in precisions and cpu_has_bf16():
-            engines["openvino bf16"] = OpenVINOEngine(folder / "fp32.xml", "bf16", threads)
+            engines["openvino bf16"] = ExportedEngine(OpenVINOEngine(folder / "fp32.xml", "bf16", threads))
         elif "bf16" in precisions:
             logger.warning("bf16 is left out: this CPU has no bf16 instructions, so bf16 cannot be compared here")
     if "torchscript" in formats:
@@ -215,7 +219,7 @@ def _convert(
 def _quantise(folder: Path, training: Iterator[Any], window: Sequence[int], threads: int) -> nn.Module:
     """Write the int8 model, calibrated on patches of training cases; return the engine that runs it."""
     converters.to_int8(folder / "fp32.xml", converters.draw_patches(training, window), folder / "int8.xml")
-    return OpenVINOEngine(folder / "int8.xml", "int8", threads or torch.get_num_threads())
+    return ExportedEngine(OpenVINOEngine(folder / "int8.xml", "int8", threads or torch.get_num_threads()))
 
 
 def _refused(figures: Mapping[str, Figures]) -> dict[str, list[str]]:
@@ -230,6 +234,23 @@ def _refused(figures: Mapping[str, Figures]) -> dict[str, list[str]]:
 
 def _refusals(refused: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name} was refused, since {' and '.join(reasons)}" for name, reasons in refused.items())
+
+
+def divisor_of(network: nn.Module) -> list[int]:
+    """The numbers per axis that sizes of the network's images must be multiples of."""
+    divisor = getattr(network, "divisor", 16)
+    return [divisor] * 3 if isinstance(divisor, int) else list(divisor)
+
+
+def _write_probe(network: nn.Module, channels: int, window: Sequence[int], path: Path) -> str:
+    """Write PyTorch's logits of the probes, which every engine is compared with on every machine; the sha256."""
+    with torch.no_grad():
+        logits: dict[str, Any] = {
+            name: kept_logits(network(torch.from_numpy(probe_image(channels, size))).numpy())
+            for name, size in probe_sizes(window).items()
+        }
+    np.savez_compressed(path, **logits)
+    return sha256(path)
 
 
 def _entry(folder: Path, name: str, figures: Figures) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from scripts.data.decision import classes_from_logits
-from scripts.data.regions import IGNORED, own_classes
+from scripts.data.decision import decide_classes
 from scripts.metrics import dice
+from scripts.runtime.regions import IGNORED, own_classes
 
 REFERENCE_ENGINE = "torch fp32"
 
@@ -107,7 +107,7 @@ def compare_engines(
             comparison = comparisons[name]
             comparison.seconds.append(time.perf_counter() - began)
             expected = logits if expected is None else expected
-            mask, expected_mask = (classes_from_logits(each[0], regions) for each in (logits, expected))
+            mask, expected_mask = (decide_classes(each[0], regions) for each in (logits, expected))
             comparison.logits_differences.append(float((logits - expected).abs().max()))
             counted = label[0] != IGNORED
             for index in range(1, logits.shape[1]) if regions is None else own_classes(regions):

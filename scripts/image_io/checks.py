@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.data import MetaTensor
+from numpy.typing import NDArray
 
 from scripts.image_io.headers import MAX_VOXELS, VOXEL_SIZES, Affine, Header
+from scripts.image_io.suv_values import SuvValues, checked_suv_values, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +69,18 @@ class Rules:
         voxel_size: which voxel sizes to believe where a header contradicts itself by more than 1%: those of the
             ``"affine"`` (the axes of the sform, ElementSpacing) or of ``"pixdim"`` (pixdim, ElementSize); None refuses
             such files. See ``scripts.image_io.headers.reconcile_voxel_sizes``.
+        suv: what the header of a PET in DICOM lacks for SUV, see ``scripts.image_io.suv_values``.
 
     Raises:
-        ValueError: ``replace_nonfinite`` is not finite in float32, or ``voxel_size`` is unknown.
+        ValueError: ``replace_nonfinite`` is not finite in float32, ``voxel_size`` is unknown, or a value in ``suv``
+            is implausible.
     """
 
     max_voxels: int = MAX_VOXELS
     replace_nonfinite: float | None = None
     series_uids: Sequence[str] = field(default=())
     voxel_size: str | None = None
+    suv: SuvValues = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         value = self.replace_nonfinite
@@ -85,6 +88,11 @@ class Rules:
             raise ValueError(f"--replace-nonfinite is {value}: give a number that is finite in float32, such as 0.")
         if self.voxel_size is not None and self.voxel_size not in VOXEL_SIZES:
             raise ValueError(f"--voxel-size is {self.voxel_size!r}. Choose {' or '.join(VOXEL_SIZES)}.")
+        object.__setattr__(self, "suv", checked_suv_values(self.suv))
+
+    def of_case(self, case: Mapping[Any, Any]) -> Rules:
+        """These rules with the values for SUV that the table of cases gives for a case."""
+        return replace(self, suv={**self.suv, **case["suv"]}) if case.get("suv") else self
 
 
 def report_findings(findings: Iterable[Finding], log_notes: bool = False) -> None:
@@ -139,6 +147,23 @@ def check_headers(headers: Mapping[str, Header], reference: str, stacked: Sequen
             if key != reference:
                 findings += _compare_with_reference(headers[reference], header, key)
     return findings
+
+
+def check_suv_values(headers: Mapping[str, Header], rules: Rules) -> list[Finding]:
+    """An error if values for SUV are given for a case whose PET is no DICOM, a warning if it has no PET."""
+    images = {key: header for key, header in headers.items() if key != LABEL}
+    if not rules.suv or any(header.modality == "PT" for header in images.values()):
+        return []
+    files = [header.path for header in images.values() if not header.slices]
+    if not files:
+        return [Finding(WARNING, f"{options_of(rules.suv)} is not used: the case has no PET")]
+    return [
+        Finding(
+            ERROR,
+            f"{options_of(rules.suv)} completes the header of a PET in DICOM, but {', '.join(files)} is none. Remove "
+            "it, and give the PET in SUV.",
+        )
+    ]
 
 
 def expected_extra_axes(key: str, stacked: Sequence[str]) -> tuple[int, ...]:
@@ -338,29 +363,29 @@ def _covered_fraction(reference: Header, mask: Header) -> float:
 
 
 def check_intensities(
-    volume: MetaTensor, key: str, rules: Rules, intensity: Sequence[float] | str | None = None
+    voxels: NDArray, path: str, key: str, rules: Rules, intensity: Sequence[float] | str | None = None
 ) -> list[Finding]:
     """Check an image's voxels in one pass; replace NaN and infinite ones in place if the rules allow it.
 
     Args:
-        volume: of any shape and type; its metadata name the file.
+        voxels: ``H W D``, of any type.
+        path: the file, for the messages.
         key: the modality; plausible ranges are known for ``ct`` (HU) and ``pet`` (SUV).
         rules: what is accepted.
         intensity: ``[low, high]`` of the values that the network gets as 0 to 1. Text (``"zscore"``) or None: no such
             range.
     """
-    path, voxels = volume.meta.get("filename_or_obj", key), volume.as_tensor()
     findings = []
-    low, high = (float(end) for end in torch.aminmax(voxels))  # NaN if any voxel is NaN
+    low, high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is NaN
     if not -FLOAT32_MAX <= low <= high <= FLOAT32_MAX:
         nonfinite = ~((voxels >= -FLOAT32_MAX) & (voxels <= FLOAT32_MAX))
-        text = f"{path}: {int(nonfinite.sum())} of {voxels.numel()} voxels are NaN or infinite"
+        text = f"{path}: {np.count_nonzero(nonfinite)} of {voxels.size} voxels are NaN or infinite"
         if rules.replace_nonfinite is None:
             advice = "Correct the file, or replace them with --replace-nonfinite VALUE."
             return [Finding(ERROR, f"{text}. {advice}", key=key)]
         voxels[nonfinite] = rules.replace_nonfinite
         findings.append(Finding(WARNING, f"{text}, replaced by {rules.replace_nonfinite:g}", key=key))
-        low, high = (float(end) for end in torch.aminmax(voxels))
+        low, high = float(voxels.min()), float(voxels.max())
     if low == high:
         text = f"{path} ({key}) is constant: every voxel is {low:g}"
         return [*findings, Finding(WARNING, text, key=key, kind=CONSTANT)]
@@ -384,7 +409,7 @@ def _implausible_range(key: str, low: float, high: float) -> str:
     return f"{values}, far below 0: is it a CT?" if low < MR_MIN else ""
 
 
-def _unfit_for_network(voxels: torch.Tensor, key: str, low: float, high: float, intensity: Sequence[float]) -> str:
+def _unfit_for_network(voxels: NDArray, key: str, low: float, high: float, intensity: Sequence[float]) -> str:
     """Why values do not fit the range that the network gets; empty if they fit."""
     start, end = map(float, intensity)
     text = f"({key}) has values from {low:.4g} to {high:.4g}"
@@ -392,32 +417,43 @@ def _unfit_for_network(voxels: torch.Tensor, key: str, low: float, high: float, 
     filled = (high - start) / (end - start)
     if filled < MIN_FILLED.get(key, MIN_FILLED_OTHER):
         return f"{text}, which fill {max(0.0, filled):.2%} of {network}"
-    step = max(1, round((voxels.numel() / SAMPLED_VOXELS) ** (1 / 3)))
-    sample = voxels[:, ::step, ::step, ::step].float()
-    above = float((sample >= end).float().mean())
+    step = max(1, round((voxels.size / SAMPLED_VOXELS) ** (1 / 3)))
+    sample = voxels[::step, ::step, ::step].astype(np.float32)
+    above = float((sample >= end).mean())
     if above > MAX_ABOVE.get(key, MAX_ABOVE_OTHER):
         return f"{text}, {above:.0%} of them above {network}"
     if key == "ct":
         return ""  # air lies below the range
-    below = float((sample < start - BELOW_MARGIN * (end - start)).float().mean())
+    below = float((sample < start - BELOW_MARGIN * (end - start)).mean())
     if below > MAX_BELOW:
         return f"{text}, {below:.0%} of them below {network}"
-    if key == "pet" and float((sample > start + MAX_PET_P90 * (end - start)).float().mean()) > 0.1:
+    if key == "pet" and float((sample > start + MAX_PET_P90 * (end - start)).mean()) > 0.1:
         level = start + MAX_PET_P90 * (end - start)
         return f"{text}, more than 10% of them above {level:g}, which is rare in SUV: is it in kBq/ml?"
     return ""
 
 
 def check_images(
-    volumes: Mapping[str, MetaTensor], rules: Rules, intensity: Mapping[str, Sequence[float] | str] | None = None
+    volumes: Mapping[str, NDArray],
+    paths: Mapping[str, str],
+    rules: Rules,
+    intensity: Mapping[str, Sequence[float] | str] | None = None,
 ) -> list[Finding]:
-    """Run ``check_intensities`` on every image except the label; refuse a case of constant images only."""
+    """Run ``check_intensities`` on every image except the label; refuse a case of constant images only.
+
+    Args:
+        volumes: by modality, ``H W D``.
+        paths: the file of each.
+        rules: what is accepted.
+        intensity: per modality the range that the network gets.
+    """
     images, ranges = {key: volume for key, volume in volumes.items() if key != LABEL}, intensity or {}
     findings = [
-        finding for key, volume in images.items() for finding in check_intensities(volume, key, rules, ranges.get(key))
+        finding
+        for key, volume in images.items()
+        for finding in check_intensities(volume, paths[key], key, rules, ranges.get(key))
     ]
-    paths = {key: str(volume.meta.get("filename_or_obj", key)) for key, volume in images.items()}
-    return findings + check_all_constant(findings, paths)
+    return findings + check_all_constant(findings, {key: paths[key] for key in images})
 
 
 def check_all_constant(findings: Iterable[Finding], paths: Mapping[str, str]) -> list[Finding]:

@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scripts.image_io.dicom_classes import ENHANCED, sop_class_of
-from scripts.image_io.dicom_geometry import (
-    MAX_ROUNDING,
-    geometry_numbers,
-    slice_affine,
-    spacing_warning,
-    stack_affine,
-)
+from scripts.image_io.dicom_geometry import MAX_ROUNDING, geometry_numbers, slice_affine, spacing_warning, stack_affine
 from scripts.image_io.dicom_packages import dicom_package
 from scripts.image_io.dicom_values import PIXEL_KEYWORDS, Rescale, check_pixel_format, check_rescale
 from scripts.image_io.headers import Affine, Header, check_affine, check_max_voxels

@@ -7,7 +7,10 @@ import logging
 from importlib import import_module
 from typing import Any
 
-PIP_NAMES = {"pydicom": "pydicom", "highdicom": "highdicom", "rt_utils": "rt-utils"}  # by module
+PIP_NAMES = {  # by module
+    **{"pydicom": "pydicom", "highdicom": "highdicom"},
+    **{"dicomweb_client": "dicomweb-client", "requests": "dicomweb-client"},
+}
 
 
 def dicom_package(module: str) -> Any:
@@ -22,10 +25,8 @@ def dicom_package(module: str) -> Any:
     try:
         imported = import_module(module)
     except ImportError as error:
-        if error.name != package:  # for example OpenCV, a dependency of rt-utils, without libGL
-            raise ValueError(
-                f"{PIP_NAMES[package]} cannot be loaded ({error}). Install the missing library, for example libgl1."
-            ) from error
+        if error.name != package:  # a dependency of the package, or one of its libraries
+            raise ValueError(f"{PIP_NAMES[package]} cannot be loaded ({error}). Install what is missing.") from error
         raise ValueError(f'{PIP_NAMES[package]} is not installed. Run: pip install ".[dicom]".') from error
     logging.getLogger(package).setLevel(logging.ERROR)
     return imported

@@ -3,7 +3,8 @@
 
 A rule names elements by their DICOM keywords, each with a pattern, as of file names and regardless of case, or with a
 number: ``{"Modality": "MR", "SeriesDescription": "*T1*post*", "EchoTime": 90}``. All of them must match. An element
-with several values matches by any of them, or by all of them with backslashes between, as DICOM writes them.
+with several values matches by any of them, or by all of them with backslashes between, as DICOM writes them. The key
+``prefer`` says which of several series that match is taken, see ``scripts.image_io.series_preference``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.series_preference import PREFER, check_preferences
 from scripts.utils.values import is_list, is_number
 
 Rule = Mapping[str, str | float]
@@ -37,14 +39,15 @@ def check_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> None:
         if key not in modalities:
             known = ", ".join(modalities)
             raise ValueError(f"dicom has a rule for {key}, which is no modality of this task. Use {known}.")
-        if not isinstance(rule, Mapping) or (not rule and key not in DICOM_MODALITIES):
+        if not isinstance(rule, Mapping) or (not set(rule) - {PREFER} and key not in DICOM_MODALITIES):
             raise ValueError(
                 f'dicom["{key}"] is {rule!r}. Give keywords of DICOM with a pattern or a number: {EXAMPLE}.'
             )
+        check_preferences(key, rule)
 
 
 def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rule of each modality; those of ``ct``, ``pet`` and ``mr`` begin with the ``Modality`` of DICOM.
+    """The rule of each modality, without ``prefer``; those of ``ct``, ``pet`` and ``mr`` begin with the ``Modality``.
 
     Args:
         modalities: of the task.
@@ -65,6 +68,13 @@ def series_rules(modalities: Sequence[str], rules: Mapping[str, Any]) -> dict[st
             )
         complete[key] = {**defaults.get(key, {}), **_checked(key, rules.get(key, {}))}
     return complete
+
+
+def pet_modality(modalities: Sequence[str], rules: Mapping[str, Any]) -> str | None:
+    """The first modality that is a PET, by its name or by its rule; arguments as for ``series_rules``."""
+    defaults = {key: {"Modality": value} for key, value in DICOM_MODALITIES.items()}
+    kinds = {key: {**defaults.get(key, {}), **rules.get(key, {})}.get("Modality") for key in modalities}
+    return next((key for key, kind in kinds.items() if kind and _matches(["PT"], str(kind))), None)
 
 
 def rule_text(rule: Rule) -> str:
@@ -102,7 +112,8 @@ def _numbers(texts: Iterable[str]) -> list[float]:
 def _checked(key: str, rule: Any) -> Rule:
     """The rule, if it is one."""
     dictionary = dicom_package("pydicom.datadict")
-    for keyword, wanted in rule.items():
+    elements = {keyword: wanted for keyword, wanted in rule.items() if keyword != PREFER}
+    for keyword, wanted in elements.items():
         tag = dictionary.tag_for_keyword(keyword)
         if tag is None or dictionary.dictionary_VR(tag) == "SQ":
             nearest = get_close_matches(keyword, dictionary.keyword_dict, n=1, cutoff=0.6)
@@ -118,7 +129,7 @@ def _checked(key: str, rule: Any) -> Rule:
         raise ValueError(
             f'dicom["{key}"] has the Modality {rule["Modality"]}, whose images cannot be read. Use {", ".join(kinds)}.'
         )
-    return dict(rule)
+    return elements
 
 
 def element_texts(value: Any) -> tuple[str, ...]:

@@ -13,12 +13,11 @@ from typing import Any
 from scripts.image_io.dicom_classes import ENHANCED
 from scripts.image_io.dicom_enhanced import pet_elements
 from scripts.image_io.dicom_packages import dicom_package
+from scripts.image_io.pet_header import START_TIMES, complete_header, given_factor, philips_factor, require_complete
+from scripts.image_io.suv_values import DOSE, FACTOR, HALF_LIFE, QUANTITIES, WEIGHT, SuvValues, options_of
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_KG = (0.2, 500.0)  # plausible limits
-DOSE_BQ = (1e5, 1e11)  # a dose given in MBq would be below
-HALF_LIFE_S = (1.0, 1e9)
 # Longest time from injection to scan. FDG is scanned within a few hours, and after 12 hours 1% of fluorine-18 is left
 # (half life 110 minutes). A longer time means another tracer than the network was trained on, or a wrong clock or date.
 MAX_UPTAKE = timedelta(hours=12)
@@ -27,7 +26,7 @@ SAME_IN_ALL = ("Units", "SUVType", "DecayCorrection", "CorrectedImage", "Patient
 UTC_OFFSET = r"[+-]\d{4}"
 
 
-def series_suv_factor(files: Sequence[str], name: str) -> float:
+def series_suv_factor(files: Sequence[str], name: str, given: SuvValues | None = None) -> float:
     """Run ``suv_factor`` on a series' files. Also raises ValueError if pydicom is not installed."""
     try:
         pydicom = dicom_package("pydicom")
@@ -37,25 +36,27 @@ def series_suv_factor(files: Sequence[str], name: str) -> float:
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
         slices = [pet_elements(head) if str(head.SOPClassUID) in ENHANCED else head for head in slices]
         differing = [keyword for keyword in SAME_IN_ALL if len({str(head.get(keyword)) for head in slices}) > 1]
+        differing += ["factors of Philips"] if len({philips_factor(head) for head in slices}) > 1 else []
     except Exception:  # pydicom raises many exception types on a damaged file, and quotes its content
         raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
     if differing:
         raise ValueError(f"{name} contains slices with different {differing[0]}. Export the series again.")
     try:
-        return suv_factor(slices, name)
+        return suv_factor(slices, name, given)
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         raise ValueError(f"{name} contains a damaged DICOM file. Export the series again.") from None
 
 
-def suv_factor(slices: Sequence[Any], name: str) -> float:
+def suv_factor(slices: Sequence[Any], name: str, given: SuvValues | None = None) -> float:
     """The factor that turns a series' values (after rescaling) into SUV by body weight.
 
     - ``Units`` ``GML``: the values are SUV already; the factor is 1.
     - ``Units`` ``BQML``: the values are divided by the injected activity per gram of body weight. If the images are
       decay-corrected to the start of the scan (``START``), the activity is decayed to that time, too. If they are
       corrected to the injection (``ADMIN``), the injected activity is used.
+    - ``Units`` ``CNTS`` of Philips: the private factor (7053,1000); without it, (7053,1009) gives Bq/ml.
 
     The start of the scan is the series' time. The earliest acquisition's time is used instead if it is earlier (the
     series' time may be that of a later reconstruction), or if the series' time lies before the injection.
@@ -63,44 +64,69 @@ def suv_factor(slices: Sequence[Any], name: str) -> float:
     Args:
         slices: headers of one series (pydicom datasets).
         name: the series' folder, for error messages.
+        given: what the header lacks, see ``scripts.image_io.suv_values``. A value that the header has, too, must be
+            the same; ``suv_factor`` stands against the header, with a warning.
 
     Raises:
-        ValueError: other units or corrections; values that are missing or implausible.
+        ValueError: other units or corrections; values that are missing, implausible or contradictory.
     """
-    first = slices[0]
+    first, given = slices[0], given or {}
     _require_corrections(first, name)
     units = str(first.get("Units", "")) or "none"
+    if FACTOR in given:
+        return given_factor(lambda: _header_factor(slices, first, units, name), float(given[FACTOR]), units, name)
+    if given and (units == "GML" or (units == "CNTS" and philips_factor(first)[0])):
+        why = "its values are SUV already" if units == "GML" else "Philips' factor (7053,1000) stands in the header"
+        logger.warning("%s: %s is not used, because %s.", name, options_of(given), why)
+    elif given:
+        first = complete_header(first, given, name)
+    return _header_factor(slices, first, units, name)
+
+
+def _header_factor(slices: Sequence[Any], first: Any, units: str, name: str) -> float:
+    """The factor by the header ``first``; the times of the scan are those of all ``slices``."""
     if units == "GML":
         suv_type = str(first.get("SUVType", "") or "BW")
         if suv_type != "BW":
             raise ValueError(f"{name} is in SUV by {suv_type}, not by body weight (BW). Convert it.")
         return 1.0
-    if units != "BQML":
-        raise ValueError(f"{name} has the units {units}. Only BQML and GML can be converted to SUV by body weight.")
+    suv, bq_per_ml = philips_factor(first) if units == "CNTS" else (0.0, 1.0)
+    if suv:
+        return suv
+    if units not in ("BQML", "CNTS") or not bq_per_ml:
+        raise ValueError(
+            f"{name} has the units {units}. Only BQML, GML and CNTS with a factor of Philips (7053,1000 or 7053,1009) "
+            "can be converted to SUV by body weight. Give the whole conversion with --suv-factor, or the PET as SUV."
+        )
     decay = str(first.get("DecayCorrection", "")) or "none"
     if decay not in ("START", "ADMIN"):
-        raise ValueError(f"{name} has the decay correction {decay}. SUV requires START or ADMIN.")
-    weight = _number(first, "PatientWeight", name, WEIGHT_KG, "kg")
+        raise ValueError(
+            f"{name} has the decay correction {decay}. SUV requires START or ADMIN, or a given --suv-factor."
+        )
     injections = list(first.get("RadiopharmaceuticalInformationSequence", []) or [])
-    if len(injections) != 1:
+    if len(injections) > 1:
         raise ValueError(f"{name} lists {len(injections)} radiopharmaceuticals. SUV requires exactly one.")
-    dose = _number(injections[0], "RadionuclideTotalDose", name, DOSE_BQ, "Bq")
+    require_complete(first, decay == "START", name)
+    weight = _number(first, "PatientWeight", name, WEIGHT)
+    dose = _number(injections[0], "RadionuclideTotalDose", name, DOSE)
     if decay == "START":
-        half_life = _number(injections[0], "RadionuclideHalfLife", name, HALF_LIFE_S, "s")
+        half_life = _number(injections[0], "RadionuclideHalfLife", name, HALF_LIFE)
         dose *= math.exp2(-_uptake_seconds(slices, injections[0], name) / half_life)
-    return weight * 1000.0 / dose
+    return bq_per_ml * weight * 1000.0 / dose
 
 
-def _number(dataset: Any, keyword: str, name: str, limits: tuple[float, float], unit: str) -> float:
-    value = dataset.get(keyword)
-    if value in (None, ""):
-        raise ValueError(f"{name} has no {keyword}, which SUV requires. Add it, or give the PET as SUV.")
+def _number(dataset: Any, keyword: str, name: str, key: str) -> float:
+    """An element as the quantity of ``QUANTITIES`` that it is."""
     try:
-        number = float(value)
+        number = float(dataset.get(keyword))
     except (TypeError, ValueError):
         raise ValueError(f"{name} has a {keyword} that is not a number. Correct it.") from None
-    if not limits[0] <= number <= limits[1]:
-        raise ValueError(f"{name} has an implausible {keyword} of {number:g} {unit}. Correct it.")
+    low, high = QUANTITIES[key].limits
+    if not low <= number <= high:
+        raise ValueError(
+            f"{name} has an implausible {keyword} of {number:g} {QUANTITIES[key].unit}. Correct it, or give "
+            f"{options_of([key])}, which replaces it."
+        )
     return number
 
 
@@ -121,15 +147,13 @@ def _uptake_seconds(slices: Sequence[Any], injection: Any, name: str) -> float:
     plausible uptake time.
     """
     starts = _scan_starts(slices, name)
-    date_time, clock = (str(injection.get(f"Radiopharmaceutical{tag}") or "") for tag in ("StartDateTime", "StartTime"))
+    date_time, clock = (str(injection.get(tag) or "") for tag in START_TIMES)
     if date_time:
         tag, uptakes = "RadiopharmaceuticalStartDateTime", _uptakes_since(date_time, starts, name)
-    elif clock:
+    else:
         tag, offset = "RadiopharmaceuticalStartTime", f"{starts[0]:%z}"
         same_day = [start - _parse_time(f"{start:%Y%m%d}", clock, offset, tag, name) for start in starts]
         uptakes = same_day + [uptake + timedelta(days=1) for uptake in same_day]
-    else:
-        raise ValueError(f"{name} has no time of injection, which SUV requires. Add it, or give the PET as SUV.")
     plausible = _first_plausible(uptakes)
     if plausible is not None:
         return plausible.total_seconds()
@@ -179,7 +203,9 @@ def _scan_starts(slices: Sequence[Any], name: str) -> list[datetime]:
         times = [_parse_time(date, clock, offset, sources, name) for date, clock in values if date and clock]
         starts += [min(times)] if times else []
     if not starts:
-        raise ValueError(f"{name} has no time of the series or its acquisition, which SUV requires. Add one.")
+        raise ValueError(
+            f"{name} has no time of the series or its acquisition, which SUV requires. Add one, or give --suv-factor."
+        )
     return sorted(starts)
 
 

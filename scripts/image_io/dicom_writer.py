@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a mask as a DICOM segmentation (SEG) or structure set (RTSTRUCT) that references the segmented images."""
+"""Write a mask as a DICOM segmentation (SEG) that references the segmented images.
+
+Structure sets and structured reports share its planes on the slices of a series, and the elements copied from these.
+"""
 
 from __future__ import annotations
 
@@ -62,18 +65,22 @@ def mask_planes(mask_file: Path, slices: Sequence[Any]) -> np.ndarray:
         RefusedError: the mask is not on the series' grid.
     """
     image: Any = nib.Nifti1Image.from_filename(mask_file)
-    mask, affine = np.asanyarray(image.dataobj), image.affine
+    return order_planes(np.asanyarray(image.dataobj), image.affine, slices, mask_file)
+
+
+def order_planes(voxels: np.ndarray, affine: np.ndarray, slices: Sequence[Any], mask_file: Path) -> np.ndarray:
+    """The planes of voxels on the grid of a mask; arguments and errors as for ``mask_planes``."""
     planes = []
     inverse, max_offset = np.linalg.inv(affine), MAX_OFFSET * np.linalg.norm(affine[:3, 2])
     for position, dataset in _positions(slices):
         index = inverse @ position
         number = round(float(index[2]))
         offset = np.linalg.norm(affine[:3, :3] @ (index[:3] - [0, 0, number]))
-        same_size = mask.shape[:2] == (dataset.Columns, dataset.Rows)
-        if offset > max_offset or not 0 <= number < mask.shape[2] or not same_size:
+        same_size = voxels.shape[:2] == (dataset.Columns, dataset.Rows)
+        if offset > max_offset or not 0 <= number < voxels.shape[2] or not same_size:
             uid = dataset.SeriesInstanceUID
             raise RefusedError(f"{mask_file} is not on the grid of the series {uid}. Segment that series again.")
-        planes.append(mask[:, :, number].T)
+        planes.append(voxels[:, :, number].T)
     return np.stack(planes)
 
 
@@ -92,11 +99,12 @@ def write_seg(
     properties: Mapping[str, Property],
     version: str,
     path: Path,
+    lesions: Sequence[tuple[str, int]] = (),
 ) -> None:
     """Write a binary DICOM segmentation with one segment per region that references every image.
 
     Segments may overlap. The segment of an empty region is described and has no frames, so that a region has the same
-    number in every file of a task.
+    number in every file of a task. Every segment has a tracking id, which is its full name, and a tracking UID.
 
     Args:
         mask_file: NIfTI on the series' own grid.
@@ -105,6 +113,8 @@ def write_seg(
         properties: what each region is, see ``segment_properties``.
         version: of the software.
         path: the file to write.
+        lesions: region and number of each lesion that gets a segment of its own, after those of all regions; the
+            numbers are those of ``find_lesions``.
 
     Raises:
         ValueError: highdicom is not installed.
@@ -112,16 +122,14 @@ def write_seg(
             values where DICOM allows one.
     """
     highdicom = dicom_package("highdicom")
-    planes = mask_planes(mask_file, slices)
-    _refuse_invalid_values(slices[0], path)
-    pixels = np.stack([np.isin(planes, list(values)) for values in regions.values()], axis=-1).astype(np.uint8)
+    planes = _planes(mask_file, slices, regions, lesions)
+    refuse_invalid_values(slices[0], path)
+    pixels = np.stack(planes, axis=-1).astype(np.uint8)
     segmentation = highdicom.seg.Segmentation(
         source_images=list(slices),
         pixel_array=pixels,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[
-            _segment(number, name, properties[name], version) for number, name in enumerate(regions, start=1)
-        ],
+        segment_descriptions=_segments(regions, properties, version, lesions),
         series_instance_uid=highdicom.UID(),
         series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
         sop_instance_uid=highdicom.UID(),
@@ -130,27 +138,64 @@ def write_seg(
         manufacturer_model_name=MODEL,
         software_versions=version,
         device_serial_number="0",
-        series_description=_description(regions),
-        specific_character_set=_character_set(slices[0], [*regions, *(each.type[2] for each in properties.values())]),
+        series_description=series_description(regions),
+        specific_character_set=character_set(slices[0], [*regions, *(each.type[2] for each in properties.values())]),
         omit_empty_frames=bool(pixels.any()),  # a segmentation without frames is not valid
     )
-    _shorten(segmentation, path)
+    shorten_strings(segmentation, path)
     with atomic_file(path) as file:
         segmentation.save_as(file)
 
 
-def _segment(number: int, name: str, what: Property, version: str) -> Any:
+def tracking_id(region: str, lesion: int | None = None) -> str:
+    """The tracking id of a region, or of a lesion by its number."""
+    return region if lesion is None else f"{region} lesion {lesion}"
+
+
+def _planes(
+    mask_file: Path, slices: Sequence[Any], regions: Regions, lesions: Sequence[tuple[str, int]]
+) -> list[np.ndarray]:
+    """The planes of each segment, see ``mask_planes``."""
+    image: Any = nib.Nifti1Image.from_filename(mask_file)
+    mask = np.asanyarray(image.dataobj)
+    inside = {name: np.isin(mask, list(values)) for name, values in regions.items()}
+    volumes = [*inside.values()]
+    if lesions:
+        from scripts.metrics.lesion_shape import find_lesions  # needs SciPy, which a runtime folder does without
+
+        components = {name: find_lesions(inside[name]) for name in {name for name, _ in lesions}}
+        volumes += [components[name][number - 1].within(mask.shape) for name, number in lesions]
+    return [order_planes(each, image.affine, slices, mask_file) for each in volumes]
+
+
+def _segments(
+    regions: Regions, properties: Mapping[str, Property], version: str, lesions: Sequence[tuple[str, int]]
+) -> list[Any]:
+    """The descriptions of all segments."""
+    colours = {name: region_colour(number) for number, name in enumerate(regions)}
+    keys = [*((name, None) for name in regions), *lesions]
+    return [
+        _segment(number, name, lesion, properties[name], colours[name], version)
+        for number, (name, lesion) in enumerate(keys, start=1)
+    ]
+
+
+def _segment(number: int, region: str, lesion: int | None, what: Property, colour: str, version: str) -> Any:
     """The description of a segment; ``number`` counts from 1."""
     highdicom = dicom_package("highdicom")
     code = dicom_package("pydicom.sr.coding").Code
     families = dicom_package("pydicom.sr.codedict").codes.cid7162
+    name = tracking_id(region, lesion)
+    suffix = name.removeprefix(region)
     return highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name,
+        segment_label=region[: MAX_LONG - len(suffix)] + suffix,
         segmented_property_category=code(*what.category),
         segmented_property_type=code(*what.type),
         anatomic_regions=[code(*what.anatomy)] if what.anatomy else None,
-        display_color=highdicom.color.CIELabColor.from_string(region_colour(number - 1)),
+        tracking_id=name,
+        tracking_uid=highdicom.UID(),
+        display_color=highdicom.color.CIELabColor.from_string(colour),
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name=MANUFACTURER, family=families.ArtificialIntelligence, version=version
@@ -158,18 +203,18 @@ def _segment(number: int, name: str, what: Property, version: str) -> Any:
     )
 
 
-def _description(regions: Regions) -> str:
+def series_description(regions: Regions) -> str:
     """The description of a series; it names the regions if DICOM has room for them."""
     named = f"{', '.join(regions)}, research only"
     return named if len(named) <= MAX_LONG else "Segmentation, research only"
 
 
-def _character_set(head: Any, texts: Iterable[str]) -> Any:
+def character_set(head: Any, texts: Iterable[str]) -> Any:
     """The encoding of the images, in which the patient's name is written, or UTF-8 if a text of the task needs it."""
     return head.get("SpecificCharacterSet") if all(text.isascii() for text in texts) else UTF_8
 
 
-def _refuse_invalid_values(head: Any, path: Path) -> None:
+def refuse_invalid_values(head: Any, path: Path) -> None:
     """Refuse values that highdicom would refuse with a message that quotes patient data."""
     valuerep = dicom_package("pydicom.valuerep")
     parsers = {
@@ -192,7 +237,7 @@ def _refuse_invalid_values(head: Any, path: Path) -> None:
             )
 
 
-def _shorten(dataset: Any, path: Path) -> None:
+def shorten_strings(dataset: Any, path: Path) -> None:
     """Bring short strings (VR SH) that were copied from the images to the length that DICOM allows.
 
     The study id is truncated. All others are emptied, which the standard allows, because half of an accession number
@@ -206,63 +251,3 @@ def _shorten(dataset: Any, path: Path) -> None:
         if not shortened:
             message = "%s: %s is left empty, because the images' value exceeds DICOM's limit of %d characters."
             logger.warning(message, path, element.keyword, MAX_SHORT_STRING)
-
-
-def write_rtstruct(mask_file: Path, slices: Sequence[Any], regions: Regions, path: Path) -> list[str]:
-    """Write an RT structure set with the contours of each region on every image of a series.
-
-    Args:
-        mask_file, slices, regions, path: see ``write_seg``.
-
-    Returns:
-        The regions that have a structure. If all are empty, no file is written, and an existing one is removed.
-
-    Raises:
-        ValueError: rt-utils is not installed.
-        RefusedError: the mask is not on the series' grid.
-    """
-    structure_set = _empty_structure_set(slices)
-    planes = mask_planes(mask_file, structure_set.series_data)
-    written = []
-    for number, (name, values) in enumerate(regions.items()):
-        inside = np.isin(planes, list(values))
-        if inside.any():  # a structure without contours is not valid
-            structure_set.add_roi(mask=np.moveaxis(inside, 0, -1), color=region_colour(number), name=name)
-            written.append(name)
-    if not written:
-        path.unlink(missing_ok=True)
-        return written
-    to_decimal_string = dicom_package("pydicom.valuerep").format_number_as_ds  # at most 16 characters each
-    dataset = structure_set.ds
-    for contours in dataset.get("ROIContourSequence", []):
-        for contour in contours.ContourSequence:
-            contour.ContourData = [to_decimal_string(float(value)) for value in contour.ContourData]
-    dataset.SeriesDescription = _description(regions)
-    dataset.Manufacturer, dataset.ManufacturerModelName = MANUFACTURER, MODEL
-    del dataset.InstitutionName  # rt-utils writes its own
-    dataset.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
-    for keyword in ("ReferringPhysicianName", "AccessionNumber", "OperatorsName", "PositionReferenceIndicator"):
-        setattr(dataset, keyword, slices[0].get(keyword, ""))  # required, may be empty, and omitted by rt-utils
-    dataset.SpecificCharacterSet = _character_set(slices[0], regions) or dataset.SpecificCharacterSet
-    _shorten(dataset, path)
-    with atomic_file(path) as file:
-        dataset.save_as(file)
-    return written
-
-
-def _empty_structure_set(slices: Sequence[Any]) -> Any:
-    """An rt-utils structure set without structures.
-
-    rt-utils' own reader would read every image below a folder, of any series, so it is given the images. It takes the
-    first ``PixelSpacing`` (between rows) for the step along a row, so the images get the two exchanged.
-    """
-    helper = dicom_package("rt_utils.image_helper")
-    exchanged = []
-    for dataset in slices:
-        copy = dicom_package("pydicom").Dataset()
-        copy.update(dataset)  # shares the elements, therefore the next line adds a new one
-        copy.add_new("PixelSpacing", "DS", dataset.PixelSpacing[::-1])
-        exchanged.append(copy)
-    exchanged.sort(key=helper.get_slice_position)
-    empty = dicom_package("rt_utils.ds_helper").create_rtstruct_dataset(exchanged)
-    return dicom_package("rt_utils").RTStruct(exchanged, empty)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.transforms import SaveImaged
+from numpy.typing import NDArray
 
 from scripts.image_io.headers import VOXEL_TYPES, Header, nifti_header_size, read_header, short_message
 from scripts.utils.atomic_files import write_bytes
@@ -59,11 +57,10 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
         raise ValueError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
 
 
-def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
-    """Read a NIfTI file as ``1 H W D`` in the file's own type, with slope and intercept applied.
+def read_nifti(path: str | Path, header: Header | None = None) -> NDArray:
+    """Read a NIfTI file as ``H W D [N]`` in the file's own type, with slope and intercept applied.
 
-    The voxels stay in the file's order (first axis fastest): the tensor is a view with such strides. A 4D file becomes
-    ``1 H W D N``.
+    The voxels stay in the file's order: the first axis is the fastest. The array may be written to.
 
     Args:
         path: .nii or .nii.gz.
@@ -92,26 +89,7 @@ def read_nifti(path: str | Path, header: Header | None = None) -> MetaTensor:
             f"{path} is not a readable NIfTI file ({short_message(error)}). Copy or convert it again."
         ) from error
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), order="K", copy=False).reshape(header.shape, order="F")
-    return to_meta_tensor(_to_tensor(voxels), header)
-
-
-def to_meta_tensor(volume: torch.Tensor, header: Header) -> MetaTensor:
-    """A volume ``H W D [N]`` as ``1 H W D [N]``, with the metadata that MONAI's reader gives."""
-    meta = {
-        "filename_or_obj": header.path,
-        "original_affine": header.affine,
-        "spatial_shape": np.array(header.shape),
-        "original_channel_dim": float("nan"),
-        "space": "RAS",
-    }
-    return MetaTensor(volume[None], affine=torch.as_tensor(header.affine), meta=meta)
-
-
-def _to_tensor(voxels: np.ndarray) -> torch.Tensor:
-    """A view of the voxels, or a copy if the array is read-only."""
-    reversed_axes = voxels.T  # contiguous, because the first axis of the file is the fastest
-    writeable = reversed_axes if reversed_axes.flags.writeable else reversed_axes.copy()
-    return torch.from_numpy(writeable).permute(*reversed(range(voxels.ndim)))
+    return voxels if voxels.flags.writeable else voxels.copy(order="K")
 
 
 def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
@@ -126,18 +104,24 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: str | Path) -> Non
     image = nib.Nifti1Image(voxels, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip_module().compress(data, COMPRESSION, mtime=0)
     write_bytes(data, path)
 
 
-def mask_table(values: Sequence[float]) -> np.ndarray:
+def mask_table(values: Sequence[float] | None) -> NDArray | None:
     """The values of written masks by class index, in the smallest of uint8, int16 and int32 that holds them.
+
+    Returns:
+        The values; None where they are the indices, which are written as uint8.
 
     Raises:
         ValueError: a value is no integer, or does not fit.
     """
+    if values is None or list(values) == list(range(len(values))):
+        return None
     for value in values:
         if value != int(value) or not -(2**31) <= value < 2**31:
             raise ValueError(
@@ -146,27 +130,3 @@ def mask_table(values: Sequence[float]) -> np.ndarray:
     kinds = (np.uint8, np.int16, np.int32)
     fitting = (kind for kind in kinds if np.iinfo(kind).min <= min(values) and max(values) <= np.iinfo(kind).max)
     return np.array(values).astype(next(fitting))
-
-
-class SaveMaskd(SaveImaged):
-    """MONAI's ``SaveImaged`` for masks: written atomically, as integers, and named after the case.
-
-    Args:
-        key: key of the mask, class indices ``1 H W D``; its metadata contain the affine and the case's id or file name.
-        output_dir: folder of ``<case_id>.nii.gz``.
-        values: what to write for each class, see ``mask_table``; by default the indices, as uint8.
-    """
-
-    def __init__(self, key: str, output_dir: str, values: Sequence[float] | None = None) -> None:
-        super().__init__(key, output_dir=output_dir, output_ext=".nii.gz", print_log=False)
-        self.folder = Path(output_dir)
-        self.table = None if values is None or list(values) == list(range(len(values))) else mask_table(values)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        mask = data[self.keys[0]]
-        name = mask.meta.get("case_id") or Path(str(mask.meta.get("filename_or_obj", "mask"))).name.split(".")[0]
-        voxels = mask[0].to(torch.uint8).numpy()
-        if self.table is not None:
-            voxels = self.table[voxels]
-        write_nifti(voxels, np.asarray(mask.affine), self.folder / f"{name}.nii.gz")
-        return dict(data)

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
-import torch
-from monai.data import MetaTensor
-from monai.transforms import LoadImaged
+from numpy.typing import NDArray
 
-from scripts.image_io.checks import Rules, check_headers, check_images, report_findings
+from scripts.image_io.checks import Rules
 from scripts.image_io.dicom_enhanced import is_enhanced, read_enhanced_voxels
 from scripts.image_io.dicom_series import is_pet, read_series_header
 from scripts.image_io.dicom_suv import series_suv_factor
 from scripts.image_io.headers import LPS_TO_RAS, METAIMAGE, NIFTI, VOXEL_TYPES, Header, read_header
 from scripts.image_io.metaimage import check_metaimage_voxels
-from scripts.image_io.nifti import read_nifti, to_meta_tensor
+from scripts.image_io.nifti import read_nifti
 from scripts.image_io.nrrd import NRRD, read_nrrd_voxels
 
 
@@ -31,15 +28,15 @@ def header_of(path: str | Path, rules: Rules) -> Header:
     return read_header(path, rules.max_voxels, rules.voxel_size)
 
 
-def read_volume(header: Header, rules: Rules) -> MetaTensor:
-    """Read the voxels that belong to a header, ``1 H W D [N]``.
+def read_volume(header: Header, rules: Rules) -> NDArray:
+    """Read the voxels that belong to a header, ``H W D [N]``.
 
     Raises:
         ValueError: the voxels are truncated or damaged.
         OSError: not enough memory.
     """
     try:
-        return _read_voxels(header)
+        return _read_voxels(header, rules)
     except MemoryError as error:
         gib = header.voxels * header.kind.itemsize / 2**30
         raise OSError(
@@ -48,7 +45,7 @@ def read_volume(header: Header, rules: Rules) -> MetaTensor:
         ) from error
 
 
-def _read_voxels(header: Header) -> MetaTensor:
+def _read_voxels(header: Header, rules: Rules) -> NDArray:
     name = header.path.lower()
     if name.endswith(NIFTI):
         return read_nifti(header.path, header)
@@ -57,8 +54,8 @@ def _read_voxels(header: Header) -> MetaTensor:
     if header.slices and is_enhanced(header.slices[0]):
         voxels = read_enhanced_voxels(header.slices[0])
         if is_pet(header.slices[0]):
-            voxels *= series_suv_factor(header.slices, header.path)
-        return to_meta_tensor(torch.from_numpy(voxels.reshape(header.shape)), header)
+            voxels *= series_suv_factor(header.slices, header.path, rules.suv)
+        return voxels.reshape(header.shape)
     if name.endswith(METAIMAGE):
         check_metaimage_voxels(Path(header.path))
         reader = sitk.ImageFileReader()
@@ -66,14 +63,15 @@ def _read_voxels(header: Header) -> MetaTensor:
         image = _execute(reader, header.path, header.path)
     else:
         image = _execute(sitk.ImageSeriesReader(), header.slices, header.path)
-        image = image * series_suv_factor(header.slices, header.path) if is_pet(header.slices[0]) else image
+        if is_pet(header.slices[0]):
+            image = image * series_suv_factor(header.slices, header.path, rules.suv)
     return _from_array(sitk.GetArrayFromImage(image).T, header)
 
 
-def _from_array(voxels: np.ndarray, header: Header) -> MetaTensor:
+def _from_array(voxels: NDArray, header: Header) -> NDArray:
     if voxels.dtype not in VOXEL_TYPES:
         voxels = voxels.astype(np.float32)
-    return to_meta_tensor(torch.from_numpy(voxels.reshape(header.shape)), header)
+    return voxels.reshape(header.shape)
 
 
 def _execute(reader: Any, names: Any, path: str) -> sitk.Image:
@@ -106,7 +104,7 @@ def read_itk(path: str | Path, rules: Rules, channel: int | None = None) -> sitk
     header = header_of(path, rules)
     if len(header.shape) > 3 and channel is None:
         raise ValueError(f"{path} contains {' x '.join(map(str, header.shape))} voxels. Give one 3D volume per file.")
-    voxels = read_volume(header, rules)[0].numpy()
+    voxels = read_volume(header, rules)
     image = sitk.GetImageFromArray((voxels if voxels.ndim == 3 else voxels[..., channel]).T)
     affine = LPS_TO_RAS @ header.affine  # to LPS; the matrix is its own inverse
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -116,60 +114,7 @@ def read_itk(path: str | Path, rules: Rules, channel: int | None = None) -> sitk
     return image
 
 
-def read_modality(key: str, header: Header, rules: Rules, stacked: Sequence[str] = ()) -> MetaTensor:
-    """Read one modality, ``1 H W D``, from its own file or from the 4D file of all ``stacked`` modalities."""
+def read_modality(key: str, header: Header, rules: Rules, stacked: Sequence[str] = ()) -> NDArray:
+    """Read one modality, ``H W D``, from its own file or from the 4D file of all ``stacked`` modalities."""
     volume = read_volume(header, rules)
-    if volume.ndim == 4:
-        return volume
-    return to_meta_tensor(volume.as_tensor()[0, ..., stacked.index(key)], header._replace(shape=header.shape[:3]))
-
-
-class LoadModalitiesd(LoadImaged):
-    """MONAI's ``LoadImaged`` with checks: check the headers of a case, read its files in parallel, check the voxels.
-
-    Args:
-        keys: keys of paths; absent ones are skipped.
-        reference: the modality whose grid all others are resampled to; by default the first key.
-        rules: what is accepted.
-        stacked: modalities in the order of the last axis, if each of them names the same 4D file.
-        before_reading: called with the headers before voxels are read.
-        unchecked: keys whose voxels are not used, and therefore not checked.
-        log_notes: log where each image lies relative to the reference.
-        intensity: per modality the range that the network gets, see ``check_intensities``.
-
-    Raises:
-        ValueError: (when called) see ``scripts.image_io.checks``; the message names every file with an error.
-    """
-
-    def __init__(
-        self,
-        keys: Sequence[str],
-        reference: str | None = None,
-        rules: Rules | None = None,
-        stacked: Sequence[str] = (),
-        before_reading: Callable[[Mapping[str, Header]], None] | None = None,
-        unchecked: Sequence[str] = (),
-        log_notes: bool = False,
-        intensity: Mapping[str, Sequence[float] | str] | None = None,
-    ) -> None:
-        self.image_keys, self.reference = list(keys), reference or keys[0]
-        # MONAI Label expects a loader's `keys` in every case, and only the reference is always present.
-        super().__init__(self.reference, ensure_channel_first=True)
-        self.rules, self.stacked = rules or Rules(), list(stacked)
-        self.before_reading, self.unchecked, self.log_notes = before_reading, set(unchecked), log_notes
-        self.intensity = intensity
-
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        item = dict(data)
-        paths = {k: str(item[k]) for k in self.image_keys if k in item and not isinstance(item[k], torch.Tensor)}
-        headers = {key: header_of(path, self.rules) for key, path in paths.items()}
-        report_findings(check_headers(headers, self.reference, self.stacked), self.log_notes)
-        if self.before_reading:
-            self.before_reading(headers)
-        with ThreadPoolExecutor(max(1, len(paths))) as pool:
-            results = pool.map(lambda key: read_modality(key, headers[key], self.rules, self.stacked), headers)
-            volumes = dict(zip(headers, results, strict=True))
-        checked = {key: volume for key, volume in volumes.items() if key not in self.unchecked}
-        report_findings(check_images(checked, self.rules, self.intensity))
-        item.update(volumes)
-        return item
+    return volume if volume.ndim == 3 else volume[..., stacked.index(key)]

@@ -3,104 +3,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from scripts.inference import ENGINES, PRECISIONS
-from scripts.inference.engines import (
-    ONNXRuntimeEngine,
-    OpenVINOEngine,
-    TorchEngine,
-    UnavailableError,
-    cpu_has_bf16,
-    import_optional,
+from scripts.inference.engines import ExportedEngine, TorchEngine
+from scripts.runtime.engines import UnavailableError
+from scripts.runtime.exported_files import (
+    TOLERANCES,
+    check_names,
+    export_command,
+    export_folder,
+    exported_engine,
+    read_export,
 )
-from scripts.utils.checksums import sha256
 
 logger = logging.getLogger(__name__)
 
-RECORD = "export.json"
-# Largest difference of the first window's logits from PyTorch's, relative to PyTorch's largest logit. Far above
-# rounding (the export checks that on masks), far below the effect of other weights, other settings or a wrong kernel.
-TOLERANCES = {"fp32": 1e-2, "bf16": 0.1, "int8": 0.5}
 COMPARED_SIZE = 64  # voxels per axis of the corner that PyTorch also runs on
 
-AnyEngine = TorchEngine | OpenVINOEngine | ONNXRuntimeEngine
-
-
-def export_folder(weights: str | Path, output_dir: str | Path = "") -> Path:
-    """Folder of the exported files of a weights file, by default next to it."""
-    path = Path(weights)
-    return Path(output_dir or path.parent) / f"{path.stem}_export"
-
-
-def _export_command(weights: str | Path) -> str:
-    return f"python -m scripts export --weights {weights}"
-
-
-def read_export(weights: str | Path) -> dict[str, Any]:
-    """Read the record of the files that were exported from exactly these weights.
-
-    Raises:
-        UnavailableError: there are no exported files, the record is damaged, or it belongs to other weights.
-    """
-    folder, command = export_folder(weights), _export_command(weights)
-    if not (folder / RECORD).is_file():
-        raise UnavailableError(f"no exported files next to {weights}. Create them with: {command}")
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        exported_sha256, current_sha256, _ = record["weights_sha256"], sha256(weights), record["models"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UnavailableError(f"{folder / RECORD} is damaged. Export again with: {command}") from error
-    if exported_sha256 != current_sha256:
-        raise UnavailableError(
-            f"the files in {folder} were exported from weights with the sha256 {exported_sha256[:12]}..., but "
-            f"{weights} has {current_sha256[:12]}... Export again with: {command}"
-        )
-    return record
-
-
-def _exported_engine(engine: str, precision: str, weights: str | Path, threads: int) -> tuple[AnyEngine, str]:
-    """An engine that runs exported files, and the reason for the log.
-
-    Raises:
-        UnavailableError: the engine is not installed, or its files are missing or damaged.
-    """
-    import_optional(engine)
-    record, folder = read_export(weights), export_folder(weights)
-    models, reason = record["models"], f"exported files {folder}"
-    if engine == "openvino" and precision in ("auto", "bf16"):
-        if cpu_has_bf16() and "openvino bf16" in models:
-            precision, reason = "bf16", f"{reason}, this CPU has bf16"
-        elif precision == "bf16":
-            obstacle = "they were not accepted in bf16" if cpu_has_bf16() else "this CPU has no bf16"
-            raise UnavailableError(f"openvino cannot run the files in {folder} in bf16: {obstacle}. Use fp32.")
-    precision = "fp32" if precision == "auto" else precision
-    name = f"{engine} {precision}"
-    if name not in models:
-        available = ", ".join(sorted(models)) or "nothing"
-        raise UnavailableError(f"{folder} contains no {name}, only: {available}. See python -m scripts export --help.")
-    for file, checksum in models[name]["files"].items():
-        if not (folder / file).is_file() or sha256(folder / file) != checksum:
-            raise UnavailableError(
-                f"{folder / file} is damaged or missing. Export again with: {_export_command(weights)}"
-            )
-    path = folder / models[name]["file"]
-    if engine == "openvino":
-        return OpenVINOEngine(path, precision, threads), reason
-    return ONNXRuntimeEngine(path, threads), reason
-
-
-def _check_names(engine: str, precision: str) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"Unknown engine {engine!r}. Choose one of: {', '.join(ENGINES)}.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"Unknown engine precision {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
+AnyEngine = TorchEngine | ExportedEngine
 
 
 def choose_engine(engine: str, precision: str, weights: str | Path, network: nn.Module, threads: int = 0) -> AnyEngine:
@@ -122,7 +46,7 @@ def choose_engine(engine: str, precision: str, weights: str | Path, network: nn.
         ValueError: an unknown name.
         UnavailableError: an engine or precision that was asked for is not available.
     """
-    _check_names(engine, precision)
+    check_names(engine, precision)
     threads = threads or torch.get_num_threads()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     selected: AnyEngine | None = None
@@ -133,7 +57,10 @@ def choose_engine(engine: str, precision: str, weights: str | Path, network: nn.
     else:
         try:
             name = "openvino" if engine == "auto" else engine
-            selected, reason = _exported_engine(name, precision, weights, threads)
+            advice = f"Export again with: {export_command(weights)}"
+            record, folder = read_export(weights), export_folder(weights)
+            exported, reason = exported_engine(folder, record, name, precision, advice, threads)
+            selected = ExportedEngine(exported)
         except UnavailableError as error:
             if engine != "auto" or precision == "int8":
                 raise
@@ -164,7 +91,7 @@ class Engine(nn.Module):
         self, network: nn.Module, weights: str, engine: str = "auto", precision: str = "auto", threads: int = 0
     ) -> None:
         super().__init__()
-        _check_names(engine, precision)
+        check_names(engine, precision)
         self.network, self.weights = network, weights
         self.engine, self.precision, self.threads = engine, precision, threads
         self.selected: AnyEngine | None = None
@@ -188,7 +115,7 @@ class Engine(nn.Module):
 
     @property
     def bytes_per_voxel(self) -> int:
-        """Memory of one pass per voxel of the image, see ``scripts.inference.ENGINE_BYTES_PER_VOXEL``."""
+        """Memory of one pass per voxel of the image, see ``scripts.runtime.ENGINE_BYTES_PER_VOXEL``."""
         return int(self.choose().bytes_per_voxel)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -205,7 +132,7 @@ class Engine(nn.Module):
         logits: torch.Tensor = self.choose()(image)
         return logits
 
-    def _compare_with_torch(self, engine: OpenVINOEngine | ONNXRuntimeEngine, image: torch.Tensor) -> None:
+    def _compare_with_torch(self, engine: ExportedEngine, image: torch.Tensor) -> None:
         size = COMPARED_SIZE
         corner = image[:1] if engine.window else image[:1, :, :size, :size, :size]
         with torch.no_grad():

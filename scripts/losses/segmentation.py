@@ -52,11 +52,7 @@ class SegmentationLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        regions: Regions | None = None,
-        ignored: int = 254,
-        include_background: bool = False,
-        batch: bool = False,
+        self, regions: Regions | None = None, ignored: int = 254, include_background: bool = False, batch: bool = False
     ) -> None:
         super().__init__()
         self.regions, self.ignored = regions, ignored

@@ -9,14 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scripts.losses._common import (
-    EPS,
-    check_at_least,
-    check_same_shape,
-    matmul_float32,
-    shapes_text,
-    to_common_grid,
-)
+from scripts.losses._common import EPS, check_at_least, check_same_shape, matmul_float32, shapes_text, to_common_grid
 
 
 class TokenRankingLoss(nn.Module):

@@ -178,7 +178,8 @@ class Student(nn.Module):
     def decode(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Decode the result of ``encode``; returns logits ``B C H W [D]``, one channel per class or region."""
         x = features[-1]
-        for i, (upsample, stage) in enumerate(zip(self.upsample, self.decoder)):  # noqa: B905 (TorchScript has no strict)
+        # TorchScript knows no strict=True.
+        for i, (upsample, stage) in enumerate(zip(self.upsample, self.decoder)):  # noqa: B905
             x = stage(torch.cat([upsample(x), features[len(features) - 2 - i]], dim=1))
             if i == self.fused_stage:
                 x = self.fusion(x)

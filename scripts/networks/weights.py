@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from scripts.utils.checksums import checksum_beside, sha256
+from scripts.utils.checksums import verified_sha256
 from scripts.utils.tensor_files import load_plain
 
 logger = logging.getLogger(__name__)
@@ -45,13 +45,7 @@ def load_weights(network: nn.Module, path: str | Path, checksum: str | None = No
         ValueError: the checksum differs, the file contains anything but tensors and plain values, or the weights are
             not finite or do not fit the network.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No weights at {path}: train the network first or check the path.")
-    digest, expected = sha256(path), checksum or checksum_beside(path)
-    if expected is not None and digest != expected.lower():
-        raise ValueError(
-            f"{path} has the sha256 {digest[:12]}..., not {expected[:12]}...: it is not the expected file."
-        )
+    digest = verified_sha256(path, checksum)
     place, weights = _state_dict(path, load_plain(path))
     require_finite(path, weights)
     network.load_state_dict(_renamed(path, place, weights, network), strict=True)

@@ -54,7 +54,7 @@ def load_overlay(
     An image that cannot be read is left out, with a warning in the log.
 
     Args:
-        title: caption.
+        title: caption: the case id.
         images: path and channel per modality.
         grid: any image on the grid of the masks.
         prediction: predicted mask, as z y x.
@@ -90,4 +90,14 @@ def load_overlay(
         source=source,
         unused=unused,
         regions=regions or {},
+        case_id=title,
+        affine=dicom_affine(grid),
     )
+
+
+def dicom_affine(grid: sitk.Image) -> np.ndarray:
+    """4 x 4, from indices x y z to mm in the axes of DICOM, which are those of SimpleITK."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(grid.GetDirection(), (3, 3)) * np.asarray(grid.GetSpacing())
+    affine[:3, 3] = grid.GetOrigin()
+    return affine

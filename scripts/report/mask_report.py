@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ def write_mask_report(
     rules: Rules | None = None,
     intensity: Mapping[str, Any] | None = None,
     regions: Mapping[str, Sequence[float]] | None = None,
+    measures: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Write the report of a mask next to it, as ``<mask>.report.html``.
+    """Write the report of a mask next to it, as the one file ``<mask>.report.html``.
 
     Args:
         mask: the .nii.gz.
@@ -32,6 +34,7 @@ def write_mask_report(
         rules: which files are accepted; by default all.
         intensity: the network's modalities, each with its intensity range. Modalities without a file are named.
         regions: name -> values of the mask; by default one region of all that is not 0.
+        measures: rows of measures, with the name of the mask without .nii.gz as ``case_id``.
 
     Returns:
         Path of the report.
@@ -41,10 +44,13 @@ def write_mask_report(
     case_id = mask.name.removesuffix(".nii.gz")
     prediction = sitk.GetArrayFromImage(grid)
     overlay = load_overlay(case_id, images, grid, prediction, None, intensity, rules, regions=regions)
+    overlay = replace(overlay, mask_path=mask)
     manifest_path = mask.with_name(f"{case_id}.manifest.json")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
     missing = [key.upper() for key in intensity or {} if key not in files]
     notes = [f"Segmented without {', '.join(missing)}."] if missing else []
     path = mask.with_name(f"{case_id}.report.html")
-    write_report(path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes)
+    write_report(
+        path, f"Segmentation of {case_id}", [], [overlay], {}, manifest, notes, single_file=True, measures=measures
+    )
     return path

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 Volumes = dict[str, NDArray[Any]]
 
-OUTLINES = {"reference": ("#E69F00", "solid"), "prediction": ("#56B4E9", "dashed")}  # colour and line style per mask
+OUTLINES = {"reference": "#E69F00", "prediction": "#56B4E9"}  # colour per mask
 
 
 class Plane(NamedTuple):
@@ -49,9 +50,15 @@ class Overlay:
         unused: modalities that the network was not given.
         regions: name -> values of the masks. Several regions get a colour and a switch each; without them, or with one,
             all of its voxels are outlined as one.
+        case_id: the case; by default ``title``.
+        affine: 4 x 4, from array indices to mm in the axes of DICOM (left, posterior, superior); by default the middle
+            of the grid is the origin.
+        dice: of the case, the mean over its regions; None where it is undefined or there is no reference.
+        mask_path: file of the prediction, which a review names; None if it is not known.
 
     Raises:
-        ValueError: the volumes are not 3D, have different shapes, or ``spacing`` is not 3 finite positive values.
+        ValueError: the volumes are not 3D, have different shapes, ``spacing`` is not 3 finite positive values, or
+            ``affine`` is not 4 x 4.
     """
 
     title: str
@@ -64,6 +71,10 @@ class Overlay:
     source: str = ""
     unused: Sequence[str] = ()
     regions: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    case_id: str = ""
+    affine: NDArray[Any] | None = None
+    dice: float | None = None
+    mask_path: Path | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: np.shape(volume) for name, volume in {**self.images, **self.value_masks()}.items()}
@@ -71,6 +82,13 @@ class Overlay:
             raise ValueError(f"{self.title}: images and masks must be 3D and share one grid, got shapes {shapes}.")
         if len(self.spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing):
             raise ValueError(f"{self.title}: spacing must hold 3 finite positive values in mm, got {self.spacing}.")
+        if self.affine is not None and np.shape(self.affine) != (4, 4):
+            raise ValueError(f"{self.title}: affine must be 4 x 4, got shape {np.shape(self.affine)}.")
+
+    @property
+    def name(self) -> str:
+        """The case id, or the caption of a case without one."""
+        return self.case_id or self.title
 
     @property
     def has_regions(self) -> bool:
@@ -86,6 +104,11 @@ class Overlay:
         """The reference mask, if any, then the predicted mask, as booleans: where any region is."""
         values = [value for members in self.regions.values() for value in members]
         return {name: np.isin(mask, values) if values else mask > 0 for name, mask in self.value_masks().items()}
+
+    def region_values(self) -> Volumes:
+        """The reference mask, if any, then the predicted mask, with their values; 0 where no region is."""
+        inside = self.masks()
+        return {name: np.where(inside[name], mask, 0) for name, mask in self.value_masks().items()}
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each mask in millilitres; of several regions that of each, such as ``WT prediction``."""
@@ -111,9 +134,27 @@ def viewing_orientation(overlay: Overlay) -> tuple[Volumes, Volumes, NDArray[Any
 
     A slice, drawn with its first axis to the right and its second axis up, is then in the radiological convention.
     """
-    images = {name: np.asarray(image, dtype=float) for name, image in overlay.images.items()}
+    images = {name: np.asarray(image) for name, image in overlay.images.items()}
     step = np.asarray(overlay.spacing, dtype=float)[np.argsort(_orientation(overlay)[:, 0])]
     return to_view(overlay, overlay.masks()), to_view(overlay, images), step
+
+
+def view_affine(overlay: Overlay) -> NDArray[Any]:
+    """4 x 4, from indices of ``viewing_orientation`` to mm in the axes of DICOM (left, posterior, superior)."""
+    from nibabel.orientations import inv_ornt_aff
+
+    shape = np.shape(overlay.prediction)
+    affine = _centred_affine(overlay) if overlay.affine is None else np.asarray(overlay.affine, dtype=float)
+    return np.asarray(affine @ inv_ornt_aff(_orientation(overlay), shape))
+
+
+def _centred_affine(overlay: Overlay) -> NDArray[Any]:
+    """The affine of a grid whose middle is the origin."""
+    directions = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    affine = np.eye(4)
+    affine[:3, :3] = np.transpose([directions[code] for code in overlay.axcodes]) * np.asarray(overlay.spacing)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.asarray(np.shape(overlay.prediction)) - 1) / 2)
+    return affine
 
 
 def to_view(overlay: Overlay, volumes: Mapping[str, NDArray[Any]]) -> Volumes:

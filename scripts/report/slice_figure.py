@@ -41,7 +41,7 @@ def slice_figure(overlay: Overlay) -> Any:
         _draw_panel(axes, image, mask_slices, step[:2], overlay.window(modality), letters)
         axes.set_title(literal_text(modality))
     figure.suptitle(literal_text(overlay.title))
-    handles = [Line2D([], [], color=colour, ls=style, label=name) for name, (colour, style) in OUTLINES.items()]
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in OUTLINES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, facecolor="#333333", labelcolor="white")
     return figure
 
@@ -58,8 +58,7 @@ def _draw_panel(
     axes.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=extent_mm)
     for name, mask in masks.items():
         if mask.any():
-            colour, style = OUTLINES[name]
-            axes.contour(mask, [0.5], colors=colour, linestyles=style, linewidths=1.8, origin="lower", extent=extent_mm)
+            axes.contour(mask, [0.5], colors=OUTLINES[name], linewidths=1.8, origin="lower", extent=extent_mm)
     for letter, place in zip(letters, _LETTER_PLACES, strict=True):
         box = {"facecolor": "black", "alpha": 0.6, "pad": 1, "edgecolor": "none"}
         axes.text(*place, letter, transform=axes.transAxes, color="white", ha="center", va="center", size=8, bbox=box)

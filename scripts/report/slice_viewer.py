@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``templates/case.html`` shows of a case: three planes, each with a slider over frames of every modality."""
+"""The still images of a case: three planes, each with a slider over frames of every modality."""
 
 from __future__ import annotations
 
@@ -10,49 +10,55 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.report.overlay import (
-    OUTLINES,
-    PLANES,
-    Overlay,
-    Plane,
-    Volumes,
-    largest_slice,
-    take_slice,
-    to_view,
-    viewing_orientation,
-)
-from scripts.report.slice_frames import frame_size, grey_frame, grey_strip, outline_frame, outline_strip
+from scripts.report.display import FUSION, fuse, fused_pair, is_pet
+from scripts.report.overlay import OUTLINES, PLANES, Overlay, Plane, Volumes, largest_slice
+from scripts.report.slice_frames import frame_size, grey_frame, image_strip, outline_frame, outline_strip
 from scripts.utils.colours import region_colour
 
 MAX_FRAMES = 24  # per plane
+_SCALE_BARS_MM = (200, 100, 50, 20, 10, 5)
 
 
 @dataclass(frozen=True)
-class OutlineKey:
-    """An entry of the legend."""
+class Outline:
+    """What is outlined in one colour.
+
+    Args:
+        mask: ``reference`` or ``prediction``.
+        region: number of the region from 0; None where everything is one region.
+        colour: as ``#RRGGBB``.
+        dashed: where the colour tells the region, the prediction is dashed.
+        values: of the mask; empty where everything but 0 is outlined.
+    """
 
     mask: str
+    region: int | None
     colour: str
     dashed: bool
+    values: tuple[float, ...]
+
+    def of(self, mask: NDArray[Any]) -> NDArray[np.bool_]:
+        """Where it is in a mask of values."""
+        return np.isin(mask, self.values) if self.values else mask > 0
 
 
 @dataclass(frozen=True)
-class RegionKey:
-    """A switch of the legend; ``number`` counts the regions of the case."""
+class OutlineStrip:
+    """The outlines of all frames of a plane; ``strip`` is a data URI."""
 
-    number: int
-    name: str
-    colour: str
+    outline: Outline
+    strip: str
 
 
 @dataclass(frozen=True)
 class PanelView:
-    """One modality in one plane; ``strip`` is a data URI."""
+    """One modality in one plane; ``strip`` is a data URI. ``light`` says that its background is white."""
 
     modality: str
     window: str
     strip: str
     alt: str
+    light: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,70 +68,69 @@ class PlaneView:
     Args:
         id: of the slider, unique in the page.
         name: of the plane.
+        axis: of the view grid that the plane cuts.
         letters: the patient's directions at the left, right, bottom and top edge.
-        slice_numbers: counted from 1, one per frame.
+        indices: of the slices in the view grid, one per frame.
         slice_count: number of slices of the volume.
         first_frame: index of the frame that is shown first.
-        outline_strips: data URIs of the outlines, for every panel; of several regions one each.
-        width: of a frame, in pixels.
-        height: of a frame, in pixels.
+        outlines: for every panel.
         panels: one per modality.
+        drawn: share of the frame's width and height that the slice takes.
+        scale_mm: length of the scale bar.
+        scale_share: that length as a share of the frame's width.
     """
 
     id: str
     name: str
+    axis: int
     letters: str
-    slice_numbers: Sequence[int]
+    indices: Sequence[int]
     slice_count: int
     first_frame: int
-    outline_strips: Sequence[str]
-    width: int
-    height: int
+    outlines: Sequence[OutlineStrip]
     panels: Sequence[PanelView]
+    drawn: tuple[float, float]
+    scale_mm: int
+    scale_share: float
 
     @property
     def text(self) -> str:
-        """What the slider says at first; ``script.js`` says the same of every other frame."""
-        return f"slice {self.slice_numbers[self.first_frame]} of {self.slice_count}"
-
-    @property
-    def max_width_rem(self) -> str:
-        """Width of a panel that keeps the anatomy's proportions and at most 20 rem of height."""
-        return f"{20 * min(1, self.width / self.height):.2f}"
+        """What the slider says at first; ``stills.js`` says the same of every other frame."""
+        return f"slice {self.indices[self.first_frame] + 1} of {self.slice_count}"
 
 
-@dataclass(frozen=True)
-class CaseView:
-    """One case; ``source`` says what made the prediction. ``regions`` is empty unless there are several."""
+def outlines_of(overlay: Overlay) -> list[Outline]:
+    """What is outlined: both masks in a colour each, or each region in its own colour with a dashed prediction."""
+    masks = [name for name in OUTLINES if name in overlay.value_masks()]
+    if not overlay.has_regions:
+        values = tuple(value for members in overlay.regions.values() for value in members)
+        return [Outline(mask, None, OUTLINES[mask], False, values) for mask in masks]
+    return [
+        Outline(mask, number, region_colour(number), mask == "prediction", tuple(values))
+        for number, values in enumerate(overlay.regions.values())
+        for mask in masks
+    ]
 
-    title: str
-    source: str
-    volumes: str
-    outlines: Sequence[OutlineKey]
-    regions: Sequence[RegionKey]
-    planes: Sequence[PlaneView]
 
-
-def case_view(overlay: Overlay, element_id: str) -> CaseView:
+def plane_views(
+    overlay: Overlay,
+    element_id: str,
+    masks: Volumes,
+    images: Volumes,
+    step: NDArray[Any],
+    windows: Mapping[str, tuple[float, float]],
+) -> list[PlaneView]:
     """Draw a case in three planes.
 
     Args:
-        overlay: images and masks.
+        overlay: the case.
         element_id: start of the ids of the case's elements, unique in the page.
+        masks: its masks of values in the view grid.
+        images: its images in the view grid.
+        step: voxel size in mm of the view grid.
+        windows: per modality the values that are shown as black and as white.
     """
-    masks, images, step = viewing_orientation(overlay)
-    values = to_view(overlay, overlay.value_masks()) if overlay.has_regions else masks
-    windows = {modality: overlay.window(modality) for modality in overlay.images}
-    volumes = ", ".join(f"{mask} {value:,.2f} ml" for mask, value in overlay.volumes_ml().items())
-    regions = [RegionKey(i, name, region_colour(i)) for i, name in enumerate(overlay.regions)]
-    regions = regions if overlay.has_regions else []
-    keys = [
-        OutlineKey(mask, "#FFFFFF" if regions else colour, style == "dashed")
-        for mask, (colour, style) in OUTLINES.items()
-        if mask in masks
-    ]
-    planes = [_plane_view(overlay, element_id, plane, masks, values, images, step, windows) for plane in PLANES]
-    return CaseView(overlay.title, overlay.source, volumes, keys, regions, planes)
+    return [_plane_view(overlay, element_id, plane, masks, images, step, windows) for plane in PLANES]
 
 
 def _plane_view(
@@ -133,51 +138,75 @@ def _plane_view(
     element_id: str,
     plane: Plane,
     masks: Volumes,
-    values: Volumes,
     images: Volumes,
     step: NDArray[Any],
     windows: Mapping[str, tuple[float, float]],
 ) -> PlaneView:
     shape = masks["prediction"].shape
-    size = frame_size(np.delete(shape * step, plane.axis).tolist())
-    indices = slice_indices(masks, plane.axis)
+    extent = np.delete(shape * step, plane.axis).tolist()
+    size, outlines = frame_size(extent), outlines_of(overlay)
+    covered = {
+        name: np.logical_or.reduce([each.of(mask) for each in outlines if each.mask == name])
+        for name, mask in masks.items()
+    }
+    indices = slice_indices(covered, plane.axis)
+    scale = next((mm for mm in _SCALE_BARS_MM if mm <= max(extent) / 3), _SCALE_BARS_MM[-1])
+    return PlaneView(
+        id=f"{element_id}-{plane.name}",
+        name=plane.name,
+        axis=plane.axis,
+        letters=plane.letters,
+        indices=indices,
+        slice_count=shape[plane.axis],
+        first_frame=indices.index(largest_slice(covered, plane.axis)),
+        outlines=[_strip(outline, masks, indices, plane.axis, size) for outline in outlines],
+        panels=_panels(overlay, plane, images, windows, indices, size),
+        drawn=(extent[0] / max(extent), extent[1] / max(extent)),
+        scale_mm=scale,
+        scale_share=scale / max(extent),
+    )
+
+
+def _panels(
+    overlay: Overlay,
+    plane: Plane,
+    images: Volumes,
+    windows: Mapping[str, tuple[float, float]],
+    indices: Sequence[int],
+    size: tuple[int, int],
+) -> list[PanelView]:
+    """Every modality, PET in inverted grey, then PET on CT."""
+    outlines = " and ".join(name for name in OUTLINES if name in overlay.value_masks())
+    frames = {
+        modality: [grey_frame(np.take(image, index, plane.axis).T, windows[modality], size) for index in indices]
+        for modality, image in images.items()
+    }
     panels = []
     for modality, window in windows.items():
-        slices = [np.take(images[modality], index, plane.axis).T for index in indices]
         unused = ", not given to the network" if modality in overlay.unused else ""
+        light = is_pet(modality)
         panels.append(
             PanelView(
                 modality,
                 f"{window[0]:.4g} to {window[1]:.4g}{unused}",
-                grey_strip([grey_frame(image, window, size) for image in slices]),
-                f"{overlay.title}: {modality}, {plane.name}, outlines of {' and '.join(masks)}",
+                image_strip([255 - frame if light else frame for frame in frames[modality]]),
+                f"{overlay.name}: {modality}, {plane.name}, outlines of {outlines}",
+                light,
             )
         )
-    return PlaneView(
-        id=f"{element_id}-{plane.name}",
-        name=plane.name,
-        letters=plane.letters,
-        slice_numbers=[index + 1 for index in indices],
-        slice_count=shape[plane.axis],
-        first_frame=indices.index(largest_slice(masks, plane.axis)),
-        outline_strips=_outline_strips(overlay, [take_slice(values, index, plane.axis) for index in indices], size),
-        width=size[0],
-        height=size[1],
-        panels=panels,
+    if pair := fused_pair(images):
+        fused = [fuse(ct, pet) for ct, pet in zip(*(frames[modality] for modality in pair), strict=True)]
+        alt = f"{overlay.name}: {FUSION}, {plane.name}, outlines of {outlines}"
+        low, high = windows[pair[1]]
+        panels.append(PanelView(FUSION, f"{low:.4g} to {high:.4g}", image_strip(fused), alt))
+    return panels
+
+
+def _strip(outline: Outline, masks: Volumes, indices: Sequence[int], axis: int, size: tuple[int, int]) -> OutlineStrip:
+    slices = [outline.of(np.take(masks[outline.mask], index, axis).T) for index in indices]
+    return OutlineStrip(
+        outline, outline_strip([outline_frame(each, size, outline.dashed) for each in slices], outline.colour)
     )
-
-
-def _outline_strips(overlay: Overlay, slices: Sequence[Volumes], size: tuple[int, int]) -> list[str]:
-    """The outlines of all slices: of everything in the colours of the masks, or of each region in its own colour."""
-    if not overlay.has_regions:
-        return [outline_strip([outline_frame(masks, size) for masks in slices])]
-    strips = []
-    for i, values in enumerate(overlay.regions.values()):
-        regions = [{name: np.isin(mask, list(values)) for name, mask in masks.items()} for masks in slices]
-        strips.append(
-            outline_strip([outline_frame(masks, size) for masks in regions], [region_colour(i)] * len(OUTLINES))
-        )
-    return strips
 
 
 def slice_indices(masks: Mapping[str, NDArray[Any]], axis: int, limit: int = MAX_FRAMES) -> list[int]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.metrics.aggregate import aggregate, case_count, paired_difference
+from scripts.metrics.aggregates import aggregate, case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, region_of
 
 Run = Mapping[str, Any]
 
+_MEASURED = ("_ml", "_mm", "_g")  # endings of columns of numbers in the table of measures
 DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
@@ -78,10 +79,9 @@ def summary_table(runs: Sequence[Run]) -> Table:
             head = _head(f"{run['name']}, unseen cases", unseen, regions=_region_count(run))
             rows.append([head, *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
-    note = (
-        "Mean over cases [interval] (number of cases): where the metric is defined, and with failures at their worst "
-        "value."
-    )
+    note = "Mean over cases [interval] (number of cases)."
+    if any(_failures(run["aggregate"]) for run in runs):
+        note = note[:-1] + ": where the metric is defined, and with failures at their worst value."
     if any(_region_count(run) > 1 for run in runs):
         note += " The first row of a network is over all regions of all cases, then follows each region."
     return Table("Summary", columns, rows, note)
@@ -213,6 +213,26 @@ def volume_table(volumes_ml: Mapping[str, float]) -> Table:
     return Table("Volumes", [Column("Mask"), Column("Volume ml", number=True)], rows)
 
 
+def measures_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The measures of lesions and regions, a table for each case.
+
+    Args:
+        rows: of ``measures.csv``. Columns without a value are left out.
+    """
+    tables = []
+    for case_id in dict.fromkeys(row["case_id"] for row in rows):
+        own = [row for row in rows if row["case_id"] == case_id]
+        keys = [key for key in own[0] if key != "case_id" and any(row[key] not in (None, "") for row in own)]
+        numbers = {key for key in keys if key.endswith(_MEASURED) or key.startswith("suv")}
+        cells = [
+            [_number_cell(_format(row[key], 2)) if key in numbers else Cell(str(row[key])) for key in keys]
+            for row in own
+        ]
+        columns = [Column(key.replace("_", " "), key in numbers) for key in keys]
+        tables.append(Table(f"Measures of {case_id}", columns, cells))
+    return tables
+
+
 def _format(value: float | None, digits: int) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
@@ -227,15 +247,18 @@ def _metric_columns() -> Iterable[Column]:
 
 
 def _metric_cells(summary: Mapping[str, Any]) -> list[Cell]:
-    """Per metric the mean of the defined cases and the mean with failures; then the number of failures by status."""
-    metrics, counts = summary["metrics"], summary["counts"]
+    """Per metric the mean of the defined cases and, if any, the mean with failures; then the failures by status."""
+    metrics, counts, failures = summary["metrics"], summary["counts"], _failures(summary)
     cells = []
     for metric, _, digits in _METRICS:
         defined, worst_filled = (_with_interval(metrics[metric][key], digits) for key in ("defined", "worst_filled"))
-        cells.append(_number_cell(defined, "with failures", worst_filled))
+        cells.append(_number_cell(defined, *(("with failures", worst_filled) if failures else ())))
     by_status = (f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES[1:] if counts[status])
-    failures = sum(counts[status] for status in FAILURES)
     return [*cells, _number_cell(f"{failures} of {summary['n']}", *by_status)]
+
+
+def _failures(summary: Mapping[str, Any]) -> int:
+    return sum(summary["counts"][status] for status in FAILURES)
 
 
 def _number_cell(text: str, *notes: str) -> Cell:

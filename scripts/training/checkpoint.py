@@ -14,19 +14,15 @@ from typing import Any
 from ignite.engine import Engine, Events
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.training.training_record import differences, value_differences, write_task
+from scripts.runtime.task_record import value_differences
+from scripts.training.training_record import differences, write_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
 
 
 def check_folder(
-    path: str,
-    weights: str,
-    record: Mapping[str, Any],
-    resume: bool = False,
-    overwrite: bool = False,
-    seed: int = 0,
+    path: str, weights: str, record: Mapping[str, Any], resume: bool = False, overwrite: bool = False, seed: int = 0
 ) -> None:
     """Refuse what a training could not write or continue, before any case is preprocessed.
 

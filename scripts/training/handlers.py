@@ -14,7 +14,7 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from scripts.data.sampling import mixed_seed
-from scripts.utils.run_manifest import write_manifest
+from scripts.utils.run_manifest import torch_usage, write_manifest
 
 
 class Progress:
@@ -133,9 +133,3 @@ class ManifestWriter:
         """Write the file."""
         seconds = time.perf_counter() - self.start_time
         write_manifest(self.output_dir, self.cases, self.checksums, seconds, self.name, **torch_usage())
-
-
-def torch_usage() -> dict[str, Any]:
-    """Return the arguments of ``write_manifest`` that only PyTorch knows: ``threads`` and ``accelerator_mib``."""
-    mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    return {"threads": torch.get_num_threads(), "accelerator_mib": mib}

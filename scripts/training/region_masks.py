@@ -10,8 +10,8 @@ from monai.utils import CommonKeys
 from torch import Tensor
 
 from scripts.data.modalities import UNLABELLED
-from scripts.data.regions import IGNORED
 from scripts.losses.segmentation import region_targets
+from scripts.runtime.regions import IGNORED
 
 
 class RegionMasks:

@@ -11,7 +11,8 @@ them after ``TrainingCheckpoint``, which sets the epoch where a run resumes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +24,11 @@ from monai.utils import CommonKeys, path_to_sqlite_uri
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.data.regions import IGNORED
 from scripts.report import Overlay, slice_figure
 from scripts.report.curves import read_curves
+from scripts.runtime.regions import IGNORED
 from scripts.utils.atomic_files import atomic_file
+from scripts.utils.task_file import task_path
 
 
 def require_known(name: str) -> None:
@@ -77,25 +79,34 @@ class TensorBoardCurves(TensorBoardStatsHandler):
 class MLflowCurves(MLFlowHandler):
     """MONAI's handler, which here starts a new MLflow run each time and copies the earlier epochs into a resumed one.
 
+    The run has every setting of the training as a parameter, tags to search for, and as artifacts the final weights
+    with the task beside them, the curves, the manifest and the overlays.
+
     MONAI's own handler continues the stopped MLflow run, which would then hold the epochs since the last checkpoint
     twice.
 
     Args:
         output_dir: folder of the training. The handler reads ``curves.csv`` there and creates ``mlruns.db`` and
             ``mlruns``.
+        record: settings of the training, see ``scripts.training.training_record``.
+        weights: file of the final weights.
         settings: further arguments of ``MLFlowHandler``; they override the defaults set here.
 
     Raises:
         RuntimeError: MLflow is not installed.
     """
 
-    def __init__(self, output_dir: str, **settings: Any) -> None:
+    def __init__(
+        self, output_dir: str, record: Mapping[str, Any] | None = None, weights: str | None = None, **settings: Any
+    ) -> None:
         require_mlflow()
-        folder = Path(output_dir)
+        folder, self.record = Path(output_dir), dict(record or {})
         self.curves = folder / "curves.csv"
+        files = [Path(weights), task_path(weights)] if weights else []
         defaults: dict[str, Any] = {
             "tracking_uri": path_to_sqlite_uri(folder / "mlruns.db"),
-            "artifacts": [folder / "overlays", self.curves, folder / "manifest.json"],
+            "artifacts": [folder / "overlays", self.curves, folder / "manifest.json", *files],
+            "experiment_param": _parameters(self.record),
             "iteration_log": False,
             "close_on_complete": True,
         }
@@ -105,13 +116,37 @@ class MLflowCurves(MLFlowHandler):
         """Start the MLflow run."""
         self._set_experiment()
         assert self.experiment is not None
-        self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)
+        self.cur_run = self.client.create_run(
+            self.experiment.experiment_id, run_name=self.run_name, tags=_tags(self.record)
+        )
         super().start(engine)
         rows = read_curves(self.curves) if engine.state.epoch and self.curves.is_file() else []
         for row in rows:
             epoch = int(row.pop("epoch") or 0)
             if epoch <= engine.state.epoch:
                 self._log_metrics({name: value for name, value in row.items() if value is not None}, step=epoch)
+
+
+def _parameters(record: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting of a record as text; of the lists of cases their lengths."""
+    counts = {key: len(value) for key, value in record.items() if key.endswith("_cases")}
+    values = {**record, **counts}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """What runs are searched by: data set, modalities, regions, network, teachers, and the code."""
+    network = record.get("network")
+    tags = {
+        "cohort": record.get("cohort"),
+        "modalities": ", ".join(record.get("modalities") or []),
+        "regions": ", ".join(record.get("regions") or (record.get("classes") or [])[1:]),
+        "network": network.get("_target_") if isinstance(network, dict) else None,
+        "teachers": ", ".join(record.get("teachers_sha256") or {}),
+        "bundle_version": record.get("bundle_version"),
+        "mlflow.source.git.commit": str(record.get("git_commit") or "").rstrip("+"),
+    }
+    return {key: str(value) for key, value in tags.items() if value}
 
 
 def require_mlflow() -> None:

@@ -22,6 +22,13 @@ from monai.bundle.config_item import ConfigItem
 from scripts.data.case_list import Item
 from scripts.networks.architecture import parameters, read_architecture
 from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files, teacher_head
+from scripts.runtime.task_record import (
+    HEAD,
+    refuse_contradictions,
+    require_same_settings,
+    setting_differences,
+    value_differences,
+)
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -31,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Of a checkpoint: its schedule is compared by itself, and what only names files and results changes no training.
 NOT_COMPARED = ("epochs", "bundle_version", "git_commit", "codes", "dicom", "layout", "mask_values")
-HEAD = {"head": "softmax"}  # of records that name none
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
@@ -162,14 +168,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     return clauses
 
 
-def value_differences(name: str, first: Any, second: Any) -> list[str]:
-    """Compare two plain values, dicts by their keys: ``its <name> is <first>, this run's is <second>``."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        pairs = ((f"{name}#{key}", first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second]))
-        return [clause for pair in pairs for clause in value_differences(*pair)]
-    return [] if first == second else [f"its {name} is {_shown(first)}, this run's is {_shown(second)}"]
-
-
 def _case_differences(key: str, saved: Any, current: Any) -> list[str]:
     name = key.replace("_", " ")
     one, two = ({tuple(case.items()): case["case_id"] for case in cases} for cases in (saved, current))
@@ -181,14 +179,6 @@ def _case_differences(key: str, saved: Any, current: Any) -> list[str]:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _shown(value: Any) -> str:
-    """A value in a sentence: a component by the name of its class."""
-    if isinstance(value, Mapping):
-        return str(value["_target_"]).rsplit(".", 1)[-1] if "_target_" in value else f"{{{', '.join(value)}}}"
-    is_checksum = isinstance(value, str) and len(value) == 64
-    return "none" if value is None else f"{value[:12]}..." if is_checksum else str(value)
 
 
 def write_task(record: Mapping[str, Any], weights: str | Path) -> None:
@@ -215,11 +205,8 @@ def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: 
     task, parser = read_task(weights), running_parser()
     if task is None:
         return
-    if Path(weights).is_file() and task.get("weights_sha256") not in (None, sha256(weights)):
-        logger.warning("%s describes other weights than %s: its sha256 differs", task_path(weights), weights)
     network = [] if parser is None else network_differences(task.get("network"), network_definition(parser))
-    clauses = [*_setting_differences({**HEAD, **task}, settings), *network]
-    _refuse_contradictions(weights, clauses, ignore, " What you do not name is taken from the weights.")
+    require_same_settings(weights, task, _plain(settings), ignore, network)
 
 
 def require_same_teachers(
@@ -260,7 +247,7 @@ def require_same_teachers(
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
             own = own_settings(spec)
             advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
-            _refuse_contradictions(file, _setting_differences(known, used), ignore, advice)
+            refuse_contradictions(file, setting_differences(known, _plain(used)), ignore, advice)
             seen |= validation & {case["case_id"] for case in task.get("training_cases", [])}
         if seen:
             logger.warning(
@@ -280,30 +267,6 @@ def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[s
     if spec.get("classes"):
         used.pop("labels", None)
     return used
-
-
-def _setting_differences(task: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Compare the settings of a run with a record; of the intensities those of the modalities in use."""
-    current, clauses = {str(key): _plain(value) for key, value in settings.items()}, []
-    for key in (key for key in current if key in task):
-        one, two = task[key], current[key]
-        if key == "intensity" and isinstance(one, dict) and isinstance(two, dict):
-            used = current.get("modalities", one)
-            one, two = ({name: value for name, value in each.items() if name in used} for each in (one, two))
-        clauses += value_differences(key, one, two)
-    return clauses
-
-
-def _refuse_contradictions(weights: str | Path, clauses: Sequence[str], ignore: bool, advice: str = "") -> None:
-    if not clauses:
-        return
-    found = f"{task_path(weights)} contradicts this run: {'; '.join(clauses)}"
-    if not ignore:
-        raise ValueError(
-            f"{found}. Use the settings that the weights were trained with, or --set ignore_task=true "
-            f"(--ignore_task True).{advice}"
-        )
-    logger.warning("%s. ignore_task is set.", found)
 
 
 def network_differences(saved: Any, current: Any) -> list[str]:

@@ -14,6 +14,27 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def verified_sha256(path: str | Path, checksum: str | None = None) -> str:
+    """The SHA-256 checksum of weights, compared with the expected one.
+
+    Args:
+        path: file of the weights.
+        checksum: the expected one. Default: the checksum in ``<path>.sha256``, if it exists.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the checksum differs.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No weights at {path}: train the network first or check the path.")
+    digest, expected = sha256(path), checksum or checksum_beside(path)
+    if expected is not None and digest != expected.lower():
+        raise ValueError(
+            f"{path} has the sha256 {digest[:12]}..., not {expected[:12]}...: it is not the expected file."
+        )
+    return digest
+
+
 def checksum_beside(path: str | Path) -> str | None:
     """Read the checksum from ``<path>.sha256``, the format that ``sha256sum`` writes.
 

@@ -10,7 +10,8 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,30 @@ from scripts.utils.atomic_files import write_json
 
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "scipy", "pytorch-ignite", "itk-io", "SimpleITK")
 _command: str | None = None
+_config: Any = None
 
 
 def set_command(command: str) -> None:
     """Set the ``monai.bundle run`` command that this process's manifests contain; by default its command line."""
     global _command
     _command = command
+
+
+@contextmanager
+def described_run(command: str, config: Any) -> Iterator[None]:
+    """Set what the manifests of a run without ``monai.bundle`` contain, until the end of the block.
+
+    Args:
+        command: the ``monai.bundle run`` command that does the same.
+        config: the merged config.
+    """
+    global _command, _config
+    before = _command, _config
+    _command, _config = command, config
+    try:
+        yield
+    finally:
+        _command, _config = before
 
 
 def running_parser() -> Any:
@@ -49,9 +68,19 @@ def running_parser() -> Any:
 
 
 def running_config() -> dict[str, Any] | None:
-    """Return the merged config, as written, of ``running_parser``; None if there is none."""
+    """Return the merged config, as written, of ``running_parser``, or that of ``described_run``; None without both."""
     parser = running_parser()
-    return None if parser is None else json.loads(json.dumps(parser.get(), default=str))  # type: ignore[no-any-return]
+    config = _config if parser is None else parser.get()
+    return None if config is None else json.loads(json.dumps(config, default=str))  # type: ignore[no-any-return]
+
+
+def torch_usage() -> dict[str, Any]:
+    """The arguments of ``write_manifest`` that only PyTorch knows; none where it is not loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"threads": torch.get_num_threads(), "accelerator_mib": mib}
 
 
 def git_commit() -> str | None:
@@ -107,7 +136,7 @@ def write_manifest(
         teachers: name -> SHA-256 of the weights.
         seconds: wall time of the run.
         name: file name.
-        threads: number of threads per operation, see ``scripts.training.handlers.torch_usage``.
+        threads: number of threads per operation, see ``torch_usage``.
         accelerator_mib: peak memory of the accelerator in MiB. It is added to this process's peak resident memory.
     """
     config = running_config()
@@ -115,7 +144,7 @@ def write_manifest(
     metadata = (config or {}).pop("_meta_", None) or {}
     resident_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     manifest = {
-        "bundle_version": metadata.get("version"),
+        "bundle_version": metadata.get("version") or bundle_version(),
         "git_commit": git_commit(),
         "command": _command or shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},

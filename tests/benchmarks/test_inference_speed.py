@@ -34,14 +34,7 @@ from benchmarks.inference_candidates import (
     select_candidates,
     volume_shape,
 )
-from benchmarks.inference_speed import (
-    fastest,
-    format_table,
-    list_candidates,
-    time_candidates,
-    time_network,
-    write_plot,
-)
+from benchmarks.inference_speed import fastest, format_table, list_candidates, time_candidates, time_network, write_plot
 from benchmarks.interleaved_timing import Candidate, compose, time_interleaved
 from benchmarks.synthetic_body import MODALITIES, synthetic_volume, write_case
 from scripts.data.modalities import GatherModalitiesd

@@ -201,10 +201,7 @@ def test_the_table_sorts_rows_by_size_and_lists_the_shares() -> None:
         filled = {name: {"worst_filled": summary(value)} for name, value in metrics.items()}
         return {"row": row, "present": present, "metrics": filled, "loss": summary(loss), **more}
 
-    entries = [
-        entry(PLAIN, ["ct"], 0.4, -0.4),
-        entry(DROPOUT, ["ct", "pet"], 0.75, 0.0, against_plain=summary(-0.05)),
-    ]
+    entries = [entry(PLAIN, ["ct"], 0.4, -0.4), entry(DROPOUT, ["ct", "pet"], 0.75, 0.0, against_plain=summary(-0.05))]
     entries[0]["metrics"]["assd_mm"]["worst_filled"]["ci95"] = None  # one patient has no interval
     assert format_table(entries, {PLAIN: 1.0, DROPOUT: 0.504}).splitlines() == [
         "| present | student | Dice | loss of Dice | Dice - plain | HD95 mm | ASSD mm |",

@@ -62,9 +62,7 @@ def test_all_candidates_run_the_same_number_of_steps_and_write_nothing(common: d
 
 
 @pytest.mark.parametrize(
-    "broken",
-    [{"dataset_dir": "/nowhere"}, {"patch": [32, 32, 10]}],
-    ids=["before its first step", "in its first step"],
+    "broken", [{"dataset_dir": "/nowhere"}, {"patch": [32, 32, 10]}], ids=["before its first step", "in its first step"]
 )
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_candidate_that_fails_is_named_and_leaves_no_process_behind(

@@ -17,7 +17,7 @@ COMPOSITIONS = [
     [*TRAINING, "teacher", "multi_gpu_train"],
     [*TRAINING, "distill", "cache_teachers"],
     [*TRAINING, "stages/autoencoder"],
-    ["inference", "data/picai22", "scale/full", "teacher", "evaluate", "profile"],
+    ["inference", "data/picai22", "scale/full", "teacher", "score", "profile"],
     ["inference", "data/hecktor21", "scale/demo", "export"],
     *([*TRAINING, "distill", f"methods/{name}", "cached"] for name in config_names("methods")),
 ]

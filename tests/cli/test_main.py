@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from scripts.cli import main as program
-from scripts.cli.errors import error_sentence
 from scripts.cli.main import TOOLS, VERBS, main, parse_arguments
+from scripts.utils.errors import error_sentence
 
 ROOT = Path(__file__).parents[2]
 

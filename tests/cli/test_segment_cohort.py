@@ -23,7 +23,9 @@ import torch
 
 from scripts.cli import segment_cohort as batch
 from scripts.cli.main import main
+from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
+from tests.report_cases import case_html
 
 WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
@@ -151,7 +153,25 @@ def test_each_mask_has_the_manifest_and_the_report_of_its_own_case(
         manifest = json.loads((output / f"{name}.manifest.json").read_text())
         assert [case["case_id"] for case in manifest["data"]] == [name]
         page = (output / f"{name}.report.html").read_text()
+        html = case_html(output / f"{name}.report.html")
+        assert ">volume ml</th>" in html.replace(' class="number"', "")  # of the measures
         assert [other for other in names if f"/{other}/" in page] == [name]
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_mask_without_its_measures_is_not_complete_unless_none_are_wanted(
+    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "masks"
+    command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
+    command += [*TINY, "--data-list", str(table())]
+    assert main([*command, "--no-measures"]) == 0
+    assert not list(output.glob("*measures.csv"))
+    assert main([*command, "--no-measures"]) == 0
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 cases")]
+    assert [line.partition(": ")[2][:11] for line in lines] == ["3 segmented", "0 segmented", "3 segmented"]
+    assert len(list(output.glob("*measures.csv"))) == 4
 
 
 @pytest.mark.usefixtures("_here")
@@ -193,7 +213,7 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
         (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--image cannot be combined with --data-list"),
         (["--data-list", "c.csv", "--profile"], "--profile cannot be combined with --data-list"),
-        (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of a table"),
+        (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of several cases"),
         (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "Use a name that ends in .nii.gz"),
@@ -229,6 +249,7 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     sentence = f"1 of 3 cases failed. Correct them and run the command again. PHANTOM_002: {bad} is an empty file"
     assert sentence in printed.err
     assert sorted(path.name for path in output.glob("*.nii.gz")) == ["PHANTOM_001.nii.gz", "PHANTOM_003.nii.gz"]
+    assert {row["case_id"] for row in read_measures(output / "measures.csv")} == {"PHANTOM_001", "PHANTOM_003"}
     (output / "PHANTOM_003.nii.gz").write_bytes((output / "PHANTOM_003.nii.gz").read_bytes()[:-9])  # stopped half way
     kept = (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns
     assert main([*command, str(table())]) == 0
@@ -237,6 +258,14 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     results = json.loads((output / "segment.json").read_text())["cases"]
     assert [each["result"] for each in results.values()] == ["already there", "segmented", "segmented"]
     assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
+    rows = read_measures(output / "measures.csv")
+    assert [row["case_id"] for row in rows if row["lesion"] == "all"] == ["PHANTOM_001", "PHANTOM_002", "PHANTOM_003"]
+    assert rows == [row for k in (1, 2, 3) for row in read_measures(output / f"PHANTOM_00{k}.measures.csv")]
+    for row in rows:
+        volume = nib.Nifti1Image.from_filename(output / f"{row['case_id']}.nii.gz")
+        if row["lesion"] == "all":
+            voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+            assert row["volume_ml"] == pytest.approx((np.asanyarray(volume.dataobj) > 0).sum() * voxel_ml, rel=1e-4)
 
 
 @pytest.mark.usefixtures("_here")
@@ -245,7 +274,8 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
     command = ["segment", "--data", "phantom", "--output-dir", str(output), "--weights", weights, "--allow-outside"]
     assert main([*command, *TINY, "--bids", "--data-list", str(table())]) == 0
     names = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.nii.gz"))
-    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_mask.nii.gz"
+    assert names[0] == "sub-PHANTOM001/anat/sub-PHANTOM001_space-ct_label-tumour_desc-auto_mask.nii.gz"
+    assert {row["case_id"] for row in read_measures(output / "measures.csv")} == {f"PHANTOM_00{k}" for k in (1, 2, 3)}
     assert len(names) == 3
     assert json.loads((output / "dataset_description.json").read_text())["DatasetType"] == "derivative"
     sidecar = json.loads((output / names[0].replace(".nii.gz", ".json")).read_text())
@@ -257,7 +287,9 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
     assert sidecar["SpatialReference"] == sidecar["Sources"][0]
     assert sidecar["Type"] == "Lesion"
     ignored = (output / ".bidsignore").read_text().split()
-    named = re.compile(r"sub-[A-Za-z0-9]+_space-ct_label-tumour_mask\.(nii\.gz|json)|dataset_description\.json")
+    named = re.compile(
+        r"sub-[A-Za-z0-9]+_space-ct_label-tumour_desc-auto_mask\.(nii\.gz|json)|dataset_description\.json|README\.md"
+    )
     for path in output.rglob("[!.]*"):
         known = named.fullmatch(path.name) or any(fnmatch(path.name, pattern) for pattern in ignored)
         assert path.is_dir() or known, path

@@ -35,11 +35,7 @@ def specs(*texts: str) -> dict[str, dict[str, Any]]:
         ("big=unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
         ("big:unetr=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ALL}),
         ("big:unetr:ct=w.pt", "big", {"architecture": "unetr", "weights": "w.pt", "modalities": ["ct"]}),
-        (
-            "runs/big.json:ct=w.pt",
-            "big_ct",
-            {"architecture": "runs/big.json", "weights": "w.pt", "modalities": ["ct"]},
-        ),
+        ("runs/big.json:ct=w.pt", "big_ct", {"architecture": "runs/big.json", "weights": "w.pt", "modalities": ["ct"]}),
         ("one=big.json=w.pt", "one", {"architecture": "big.json", "weights": "w.pt", "modalities": ALL}),
         ("unetr=a.pt,b.pt", "unetr", {"architecture": "unetr", "weights": ["a.pt", "b.pt"], "modalities": ALL}),
         (

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.data import cases_of_rank, datalist, require_cases
+from scripts.data.case_list import ContradictionError, IncompleteError
 
 
 @pytest.fixture
@@ -94,3 +96,9 @@ def test_every_validation_case_goes_to_exactly_one_process(cases: int, world: in
 def test_fewer_validation_cases_than_processes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"There are 1 validation case\(s\) for 2 processes"):
         cases_of_rank([{"case_id": "A"}], 0, 2)
+
+
+@pytest.mark.parametrize("kind", [IncompleteError, ContradictionError])
+def test_an_error_goes_from_one_process_to_another(kind: Any) -> None:
+    error = pickle.loads(pickle.dumps(kind("B has no CT.", [{"case_id": "A"}], ["B has no CT."])))
+    assert (str(error), error.cases, error.problems) == ("B has no CT.", [{"case_id": "A"}], ["B has no CT."])

@@ -13,8 +13,9 @@ import torch
 from monai.data import MetaTensor
 
 from scripts.data import postprocessing
-from scripts.data.decision import DecideClassesd, classes_from_logits, classes_from_probabilities
-from scripts.data.regions import mask_values
+from scripts.data.decision import DecideClassesd
+from scripts.runtime.decision import classes_from_logits, classes_from_probabilities
+from scripts.runtime.regions import mask_values
 
 NESTED = [[1, 2, 3], [1, 3], [3]]  # whole tumour, core, enhancing part: a voxel gets class 2, 1 or 3
 
@@ -27,9 +28,9 @@ def logits(*shape: int) -> torch.Tensor:
 def test_of_a_softmax_the_largest_logit_decides(classes: int) -> None:
     z = logits(classes, 3, 4, 5)
     expected = np.argmax(z.numpy(), axis=0)
-    for found in (classes_from_logits(z), classes_from_probabilities(list(z.softmax(0)))):
-        assert found.dtype == torch.uint8
-        np.testing.assert_array_equal(found.numpy(), expected)
+    for found in (classes_from_logits(z.numpy()), classes_from_probabilities(list(z.softmax(0).numpy()))):
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_of_a_sigmoid_head_the_last_region_that_contains_a_voxel_decides() -> None:
@@ -37,26 +38,27 @@ def test_of_a_sigmoid_head_the_last_region_that_contains_a_voxel_decides() -> No
     inside = z.numpy() > 0
     expected = np.where(inside[2], 3, np.where(inside[1], 1, np.where(inside[0], 2, 0)))
     assert set(expected.ravel().tolist()) == {0, 1, 2, 3}
-    for found in (classes_from_logits(z, NESTED), classes_from_probabilities(list(z.sigmoid()), NESTED)):
-        assert found.dtype == torch.uint8
-        np.testing.assert_array_equal(found.numpy(), expected)
+    probabilities = list(z.sigmoid().numpy())
+    for found in (classes_from_logits(z.numpy(), NESTED), classes_from_probabilities(probabilities, NESTED)):
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_head_of_one_channel_is_neither_empty_nor_full() -> None:
     z = logits(1, 3, 4, 5)
-    np.testing.assert_array_equal(classes_from_logits(z, [[1]]).numpy(), z[0].numpy() > 0)
+    np.testing.assert_array_equal(classes_from_logits(z.numpy(), [[1]]), z[0].numpy() > 0)
 
 
 def test_another_number_of_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="has 4 output channels, the task has 3 regions"):
-        classes_from_logits(logits(4, 2, 2, 2), NESTED)
+        classes_from_logits(logits(4, 2, 2, 2).numpy(), NESTED)
 
 
 def test_a_validation_gets_one_channel_of_classes() -> None:
     z = MetaTensor(logits(3, 2, 3, 4))
     found = DecideClassesd("pred", NESTED)({"pred": z, "label": 7})
     assert found["label"] == 7
-    assert torch.equal(found["pred"][0], classes_from_logits(z.as_tensor(), NESTED))
+    np.testing.assert_array_equal(found["pred"][0], classes_from_logits(z.as_tensor().numpy(), NESTED))
 
 
 def item(z: torch.Tensor) -> dict[str, Any]:

@@ -38,10 +38,7 @@ def test_nothing_is_said_of_plain_data() -> None:
         (case("z", volumes={**VOLUMES, 2.0: 7.9}), "class 2 has fewer than 8 voxels at the planned spacing in 1 of 2"),
         (case("z", volumes={**VOLUMES, 3.0: 1.0}), "have the values 3, which labels does not list"),
         (case("z", volumes=None), "1 of 2 cases have no label"),
-        (
-            case("z", spacing=(1.0, 1.0, 2.5)),
-            "1 of 2 cases (z) have foot-head voxels more than 2 times as long",
-        ),
+        (case("z", spacing=(1.0, 1.0, 2.5)), "1 of 2 cases (z) have foot-head voxels more than 2 times as long"),
     ],
 )
 def test_a_sentence_for_each_oddity(odd: CaseFingerprint, expected: str) -> None:

@@ -13,8 +13,10 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, ResampleToMatch, Spacing
 from scipy.spatial.transform import Rotation
 
-from scripts.data import resampling
-from scripts.data.resampling import OntoGridd, RestoreGridd, axis_moves, network_grid, resample, vanished_classes
+from scripts.data.resampling import OntoGridd, RestoreGridd, resample
+from scripts.runtime import resampling
+from scripts.runtime.grids import axis_moves, network_grid
+from scripts.runtime.resampling import vanished_classes
 
 LPS = np.diag([-1.0, -1.0, 1.0])
 TURNED = np.array([[0.0, -1, 0], [0, 0, 1], [1, 0, 0]])
@@ -149,17 +151,17 @@ def test_the_mask_of_a_cropped_reference_has_the_whole_grid(make_affine: Any) ->
 
 
 def test_only_classes_that_a_label_had_can_vanish() -> None:
-    label = torch.zeros(4, 4, 4)
+    label = np.zeros((4, 4, 4))
     label[0, 0, :3], label[1, 1, 1] = 1, 3
     assert vanished_classes(label, label) == {}
-    assert vanished_classes(label, torch.zeros(2, 2, 2)) == {1: 3, 3: 1}
-    assert vanished_classes(label, torch.full((2, 2, 2), 3.0)) == {1: 3}
-    assert vanished_classes(label * 0, torch.zeros(2, 2, 2)) == {}
+    assert vanished_classes(label, np.zeros((2, 2, 2))) == {1: 3, 3: 1}
+    assert vanished_classes(label, np.full((2, 2, 2), 3.0)) == {1: 3}
+    assert vanished_classes(label * 0, np.zeros((2, 2, 2))) == {}
 
 
 @pytest.mark.parametrize("value", [254, 255])  # ignored, unlabelled
 def test_voxels_of_no_class_cannot_vanish(value: int) -> None:
-    label = torch.zeros(4, 4, 4)
+    label = np.zeros((4, 4, 4))
     label[0], label[1, 0, 0] = value, 2
-    assert vanished_classes(label, torch.zeros(2, 2, 2)) == {2: 1}
-    assert vanished_classes(torch.full((4, 4, 4), float(value)), torch.zeros(2, 2, 2)) == {}
+    assert vanished_classes(label, np.zeros((2, 2, 2))) == {2: 1}
+    assert vanished_classes(np.full((4, 4, 4), float(value)), np.zeros((2, 2, 2))) == {}

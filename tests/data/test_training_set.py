@@ -21,8 +21,8 @@ from monai.bundle import ConfigParser
 from scripts.data import preprocessing
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.data.pipelines import Pipeline
-from scripts.data.regions import IGNORED
 from scripts.data.training_set import CentreCandidatesd, Volumes, training_set
+from scripts.runtime.regions import IGNORED
 
 ROOT = Path(__file__).parents[2]
 SIZE, GIB = 20, 1 << 30

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.data.regions import IGNORED
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.distillation.teacher_weighting import teacher_weights
@@ -24,6 +23,7 @@ from scripts.losses import (
     SegmentationLoss,
     SoftPredictionLoss,
 )
+from scripts.runtime.regions import IGNORED
 
 NESTED = [[1, 2, 3], [1, 3], [3]]
 SHAPE = (6, 5, 4)

@@ -222,10 +222,7 @@ def test_the_first_loss_equals_that_of_online_teachers_if_the_volume_is_one_wind
     assert torch.equal(image[0], torch.cat([prepared["ct"], prepared["pet"]]))
     layers = {"student": "0", "both": "0", "pet": "0"}
     taps = {"fine": layers, "deep": {key: "2" for key in layers}}
-    terms = {
-        "soft": SOFT,
-        "fine": {"tap": "fine", "weight": 1.0, "loss": AttentionMapLoss()},
-    }
+    terms = {"soft": SOFT, "fine": {"tap": "fine", "weight": 1.0, "loss": AttentionMapLoss()}}
     ran, ran_logged = total(Distiller(student(), online, taps), (image, label, {}), **terms)
     read, read_logged = total(Distiller(student(), found, taps), batch, **terms)
     assert read == pytest.approx(ran, rel=1e-3)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -76,6 +77,8 @@ def test_from_files_to_masks(story: Story, tmp_path: Path, capsys: pytest.Captur
     assert main(["evaluate", *data, *RUN, "--weights", "S/model.pt", "--output-dir", "E"]) == 0
     expected = [(case, region) for case in sorted(story.masks) for region in story.regions]
     assert [(row["case_id"], row["region"]) for row in rows_of(Path("E/cases.csv"))] == expected
+    measured = [row for row in rows_of(Path("E/measures.csv")) if row["lesion"] == "all"]
+    assert [(row["case_id"], row["region"]) for row in measured] == expected
     summary = json.loads(Path("E/summary.json").read_text())
     assert list(summary["regions"]) == list(story.regions)
 
@@ -84,6 +87,8 @@ def test_from_files_to_masks(story: Story, tmp_path: Path, capsys: pytest.Captur
     mask: Any = nib.load("mask.nii.gz")
     reference: Any = nib.load(story.masks[story.case])
     assert (voxels(Path("mask.nii.gz")) == voxels(Path("E/masks") / f"{story.case}.nii.gz")).all()
+    own = [row for row in rows_of(Path("E/measures.csv")) if row["case_id"] == story.case]
+    assert [{**row, "case_id": story.case} for row in rows_of(Path("mask.measures.csv"))] == own
     assert mask.shape == reference.shape
     np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-4)
     values = {0, *(value for members in story.regions.values() for value in members)}
@@ -105,6 +110,12 @@ def test_masks_equal_to_the_label_have_dice_1_in_every_region(story: Story, tmp_
         inside = np.isin(np.asarray(label.dataobj), story.regions[row["region"]])
         volume = inside.sum() * abs(np.linalg.det(label.affine)) / 1000
         assert float(row["reference_volume_ml"]) == pytest.approx(volume, rel=1e-6)
+    measured = {
+        (row["case_id"], row["region"]): row for row in rows_of(Path("E/measures.csv")) if row["lesion"] == "all"
+    }
+    for row in rows:
+        volume_ml = float(measured[row["case_id"], row["region"]]["volume_ml"])
+        assert volume_ml == pytest.approx(float(row["reference_volume_ml"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["brats", "organs"])
@@ -116,27 +127,43 @@ def test_a_dicom_study_gets_one_segment_per_region(name: str, tmp_path: Path, mo
     assert main(["plan", "--data", str(story.task), *data[2:], "--output", "planned.json"]) == 0
     train = ["train", *data, *RUN, "--scale", "demo", *TINY, "--output-dir", "O"]
     assert main([*train, "--set", "learning_rate=0.02", "--epochs", "12", "--set", "val_interval=100"]) == 0
-    command = ["dicom", *RUN, "--weights", "O/model.pt", "--study", str(study), "--output-dir", "out", "--rtstruct"]
+    command = [
+        "dicom",
+        *RUN,
+        "--weights",
+        "O/model.pt",
+        "--study",
+        str(study),
+        "--output-dir",
+        "out",
+        "--rtstruct",
+        "--sr",
+    ]
     assert main(command) == 0
     mask = voxels(Path("out/mask.nii.gz"))
     present = {region for region, values in story.regions.items() if np.isin(mask, values).any()}
     assert present, "the student has learnt nothing, and the test shows nothing"
     segmentation = pydicom.dcmread("out/seg.dcm")
     segments = {segment.SegmentNumber: segment for segment in segmentation.SegmentSequence}
-    assert [segment.SegmentLabel for segment in segments.values()] == list(story.regions)
+    lesions = [row for row in rows_of(Path("out/measures.csv")) if row["lesion"] != "all"]
+    labels = [*story.regions, *(f"{row['region']} lesion {row['lesion']}" for row in lesions)]
+    assert [segment.SegmentLabel for segment in segments.values()] == labels
+    report = highdicom.sr.srread("out/sr.dcm").content.get_volumetric_roi_measurement_groups()
+    assert sorted(group.tracking_identifier for group in report) == sorted(labels)
     frames = segmentation.pixel_array.reshape(-1, segmentation.Rows, segmentation.Columns)
-    counts = dict.fromkeys(story.regions, 0)
+    counts = dict.fromkeys(labels, 0)
     for frame, groups in zip(frames, segmentation.PerFrameFunctionalGroupsSequence, strict=True):
         number = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         counts[segments[number].SegmentLabel] += int(frame.sum())
-    assert counts == {region: int(np.isin(mask, values).sum()) for region, values in story.regions.items()}
+    assert {region: counts[region] for region in story.regions} == {
+        region: int(np.isin(mask, values).sum()) for region, values in story.regions.items()
+    }
     structures = pydicom.dcmread("out/rtstruct.dcm")
     assert {roi.ROIName for roi in structures.StructureSetROISequence} == present
 
 
 @pytest.mark.parametrize(
-    ("name", "grid"),
-    [("hecktor21", ["--set", "spacing=[6,6,6]"]), ("picai22", ["--set", "spacing=[2,2,3]"])],
+    ("name", "grid"), [("hecktor21", ["--set", "spacing=[6,6,6]"]), ("picai22", ["--set", "spacing=[2,2,3]"])]
 )
 def test_data_sets_as_downloaded(
     name: str, grid: list[str], require_data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -210,10 +210,7 @@ def test_a_table_and_a_report_need_no_data_set_either(
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no class": (
-        {"spatial_dims": 3},
-        'names no network. Add its class, such as "_target_": "monai.networks',
-    ),
+    "no class": ({"spatial_dims": 3}, 'names no network. Add its class, such as "_target_": "monai.networks'),
     "a list": ([1], "is not the definition of a network. Write an object"),
     "input": ({"in_channels": 2}, "UNet cannot segment an image of 3 channels, one per modality"),
     "output": ({"out_channels": 5}, "UNet returns [5, 16, 16, 16] for a patch, not [2, 16, 16, 16]"),

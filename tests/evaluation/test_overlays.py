@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases that the report of an evaluation shows."""
+"""The order in which the report of an evaluation lists its cases."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from scripts.evaluation.overlays import pick_cases
+from scripts.evaluation.overlays import worst_first
 
 
-def case(name: str, dice: float | None) -> dict[str, Any]:
-    return {"case_id": name, "dice": dice}
+def case(name: str, dice: float | None, status: str = "ok") -> dict[str, Any]:
+    return {"case_id": name, "dice": dice, "status": status}
 
 
-def test_best_lower_median_and_worst_are_picked_with_ties_ordered_by_case_id() -> None:
-    rows = [case("d", 0.9), case("b", 0.9), case("e", 0.1), case("c", 0.1), case("x", None), case("m", 0.5)]
-    assert pick_cases(rows) == {"best": "b", "median": "m", "worst": "c"}
-    assert pick_cases([case("a", 0.2), case("b", 0.4)]) == {"best": "b", "median": "a", "worst": "a"}
+def test_the_worst_case_is_first_with_ties_ordered_by_case_id() -> None:
+    rows = [case("d", 0.9), case("b", 0.9), case("m", 0.0, "missed"), case("f", 0.0, "false_positive"), case("c", 0.1)]
+    assert worst_first(rows) == ["f", "m", "c", "b", "d"]
 
 
-def test_without_a_defined_dice_no_case_is_picked() -> None:
-    assert pick_cases([case("a", None)]) == pick_cases([]) == {}
+def test_cases_without_a_dice_come_last_and_cases_without_a_mask_are_left_out() -> None:
+    rows = [case("x", None, "true_negative"), case("e", None, "error"), case("a", 1.0)]
+    assert worst_first(rows) == ["a", "x"]
+    assert worst_first([]) == []

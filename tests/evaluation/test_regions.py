@@ -13,10 +13,11 @@ import pytest
 
 from scripts.cli.main import main
 from scripts.evaluation.compare import compare
-from scripts.evaluation.overlays import pick_cases
+from scripts.evaluation.overlays import worst_first
 from scripts.evaluation.records import read_summary
 from scripts.evaluation.score import score
 from scripts.metrics import aggregate, read_rows
+from tests.report_cases import case_html
 
 pytestmark = pytest.mark.usefixtures("fake_git")
 LABELS = [[0], [1], [2], [4]]  # necrosis, oedema and the enhancing tumour
@@ -166,19 +167,23 @@ def test_the_report_has_a_table_per_region_and_outlines_with_a_switch_each(score
     scored({"a": (tumour(), np.where(tumour() == 4, 1, tumour()))})
     page = (tmp_path / "out" / "report.html").read_text()
     assert re.findall(r"<h2>(Every case.*?)</h2>", page) == [f"Every case: {name}" for name in REGIONS]
-    assert "worst: a, mean Dice 0.667" in page
-    assert re.findall(r'class="show-region-(\d)".*?</svg>(.*?)</label>', page)[:3] == [
-        *zip("012", REGIONS, strict=True)
-    ]
+    html = case_html(tmp_path / "out" / "report.html")
+    assert "<span>Mean Dice 0.667</span>" in html
+    assert re.findall(r'data-region="(\d)">.*?</svg>(.*?)</label>', html) == [*zip("012", REGIONS, strict=True)]
     volumes = [f"{name} {mask} {n * VOXEL_ML:.2f} ml" for name, sizes in (("WT", (512, 512)), ("TC", (64, 64)),
                ("ET", (8, 0))) for mask, n in zip(("reference", "prediction"), sizes, strict=True)]  # fmt: skip
-    assert f"Volume: {', '.join(volumes)}" in page
+    assert f"Volume: {', '.join(volumes)}" in html
+    assert f"Differences: wrong region {8 * VOXEL_ML:.2f} ml" in html
 
 
 def test_cases_are_chosen_by_their_mean_dice_over_regions() -> None:
     dice = {"a": (0.9, 0.1), "b": (0.6, 0.6), "c": (None, 0.2), "d": (None, None)}
-    rows = [{"case_id": case, "dice": value} for case, values in dice.items() for value in values]
-    assert pick_cases(rows) == {"best": "b", "median": "a", "worst": "c"}
+    rows = [
+        {"case_id": case, "dice": value, "status": "true_negative" if value is None else "ok"}
+        for case, values in dice.items()
+        for value in values
+    ]
+    assert worst_first(rows) == ["c", "a", "b", "d"]
 
 
 def test_the_regions_of_a_config_reach_the_table(tmp_path: Path, write_nifti: Any) -> None:
@@ -195,5 +200,4 @@ def test_the_regions_of_a_config_reach_the_table(tmp_path: Path, write_nifti: An
     arguments = ["report", "--evaluations", tmp_path / "out", "--output-dir", tmp_path / "both"]
     arguments += ["--data-list", tmp_path / "list.csv"]
     assert main([str(each) for each in arguments]) == 0  # the manifest holds labels and regions
-    page = (tmp_path / "both" / "report.html").read_text()
-    assert "worst: a, mean Dice 1.000" in page
+    assert "<span>Mean Dice 1.000</span>" in case_html(tmp_path / "both" / "report.html")

@@ -18,6 +18,8 @@ from torch import nn
 from scripts.cli.main import main
 from scripts.evaluation.compare import compare
 from scripts.evaluation.score import score
+from scripts.metrics.lesion_measures import read_measures
+from tests.report_cases import case_html
 
 pytestmark = pytest.mark.usefixtures("fake_git")
 SHAPE, SPACING = (24, 20, 16), (1.5, 2.0, 2.5)
@@ -69,6 +71,29 @@ def run(cases: Any, tmp_path: Path, **options: Any) -> dict[str, Any]:
 def read(path: Path) -> dict[str, dict[str, str]]:
     with open(path, newline="") as file:
         return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def test_the_measures_are_those_of_the_predictions_on_their_own_grids(
+    cohort: Any, tmp_path: Path, write_nifti: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The PET is 4 in the left half of the image and 8 in the right; that of B cannot be read."""
+    pet = np.full(SHAPE, 4, np.float32)
+    pet[12:] = 8
+    for case in cohort:
+        case["fdg"] = str(write_nifti(tmp_path / case["case_id"] / "pet.nii.gz", pet, AFFINE))
+    Path(cohort[1]["fdg"]).write_bytes(b"")
+    run(cohort, tmp_path, intensity={"ct": [0, 100], "fdg": [0, 10]}, dicom={"fdg": {"Modality": "PT"}})
+    rows = read_measures(tmp_path / "out" / "measures.csv")
+    by_case = {row["case_id"]: row for row in rows if row["lesion"] == "all"}
+    assert list(by_case) == ["A_same", "B_shifted", "C_other_grid", "E_empty"]
+    for name in ("A_same", "C_other_grid"):
+        assert by_case[name]["volume_ml"] == pytest.approx(CUBE_ML)
+        assert [by_case[name][key] for key in ("suvmax", "suvmean", "suvpeak")] == pytest.approx([8, 6, 8], rel=0.1)
+        assert by_case[name]["mtv_ml"] == pytest.approx(CUBE_ML)
+        assert by_case[name]["tlg_g"] == pytest.approx(6 * CUBE_ML)
+    assert by_case["B_shifted"]["suvmax"] is None
+    assert "B_shifted: no uptake is measured" in caplog.text
+    assert (by_case["E_empty"]["volume_ml"], by_case["E_empty"]["mtv_ml"]) == (0, 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,8 +158,16 @@ def test_the_report_contains_numbers_cases_and_outlines(cohort: Any, tmp_path: P
     assert "0.917" in page  # mean Dice where it is defined
     for name in ("A_same", "B_shifted", "C_other_grid", "D_missing", "E_empty"):
         assert name in page
-    assert "worst: B_shifted, Dice 0.750" in page
-    assert "data:image/webp" in page
+    cases = re.findall(r"<b>(\w+)</b>(?: <span>Dice ([\d.]+)</span>)?(?: <em>(.*?)</em>)?<small>(.*?)</small>", page)
+    same = [(name, "1.000", "", "no difference") for name in ("A_same", "C_other_grid")]
+    moved_ml = CUBE_ML / 2  # a quarter of the cube's voxels only here, a quarter only there
+    assert cases[:4] == [
+        ("B_shifted", "0.750", "border", f"border {moved_ml:.2f} ml"),
+        *same,
+        ("E_empty", "", "", "no difference"),
+    ]
+    assert "network &lt;X&gt;, D_missing: no mask was found" in page
+    assert "data:image/webp" in case_html(tmp_path / "out" / "report.html")
     assert "| network \\<X> | 0.917" in capsys.readouterr().out
 
 
@@ -208,7 +241,7 @@ def test_undefined_values_stay_empty_in_every_output(cohort: Any, tmp_path: Path
         "undefined (0)", "undefined (0)", "undefined (0)", "0",
     ]  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count('<td class="number">\N{EN DASH} (0)<small>with failures<br>\N{EN DASH} (0)') == 3
+    assert page.count('<td class="number">\N{EN DASH} (0)</td>') == 3
     assert page.count('<td class="number" data-value="">\N{EN DASH}</td>') == 3
     assert not re.search(r"\bnan\b", re.sub(r"data:\S+", "", page), re.IGNORECASE)
 
@@ -239,7 +272,7 @@ def test_a_comparison_has_a_row_per_evaluation_and_outlines_of_the_first(
     assert (tmp_path / "both" / "table.md").read_text() == text + "\n"
     assert read_json(tmp_path / "both" / "manifest.json")["data"] == cohort
     page = (tmp_path / "both" / "report.html").read_text()
-    assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "worst: B_shifted", "student"))
+    assert all(words in page for words in ("<h1>Comparison</h1>", "first", "second", "<b>B_shifted</b>", "student"))
 
 
 @pytest.mark.parametrize("order", [("pet", "all", "again"), ("all", "again", "pet")])
@@ -257,27 +290,30 @@ def test_a_comparison_shows_outlines_of_the_first_run_with_most_modalities(
             run([case], tmp_path, name=name, intensity=intensity, present=["pet"] if name == "pet" else None,
                 network=nn.Conv3d(2, 1, 1), **folders)  # fmt: skip
     compare([str(tmp_path / name) for name in order], str(tmp_path / "both"), [case], intensity)
-    page = (tmp_path / "both" / "report.html").read_text()
-    assert page.count("best: A_same, Dice 1.000<small>Prediction: all, given CT, PET</small>") == 1
-    assert "not given to the network" not in page
+    html = case_html(tmp_path / "both" / "report.html")
+    assert "<h3>A_same</h3>" in html
+    assert "<span>Dice 1.000</span>" in html
+    assert html.count("<span>Prediction: all, given CT, PET</span>") == 1
+    assert "not given to the network" not in html
 
 
 def test_the_caption_of_outlines_names_the_network_and_what_it_was_given(cohort: Any, tmp_path: Path) -> None:
     case, intensity = {**cohort[0], "pet": cohort[0]["ct"]}, {"ct": [0, 100], "pet": [0, 10]}
     run([case], tmp_path, intensity=intensity, present=["pet"])
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<small>Prediction: network &lt;X&gt;, given PET</small>") == 3
-    assert page.count("<b>CT</b><small>0 to 100, not given to the network</small>") == 9
-    assert page.count("<b>PET</b><small>0 to 10</small>") == 9
+    html = case_html(tmp_path / "out" / "report.html")
+    assert html.count("<span>Prediction: network &lt;X&gt;, given PET</span>") == 1
+    assert html.count("<b>CT</b> <small>0 to 100, not given to the network</small>") == 3
+    assert html.count("<b>PET</b> <small>0 to 10</small>") == 3
     run([case], tmp_path, intensity=intensity)  # masks of an unknown network
-    assert "<small>Prediction: network &lt;X&gt;</small>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<span>Prediction: network &lt;X&gt;</span>" in case_html(tmp_path / "out" / "report.html")
 
 
 def test_a_comparison_draws_no_outlines_without_images_or_of_other_cases(cohort: Any, tmp_path: Path) -> None:
     run(cohort, tmp_path)
     for cases in ([], [{**cohort[0], "case_id": "of another cohort"}]):
         compare([str(tmp_path / "out")], str(tmp_path / "both"), cases, ["ct"])
-        assert "data:image/webp" not in (tmp_path / "both" / "report.html").read_text()
+        assert "<h2>Cases</h2>" not in (tmp_path / "both" / "report.html").read_text()
+        assert not (tmp_path / "both" / "report_files").exists()
 
 
 def test_a_folder_without_an_evaluation_is_refused(cohort: Any, tmp_path: Path) -> None:
@@ -348,8 +384,8 @@ def test_the_outlines_of_a_reference_follow_labels(cohort: Any, tmp_path: Path) 
     sitk.WriteImage(marked, cohort[0]["label"])
     summary = run(cohort[:1], tmp_path, labels=[[0, 9], [1]])
     assert summary["aggregate"]["metrics"]["dice"]["defined"]["mean"] == 1.0
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count(f"Volume: reference {CUBE_ML:.2f} ml, prediction {CUBE_ML:.2f} ml") == 3
+    html = case_html(tmp_path / "out" / "report.html")
+    assert html.count(f"Volume: reference {CUBE_ML:.2f} ml, prediction {CUBE_ML:.2f} ml") == 1
 
 
 def test_an_unreadable_image_is_logged_and_the_outlines_are_still_drawn(
@@ -360,9 +396,9 @@ def test_an_unreadable_image_is_logged_and_the_outlines_are_still_drawn(
     with caplog.at_level(logging.WARNING):
         run([{**cohort[0], "pet": str(broken)}], tmp_path, intensity={"ct": [0, 100], "pet": [0, 10]})
     assert f"pet is not shown in the report: {broken} is an empty file" in caplog.text
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "<b>CT</b><small>0 to 100</small>" in page
-    assert "<b>PET</b>" not in page
+    html = case_html(tmp_path / "out" / "report.html")
+    assert "<b>CT</b> <small>0 to 100</small>" in html
+    assert "<b>PET</b>" not in html
 
 
 def test_centres_of_the_data_list_make_subgroups_also_in_a_comparison(cohort: Any, tmp_path: Path) -> None:

@@ -76,7 +76,11 @@ def test_the_record_lists_files_measurements_cases_and_versions(exported: Path) 
         if name.endswith("fp32"):
             assert model["logits_max_abs"] <= 1e-3
             assert model["mask_dice"] >= 0.9999
-    assert _names(folder) == {"export.json", *(file for model in record["models"].values() for file in model["files"])}
+    assert _names(folder) == {
+        "export.json",
+        "probe.npz",
+        *(file for model in record["models"].values() for file in model["files"]),
+    }
     assert _names(folder.parent) == {"model.pt", "model_export"}
 
 
@@ -202,7 +206,7 @@ def test_an_inaccurate_int8_model_is_refused_and_the_others_are_written(
     with pytest.raises(ValueError, match=words):
         _export_network(tmp_path, precisions=["fp32", "int8"])
     folder = tmp_path / "model_export"
-    assert _names(folder) == {"export.json", "fp32.xml", "fp32.bin"}
+    assert _names(folder) == {"export.json", "probe.npz", "fp32.xml", "fp32.bin"}
     record = json.loads((folder / "export.json").read_text())
     assert list(record["models"]) == ["openvino fp32"]
     assert record["refused"]["openvino int8"]["mask_dice"] < 0.99
@@ -225,7 +229,7 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "int8.xml").write_text("of an earlier export")
     _export_network(tmp_path, output_dir=str(folder.parent))
-    assert _names(folder) == {"export.json", "fp32.xml", "fp32.bin"}
+    assert _names(folder) == {"export.json", "probe.npz", "fp32.xml", "fp32.bin"}
     assert _names(folder.parent) == {"model_export"}
     assert _names(tmp_path) == {"model.pt", "elsewhere"}
 

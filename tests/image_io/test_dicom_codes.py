@@ -5,8 +5,8 @@ import pytest
 from pydicom.sr.codedict import codes as dicom_codes
 
 from scripts.cli.config import config_names, read_config
-from scripts.data.regions import region_values
 from scripts.image_io.dicom_codes import ABNORMAL, CATEGORIES, LESIONS, TISSUE, Property, is_lesion, segment_properties
+from scripts.runtime.regions import region_values
 
 NEOPLASM = ("108369006", "SCT", "Neoplasm")
 LIVER = ("10200004", "SCT", "Liver")

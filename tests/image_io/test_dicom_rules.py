@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scripts.image_io.dicom_rules import matches, rule_text, series_rules
+from scripts.image_io.dicom_rules import matches, pet_modality, rule_text, series_rules
 from scripts.image_io.dicom_study import Series, choose_series
 
 T1, T1CE = {"SeriesDescription": "*T1*"}, {"SeriesDescription": "*T1*post*"}
@@ -21,6 +21,19 @@ def test_ct_pet_and_mr_are_told_by_their_modality():
     rules = series_rules(["ct", "pet", "mr"], {"mr": T1})
     assert rules == {"ct": {"Modality": "CT"}, "pet": {"Modality": "PT"}, "mr": {"Modality": "MR", **T1}}
     assert rule_text(rules["mr"]) == "Modality MR, SeriesDescription *T1*"
+
+
+@pytest.mark.parametrize(
+    ("modalities", "rules", "pet"),
+    [
+        (["ct", "pet"], {}, "pet"),
+        (["ct", "pet"], {"pet": {"SeriesDescription": "*AC*"}}, "pet"),
+        (["t1", "fdg", "psma"], {"fdg": {"Modality": "pt"}, "psma": {"Modality": "PT"}}, "fdg"),
+        (["ct", "mr", "dose"], {"dose": {"SeriesDescription": "*"}}, None),
+    ],
+)
+def test_the_pet_is_known_by_its_name_or_its_rule(modalities: list[str], rules: dict[str, Any], pet: str | None):
+    assert pet_modality(modalities, rules) == pet
 
 
 @pytest.mark.parametrize(
@@ -50,19 +63,17 @@ def test_a_rule_is_a_pattern_or_a_number_for_each_element(rule: dict[str, Any], 
 def test_several_mr_series_are_told_apart():
     study = [_series("1.1", "T2 FLAIR"), _series("1.2", "T1 SE"), _series("1.3", "T1 post"), _series("1.4", "PD")]
     rules = series_rules(["t1", "t1ce", "flair"], {"t1": T1, "t1ce": T1CE, "flair": {"SeriesDescription": "*flair"}})
-    chosen = choose_series(study, rules)
+    chosen = choose_series(study, rules).series
     assert {key: series.uid for key, series in chosen.items()} == {"t1": "1.2", "t1ce": "1.3", "flair": "1.1"}
 
 
 def test_series_that_no_rule_tells_apart_are_listed():
     study = [_series("1.1", "T1 SE"), _series("1.2", "T1 TSE")]
     rules = series_rules(["t1"], {"t1": T1})
-    message = (
-        r"2 series for t1 \(SeriesDescription \*T1\*\)\. Choose one with --series-uid: 1\.1 \(T1 SE, 9 images\); 1\.2"
-    )
+    message = r"2 series for t1 \(SeriesDescription \*T1\*\)\. Choose one with --series-uid, or .*: 1\.1 \(T1 SE, 9 im"
     with pytest.raises(ValueError, match=message):
         choose_series(study, rules)
-    assert choose_series(study, rules, ["1.2"])["t1"].uid == "1.2"
+    assert choose_series(study, rules, ["1.2"]).series["t1"].uid == "1.2"
     with pytest.raises(ValueError, match=r"Tell them apart by a rule in the task's dicom: 1\.1"):
         choose_series(study, rules, ["1.1", "1.2"])
 
@@ -73,7 +84,7 @@ def test_one_series_is_not_taken_for_two_modalities():
 
 
 def test_a_modality_without_a_series_is_left_out():
-    chosen = choose_series([_series("1.1", "T1")], series_rules(["t1", "ct"], {"t1": T1}))
+    chosen = choose_series([_series("1.1", "T1")], series_rules(["t1", "ct"], {"t1": T1})).series
     assert list(chosen) == ["t1"]
 
 

@@ -100,8 +100,8 @@ def read(folder: Path, *uids: str) -> tuple[Array, Array]:
     rules = Rules(series_uids=uids)
     header = header_of(folder, rules)
     volume = read_volume(header, rules)
-    assert volume.shape == (1, *header.shape)
-    return header.affine, volume[0].numpy()
+    assert volume.shape == header.shape
+    return header.affine, volume
 
 
 @pytest.mark.parametrize("axes", [np.eye(3), OBLIQUE, OBLIQUE[:, [1, 2, 0]]], ids=["straight", "oblique", "sagittal"])
@@ -398,7 +398,7 @@ def test_pet_whose_header_does_not_give_suv_is_refused(segment: Segment, tmp_pat
     write_series(tmp_path / "ct")
     write_series(tmp_path / "pet", tags={SERIES: "1.2.3.6", "0008|0060": "PT"})
     message = refusal(segment("--ct", tmp_path / "ct", "--pet", tmp_path / "pet"), tmp_path / "out")
-    assert f"{tmp_path / 'pet'} has the units none. Only BQML and GML can be converted to SUV" in message
+    assert f"{tmp_path / 'pet'} has the units none. Only BQML, GML and CNTS" in message
 
 
 @pytest.mark.parametrize("chosen", [(), ("--series-uid", "1.2.3.4")], ids=["one series", "one of two"])

@@ -26,7 +26,7 @@ MODALITY = b"\x08\x00\x60\x00CS\x02\x00CT"
 
 
 def read(folder: Path) -> Any:
-    return read_volume(header_of(folder, RULES), RULES)[0].numpy()
+    return read_volume(header_of(folder, RULES), RULES)
 
 
 def inserted(new: bytes, after: bytes = MODALITY) -> Callable[[bytes], bytes]:

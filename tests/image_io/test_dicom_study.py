@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A phantom is written as a DICOM study and segmented; the written SEG and RTSTRUCT are read back."""
+"""A phantom is written as a DICOM study and segmented; the written SEG, SR and RTSTRUCT are read back."""
 
 from __future__ import annotations
 
@@ -16,82 +16,30 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from scipy import ndimage
 
 from scripts.cli import segment_dicom as clinic
 from scripts.cli.main import main
 from scripts.image_io.dicom_codes import segment_properties
+from scripts.image_io.dicom_rtstruct import write_rtstruct
 from scripts.image_io.dicom_study import Series, find_series
-from scripts.image_io.dicom_writer import read_slices, write_rtstruct, write_seg
+from scripts.image_io.dicom_writer import read_slices, write_seg
+from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
+from tests.dicom_phantom import MARKER, PERSON, make_slice, write_study
 
 Array = NDArray[Any]
-try:
-    import rt_utils  # noqa: F401
-
-    RTSTRUCT = ["--rtstruct"]
-except ImportError:
-    RTSTRUCT = []
-needs_rt_utils = pytest.mark.skipif(
-    not RTSTRUCT, reason="rt-utils cannot be loaded: its OpenCV needs the system's libGL"
-)
 FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
 TINY = [
     "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
     "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
 ]  # fmt: skip
-CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 TUMOUR = {"tumour": [1]}
 NEOPLASM = segment_properties(TUMOUR, {"tumour": ["108369006", "SCT", "Neoplasm"]})
-MARKER = "ZZMARKER"
-PERSON = {"PatientName": f"{MARKER}NAME", "PatientID": f"{MARKER}ID", "ReferringPhysicianName": f"{MARKER}DOCTOR",
-          "AccessionNumber": f"{MARKER}1", "InstitutionName": f"{MARKER} HOSPITAL", "StudyID": MARKER}  # fmt: skip
-# 70 kg, 370 MBq, half gone by the scan: SUV 1 is 370e6 / 2 Bq / 70000 g = 2642.857 Bq/ml. Stored are SUV x 1000.
-SLOPE = "2.64285714285714"
-
-
-def _slice(kind: str, series: str, frame: str, study: str, **tags: Any) -> Dataset:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CLASSES[kind]
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dates = {"StudyDate": "20200102", "StudyTime": "110000", "PatientBirthDate": "", "PatientSex": "O"}
-    ids = {"StudyInstanceUID": study, "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "SeriesNumber": 3}
-    pixels = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16,
-              "HighBit": 15, "PixelRepresentation": 1, "RescaleIntercept": 0, "RescaleSlope": 1}  # fmt: skip
-    for keyword, value in {"Modality": kind, **dates, **ids, **pixels, **PERSON, **tags}.items():
-        setattr(dataset, keyword, value)
-    return dataset
-
-
-def _pet_tags() -> dict[str, Any]:
-    drug = Dataset()
-    drug.RadionuclideTotalDose, drug.RadionuclideHalfLife = 370e6, 6000
-    drug.RadiopharmaceuticalStartTime = "100000"  # 100 minutes, one half life, before the scan
-    scan = {"SeriesDate": "20200102", "SeriesTime": "114000", "Units": "BQML", "DecayCorrection": "START"}
-    return {**scan, "PatientWeight": 70, "RescaleSlope": SLOPE, "RadiopharmaceuticalInformationSequence": [drug]}
-
-
-def _write_series(folder: Path, kind: str, stored: Array, affine: Array, ids: tuple[str, str], tags: Any) -> None:
-    """One file per plane of the last axis; the affine is RAS, DICOM is LPS."""
-    folder.mkdir(parents=True, exist_ok=True)
-    series, lps = generate_uid(), np.diag([-1.0, -1, 1, 1]) @ affine
-    sizes = np.linalg.norm(lps[:3, :3], axis=0)
-    axes = lps[:3, :3] / sizes
-    for k in range(stored.shape[2]):
-        dataset = _slice(kind, series, *ids, **tags)
-        dataset.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3, 3] + k * lps[:3, 2]]
-        dataset.ImageOrientationPatient = [f"{x:.9g}" for x in axes[:, :2].T.ravel()]
-        dataset.PixelSpacing = [f"{sizes[1]:.9g}", f"{sizes[0]:.9g}"]  # between rows, between columns
-        dataset.SliceThickness, dataset.InstanceNumber = f"{sizes[2]:.9g}", k + 1
-        dataset.Columns, dataset.Rows = stored.shape[:2]
-        dataset.PixelData = np.ascontiguousarray(stored[:, :, k].T).tobytes()
-        dataset.save_as(folder / f"{kind}_{k:03d}.dcm", enforce_file_format=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,27 +52,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def study(phantoms: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One phantom as DICOM, all series in one folder, and next to it the same images as NIfTI files, in SUV.
-
-    Every second column of the CT is left out, so that its pixels are twice as wide as they are high.
-    """
-    root, case = tmp_path_factory.mktemp("study"), phantoms[0]
-    ids = (generate_uid(), generate_uid())
-    for key, kind, factor in (("ct", "CT", 1), ("pet", "PT", 1000), ("mr", "MR", 1)):
-        image = nib.Nifti1Image.from_filename(case[key])
-        voxels, affine = np.asanyarray(image.dataobj), image.affine.copy()
-        if key == "ct":
-            voxels, affine[:3, 0] = voxels[::2], affine[:3, 0] * 2
-        stored = np.rint(voxels * float(factor)).astype(np.int16)
-        _write_series(root / "dicom", kind, stored, affine, ids, _pet_tags() if key == "pet" else {})
-        nib.save(nib.Nifti1Image(stored.astype(np.float32) / factor, affine), root / f"{key}.nii.gz")
-    return root
+    """One phantom as DICOM, all series in one folder, and next to it the same images as NIfTI files, in SUV."""
+    return write_study(phantoms[0], tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")
 def dicom_output(study: Path, weights: str) -> Path:
     """The output folder of ``dicom`` for the study."""
-    arguments = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(study / "out"), *RTSTRUCT]
+    arguments = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(study / "out"), "--rtstruct", "--sr"]
     assert main([*arguments, "--weights", weights, *TINY]) == 0
     return study / "out"
 
@@ -153,7 +88,7 @@ def test_the_study_gives_the_same_mask_as_the_images_in_files(dicom_output: Path
 def test_the_segmentation_contains_the_mask_and_the_patient(dicom_output: Path, study: Path) -> None:
     back, heads = highdicom.seg.segread(dicom_output / "seg.dcm"), _heads(study)
     pixels = back.get_pixels_by_source_instance(
-        [each.SOPInstanceUID for each in heads],
+        [each.SOPInstanceUID for each in heads], segment_numbers=[1],
         combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
     )  # fmt: skip
     np.testing.assert_array_equal(pixels > 0, _mask(dicom_output / "mask.nii.gz")[0].transpose(2, 1, 0))
@@ -176,30 +111,21 @@ def test_a_study_folder_named_like_an_expression_is_never_evaluated(
 
 
 def _filled(structures: Any, heads: list[Any]) -> Array:
-    """Pixels inside or on the outlines, even-odd, of each slice (slice, row, column), by Matplotlib.
-
-    The contour of a hole runs through the pixels around it: its inside is removed, the contour itself is not.
-    """
+    """Pixels whose centres lie inside the outlines, even-odd, of each slice (slice, row, column), by Matplotlib."""
     found = np.zeros((len(heads), heads[0].Rows, heads[0].Columns), dtype=bool)
-    edges, centres = np.zeros_like(found), np.argwhere(np.ones(found.shape[1:]))
+    centres = np.argwhere(np.ones(found.shape[1:]))
     numbers = {each.SOPInstanceUID: k for k, each in enumerate(heads)}
     for contour in structures.ROIContourSequence[0].ContourSequence:
         k = numbers[contour.ContourImageSequence[0].ReferencedSOPInstanceUID]
         directions = np.reshape(np.array(heads[k].ImageOrientationPatient, float), (2, 3))
         points = np.reshape(np.array(contour.ContourData, float), (-1, 3)) - heads[k].ImagePositionPatient
         assert np.abs(points @ np.cross(*directions)).max() < 0.01  # mm: in the slice's plane
-        columns, rows = (points @ directions.T / np.array(heads[k].PixelSpacing, float)[::-1]).T
-        corners = np.rint(np.stack([rows, columns], axis=1)).astype(int)
-        np.testing.assert_allclose(corners, np.stack([rows, columns], axis=1), atol=0.01)  # centres of pixels
-        edge = np.zeros(found.shape[1:], dtype=bool)
-        for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):  # straight or diagonal
-            edge[tuple(np.linspace(start, end, np.abs(end - start).max() + 1).round().astype(int).T)] = True
-        found[k] ^= Outline(corners).contains_points(centres).reshape(edge.shape) & ~edge
-        edges[k] |= edge
-    return found | edges
+        corners = (points @ directions.T / np.array(heads[k].PixelSpacing, float)[::-1])[:, ::-1]
+        np.testing.assert_allclose(corners % 1, 0.5, atol=0.01)  # edges of pixels
+        found[k] ^= Outline([*corners, corners[0]], closed=True).contains_points(centres).reshape(found.shape[1:])
+    return found
 
 
-@needs_rt_utils
 def test_the_contours_filled_by_another_program_are_the_mask(dicom_output: Path, study: Path) -> None:
     """Pixels of unequal sides; all series in one folder."""
     structures, heads = pydicom.dcmread(dicom_output / "rtstruct.dcm"), _heads(study)
@@ -209,16 +135,44 @@ def test_the_contours_filled_by_another_program_are_the_mask(dicom_output: Path,
     assert structures.PatientID == PERSON["PatientID"]
 
 
+def test_the_measures_are_those_of_the_mask_and_of_the_pet_in_suv(dicom_output: Path, study: Path) -> None:
+    """By SimpleITK: the mask by nearest neighbour on the grid of the PET in files, which is in SUV."""
+    rows = read_measures(dicom_output / "measures.csv")
+    assert [(row["case_id"], row["region"]) for row in rows] == [("out", "tumour")] * len(rows)
+    mask, pet = (sitk.ReadImage(str(path)) for path in (dicom_output / "mask.nii.gz", study / "pet.nii.gz"))
+    on_pet = sitk.GetArrayFromImage(sitk.Resample(mask, pet, sitk.Transform(), sitk.sitkNearestNeighbor)) > 0
+    values = sitk.GetArrayFromImage(pet)[on_pet]
+    assert rows[0]["lesion"] == "all"
+    assert rows[0]["volume_ml"] == pytest.approx(
+        sitk.GetArrayFromImage(mask).astype(bool).sum() * np.prod(mask.GetSpacing()) / 1000, rel=1e-4
+    )
+    assert rows[0]["suvmax"] == pytest.approx(values.max(), rel=0.01)
+    assert rows[0]["suvmean"] == pytest.approx(values.mean(), rel=0.01)
+    assert rows[0]["mtv_ml"] == pytest.approx(on_pet.sum() * np.prod(pet.GetSpacing()) / 1000, rel=0.01)
+    assert rows[0]["suvmean"] <= rows[0]["suvpeak"] <= rows[0]["suvmax"]
+    lesions = ndimage.label(sitk.GetArrayFromImage(mask) > 0, np.ones((3, 3, 3)))[1]
+    assert [row["lesion"] for row in rows[1:]] == [str(number) for number in range(1, lesions + 1)]
+
+
+def test_the_report_names_the_segments(dicom_output: Path) -> None:
+    segmentation = highdicom.seg.segread(dicom_output / "seg.dcm")
+    report = highdicom.sr.srread(dicom_output / "sr.dcm")
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    lesions = len(read_measures(dicom_output / "measures.csv")) - 1
+    assert len(groups) == len(segmentation.SegmentSequence) == 1 + min(lesions, clinic.MAX_LESIONS)
+    assert [group.tracking_uid for group in groups] == [each.TrackingUID for each in segmentation.SegmentSequence]
+
+
 def test_patient_data_is_only_in_the_dicom_files(
     study: Path, weights: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    output = ["--output-dir", str(tmp_path / "out"), *RTSTRUCT, "--weights", weights, *TINY]
+    output = ["--output-dir", str(tmp_path / "out"), "--rtstruct", "--sr", "--weights", weights, *TINY]
     assert main(["dicom", "--study", str(study / "dicom"), *output]) == 0
     assert main(["dicom", "--study", str(study / "dicom"), "--series-uid", "1.2", *output]) == 1
     out, err = capfd.readouterr()
     assert "mask: " in out and "has no series 1.2" in err  # noqa: PT018
     assert MARKER not in out + err + caplog.text
-    assert files_containing(tmp_path / "out", MARKER) == [*(["rtstruct.dcm"] if RTSTRUCT else []), "seg.dcm"]
+    assert files_containing(tmp_path / "out", MARKER) == ["rtstruct.dcm", "seg.dcm", "sr.dcm"]
 
 
 def files_containing(folder: Path, marker: str) -> list[str]:
@@ -234,11 +188,8 @@ def files_containing(folder: Path, marker: str) -> list[str]:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("No module named 'rt_utils'", name="rt_utils"), 'is not installed. Run: pip install "'),
-        (
-            ImportError("libGL.so.1: cannot open", name="cv2"),
-            r"cannot be loaded \(libGL\.so\.1: cannot open\)\. Install",
-        ),
+        (ModuleNotFoundError("No module named 'highdicom'", name="highdicom"), 'is not installed. Run: pip install "'),
+        (ImportError("libz.so: cannot open", name="PIL"), r"cannot be loaded \(libz\.so: cannot open\)\. Install"),
     ],
     ids=["package", "library"],
 )
@@ -251,14 +202,14 @@ def test_a_missing_package_or_library_is_reported_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(name: str) -> Any:
-        if name.startswith("rt_utils"):
+        if name.startswith("highdicom"):
             raise error
         return importlib.import_module(name)
 
     monkeypatch.setattr("scripts.image_io.dicom_packages.import_module", fail)
     command = ["dicom", "--study", str(study / "dicom"), "--output-dir", str(tmp_path / "out"), "--rtstruct"]
     assert main(command) == 1
-    assert re.search(f"^error: rt-utils {message}", capsys.readouterr().err)
+    assert re.search(f"^error: highdicom {message}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -323,8 +274,7 @@ def test_headers_with_missing_optional_values_or_other_character_sets_are_copied
     slices = read_slices(sorted(map(str, tmp_path.glob("CT_*.dcm"))))
     before = [list(each.PixelSpacing) for each in slices]
     write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
-    if RTSTRUCT:
-        write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, tmp_path / "rtstruct.dcm")
+    write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, "1", tmp_path / "rtstruct.dcm")
     assert [list(each.PixelSpacing) for each in slices] == before
     for path in (tmp_path / "seg.dcm", *tmp_path.glob("rtstruct.dcm")):
         written = pydicom.dcmread(path)
@@ -336,7 +286,7 @@ def test_frames_of_a_single_frame_class_are_refused_before_anything_is_segmented
     weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pixels = {"Rows": 1, "Columns": 1, "NumberOfFrames": 2, "PixelData": b"\0\0" * 2, "PixelSpacing": [1, 1]}
-    _slice("CT", "1.2.3", "1.2.4", "1.2.5", **pixels).save_as(tmp_path / "ct.dcm", enforce_file_format=True)
+    make_slice("CT", "1.2.3", "1.2.4", "1.2.5", **pixels).save_as(tmp_path / "ct.dcm", enforce_file_format=True)
     command = ["dicom", "--study", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--allow-missing", *TINY]
     assert main([*command, "--weights", weights]) == 1
     assert "ct.dcm has several frames, but is no enhanced CT, PET or MR" in capsys.readouterr().err
@@ -369,7 +319,6 @@ def _reference(study: Path) -> Series:
     return next(series for series in find_series(study / "dicom") if series.kind == "CT")
 
 
-@needs_rt_utils
 def test_an_empty_mask_gives_no_structure_set(
     dicom_output: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,8 +340,7 @@ def test_a_short_string_that_is_too_long_is_left_empty_and_logged(
     for each in slices:
         each.AccessionNumber = each.StudyID = number
     write_seg(dicom_output / "mask.nii.gz", slices, TUMOUR, NEOPLASM, "1", tmp_path / "seg.dcm")
-    if RTSTRUCT:
-        assert write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, tmp_path / "rtstruct.dcm")
+    assert write_rtstruct(dicom_output / "mask.nii.gz", slices, TUMOUR, "1", tmp_path / "rtstruct.dcm")
     for path in tmp_path.glob("*.dcm"):
         written = pydicom.dcmread(path)
         assert (written.AccessionNumber, written.StudyID) == (number if kept else "", number[:16])

@@ -170,11 +170,7 @@ def test_values_that_are_suv_by_body_weight_are_not_changed() -> None:
         ({"SeriesDate": "2020.01.02"}, {}, "an invalid date or time in SeriesDate, SeriesTime\\."),
         ({"AcquisitionTime": "256000"}, {}, "date or time in AcquisitionDate, AcquisitionTime\\."),
         ({"TimezoneOffsetFromUTC": "CET"}, {}, "in SeriesDate, SeriesTime or TimezoneOffsetFromUTC\\."),
-        (
-            {},
-            {"RadiopharmaceuticalStartDateTime": "20200102180000+0700"},
-            "be -6.3 hours .* Add TimezoneOffsetFromUTC",
-        ),
+        ({}, {"RadiopharmaceuticalStartDateTime": "20200102180000+0700"}, "be -6.3 hours .* Add TimezoneOffsetFromUTC"),
         ({"SeriesTime": None, "AcquisitionTime": None}, {}, "has no time of the series"),
     ],
 )

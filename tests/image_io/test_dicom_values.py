@@ -32,7 +32,7 @@ OTHERS = {"RTSTRUCT": "481.3", "RTPLAN": "481.5", "RTDOSE": "481.2", "SR": "88.3
 
 
 def read(folder: Path) -> Any:
-    return read_volume(header_of(folder, RULES), RULES)[0].numpy()
+    return read_volume(header_of(folder, RULES), RULES)
 
 
 def without(keywords: str, slices: Any = range(5)) -> Callable[[int, Dataset], None]:

@@ -17,10 +17,11 @@ from monai.inferers import SlidingWindowInferer
 from torch import nn
 
 from scripts.cli.main import main
-from scripts.inference import ENGINES, PRECISIONS, engine_choice, engines
 from scripts.inference.engine_choice import Engine, choose_engine
-from scripts.inference.engines import ONNXRuntimeEngine, OpenVINOEngine, TorchEngine, UnavailableError
+from scripts.inference.engines import ExportedEngine, TorchEngine
 from scripts.networks import Student
+from scripts.runtime import ENGINES, PRECISIONS, engines, exported_files
+from scripts.runtime.engines import ONNXRuntimeEngine, OpenVINOEngine, UnavailableError
 from scripts.utils.checksums import sha256
 
 pytest.importorskip("openvino")
@@ -78,7 +79,7 @@ def test_openvino_gives_pytorchs_logits_at_any_batch_and_size(
     # With 32 x 32 x 16 the deepest grid has as many cells as the attention has heads: there OpenVINO's fused attention
     # is wrong.
     image = _image(batch, 3, *size)
-    engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
+    engine = ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1))
     assert engine.window is None
     torch.testing.assert_close(engine(image), _answer(student, image), atol=1e-5, rtol=1e-5)
 
@@ -87,18 +88,18 @@ def test_a_large_image_gets_a_model_of_its_own_size_with_the_same_logits(
     student: Student, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "LARGE_IMAGE_VOXELS", 48 * 32 * 32)
-    engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
+    engine = ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1))
     for size in ((48, 32, 32), (32, 32, 32), (64, 32, 32), (48, 32, 32)):
         image = _image(1, 3, *size)
         torch.testing.assert_close(engine(image), _answer(student, image), atol=1e-5, rtol=1e-5)
-    assert engine.large_shape == (1, 3, 48, 32, 32)
+    assert engine.engine.large_shape == (1, 3, 48, 32, 32)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_onnx_runtime_gives_pytorchs_logits_at_any_batch_for_its_window(
     student: Student, files: Path, batch: int
 ) -> None:
-    engine = ONNXRuntimeEngine(files / "model_export" / "model.onnx", 1)
+    engine = ExportedEngine(ONNXRuntimeEngine(files / "model_export" / "model.onnx", 1))
     assert engine.window == WINDOW
     image = _image(batch, 3, *WINDOW)
     torch.testing.assert_close(engine(image), _answer(student, image), atol=1e-4, rtol=1e-4)
@@ -109,7 +110,7 @@ def test_bf16_and_int8_stay_close_to_pytorch(student: Student, files: Path, prec
     name = "int8.xml" if precision == "int8" else "fp32.xml"
     image = _image(2, 3, *WINDOW, seed=5)
     expected = _answer(student, image)
-    logits = OpenVINOEngine(files / "model_export" / name, precision, 1)(image)
+    logits = ExportedEngine(OpenVINOEngine(files / "model_export" / name, precision, 1))(image)
     difference = float((logits - expected).abs().max() / expected.abs().max())
     assert difference < share
     assert difference > 1e-5 or not engines.cpu_has_bf16()  # otherwise the precision hint had no effect
@@ -117,10 +118,10 @@ def test_bf16_and_int8_stay_close_to_pytorch(student: Student, files: Path, prec
 
 @pytest.mark.skipif(not engines.cpu_has_bf16(), reason="the CPU has no bf16")
 def test_in_bf16_the_first_and_the_last_convolution_stay_in_float32(files: Path) -> None:
-    engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "bf16", 1)
+    engine = ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml", "bf16", 1))
     engine(_image(1, 3, *WINDOW))
     precisions = {}
-    for op in engine.request.get_compiled_model().get_runtime_model().get_ops():
+    for op in engine.engine.request.get_compiled_model().get_runtime_model().get_ops():
         info = {
             key: op.get_rt_info()[key].astype(str) for key in ("layerType", "originalLayersNames", "runtimePrecision")
         }
@@ -136,7 +137,7 @@ def test_a_signal_after_the_engines_are_freed_does_not_crash(files: Path) -> Non
     """OpenVINO's Cores restore a freed signal stack when they end in the order in which they began."""
     code = f"""
 import gc, os, signal
-from scripts.inference.engines import OpenVINOEngine, cpu_has_bf16
+from scripts.runtime.engines import OpenVINOEngine, cpu_has_bf16
 first, second = (OpenVINOEngine({str(files / "model_export" / "fp32.xml")!r}, threads=1) for _ in range(2))
 cpu_has_bf16()
 for name in ("first", "second"):
@@ -160,7 +161,7 @@ def test_the_result_of_a_call_is_not_overwritten_by_the_next_call(files: Path, n
 
 
 def test_openvino_accepts_any_memory_layout_and_dtype(student: Student, files: Path) -> None:
-    engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
+    engine = ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1))
     image = _image(2, 3, *WINDOW)
     expected = _answer(student, image)
     strided = image.to(memory_format=torch.channels_last_3d)
@@ -189,23 +190,23 @@ def test_the_torch_engine_runs_in_float32_or_bf16(student: Student) -> None:
 
 def test_an_unsupported_size_is_refused_with_both_sizes(files: Path) -> None:
     with pytest.raises(ValueError, match=r"1 x 3 x 40 x 32 x 16.*divisible by 16"):
-        OpenVINOEngine(files / "model_export" / "fp32.xml")(_image(1, 3, 40, 32, 16))
+        ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml"))(_image(1, 3, 40, 32, 16))
     with pytest.raises(ValueError, match="1 x 2 x 32 x 32 x 16"):
-        OpenVINOEngine(files / "model_export" / "fp32.xml")(_image(1, 2, *WINDOW))
+        ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml"))(_image(1, 2, *WINDOW))
     with pytest.raises(
         ValueError, match=r"windows of 32 x 32 x 16 voxels, not 32 x 32 x 32. Set patch to \[32, 32, 16\]"
     ):
-        ONNXRuntimeEngine(files / "model_export" / "model.onnx")(_image(1, 3, 32, 32, 32))
+        ExportedEngine(ONNXRuntimeEngine(files / "model_export" / "model.onnx"))(_image(1, 3, 32, 32, 32))
 
 
 def test_auto_chooses_openvino_where_it_is_available_and_logs_the_reason(
     student: Student, files: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "scripts.inference.engine_choice")
-    monkeypatch.setattr(engine_choice, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(exported_files, "cpu_has_bf16", lambda: True)
     assert choose_engine("auto", "auto", files / "model.pt", student).description == "openvino bf16"
     assert caplog.messages[-1] == f"engine openvino bf16: exported files {files / 'model_export'}, this CPU has bf16"
-    monkeypatch.setattr(engine_choice, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(exported_files, "cpu_has_bf16", lambda: False)
     assert choose_engine("auto", "auto", files / "model.pt", student).description == "openvino fp32"
     with pytest.raises(UnavailableError, match="this CPU has no bf16"):
         choose_engine("openvino", "bf16", files / "model.pt", student)
@@ -285,8 +286,8 @@ def test_the_command_line_accepts_every_engine_and_precision(capsys: pytest.Capt
             assert name in capsys.readouterr().out
 
 
-def test_the_names_of_engines_are_imported_without_pytorch() -> None:
-    code = "import sys, scripts.inference; assert 'torch' not in sys.modules"
+def test_the_names_of_engines_are_imported_without_pytorch_and_numpy() -> None:
+    code = "import sys, scripts.runtime; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -320,8 +321,8 @@ def test_files_exported_with_other_settings_are_detected_at_the_first_window(
 
 
 def test_threads_and_precision_are_passed_to_openvino(files: Path) -> None:
-    engine = OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1)
+    engine = ExportedEngine(OpenVINOEngine(files / "model_export" / "fp32.xml", "fp32", 1))
     engine(_image(1, 3, *WINDOW))
-    compiled = engine.request.get_compiled_model()
+    compiled = engine.engine.request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) == "f32"

@@ -12,7 +12,9 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from scripts.inference.sliding_window import GIB, WholeVolumeInferer, part_size
+from scripts.inference.sliding_window import WholeVolumeInferer
+from scripts.runtime import GIB
+from scripts.runtime.sliding_window import part_size
 
 
 class Local(nn.Module):

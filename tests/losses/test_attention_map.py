@@ -33,8 +33,7 @@ def reference(pooled: Callable[..., np.ndarray]) -> Callable[..., float]:
 
 
 @pytest.mark.parametrize(
-    ("p", "norm", "expected"),
-    [(1, "l2", 2 / 25), (1, "l1", 2 / 7), (2, "l2", 2 * 49 / 337), (2, "l1", 14 / 25)],
+    ("p", "norm", "expected"), [(1, "l2", 2 / 25), (1, "l1", 2 / 7), (2, "l2", 2 * 49 / 337), (2, "l1", 14 / 25)]
 )
 def test_two_voxels_give_the_closed_form(p, norm, expected):
     # The activations are (3, -4) and (4, 3). Student maps: (3, 4) / 5 for p = 1, l2; (9, 16) / sqrt(337) for p = 2, l2.
@@ -122,8 +121,7 @@ def test_repeating_the_patch_does_not_change_the_value(normal, reference, shape,
 
 
 @pytest.mark.parametrize(
-    ("student_grid", "teacher_grid"),
-    [((4, 6), (2, 3)), ((2, 4, 3), (4, 2, 3)), ((3, 5, 4), (2, 4, 6))],
+    ("student_grid", "teacher_grid"), [((4, 6), (2, 3)), ((2, 4, 3), (4, 2, 3)), ((3, 5, 4), (2, 4, 6))]
 )
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_different_grids_are_pooled_to_the_common_grid(normal, reference, student_grid, teacher_grid, norm):

@@ -225,12 +225,7 @@ def test_a_student_without_texture_gets_a_finite_value_and_gradient(normal, refe
     ("options", "student", "teacher", "message"),
     [
         ({}, (1, 2, 2, 8), (1, 2, 8, 1), "need an axis of at least 3 voxels"),
-        (
-            {"statistic": "subband_mse"},
-            (1, 2, 4, 4),
-            (1, 3, 4, 4),
-            "the same number of channels for subband_mse",
-        ),
+        ({"statistic": "subband_mse"}, (1, 2, 4, 4), (1, 3, 4, 4), "the same number of channels for subband_mse"),
         ({"spacing": (1.0, 1.0)}, (1, 2, 4, 4, 4), (1, 3, 4, 4, 4), "need a spacing of three"),
     ],
 )

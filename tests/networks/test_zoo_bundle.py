@@ -90,10 +90,7 @@ def test_a_yaml_config_and_that_of_the_training_are_read(bundle: Path) -> None:
         ("other weights", "do not fit Teacher"),
         ("classes", "names 3 classes, the task has 2"),
         ("outputs", "its classes name the output 4, but its network has outputs 0 to 3"),
-        (
-            "no classes",
-            r"returns \[4, 16, 16, 16\] for a patch, not \[2, 16, 16, 16\].* and 2 outputs or the key",
-        ),
+        ("no classes", r"returns \[4, 16, 16, 16\] for a patch, not \[2, 16, 16, 16\].* and 2 outputs or the key"),
     ],
 )
 def test_an_incomplete_bundle_is_refused_in_one_sentence(change: str, sentence: str, bundle: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import locale
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ import torch
 from scripts.cli.main import main
 from scripts.data import Rules
 from scripts.image_io.reader import read_itk
+from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
 from scripts.report.case_images import load_overlay
 from scripts.report.mask_report import write_mask_report
+from tests.report_cases import case_html
 
 TINY = ["--data", "phantom", "--threads", "1", "--set", "patch=[32,32,32]", "--set", "spacing=[12,12,12]"]
 TINY += ["--set", "student_features=[8,8,8,8]", "--engine", "torch"]
@@ -114,15 +117,20 @@ def test_segment_writes_a_report_only_with_report(
     assert f'<td class="number">{volume:,.2f}</td>' in page
     assert "<h1>Segmentation of who &amp; what</h1>" in page
     assert "Segmented without MR." in page
-    assert page.count("data:image/webp") == 3 * 2  # planes, modalities
-    assert "CT</b><small>-200 to 300</small>" in page
+    html = case_html(report)
+    (region, *_) = read_measures(output.with_name("who & what.measures.csv"))
+    assert (region["case_id"], region["volume_ml"]) == ("who & what", pytest.approx(volume, rel=1e-4))
+    assert f'<td class="number">{region["suvpeak"]:,.2f}</td>' in html
+    assert html.count("data:image/webp") == 3 * 3  # planes; CT, PET, and both in one
+    assert "CT</b> <small>-200 to 300</small>" in html
+    assert f'data-sha256="{hashlib.sha256(output.read_bytes()).hexdigest()}"' in page
 
 
 def test_a_mask_report_needs_neither_a_manifest_nor_readable_images(tmp_path: Path, write_nifti: Any) -> None:
     mask = write_nifti(tmp_path / "m.nii.gz", np.ones((4, 4, 4), np.uint8))
     path = write_mask_report(mask, {"ct": str(tmp_path / "nowhere.nii.gz")})
     assert path == tmp_path / "m.report.html"
-    assert "<b>no image</b>" in path.read_text()
+    assert "<b>no image</b>" in case_html(path)
     (tmp_path / "m.manifest.json").write_text(json.dumps({"seed": 4711}))
     assert "4711" in write_mask_report(mask, {}).read_text()
 
@@ -131,7 +139,8 @@ def test_a_mask_report_lists_every_region_by_the_values_of_the_mask(tmp_path: Pa
     voxels = np.zeros((10, 10, 10), np.uint8)
     voxels[:5], voxels[0] = 2, 4
     mask = write_nifti(tmp_path / "m.nii.gz", voxels)
-    page = write_mask_report(mask, {}, regions={"WT": [2, 4], "ET": [4]}).read_text()
+    path = write_mask_report(mask, {}, regions={"WT": [2, 4], "ET": [4]})
+    page = path.read_text()
     assert 'm: WT prediction</th><td class="number">0.50</td>' in page
     assert 'm: ET prediction</th><td class="number">0.10</td>' in page
-    assert "show-region-1" in page
+    assert 'data-region="1"' in case_html(path)

@@ -12,6 +12,19 @@ from pathlib import Path
 import pytest
 
 GIT = shutil.which("git")
+ROOT = Path(__file__).parents[2]
+COPIED = (
+    "configs",
+    "docs",
+    "models",
+    "scripts",
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    ".gitignore",
+)
+COPIED += ("tools/model_zoo", *(path.name for path in ROOT.glob("requirements*.txt")))
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +60,17 @@ def commit() -> Callable[[Path], Path]:
         return root
 
     return commit_all
+
+
+@pytest.fixture(scope="session")
+def release_checkout(tmp_path_factory: pytest.TempPathFactory, commit: Callable[[Path], Path]) -> Path:
+    """A repository with the bundle as it is in the working tree, which may have changes."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*_export"))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "__init__.py").touch()
+    return commit(root)

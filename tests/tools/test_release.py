@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,12 @@ from tools.release import LIMIT, NAME, release
 
 pytestmark = pytest.mark.release
 ROOT = Path(__file__).parents[2]
-COPIED = ("configs", "docs", "models", "scripts", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".gitignore")
-COPIED += tuple(path.name for path in ROOT.glob("requirements*.txt"))
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, commit: Callable[[Path], Path]) -> Path:
-    """A repository with the bundle as it is in the working tree, which may have changes."""
-    root = tmp_path_factory.mktemp("checkout")
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*_export"))
-        else:
-            shutil.copy(ROOT / name, root / name)
-    (root / "benchmarks").mkdir()
-    (root / "benchmarks" / "__init__.py").touch()
-    return commit(root)
-
-
-@pytest.fixture(scope="module")
-def zipped(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zipped(release_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The zip."""
-    return release(checkout, tmp_path_factory.mktemp("zip"))
+    return release(release_checkout, tmp_path_factory.mktemp("zip"))
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +79,10 @@ def test_the_zip_has_every_file_that_the_zoo_requires(zoo: Path, name: str) -> N
     assert (zoo / "models" / NAME / name).is_file()
 
 
-def test_the_zip_has_the_tracked_files_of_the_bundle_and_nothing_else(zipped: Path, checkout: Path) -> None:
-    listed = subprocess.run(["git", "-C", checkout, "ls-files"], capture_output=True, text=True, check=True)
+def test_the_zip_has_the_tracked_files_of_the_bundle_and_nothing_else(zipped: Path, release_checkout: Path) -> None:
+    listed = subprocess.run(["git", "-C", release_checkout, "ls-files"], capture_output=True, text=True, check=True)
     excluded = {"requirements-label.txt", ".gitignore", "docs/reading_order.md", "benchmarks/__init__.py"}
-    excluded |= {name for name in listed.stdout.split() if name.startswith("configs/benchmark/")}
+    excluded |= {name for name in listed.stdout.split() if name.startswith(("configs/benchmark/", "tools/"))}
     with zipfile.ZipFile(zipped) as archive:
         names = [member.filename for member in archive.infolist() if not member.is_dir()]
         assert sorted(names) == [f"{NAME}/{name}" for name in sorted(set(listed.stdout.split()) - excluded)]
@@ -119,10 +102,10 @@ def test_no_file_is_above_the_zoos_limit(zipped: Path) -> None:
 
 
 def test_the_same_commit_gives_the_same_bytes(
-    zipped: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zipped: Path, release_checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "elsewhere"
-    subprocess.run(["git", "clone", "-q", checkout, other], check=True)
+    subprocess.run(["git", "clone", "-q", release_checkout, other], check=True)
     os.utime(other / "LICENSE", (0, 0))
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     assert release(other, tmp_path / "zip").read_bytes() == zipped.read_bytes()
@@ -136,6 +119,23 @@ def test_every_link_in_the_docs_leads_to_a_file_of_the_zip(zoo: Path) -> None:
             assert target.startswith("http") or (page.parent / target).exists(), (
                 f"docs/{page.name} links to {target}, which is not in the zip: see PARTS in tools/release.py"
             )
+
+
+def test_the_readme_has_front_matter_and_links_to_files_of_the_zip(zoo: Path) -> None:
+    _, front_matter, text = (zoo / "models" / NAME / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    parser = ConfigParser.load_config_file  # MONAI's reader of YAML
+    path = zoo / "front_matter.yaml"
+    path.write_text(front_matter)
+    found = parser(path)
+    assert (found["license"], found["pipeline_tag"], found["library_name"]) == (
+        "apache-2.0",
+        "image-segmentation",
+        "monai",
+    )
+    targets = re.findall(r"\]\(([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert "docs/README.md" in targets
+    for target in targets:
+        assert target.startswith("http") or (zoo / "models" / NAME / target).exists(), target
 
 
 def test_the_weights_have_the_checksum_of_their_file(zoo: Path) -> None:

@@ -15,8 +15,8 @@ from monai.handlers import MeanDice, ValidationHandler
 from torch import nn
 
 from scripts.data.modalities import UNLABELLED
-from scripts.data.regions import IGNORED
 from scripts.report.curves import curve_figures, read_curves
+from scripts.runtime.regions import IGNORED
 from scripts.training.learning_curves import CurveWriter
 from scripts.training.region_masks import RegionMasks
 

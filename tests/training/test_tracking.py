@@ -217,8 +217,9 @@ def _mlflow_runs(folder: Path) -> list[tuple[Any, Curves]]:
             metrics = {name: {v.step: v.value for v in values} for name, values in history.items()}
             files = {item.path for item in client.list_artifacts(each.info.run_id)}
             facts = SimpleNamespace(
-                experiment=experiment.name, name=each.info.run_name, status=each.info.status, files=files
-            )
+                experiment=experiment.name, name=each.info.run_name, status=each.info.status, files=files,
+                params=each.data.params, tags=each.data.tags, client=client, run_id=each.info.run_id,
+            )  # fmt: skip
             found.append((facts, metrics))
     return found
 
@@ -231,8 +232,32 @@ def test_mlflow_has_every_column_of_the_curves_and_the_pictures(cohort: Path, tm
     _assert_same(metrics, _table(output))
     assert set(metrics["loss"]) == {1, 2}
     assert (facts.experiment, facts.name, facts.status) == ("phantom", "alone", "FINISHED")
-    assert facts.files == {"curves.csv", "manifest.json", "epoch_0002.png"}
+    assert facts.files == {"curves.csv", "manifest.json", "epoch_0002.png", "model.pt", "model.task.json"}
     assert (output / "mlruns").is_dir()
+
+
+def test_an_mlflow_run_holds_the_settings_the_task_tags_and_the_weights(cohort: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    teacher = ["--teacher", "hdenseformer:ct=random"]
+    output = _train("distill", cohort, tmp_path / "out", *teacher, "--epochs", "1", "--tracking", "mlflow", seed=7)
+    ((facts, _),) = _mlflow_runs(output)
+    told = {key: json.loads(facts.params[key]) for key in ("spacing", "patch", "seed", "epochs", "modalities")}
+    assert told == {
+        "spacing": [8, 8, 8],
+        "patch": [64, 32, 32],
+        "seed": 7,
+        "epochs": 1,
+        "modalities": ["ct", "pet", "mr"],
+    }
+    assert json.loads(facts.params["network"])["features"] == SETTINGS["student_features"]
+    split = json.loads((output / "splits.json").read_text())
+    assert int(facts.params["training_cases"]) + int(facts.params["validation_cases"]) == sum(map(len, split["folds"]))
+    expected = {"cohort": "phantom", "modalities": "ct, pet, mr", "regions": "tumour", "teachers": "hdenseformer_ct"}
+    assert expected.items() <= facts.tags.items()
+    assert facts.tags["network"] == "scripts.networks.Student"
+    for name in ("model.pt", "model.task.json"):
+        stored = Path(facts.client.download_artifacts(facts.run_id, name, str(tmp_path)))
+        assert stored.read_bytes() == (output / name).read_bytes()
 
 
 def test_a_resumed_training_is_an_mlflow_run_with_every_epoch_once(tmp_path: Path) -> None:

@@ -149,10 +149,7 @@ RECORD = {"fold": 0, "spacing": [3, 3, 3], "intensity": {"ct": [-200, 300], "mr"
     [
         ({"fold": 1}, "its fold is 0, this run's is 1"),
         ({"spacing": [2.0, 3.0, 3.0]}, "its spacing is [3, 3, 3], this run's is [2.0, 3.0, 3.0]"),
-        (
-            {"intensity": {"ct": [-200, 300], "mr": [0, 1200]}},
-            "its intensity#mr is zscore, this run's is [0, 1200]",
-        ),
+        ({"intensity": {"ct": [-200, 300], "mr": [0, 1200]}}, "its intensity#mr is zscore, this run's is [0, 1200]"),
         (
             {"network": {**STUDENT, "norm": "batch"}},
             "its network#norm is ['group', {'num_groups': 4}], this run's is batch",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from monai.bundle import run
 
+from scripts import bundle_root
 from scripts.utils.run_manifest import running_config, write_manifest
 
 pytestmark = pytest.mark.usefixtures("fake_git")
@@ -82,7 +83,9 @@ def test_the_data_hash_follows_the_data_list(tmp_path: Path) -> None:
 def test_outside_of_a_workflow_there_is_no_config(tmp_path: Path) -> None:
     assert running_config() is None
     manifest = write_manifest(tmp_path, CASES)
-    assert (manifest["config"], manifest["seed"], manifest["bundle_version"]) == (None, None, None)
+    assert (manifest["config"], manifest["seed"]) == (None, None)
+    metadata = json.loads((Path(bundle_root()) / "configs" / "metadata.json").read_text())
+    assert manifest["bundle_version"] == metadata["version"]
 
 
 def test_within_a_run_the_merged_config_is_found(tmp_path: Path) -> None:

@@ -54,10 +54,7 @@ def test_two_files_for_one_modality_are_refused_with_both_names(tree: Tree) -> N
 def test_a_file_that_fits_two_patterns_belongs_to_the_more_specific_one(tree: Tree) -> None:
     root = tree("sub-1/anat/sub-1_acq-3d_T1w.nii.gz", "sub-1/anat/sub-1_ce-gd_T1w.nii.gz")
     (item,) = datalist("bids", root, modalities=MODALITIES, layout={"t1": "*T1w", "t1ce": "ce-gd_T1w"})
-    assert (Path(item["t1"]).name, Path(item["t1ce"]).name) == (
-        "sub-1_acq-3d_T1w.nii.gz",
-        "sub-1_ce-gd_T1w.nii.gz",
-    )
+    assert (Path(item["t1"]).name, Path(item["t1ce"]).name) == ("sub-1_acq-3d_T1w.nii.gz", "sub-1_ce-gd_T1w.nii.gz")
 
 
 def test_a_case_without_its_reference_is_named(tree: Tree) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts.data.cohorts.nnunet_task import label_contradiction, nnunet_task
-from scripts.data.regions import check_classes
+from scripts.runtime.regions import check_classes
 
 CHANNELS = {"0": "CT", "1": "PET"}
 BRATS = {"background": 0, "whole tumour": [1, 2, 3], "tumour core": [2, 3], "enhancing": 3}

@@ -21,8 +21,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from numpy.typing import NDArray
 
+from scripts.data.case_io import LoadModalitiesd
 from scripts.image_io.checks import Rules
-from scripts.image_io.reader import LoadModalitiesd
 
 Array = NDArray[Any]
 Damage = Callable[[Path], Path]
@@ -177,12 +177,7 @@ CASES = [  # row, modality, damage, a part of the sentence
     ("4 NaN pixdim", "ct", _header(PIXDIM + 8, "<f4", np.nan), "has voxel sizes of [4.0, nan, 5.0] mm"),
     ("4 sheared .mha", "pet", _mha_line("TransformMatrix", "1 0 0 0.3 1 0 0 0 1"), "has a sheared affine"),
     ("4 zero spacing .mha", "pet", _mha_line("ElementSpacing", "0 5 5"), ".mha"),
-    (
-        "4 in metres",
-        "ct",
-        _header(XYZT_UNITS, "u1", 1),
-        "that voxel sizes are in metres. Correct xyzt_units",
-    ),
+    ("4 in metres", "ct", _header(XYZT_UNITS, "u1", 1), "that voxel sizes are in metres. Correct xyzt_units"),
     (
         "4 in micrometres",
         "mr",

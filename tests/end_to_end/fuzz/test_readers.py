@@ -33,7 +33,7 @@ MHA += b"ElementSpacing = 2 2 2\nDimSize = 2 2 2\nElementType = MET_UCHAR\nEleme
 
 
 def read(path: Path) -> Any:
-    return read_volume(header_of(path, RULES), RULES)[0].numpy()
+    return read_volume(header_of(path, RULES), RULES)
 
 
 def noise(shape: tuple[int, ...] = (9, 8, 7), dtype: Any = np.int16) -> Any:

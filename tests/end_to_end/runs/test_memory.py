@@ -17,8 +17,8 @@ import pytest
 
 import scripts.image_io.reader
 from scripts.cli.main import main
-from scripts.data import memory_check as memory
 from scripts.image_io.headers import read_header
+from scripts.runtime import memory_check as memory
 
 GIB = 2**30
 ROOM = 2 * GIB

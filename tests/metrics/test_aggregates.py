@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.metrics import (
-    COLUMNS,
-    STATUSES,
-    aggregate,
-    aggregate_regions,
-    paired_difference,
-    read_rows,
-    write_rows,
-)
+from scripts.metrics import COLUMNS, STATUSES, aggregate, aggregate_regions, paired_difference, read_rows, write_rows
 
 
 def row(case: str, dice=0.8, hd95=4.0, assd=1.0, status="ok", patient: str | None = None, diagonal=100.0) -> dict:

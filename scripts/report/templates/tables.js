@@ -16,16 +16,3 @@ for (const table of document.querySelectorAll("table.sortable")) {
     table.tBodies[0].append(...rows);
   }));
 }
-
-// A slider shifts the strip of frames of its plane and names the slice that is shown.
-for (const slider of document.querySelectorAll(".plane input")) {
-  const plane = slider.closest(".plane"), numbers = plane.dataset.sliceNumbers.split(" ");
-  const show = () => {
-    const text = `slice ${numbers[slider.value]} of ${plane.dataset.sliceCount}`;
-    plane.style.setProperty("--current", slider.value);
-    plane.querySelector("output").textContent = text;
-    slider.setAttribute("aria-valuetext", text);
-  };
-  slider.addEventListener("input", show);
-  show();  // browsers may restore the slider's position when the page is reloaded
-}

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.data import memory_check as memory
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import header_of, read_volume
+from scripts.runtime import memory_check as memory
 
 SHAPE = (256, 512, 256)  # int16: 64 MiB
 MIB = 2**20

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.data.regions import (
+from scripts.runtime.regions import (
     check_classes,
     class_mask_values,
     class_names,

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
-from scripts.data.resampling import network_grid
 from scripts.image_io.checks import LABEL
 from scripts.image_io.headers import Header
-from scripts.inference.sliding_window import BYTES_PER_VOXEL, GIB
+from scripts.runtime import BYTES_PER_VOXEL, GIB
+from scripts.runtime.grids import network_grid
 
 logger = logging.getLogger(__name__)
 
 OVERHEAD = 2**27  # bytes added by the first case, of any size: kernels, reader buffers (measured: 80 to 110 MiB)
 MIN_GRID_VOXELS = 2**19  # smaller volumes are padded to a window
 CGROUP = Path("/sys/fs/cgroup")
+MEMORY, STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 
 
 def estimate_bytes(
@@ -51,17 +51,34 @@ def estimate_bytes(
 
 def available_bytes() -> int:
     """Memory that this process can still get from the machine, its control group and its own limits."""
-    available = [psutil.virtual_memory().available]
+    available = [_free_bytes()]
     with suppress(OSError, ValueError):  # no control group, or no limit ("max")
         limit, used = (int((CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
         available.append(limit - max(0, used - _reclaimable_bytes()))
-    process = psutil.Process().memory_info()
-    if hasattr(psutil, "RLIMIT_AS"):
-        for resource, used in ((psutil.RLIMIT_AS, process.vms), (psutil.RLIMIT_DATA, process.data)):
-            limit = psutil.Process().rlimit(resource)[0]
-            if limit >= 0:
-                available.append(limit - used)
-    return min(available)
+    return min(available + _limits())
+
+
+def _free_bytes() -> int:
+    """Memory that the machine can still give."""
+    with suppress(OSError):
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
+    import psutil  # on systems without /proc
+
+    return int(psutil.virtual_memory().available)
+
+
+def _limits() -> list[int]:
+    """What the process's own limits leave of its address space and of its data; Linux has both."""
+    with suppress(OSError, ImportError):
+        import resource
+
+        size, _, _, _, _, data, _ = (int(pages) for pages in STATM.read_text(encoding="utf-8").split())
+        used = ((resource.RLIMIT_AS, size), (resource.RLIMIT_DATA, data))
+        limits = ((resource.getrlimit(kind)[0], pages * resource.getpagesize()) for kind, pages in used)
+        return [limit - taken for limit, taken in limits if limit != resource.RLIM_INFINITY]
+    return []
 
 
 def _reclaimable_bytes() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.data.regions import IGNORED
+from scripts.runtime.regions import IGNORED
 
 Labels = Sequence[Sequence[float]]
 

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment the studies of a list from a PACS, one after the other: what is done is skipped, what failed is listed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from logging.handlers import BufferingHandler
+from pathlib import Path
+from typing import Any
+
+from scripts.cli.segment_cohort import (
+    MAX_WARNINGS,
+    SEGMENTED,
+    SKIPPED,
+    Outcome,
+    is_complete,
+    refuse_other_weights,
+    report_outcomes,
+)
+from scripts.cli.segment_dicom import DEFAULT_OUTPUT, MASK, StudyTask
+from scripts.cli.segment_pacs import OBJECTS, segment_one, store, written_objects
+from scripts.cli.suv_options import refuse_values_of_one_patient
+from scripts.cli.trained_task import weights_path
+from scripts.data.table_files import TEXT_TABLES, read_rows
+from scripts.image_io.dicomweb import Pacs, is_uid
+from scripts.image_io.dicomweb_errors import PacsError
+from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
+from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
+from scripts.utils.json_files import read_object
+from scripts.utils.output_lock import hold
+
+RECORD = "dicom.json"  # what became of each study, in the output folder
+COLUMN = "study_uid"
+INTERRUPTED = "interrupted"
+
+
+def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> None:
+    """Segment the studies of ``args.study_list``, each into a folder named by its UID, and write ``dicom.json``.
+
+    Raises:
+        ValueError: the list cannot be read; the folder contains masks of other weights; some studies failed (all others
+            are done); or the server cannot be used at all.
+    """
+    refuse_values_of_one_patient(args, "--study-list")
+    if args.series_uid:
+        raise ValueError("--series-uid names series of one study. Remove it, or write a rule into the task's dicom.")
+    studies = read_study_list(Path(args.study_list))
+    output = Path(args.output_dir or DEFAULT_OUTPUT)
+    if args.list_series:
+        for uid, values in studies.items():
+            segment_one(_with(args, values), task, pacs, uid, output / uid)
+        return
+    with hold(output):
+        checksum = sha256(weights_path(args))
+        refuse_other_weights(output / RECORD, checksum)
+        record = _read_record(output / RECORD)
+        outcomes = {}
+        for number, (uid, values) in enumerate(studies.items(), start=1):
+            print(f"study {number} of {len(studies)}: {uid}")
+            try:
+                outcomes[uid] = _do_study(_with(args, values), task, pacs, uid, output / uid, record)
+            finally:
+                write_json({"weights_sha256": checksum, "studies": record}, output / RECORD)
+        report_outcomes(outcomes, "studies")
+
+
+def read_study_list(path: Path) -> dict[str, dict[str, Any]]:
+    """The UIDs of a list, each with its values for SUV.
+
+    Args:
+        path: one UID a line (``#`` begins a comment), or a table with the column ``study_uid``; of its other columns
+            only those of ``scripts.image_io.suv_values`` are read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it names no study, something that is no UID, or a study twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no list of studies at {path}.")
+    rows = _lines(path) or read_rows(path, (COLUMN, *QUANTITIES))
+    studies: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=1):
+        where, uid = f"{path}, study {number}", str(row.get(COLUMN) or "").strip()
+        if not is_uid(uid):
+            found = f"{uid[:80]!r} is no DICOM UID" if uid else f"there is no {COLUMN}"
+            raise ValueError(f"{where}: {found}. Give the Study Instance UID (0020,000D).")
+        if uid in studies:
+            raise ValueError(f"{where}: the study {uid} is listed twice. Keep one.")
+        values = {key: row[key] for key in QUANTITIES if row.get(key) not in (None, "")}
+        studies[uid] = checked_suv_values(values, {key: f"{where}: {key}" for key in values})
+    if not studies:
+        raise ValueError(f"{path} lists no studies.")
+    return studies
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    """The rows of a file with one UID a line; none if its first line is no UID: then it is a table."""
+    if path.suffix.lower() not in (*TEXT_TABLES, ""):
+        return []
+    lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line for line in lines if line]
+    return [{COLUMN: line} for line in lines] if lines and is_uid(lines[0]) else []
+
+
+def _with(args: argparse.Namespace, values: dict[str, Any]) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What an earlier run recorded of each study; nothing if there is no record, or a damaged one."""
+    try:
+        studies = read_object(path)["studies"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return studies if isinstance(studies, dict) else {}
+
+
+def _do_study(
+    args: argparse.Namespace, task: StudyTask, pacs: Pacs, uid: str, output: Path, record: dict[str, Any]
+) -> Outcome:
+    """Segment and store a study, except for what is done; write into ``record`` what became of it.
+
+    Raises:
+        PacsError: the server cannot be used at all.
+    """
+    messages = BufferingHandler(MAX_WARNINGS)
+    messages.setLevel(logging.WARNING)
+    logging.getLogger("scripts").addHandler(messages)
+    entry, result = record.setdefault(uid, {}), SKIPPED
+    try:
+        if not _is_done(args, output, entry):
+            result = INTERRUPTED
+            entry.clear()
+            chosen = segment_one(args, task, pacs, uid, output)
+            entry["series"] = {key: series.uid for key, series in chosen.items()}
+            entry["objects"] = [path.name for path in written_objects(args, output)]
+            entry["wanted"], entry["stored"], result = _wanted(args), [], SEGMENTED
+        if args.store and not entry["stored"]:
+            entry["stored"] = store(pacs, uid, written_objects(args, output))
+    except EXPECTED_ERRORS as error:
+        result = error_sentence(error)
+        if isinstance(error, PacsError) and error.fatal:
+            raise
+        if args.debug:
+            raise
+    finally:
+        logging.getLogger("scripts").removeHandler(messages)
+        warnings = tuple(message.getMessage() for message in messages.buffer)
+        entry["result"] = SEGMENTED if result == SKIPPED else result
+        entry["warnings"] = [*warnings] if result != SKIPPED else entry.get("warnings", [])
+    return Outcome(result, ())
+
+
+def _wanted(args: argparse.Namespace) -> list[str]:
+    return [name for name, option in OBJECTS.items() if option is None or vars(args).get(option)]
+
+
+def _is_done(args: argparse.Namespace, output: Path, entry: dict[str, Any]) -> bool:
+    """Whether a study was segmented with at least these objects, and all of its files are there."""
+    if "objects" not in entry or not set(_wanted(args)) <= set(entry.get("wanted", [])):
+        return False
+    return all((output / name).is_file() for name in entry["objects"]) and is_complete(output / MASK)

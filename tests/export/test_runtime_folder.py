@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runtime folder: its program gives the bundle's masks and refusals in an interpreter without PyTorch and MONAI."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.cli.main import main
+from scripts.runtime.app import build_parser
+from scripts.utils.checksums import sha256
+from tests.dicom_phantom import write_study
+
+TASK = {
+    "modalities": ["ct", "pet", "mr"],
+    "intensity": {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]},
+    "labels": [[0], [3]],
+    "spacing": [8, 8, 8],
+    "patch": [32, 32, 16],
+    "network": {
+        "_target_": "scripts.networks.Student",
+        "in_channels": 3,
+        "out_channels": 2,
+        "features": [8, 16, 16, 16],
+    },
+}
+# A module of this name fails to be imported: the program must not need it.
+HIDDEN = ("torch", "monai", "ignite", "psutil", "filelock", "tqdm", "scipy", "isal")
+
+
+@pytest.fixture(scope="module")
+def weights(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    shutil.copytree(exported.parent, folder, dirs_exist_ok=True)
+    (folder / "model.task.json").write_text(json.dumps({"weights_sha256": sha256(folder / "model.pt"), **TASK}))
+    return folder / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def folder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only."""
+    target = tmp_path_factory.mktemp("runtime") / "out"
+    assert main(["export", "--weights", str(weights), "--runtime", str(target)]) == 0
+    return target
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run(folder, *arguments)``: the program as a user starts it, where none of ``HIDDEN`` can be imported."""
+    blocked = tmp_path / "blocked"
+    for name in HIDDEN:
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text(f"raise ImportError('{name} is hidden')")
+
+    def start(folder: Path, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(folder / "segment.pyz"), *map(str, arguments), "--threads", "1"]
+        variables = {**os.environ, "PYTHONPATH": str(blocked), **environment}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False)
+
+    return start
+
+
+def images(case: dict[str, Any]) -> list[str]:
+    return [word for key in ("ct", "pet", "mr") for word in (f"--{key}", str(case[key]))]
+
+
+def voxels(path: Path) -> Any:
+    return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
+
+
+def test_its_mask_is_that_of_segment(folder: Path, weights: Path, phantoms: Any, run: Any, tmp_path: Path) -> None:
+    ran = run(folder, *images(phantoms[0]), "--output", "mask.nii.gz")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("mask: mask.nii.gz (")
+    own = ["segment", "--weights", str(weights), *images(phantoms[0]), "--output", str(tmp_path / "own.nii.gz")]
+    assert main([*own, "--threads", "1"]) == 0
+    np.testing.assert_array_equal(voxels(tmp_path / "mask.nii.gz"), voxels(tmp_path / "own.nii.gz"))
+    assert set(np.unique(voxels(tmp_path / "mask.nii.gz")).tolist()) == {0, 3}
+
+
+def test_the_folder_is_complete_and_pinned(folder: Path) -> None:
+    names = {"segment.pyz", "model", "task.json", "requirements.txt", "README.md", "Dockerfile"}
+    assert {path.name for path in folder.iterdir()} == names
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    assert [line.partition("==")[0] for line in lines] == [
+        "numpy",
+        "nibabel",
+        "SimpleITK",
+        "pydicom",
+        "openvino",
+        "psutil",
+    ]
+    assert all("==" in line for line in lines)
+    assert lines[-1].endswith('; sys_platform != "linux"')
+    readme, docker = ((folder / name).read_text() for name in ("README.md", "Dockerfile"))
+    assert "segment.pyz --ct ct.nii.gz --pet pet.nii.gz --mr mr.nii.gz --output mask.nii.gz" in readme
+    assert "$" not in readme + docker
+    instructions = dict(
+        line.split(" ", 1) for line in docker.splitlines() if line.startswith(("ENTRYPOINT", "CMD", "USER"))
+    )
+    assert json.loads(instructions["ENTRYPOINT"]) == ["python", "/app/segment.pyz"]
+    words = json.loads(instructions["CMD"])
+    args = build_parser(["ct"]).parse_args(words)
+    assert (args.input, args.output_dir) == ("/input", "/output")
+    assert instructions["USER"] == "app"
+    assert not any("torch" in name for name in zipfile.ZipFile(folder / "segment.pyz").namelist())
+
+
+def test_a_study_goes_in_and_a_segmentation_comes_out(folder: Path, phantoms: Any, run: Any, tmp_path: Path) -> None:
+    """By the variables of a platform that runs containers."""
+    pytest.importorskip("highdicom")
+    write_study(phantoms[0], tmp_path / "study")
+    ran = run(folder, MERCURE_IN_DIR=str(tmp_path / "study"), MERCURE_OUT_DIR=str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mask.nii.gz", "seg.dcm"}
+
+
+REFUSED = {
+    "no image": ([], 2, "name either images and --output, or --input and --output-dir"),
+    "no output": (["--ct", "a.nii.gz"], 2, "--output is missing"),
+    "a missing file": (
+        ["--ct", "a.nii.gz", "--pet", "b.nii.gz", "--mr", "c.nii.gz", "--output", "m.nii.gz"],
+        1,
+        "no such file: a.nii.gz",
+    ),
+    "another name": (["--ct", "a.nii.gz", "--output", "m.nii"], 1, "--output m.nii is no NIfTI file name."),
+    "an image": (["--ct", "a.nii.gz", "--output", "a.nii.gz"], 1, "--output a.nii.gz is one of the images."),
+    "the reference": (["--pet", "a.nii.gz", "--output", "m.nii.gz"], 1, "Missing images: --ct, --mr."),
+    "no study": (["--input", "none", "--output-dir", "out"], 1, "There is no folder none."),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_in_one_sentence(folder: Path, run: Any, arguments: Any, code: int, words: str) -> None:
+    ran = run(folder, *arguments)
+    assert ran.returncode == code
+    assert words in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_damaged_model_is_refused(folder: Path, phantoms: Any, run: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    model = tmp_path / "copy" / "model" / "fp32.bin"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    ran = run(tmp_path / "copy", *images(phantoms[0]), "--output", "mask.nii.gz")
+    assert ran.returncode == 1
+    assert f"{model} is damaged or missing. Copy the runtime folder again." in ran.stderr
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
+def test_a_folder_with_other_files_is_not_written_into(weights: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["export", "--weights", str(weights), "--runtime", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds other files. Choose an empty folder." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -7,7 +7,6 @@ DEMO_TASK := --data phantom --scale demo --threads 1
 DEMO_TEACHER := $(DEMO_TASK) --dataset-dir $(DEMO)/elsewhere --architecture hdenseformer --epochs 40 --set overwrite=true
 DEMO_STUDENT := $(DEMO_TASK) --dataset-dir $(DEMO)/hospital --set learning_rate=0.01 --set overwrite=true
 DEMO_TEST := $(DEMO_TASK) --dataset-dir $(DEMO)/test --set overlap=0.25
-DEMO_MINUTES := 6 to 10 minutes on two cores, environment included
 
 .PHONY: env bench-env demo test test-real test-faults viewer browser-test bids-test benchmark-test gpu-check release-test pacs-test nnunet-env nnunet-test lint type bench release clean label label-env label-test
 
@@ -28,7 +27,7 @@ bench-env: env
 # with the label in the teacher's place (the control); three seeds each. All are tested on 8 phantoms that no network has
 # seen, in one report. Two trainings run at a time, on one thread each.
 demo: env
-	@echo "demo: $(DEMO_MINUTES)"
+	@echo "demo: 8 to 12 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/elsewhere
 	$(RUN) phantom --cases 8 --seed 2 --first 101 --output-dir $(DEMO)/test
 	$(RUN) phantom --cases 8 --seed 3 --first 201 --output-dir $(DEMO)/hospital

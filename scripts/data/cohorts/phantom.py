@@ -6,12 +6,14 @@ grids: CT about 64 x 64 x 48 voxels of 3 x 3 x 4 mm; PET coarser (4.7 x 4.7 x 4 
 (2.6 x 2.6 x 4 mm) with a smaller field of view, rotated by 3 to 6 degrees. CT and PET axes are LPS, as from DICOM.
 
 Anatomy: an elliptic limb with a fat rim, muscle with fatty septa, one or two bones, an artery and a vein, air outside.
-No single modality delineates the lesion (5 to 60 ml, off centre; values in `SIGNALS`):
-- the *active* part is hot in PET, but has the signal of muscle in MR and nearly that of muscle in CT;
-- the *core*, a necrotic lobe, is cold in PET and bright in MR; in CT it is 17 HU below muscle, less than the noise.
+Each modality shows one part of the lesion (5 to 60 ml, off centre; values in `SIGNALS`), and none delineates it:
+- PET: the *active* part is hot; it has the signal of muscle in MR and nearly that of muscle in CT;
+- MR: the *core*, a necrotic lobe, is bright; it is cold in PET, and in CT 17 HU below muscle, less than the noise;
+- CT: the *calcified* end of the core is dense; it is cold in PET and dark in MR.
 
-Two structures are not lesion: *urine*, as hot as the active part, but denser in CT (contrast medium); and a *cyst*, as
-bright in MR as the core, but of water density in CT and isolated.
+Three structures are not lesion: bone, denser than the calcified part but as dense at its edge; *urine*, as hot as the
+active part, but denser in CT (contrast medium); and a *cyst*, as bright in MR as the core, but of water density in CT
+and isolated.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ SIGNALS = {  # per tissue: CT in HU, PET in SUV (g/mL), MR in arbitrary units be
     "urine": (130, 6.5, 400),
     "cyst": (8, 0.4, 1100),
     "core": (38, 0.45, 1100),
+    "calcified": (240, 0.45, 130),
     "active": (48, 6.5, 410),
 }
 HOT_SUV = (4.5, 8.5)  # drawn per case for the active part and, independently, for urine
@@ -56,20 +59,21 @@ PET_FWHM = 6.0  # mm, resolution of the scanner (full width at half maximum)
 TEXTURE = {"ct": 7.0, "pet": 0.10, "mr": 0.05}  # HU; the others relative to the signal
 BIAS_MR = 0.08  # standard deviation of the logarithm of the bias field
 LESION_ML = (10.0, 42.0)  # drawn log-uniformly; the warp changes the volume to 5 to 60 ml
+FAR_END = 0.4  # radii between the active part and the calcified end
 EDGE = 0.6  # mm, softness of borders (partial volume)
 GRIDS = {  # voxels, largest change of each number, spacing in mm
     "ct": ((64, 64, 48), 3, (3.0, 3.0, 4.0)),
     "pet": ((42, 42, 48), 2, (4.7, 4.7, 4.0)),
     "mr": ((58, 58, 40), 2, (2.6, 2.6, 4.0)),
 }
-FORMAT = 1  # increase it when the same seed gives different voxels
+FORMAT = 2  # increase it when the same seed gives different voxels
 
 
 class Scene(NamedTuple):
     """One case, in mm relative to `origin` (world, LPS, mm). `layers` are painted in order, on air."""
 
     origin: Array
-    layers: list[tuple[tuple[float, float, float], Shape]]  # signals as in SIGNALS; last: whole lesion, active part
+    layers: list[tuple[tuple[float, float, float], Shape]]  # signals as in SIGNALS; last: whole lesion, its parts
     centre: Array  # of the lesion
 
 
@@ -112,11 +116,14 @@ def _septa(rng: np.random.Generator, bone: tuple[float, ...], muscle: Shape) -> 
     return distance
 
 
-def _blob(rng: np.random.Generator, ml: float, muscle: Array, obstacles: list[Any]) -> tuple[Shape, Shape, Array]:
+def _blob(
+    rng: np.random.Generator, ml: float, muscle: Array, obstacles: list[Any]
+) -> tuple[Shape, Shape, Shape, Array]:
     """A warped ellipsoid of about `ml` millilitres in the muscle, clear of obstacles (x, y, z, radius; z NaN: a tube).
 
     Returns:
-        Its surface, the part on one side of a wavy cut (about 45 to 65% of the volume), and its centre.
+        Its surface, the part on one side of a wavy cut (about 45% of the volume), the far end of the other side (about
+        30%), and its centre.
     """
     axes = rng.uniform(0.8, 1.25, 3)
     axes *= (ml * 1000 * 0.75 / np.pi / axes.prod()) ** (1 / 3)
@@ -132,15 +139,21 @@ def _blob(rng: np.random.Generator, ml: float, muscle: Array, obstacles: list[An
     shift = (to_ball @ centre)[:, None].astype(np.float32)
     warp, wave = _waves(rng, 2 * size, 4 * size), _waves(rng, 20, 60)
     normal = (_rotation(rng, rng.uniform(0, 180))[0] / size).astype(np.float32)
-    offset = rng.uniform(-0.2, 0.05) + float(normal @ centre)
+    offset = rng.uniform(0.0, 0.2) + float(normal @ centre)
 
     def surface(p: Array) -> Array:
         return (np.linalg.norm(np.einsum("ij,jn->in", to_ball, p) - shift, axis=0) - 1 - 0.08 * warp(p)) * size
 
-    def part(p: Array) -> Array:
-        return np.maximum(surface(p), (offset - np.einsum("j,jn->n", normal, p) + 0.1 * wave(p)) * size)
+    def cut(p: Array) -> Array:
+        return np.einsum("j,jn->n", normal, p) - offset - 0.1 * wave(p)  # in radii of the blob
 
-    return surface, part, centre
+    def near(p: Array) -> Array:
+        return np.maximum(surface(p), -cut(p) * size)
+
+    def far(p: Array) -> Array:
+        return np.maximum(surface(p), (cut(p) + FAR_END) * size)
+
+    return surface, near, far, centre
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
@@ -160,9 +173,9 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     for x, y, radius in bones:
         shapes += [("cortex", _tube(x, y, radius)), ("marrow", _tube(x, y, 0.6 * radius))]
     ml = float(np.exp(rng.uniform(*np.log(LESION_ML))))
-    lesion, active, centre = _blob(rng, ml, inner, obstacles)
+    lesion, active, calcified, centre = _blob(rng, ml, inner, obstacles)
     shapes += [(other, _blob(rng, ml * rng.uniform(0.15, 0.3), inner, obstacles)[0]) for other in ("urine", "cyst")]
-    shapes += [("core", lesion), ("active", active)]
+    shapes += [("core", lesion), ("calcified", calcified), ("active", active)]
     signals = SIGNALS | {hot: (SIGNALS[hot][0], rng.uniform(*HOT_SUV), SIGNALS[hot][2]) for hot in ("active", "urine")}
     origin = rng.uniform((-100, -100, -800), (100, 100, 800))
     return Scene(origin, [(signals[tissue], shape) for tissue, shape in shapes], centre)
@@ -194,7 +207,7 @@ def acquire(scene: Scene, modality: str, rng: np.random.Generator) -> tuple[Arra
         noise = rng.normal(0, NOISE_MR, (2, signal.size))
         voxels = np.rint(np.hypot(signal * (1 + texture) * bias + noise[0], noise[1])).astype(np.int16)
     lps = np.vstack([np.column_stack([axes, corner + scene.origin]), [0, 0, 0, 1]])
-    mask = (scene.layers[-2][1](points) < 0).astype(np.uint8)
+    mask = (scene.layers[-3][1](points) < 0).astype(np.uint8)
     return voxels.reshape(shape), mask.reshape(shape), LPS_TO_RAS @ lps
 
 

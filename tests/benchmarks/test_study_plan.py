@@ -13,7 +13,8 @@ import benchmarks.study_taught as study_taught
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_teachers import STAGE_1, STAGE_2
-from tests.study_jobs import FOLDS_OF_PATIENTS, data_folds, options, seen_folds
+from scripts.cli.config import has_id, merge_configs
+from tests.study_jobs import FOLDS_OF_PATIENTS, data_folds, options, seen_folds, settings
 
 ALL = set(range(FOLDS))
 
@@ -173,3 +174,12 @@ def test_the_order_of_the_jobs_is_that_of_their_value(jobs: list[StudyJob]) -> N
         *("recipe", "A1", "B1 1", "C small", "B2", "D", "A2", "C small out of fold", "B1 2"),
         *("C small long", "D experts", "C 3.5M", "E", "F"),
     ]
+
+
+def test_every_setting_of_a_job_is_an_id_of_the_configs(jobs: list[StudyJob]) -> None:
+    """An id that the configs do not hold would end each job at its start, and the queue would go on with the next."""
+    known = merge_configs(["train", "distill", "teacher"]) | merge_configs(["inference", "score"])
+    keys = {key for job in jobs for command in job.typed() for key in settings(command)}
+    assert {"segmentation_loss#batch", "student_features"} <= keys
+    unknown = [key for key in keys if not key.startswith(("+", "loss#", "teacher_specs")) and not has_id(known, key)]
+    assert unknown == []

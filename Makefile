@@ -137,15 +137,13 @@ NIIVUE := 0.69.0
 NIIVUE_SHA512 := YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
 
 viewer: build/viewer/niivue.js
-build/viewer/niivue.js: Makefile
+build/viewer/niivue.js: Makefile tools/niivue_licence.txt
 	mkdir -p build/viewer
 	npm pack --silent --pack-destination build/viewer @niivue/niivue@$(NIIVUE)
 	echo "$(NIIVUE_SHA512)" | base64 -d | od -An -v -tx1 | tr -d ' \n' > build/viewer/sha512
 	echo "$$(cat build/viewer/sha512)  build/viewer/niivue-niivue-$(NIIVUE).tgz" | sha512sum --check --quiet
 	tar -xzf build/viewer/niivue-niivue-$(NIIVUE).tgz -C build/viewer package/dist/niivue.umd.js
-	(echo "/*! NiiVue $(NIIVUE). Copyright (c) 2021, Niivue. All rights reserved. SPDX-License-Identifier: BSD-2-Clause."; \
-	  echo "    The licence: https://github.com/niivue/niivue/blob/main/LICENSE */"; \
-	  cat build/viewer/package/dist/niivue.umd.js) > $@.part
+	(echo "/*! NiiVue $(NIIVUE)"; cat tools/niivue_licence.txt; echo "*/"; cat build/viewer/package/dist/niivue.umd.js) > $@.part
 	mv $@.part $@
 	rm -r build/viewer/package build/viewer/niivue-niivue-$(NIIVUE).tgz build/viewer/sha512
 

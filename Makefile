@@ -27,7 +27,7 @@ bench-env: env
 # with the label in the teacher's place (the control); three seeds each. All are tested on 8 phantoms that no network has
 # seen, in one report. Two trainings run at a time, on one thread each.
 demo: env
-	@echo "demo: 8 to 12 minutes on two cores, environment included"
+	@echo "demo: 10 to 14 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/elsewhere
 	$(RUN) phantom --cases 8 --seed 2 --first 101 --output-dir $(DEMO)/test
 	$(RUN) phantom --cases 8 --seed 3 --first 201 --output-dir $(DEMO)/hospital

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -63,9 +64,8 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     if reason:
         run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
     else:
-        if not args.no_measures:  # SciPy is loaded while the network runs
-            Thread(target=importlib.import_module, args=("scripts.image_io.mask_measures",), daemon=True).start()
-        exported_run.segment_exported(args, configs, config, overrides, mask)
+        with _loaded_meanwhile("scripts.image_io.mask_measures", not args.no_measures):
+            exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
         return []
     print(f"mask: {mask}")
@@ -83,6 +83,19 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
     return measured
+
+
+@contextmanager
+def _loaded_meanwhile(module: str, wanted: bool) -> Iterator[None]:
+    """Import a module, which loads SciPy, while the network runs; the import has ended when the block ends."""
+    loading = Thread(target=importlib.import_module, args=(module,))
+    if wanted:
+        loading.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            loading.join()
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import locale
 import logging
 import multiprocessing
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from scripts.cli import exported_run
 from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
+from scripts.networks import Student
 from scripts.utils.output_lock import release
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,20 @@ def _outputs_are_unlocked() -> Iterator[None]:
     """A run locks its output until its process ends; here that would be the end of all tests."""
     yield
     release()
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of inference on the CPU by a tiny student with random weights, whose mask is neither empty nor full."""
+    features, norm = (4, 8, 8, 8), ("group", {"num_groups": 4})
+    torch.manual_seed(9)
+    path = tmp_path_factory.mktemp("tiny_student") / "tiny.pt"
+    torch.save({"model": Student(3, 2, features, norm=norm).state_dict()}, path)
+    return [
+        "--weights", str(path), "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]",
+        "--set", "spacing=[6,6,6]", "--set", f"student_features={list(features)}",
+        "--set", f"student_norm={json.dumps(norm)}",
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -288,7 +304,6 @@ def exported(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("nncf")
     from scripts.cli.main import main
     from scripts.export import parity
-    from scripts.networks import Student
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"

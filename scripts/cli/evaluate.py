@@ -10,7 +10,7 @@ from typing import Any
 
 from scripts import bundle_root
 from scripts.cli.bundle_run import Expression, Overrides, command_line, protected, resolved_config, run_bundle
-from scripts.cli.exported_run import READ, unread_setting
+from scripts.cli.exported_run import READ, check_config, unread_setting
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -27,7 +27,7 @@ from scripts.cli.options import (
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import with_trained_settings, with_trained_task
 
-SCORED = {"name", "curves", "splits_file", "single_file"}  # config ids that scoring masks reads besides
+SCORED = {"name", "curves", "fold", "splits_file", "single_file"}  # config ids that scoring masks reads besides
 EXAMPLE = (
     "python -m scripts evaluate --data sts --dataset-dir DATA --output-dir OUT\n"
     "python -m scripts evaluate --data sts --dataset-dir DATA --predictions MASKS --output-dir OUT"
@@ -104,14 +104,13 @@ def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Ove
     """Score masks that exist, as ``run_bundle`` would, without loading MONAI; arguments as there."""
     from scripts.data.case_list import datalist
     from scripts.data.folds import fold_split
-    from scripts.data.settings_check import check_settings
     from scripts.evaluation.score import score
     from scripts.runtime.regions import region_values
     from scripts.utils.output_lock import hold
     from scripts.utils.run_manifest import described_run
 
     config = resolved_config(args, configs, overrides)
-    check_settings(**{key: config[key] for key in config["settings_check"] if key != "_target_" and key in config})
+    check_config(config)
     output = args.output_dir or str(Path(bundle_root()) / "runs" / "evaluation")
     cases = datalist(
         config["cohort"],

@@ -31,7 +31,7 @@ READ = {
     *("modalities", "intensity", "spacing", "labels", "classes", "regions", "ignore", "head", "mask_values", "patch"),
     *("overlap", "whole_volume", "memory_gib", "present", "naming", "allow_missing", "stacked", "checks", "threads"),
     *("weights", "engine", "engine_precision", "ignore_task", "cohort", "layout", "codes", "dicom", "dataset_dir"),
-    *("data_list", "allow_outside", "output_dir", "manifest_name", "seed", "fold"),
+    *("data_list", "allow_outside", "seed"),
 }
 
 
@@ -92,8 +92,8 @@ def _is_expression(value: Any) -> bool:
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
-def exported_engine(args: argparse.Namespace, config: Config) -> tuple[Any, str]:
-    """The engine that runs the exported files of the weights, and the reason for the log.
+def exported_engine(args: argparse.Namespace, config: Config) -> tuple[Any, dict[str, Any]]:
+    """The engine that runs the exported files of the weights, and the record of the export.
 
     Raises:
         UnavailableError: it is not available, or differs from PyTorch.
@@ -106,17 +106,17 @@ def exported_engine(args: argparse.Namespace, config: Config) -> tuple[Any, str]
 
 
 @functools.lru_cache(maxsize=1)
-def _engine(weights: Path, checksum: str, engine: str, precision: str, threads: int) -> tuple[Any, str]:
-    """A process that segments many cases starts the engine once."""
+def _engine(weights: Path, checksum: str, engine: str, precision: str, threads: int) -> tuple[Any, dict[str, Any]]:
+    """``exported_engine``, kept for the next case with the same weights."""
     from scripts.runtime import exported_files
 
     exported_files.check_names(engine, precision)
     record, folder = exported_files.read_export(weights), exported_files.export_folder(weights)
     advice = f"Export again with: {exported_files.export_command(weights)}"
     name = "openvino" if engine == "auto" else engine
-    selected, reason = exported_files.exported_engine(folder, record, name, precision, advice, threads)
+    selected, _ = exported_files.exported_engine(folder, record, name, precision, advice, threads)
     exported_files.check_probe(selected, folder, record, advice)
-    return selected, reason
+    return selected, record
 
 
 def _threads(config: Config) -> int:
@@ -140,7 +140,7 @@ def segment_exported(
         OSError: a file is missing.
     """
     from scripts.data.case_list import require_cases
-    from scripts.runtime.exported_files import export_folder, read_export
+    from scripts.runtime.exported_files import export_folder
     from scripts.runtime.segmenter import Settings, segment_item
     from scripts.utils.checksums import verified_sha256
     from scripts.utils.output_lock import hold
@@ -150,8 +150,9 @@ def segment_exported(
     weights = weights_path(args)
     require_trained_settings(args, config)
     verified_sha256(weights)
+    engine, record = exported_engine(args, config)
     taken = {key: config[key] for key in Settings.__dataclass_fields__ if key in config}
-    rest = {"threads": _threads(config), "rules": image_rules(config), "divisor": read_export(weights)["divisor"]}
+    rest = {"threads": _threads(config), "rules": image_rules(config), "divisor": record["divisor"]}
     settings = Settings(**{**taken, **rest})
     with hold(mask):
         require_cases(
@@ -164,7 +165,6 @@ def segment_exported(
             config["present"],
             config["stacked"],
         )
-        engine, _ = exported_engine(args, config)
         stage_seconds = segment_item(config["datalist"][0], settings, lambda: engine, mask)
         run_config = {**config, "exported_files": str(export_folder(weights)), "stage_seconds": stage_seconds}
         with described_run(command_line(configs, protected(overrides)), run_config):
@@ -173,17 +173,23 @@ def segment_exported(
     print(f"engine: {engine.description}, from {export_folder(weights)}, without loading MONAI")
 
 
+def check_config(config: Config) -> None:
+    """Refuse wrong settings, as the id ``settings_check`` of the configs does; see ``check_settings`` for errors."""
+    from scripts.data.settings_check import check_settings
+
+    check_settings(**{key: config[key] for key in config["settings_check"] if key != "_target_" and key in config})
+
+
 def require_trained_settings(args: argparse.Namespace, config: Config) -> None:
     """Refuse wrong settings, and settings that contradict the record beside the weights.
 
     Raises:
         ValueError: there are such settings.
     """
-    from scripts.data.settings_check import check_settings
     from scripts.runtime.regions import sigmoid_regions
     from scripts.runtime.task_record import COMPARED, require_same_settings
 
-    check_settings(**{key: config[key] for key in config["settings_check"] if key != "_target_" and key in config})
+    check_config(config)
     regions = sigmoid_regions(config["labels"], config["head"], config["classes"], config["regions"])
     compared = {key: regions if key == "sigmoid_regions" else config[key] for key in COMPARED}
     weights = weights_path(args)

@@ -13,7 +13,7 @@ from typing import Any
 
 from scripts.image_io.dicom_codes import Property, Triple
 from scripts.image_io.dicom_packages import dicom_package
-from scripts.image_io.dicom_writer import MANUFACTURER, MODEL, shorten_strings, tracking_id
+from scripts.image_io.dicom_writer import MANUFACTURER, MODEL, new_series, shorten_strings, tracking_id
 from scripts.metrics.lesion_measures import Measures
 from scripts.utils.atomic_files import atomic_file
 
@@ -81,14 +81,7 @@ def write_sr(
     report = highdicom.sr.Comprehensive3DSR(
         evidence=[segmentation, *slices],
         content=content[0],
-        series_instance_uid=highdicom.UID(),
-        series_number=int(slices[0].get("SeriesNumber") or 0) + 1002,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=MODEL,
-        software_versions=version,
-        device_serial_number="0",
+        **new_series(slices[0], 1002, version),
         series_description=DESCRIPTION,
         is_complete=True,
         specific_character_set=segmentation.get("SpecificCharacterSet"),

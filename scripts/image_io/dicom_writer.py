@@ -92,6 +92,27 @@ def _positions(slices: Sequence[Any]) -> Iterator[tuple[np.ndarray, Any]]:
             yield LPS_TO_RAS @ np.array([*image.ImagePositionPatient, 1.0], dtype=float), dataset
 
 
+def new_series(source: Any, offset: int, version: str) -> dict[str, Any]:
+    """The arguments of highdicom's objects for a new series of one object, written by this program.
+
+    Args:
+        source: header of an image that the object refers to.
+        offset: from the number of its series to that of the new one.
+        version: of this program.
+    """
+    highdicom = dicom_package("highdicom")
+    return {
+        "series_instance_uid": highdicom.UID(),
+        "series_number": int(source.get("SeriesNumber") or 0) + offset,
+        "sop_instance_uid": highdicom.UID(),
+        "instance_number": 1,
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": MODEL,
+        "software_versions": version,
+        "device_serial_number": "0",
+    }
+
+
 def write_seg(
     mask_file: Path,
     slices: Sequence[Any],
@@ -130,15 +151,8 @@ def write_seg(
         pixel_array=pixels,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=_segments(regions, properties, version, lesions),
-        series_instance_uid=highdicom.UID(),
-        series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=MODEL,
-        software_versions=version,
-        device_serial_number="0",
         series_description=series_description(regions),
+        **new_series(slices[0], 1000, version),
         specific_character_set=character_set(slices[0], [*regions, *(each.type[2] for each in properties.values())]),
         omit_empty_frames=bool(pixels.any()),  # a segmentation without frames is not valid
     )

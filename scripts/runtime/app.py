@@ -121,7 +121,7 @@ def _segment_images(args: argparse.Namespace, task: Mapping[str, Any], folder: P
 def segment(
     args: argparse.Namespace, task: Mapping[str, Any], folder: Path, images: Mapping[str, str], output: Path
 ) -> None:
-    """Segment one case and write its mask, with the time of each stage beside it.
+    """Segment one case, write its mask and print its path.
 
     Args:
         args: parsed options.

@@ -27,8 +27,6 @@ from scripts.runtime.regions import mask_values, sigmoid_regions
 from scripts.runtime.resampling import copy_between_layouts, resample, restore_mask
 from scripts.runtime.sliding_window import WindowPlan, predict_volume
 
-CLASSES_IN_ESTIMATE = 2  # as the bundle's inference, which is not told the labels
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -142,7 +140,7 @@ def _read(case: Mapping[Any, Any], settings: Settings) -> dict[str, Image]:
         require_memory,
         reference=settings.reference_key,
         spacing=settings.spacing,
-        classes=CLASSES_IN_ESTIMATE,
+        classes=len(settings.labels),
         pass_gib=settings.memory_gib,
     )
     return read_images(

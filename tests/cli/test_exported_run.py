@@ -19,33 +19,16 @@ import pytest
 from scripts.cli import exported_run
 from scripts.cli.main import main
 from scripts.utils.checksums import sha256
+from tests.exported_weights import copy_with_task
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_MONAI = "without loading MONAI"
-NETWORK = {"_target_": "scripts.networks.Student", "in_channels": 3, "out_channels": 2, "features": [8, 16, 16, 16]}
-TASK = {
-    "modalities": ["ct", "pet", "mr"],
-    "intensity": {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]},
-    "labels": [[0], [1]],
-    "spacing": [8, 8, 8],
-    "patch": [32, 32, 16],
-    "cohort": "phantom",
-    "network": NETWORK,
-}
-
-
-def write_task(weights: Path) -> None:
-    record = {"weights_sha256": sha256(weights), **TASK}
-    weights.with_name("model.task.json").write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
 def weights(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights with exported files and a record of their training; read only."""
-    folder = tmp_path_factory.mktemp("weights")
-    shutil.copytree(exported.parent, folder, dirs_exist_ok=True)
-    write_task(folder / "model.pt")
-    return folder / "model.pt"
+    return copy_with_task(exported, tmp_path_factory.mktemp("weights"), [[0], [1]])
 
 
 @pytest.fixture

@@ -14,20 +14,13 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import torch
 
 from scripts.cli.main import main
 from scripts.cli.segment_study_list import read_study_list
-from scripts.networks import Student
 from tests.dicom_phantom import MARKER, write_study
 from tests.fake_pacs import FakePacs, fake_pacs
 
 pytest.importorskip("dicomweb_client")
-FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
-TINY = [
-    "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
-    "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +28,6 @@ def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DICOMWEB_USER", "DICOMWEB_PASSWORD", "DICOMWEB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("scripts.image_io.dicomweb.WAIT_MS", 1)
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    torch.manual_seed(9)  # whose mask is neither empty nor full
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
-    return ["--weights", str(path), *TINY]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +53,10 @@ def _uid(study: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def local(study: Path, options: list[str]) -> Path:
+def local(study: Path, tiny_student: list[str]) -> Path:
     """The mask of the same study in a folder."""
     output = study.parent / "local"
-    assert main(["dicom", "--study", str(study), "--output-dir", str(output), *options]) == 0
+    assert main(["dicom", "--study", str(study), "--output-dir", str(output), *tiny_student]) == 0
     return output
 
 
@@ -94,13 +79,30 @@ def _objects(pacs: FakePacs, modality: str) -> list[Any]:
 
 
 def test_a_study_is_fetched_segmented_and_stored(
-    pacs: FakePacs, uid: str, options: list[str], local: Path, study: Path, tmp_path: Path, capsys: Any, caplog: Any
+    pacs: FakePacs,
+    uid: str,
+    tiny_student: list[str],
+    local: Path,
+    study: Path,
+    tmp_path: Path,
+    capsys: Any,
+    caplog: Any,
 ) -> None:
     output = tmp_path / "out"
     killed = output / ".images-killed" / "ct"  # of a run that could not remove it
     killed.mkdir(parents=True)
     (killed / "000000.dcm").write_bytes(b"half an image")
-    command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--store", "--output-dir", str(output), *options]
+    command = [
+        "dicom",
+        "--dicomweb",
+        pacs.url,
+        "--study-uid",
+        uid,
+        "--store",
+        "--output-dir",
+        str(output),
+        *tiny_student,
+    ]
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert "ct   CT" in out
@@ -124,14 +126,27 @@ def test_a_study_is_fetched_segmented_and_stored(
 
 
 def test_the_series_are_listed_and_nothing_is_fetched(
-    pacs: FakePacs, uid: str, options: list[str], study: Path, tmp_path: Path, capsys: Any
+    pacs: FakePacs, uid: str, tiny_student: list[str], study: Path, tmp_path: Path, capsys: Any
 ) -> None:
     thick = str(pydicom.dcmread(next(study.glob("thick_*")), stop_before_pixels=True).SeriesInstanceUID)
-    command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--series-uid", thick, "--list-series", *options]
+    command = [
+        "dicom",
+        "--dicomweb",
+        pacs.url,
+        "--study-uid",
+        uid,
+        "--series-uid",
+        thick,
+        "--list-series",
+        *tiny_student,
+    ]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
     assert "named by --series-uid" in capsys.readouterr().out
     assert not pacs.fetched()
-    assert main(["dicom", "--study", str(study), "--list-series", "--output-dir", str(tmp_path / "out"), *options]) == 0
+    assert (
+        main(["dicom", "--study", str(study), "--list-series", "--output-dir", str(tmp_path / "out"), *tiny_student])
+        == 0
+    )
     assert "thinnest of 2 (" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     pacs.requests.clear()
@@ -154,13 +169,13 @@ def test_the_series_are_listed_and_nothing_is_fetched(
     ],
 )
 def test_what_fails_is_one_sentence_and_leaves_no_images(
-    faults: dict[str, Any], arguments: list[str], message: str, pacs: FakePacs, uid: str, options: list[str],
+    faults: dict[str, Any], arguments: list[str], message: str, pacs: FakePacs, uid: str, tiny_student: list[str],
     tmp_path: Path, capsys: Any,
 ) -> None:  # fmt: skip
     for name, value in faults.items():
         setattr(pacs.faults, name, value)
     command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, *arguments, "--output-dir", str(tmp_path / "out")]
-    assert main([*command, *options]) == 1
+    assert main([*command, *tiny_student]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
@@ -169,12 +184,21 @@ def test_what_fails_is_one_sentence_and_leaves_no_images(
 
 
 def test_a_study_without_a_modality_is_refused_or_segmented_without_it(
-    study: Path, uid: str, options: list[str], tmp_path: Path, capsys: Any
+    study: Path, uid: str, tiny_student: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     with fake_pacs() as pacs:
         for path in [*study.glob("CT_*"), *study.glob("PT_*")]:
             pacs.add(path.read_bytes())
-        command = ["dicom", "--dicomweb", pacs.url, "--study-uid", uid, "--output-dir", str(tmp_path / "out"), *options]
+        command = [
+            "dicom",
+            "--dicomweb",
+            pacs.url,
+            "--study-uid",
+            uid,
+            "--output-dir",
+            str(tmp_path / "out"),
+            *tiny_student,
+        ]
         assert main(command) == 1
         assert (
             f"The study {uid} has no series for mr (Modality MR). Add it, use --allow-missing"
@@ -193,14 +217,14 @@ def test_a_study_without_a_modality_is_refused_or_segmented_without_it(
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    arguments: list[str], message: str, options: list[str], capsys: Any
+    arguments: list[str], message: str, tiny_student: list[str], capsys: Any
 ) -> None:
-    assert main(["dicom", "--dicomweb", "http://127.0.0.1:9/x", *arguments, *options]) == 1
+    assert main(["dicom", "--dicomweb", "http://127.0.0.1:9/x", *arguments, *tiny_student]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_options_of_a_server_need_one(options: list[str], tmp_path: Path, capsys: Any) -> None:
-    assert main(["dicom", "--study", str(tmp_path), "--store", *options]) == 1
+def test_options_of_a_server_need_one(tiny_student: list[str], tmp_path: Path, capsys: Any) -> None:
+    assert main(["dicom", "--study", str(tmp_path), "--store", *tiny_student]) == 1
     assert "--store is an option of a server. Add --dicomweb URL, or remove it." in capsys.readouterr().err
 
 
@@ -222,11 +246,11 @@ def studies(pacs: FakePacs, uid: str, study: Path, phantoms: list[dict[str, Any]
 
 
 def test_a_list_of_studies_is_done_and_gone_on_with(
-    pacs: FakePacs, studies: list[str], options: list[str], local: Path, tmp_path: Path, capsys: Any
+    pacs: FakePacs, studies: list[str], tiny_student: list[str], local: Path, tmp_path: Path, capsys: Any
 ) -> None:
     output, table = tmp_path / "cohort", tmp_path / "studies.csv"
     table.write_text("patient,study_uid\n" + "".join(f"{MARKER}{n},{each}\n" for n, each in enumerate(studies)))
-    command = ["dicom", "--dicomweb", pacs.url, "--study-list", str(table), "--output-dir", str(output), *options]
+    command = ["dicom", "--dicomweb", pacs.url, "--study-list", str(table), "--output-dir", str(output), *tiny_student]
     assert main(command) == 1
     out, err = capsys.readouterr()
     assert "3 studies: 1 segmented, 0 already there, 2 failed" in out, err
@@ -270,18 +294,18 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
 
 
 def test_a_server_that_cannot_be_used_ends_the_list(
-    pacs: FakePacs, studies: list[str], options: list[str], tmp_path: Path, capsys: Any
+    pacs: FakePacs, studies: list[str], tiny_student: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     pacs.login = "Bearer other"
     (tmp_path / "studies.txt").write_text("\n".join(studies))
     command = ["dicom", "--dicomweb", pacs.url, "--study-list", str(tmp_path / "studies.txt")]
-    assert main([*command, "--output-dir", str(tmp_path / "out"), *options]) == 1
+    assert main([*command, "--output-dir", str(tmp_path / "out"), *tiny_student]) == 1
     assert "wants another login (401)" in capsys.readouterr().err
     assert len({each.split("/")[3] for each in pacs.requests}) == 1
 
 
-def test_the_values_of_one_patient_are_not_for_a_list(options: list[str], tmp_path: Path, capsys: Any) -> None:
-    command = ["dicom", "--dicomweb", "http://127.0.0.1:9/x", "--study-list", "x.csv", *options]
+def test_the_values_of_one_patient_are_not_for_a_list(tiny_student: list[str], tmp_path: Path, capsys: Any) -> None:
+    command = ["dicom", "--dicomweb", "http://127.0.0.1:9/x", "--study-list", "x.csv", *tiny_student]
     assert main([*command, "--patient-weight", "70"]) == 1
     assert "--patient-weight is the value of one patient. With --study-list, give it" in capsys.readouterr().err
     assert main([*command, "--series-uid", "1.2"]) == 1

@@ -12,26 +12,11 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import torch
 
 from scripts.cli.main import main
-from scripts.networks import Student
 from tests.dicom_phantom import SLOPE, write_study
 
-FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
-TINY = [
-    "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
-    "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
-]  # fmt: skip
 WHOLE = ["--patient-weight", "70", "--injected-dose", "370e6", "--injection-time", "10:00", "--half-life", "6000"]
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    torch.manual_seed(9)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
-    return ["--weights", str(path), *TINY]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +44,8 @@ def _mask(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def expected(study: Path, options: list[str]) -> Any:
-    assert main(["segment", *_images(study, "PT"), "--output", str(study / "complete.nii.gz"), *options]) == 0
+def expected(study: Path, tiny_student: list[str]) -> Any:
+    assert main(["segment", *_images(study, "PT"), "--output", str(study / "complete.nii.gz"), *tiny_student]) == 0
     return _mask(study / "complete.nii.gz")
 
 
@@ -72,17 +57,17 @@ def expected(study: Path, options: list[str]) -> Any:
     ],
 )
 def test_options_complete_the_header_and_stand_in_the_manifest(
-    given: list[str], recorded: Any, study: Path, options: list[str], expected: Any, tmp_path: Path
+    given: list[str], recorded: Any, study: Path, tiny_student: list[str], expected: Any, tmp_path: Path
 ) -> None:
-    command = ["segment", *_images(study, "cleaned"), "--output", str(tmp_path / "mask.nii.gz"), *options]
+    command = ["segment", *_images(study, "cleaned"), "--output", str(tmp_path / "mask.nii.gz"), *tiny_student]
     assert main([*command, *given]) == 0
     np.testing.assert_array_equal(_mask(tmp_path / "mask.nii.gz"), expected)
     manifest = json.loads((tmp_path / "mask.manifest.json").read_text())
     assert manifest["config"]["checks"]["suv"] == pytest.approx(recorded)
 
 
-def test_another_weight_gives_another_mask(study: Path, options: list[str], expected: Any, tmp_path: Path) -> None:
-    command = ["segment", *_images(study, "cleaned"), "--output", str(tmp_path / "mask.nii.gz"), *options]
+def test_another_weight_gives_another_mask(study: Path, tiny_student: list[str], expected: Any, tmp_path: Path) -> None:
+    command = ["segment", *_images(study, "cleaned"), "--output", str(tmp_path / "mask.nii.gz"), *tiny_student]
     assert main([*command, *WHOLE[2:], "--patient-weight", "7"]) == 0
     assert (_mask(tmp_path / "mask.nii.gz") != expected).any()
 
@@ -103,21 +88,21 @@ def test_another_weight_gives_another_mask(study: Path, options: list[str], expe
     ],
 )
 def test_what_does_not_fit_is_refused(
-    pet: str, given: list[str], message: str, study: Path, options: list[str], tmp_path: Path, capsys: Any
+    pet: str, given: list[str], message: str, study: Path, tiny_student: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     output = ["--output", str(tmp_path / "mask.nii.gz")]
-    assert main(["segment", *_images(study, pet), *output, *options, *given]) == 1
+    assert main(["segment", *_images(study, pet), *output, *tiny_student, *given]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "mask.nii.gz").exists()
 
 
 def test_columns_of_a_table_complete_each_case(
-    study: Path, options: list[str], expected: Any, tmp_path: Path, capsys: Any
+    study: Path, tiny_student: list[str], expected: Any, tmp_path: Path, capsys: Any
 ) -> None:
     table, output = tmp_path / "cases.csv", tmp_path / "masks"
     row = f"{study}/CT,{study}/%s,{study}/MR"
     table.write_text(f"case_id,ct,pet,mr,patient_weight,injected_dose,injection_time\ncomplete,{row % 'PT'},,,\n")
-    command = ["segment", "--data-list", str(table), "--allow-outside", "--output-dir", str(output), *options]
+    command = ["segment", "--data-list", str(table), "--allow-outside", "--output-dir", str(output), *tiny_student]
     assert main([*command, "--patient-weight", "70"]) == 1
     assert "--patient-weight is the value of one patient. With --data-list" in capsys.readouterr().err
     assert main(command) == 0

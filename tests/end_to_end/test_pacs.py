@@ -14,21 +14,14 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import torch
 
 from scripts.cli.main import main
 from scripts.image_io.dicomweb import Pacs
-from scripts.networks import Student
 from tests.dicom_phantom import MARKER, write_study
 from tests.orthanc import PASSWORD, USER, Orthanc, orthanc
 
 pytest.importorskip("dicomweb_client")
 pytestmark = pytest.mark.pacs
-FEATURES, NORM = (4, 8, 8, 8), ("group", {"num_groups": 4})
-TINY = [
-    "--threads", "1", "--device", "cpu", "--engine", "torch", "--set", "patch=[32,32,32]", "--set", "spacing=[6,6,6]",
-    "--set", f"student_features={list(FEATURES)}", "--set", 'student_norm=["group",{"num_groups":4}]',
-]  # fmt: skip
 try:
     import rt_utils  # noqa: F401
 
@@ -48,14 +41,6 @@ def _login(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICOMWEB_USER", USER)
     monkeypatch.setenv("DICOMWEB_PASSWORD", PASSWORD)
     monkeypatch.delenv("DICOMWEB_TOKEN", raising=False)
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    torch.manual_seed(9)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save({"model": Student(3, 2, FEATURES, norm=NORM).state_dict()}, path)
-    return ["--weights", str(path), *TINY]
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +82,13 @@ def _pixels(segmentation: Any, folder: Path, pattern: str) -> Any:
 
 
 def test_the_segmentation_in_orthanc_is_the_mask_of_a_local_run(
-    server: Orthanc, studies: dict[str, Path], options: list[str], tmp_path: Path, capsys: Any
+    server: Orthanc, studies: dict[str, Path], tiny_student: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     study, folder = next(iter(studies.items()))
     local, output = tmp_path / "local", tmp_path / "pacs"
-    assert main(["dicom", "--study", str(folder), "--output-dir", str(local), *options]) == 0
+    assert main(["dicom", "--study", str(folder), "--output-dir", str(local), *tiny_student]) == 0
     command = ["dicom", "--dicomweb", server.url, "--study-uid", study, "--store", *RTSTRUCT]
-    assert main([*command, "--output-dir", str(output), *options]) == 0
+    assert main([*command, "--output-dir", str(output), *tiny_student]) == 0
     out, err = capsys.readouterr()
     assert f"stored in the study {study}: seg.dcm" in out
     assert MARKER not in out + err
@@ -118,22 +103,22 @@ def test_the_segmentation_in_orthanc_is_the_mask_of_a_local_run(
 
 
 def test_a_list_of_studies_is_segmented_once_and_gone_on_with(
-    server: Orthanc, studies: dict[str, Path], options: list[str], tmp_path: Path, capsys: Any
+    server: Orthanc, studies: dict[str, Path], tiny_student: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     output, table = tmp_path / "cohort", tmp_path / "studies.txt"
     study, folder = list(studies.items())[1]  # a compressed CT
     table.write_text(f"{study}\n1.2.3.4\n")
     command = ["dicom", "--dicomweb", server.url, "--study-list", str(table), "--output-dir", str(output), "--store"]
-    assert main([*command, *options]) == 1
+    assert main([*command, *tiny_student]) == 1
     out, err = capsys.readouterr()
     assert "2 studies: 1 segmented, 0 already there, 1 failed" in out
     assert "error: 1 of 2 studies failed." in err
     assert "1.2.3.4: " in err
     assert "has no study 1.2.3.4" in err
     table.write_text(f"{study}\n")
-    assert main([*command, *options]) == 0
+    assert main([*command, *tiny_student]) == 0
     assert "1 studies: 0 segmented, 1 already there, 0 failed" in capsys.readouterr().out
-    assert main(["dicom", "--study", str(folder), "--output-dir", str(tmp_path / "local"), *options]) == 0
+    assert main(["dicom", "--study", str(folder), "--output-dir", str(tmp_path / "local"), *tiny_student]) == 0
     expected = _mask(tmp_path / "local" / "mask.nii.gz") > 0
     np.testing.assert_array_equal(_pixels(_stored_segmentation(server, study), folder, "CT_*") > 0, expected)
     record = json.loads((output / "dicom.json").read_text())["studies"]
@@ -142,10 +127,19 @@ def test_a_list_of_studies_is_segmented_once_and_gone_on_with(
 
 
 def test_what_orthanc_refuses_is_one_sentence(
-    server: Orthanc, studies: dict[str, Path], options: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+    server: Orthanc, studies: dict[str, Path], tiny_student: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     def error(url: str, study: str) -> str:
-        command = ["dicom", "--dicomweb", url, "--study-uid", study, "--output-dir", str(tmp_path / "out"), *options]
+        command = [
+            "dicom",
+            "--dicomweb",
+            url,
+            "--study-uid",
+            study,
+            "--output-dir",
+            str(tmp_path / "out"),
+            *tiny_student,
+        ]
         assert main(command) == 1
         last: str = capsys.readouterr().err.splitlines()[-1]
         return last

@@ -19,32 +19,16 @@ import pytest
 
 from scripts.cli.main import main
 from scripts.runtime.app import build_parser
-from scripts.utils.checksums import sha256
 from tests.dicom_phantom import write_study
+from tests.exported_weights import copy_with_task
 
-TASK = {
-    "modalities": ["ct", "pet", "mr"],
-    "intensity": {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]},
-    "labels": [[0], [3]],
-    "spacing": [8, 8, 8],
-    "patch": [32, 32, 16],
-    "network": {
-        "_target_": "scripts.networks.Student",
-        "in_channels": 3,
-        "out_channels": 2,
-        "features": [8, 16, 16, 16],
-    },
-}
 # A module of this name fails to be imported: the program must not need it.
 HIDDEN = ("torch", "monai", "ignite", "psutil", "filelock", "tqdm", "scipy", "isal")
 
 
 @pytest.fixture(scope="module")
 def weights(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    shutil.copytree(exported.parent, folder, dirs_exist_ok=True)
-    (folder / "model.task.json").write_text(json.dumps({"weights_sha256": sha256(folder / "model.pt"), **TASK}))
-    return folder / "model.pt"
+    return copy_with_task(exported, tmp_path_factory.mktemp("weights"), [[0], [3]])
 
 
 @pytest.fixture(scope="module")

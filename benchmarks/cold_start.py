@@ -252,15 +252,19 @@ def _network_seconds(manifest: Path) -> float:
 
 
 def _batch_row(args: argparse.Namespace, weights: Sequence[str], output: Path) -> dict[str, Any]:
-    """Seconds per case of a batch, relative to those of the network."""
+    """Seconds per case of a batch, relative to those of the network when it has all cores for one case at a time."""
     cases = sorted(path for path in args.dataset_dir.resolve().iterdir() if (path / FILES["ct"]).is_file())[:BATCH]
-    table, folder, seconds, network = _table(cases, output / "batch.csv"), output / "batch", [], []
+    table, seconds, network = _table(cases, output / "batch.csv"), [], []
     for _ in range(max(1, args.rounds // 2)):
-        for mask in folder.glob("*.nii.gz"):
-            mask.unlink()
-        run = run_process(program("segment", *weights, *table, "--output-dir", str(folder)))
-        seconds.append(run.seconds / len(cases))
-        network.append(statistics.fmean(_network_seconds(path) for path in sorted(folder.glob("*.manifest.json"))))
+        by_workers = {}
+        for name, options in (("default", []), ("one", ["--workers", "1"])):
+            folder = output / f"batch_{name}"
+            for mask in folder.glob("*.nii.gz"):
+                mask.unlink()
+            by_workers[name] = run_process(program("segment", *weights, *table, *options, "--output-dir", str(folder)))
+        seconds.append(by_workers["default"].seconds / len(cases))
+        manifests = sorted((output / "batch_one").glob("*.manifest.json"))
+        network.append(statistics.fmean(map(_network_seconds, manifests)))
     per_case, own = statistics.median(seconds), statistics.median(network)
     what = f"a batch of {len(cases)}, per case (the network alone: {own:.2f} s, ratio to it)"
     return {

@@ -37,6 +37,7 @@ from scripts.cli.config import CONFIGS
 from scripts.data.cohorts.phantom import write_phantoms
 from scripts.networks import Student
 from scripts.utils.output_lock import release
+from scripts.utils.run_manifest import git_commit
 
 ROOT = Path(__file__).parents[1]
 LOCALE = locale.setlocale(locale.LC_ALL)
@@ -275,7 +276,7 @@ def write_nifti() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
+def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bool], None]]:
     """``fake_git(commit, clean)`` sets what git says about the checkout; at first a clean one at 0000..."""
     binary = tmp_path / "bin" / "git"
     binary.parent.mkdir()
@@ -286,10 +287,12 @@ def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
             f'#!/bin/sh\ncase "$*" in *rev-parse*) printf "%s\\n" {root} {commit};; *diff*) exit {status};; esac\n'
         )
         binary.chmod(0o755)
+        git_commit.cache_clear()
 
     answer("0" * 40, True)
     monkeypatch.setenv("PATH", f"{binary.parent}{os.pathsep}{os.environ['PATH']}")
-    return answer
+    yield answer
+    git_commit.cache_clear()
 
 
 @pytest.fixture(scope="session")

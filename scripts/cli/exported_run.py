@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from scripts.cli.bundle_run import command_line, protected
@@ -47,14 +50,15 @@ def obstacle(args: argparse.Namespace, config: Config) -> str:
     """
     from scripts.runtime.engines import UnavailableError
 
-    reason = _asked_for(args, config)
+    reason = asked_for(args, config)
     if reason:
         return reason
     task = read_task(weights_path(args))
     if task is None or not isinstance(task.get("network"), dict):
         return "no record of the training lies beside the weights"
     try:
-        exported_engine(args, config)
+        with loaded_meanwhile("scripts.runtime.segmenter"):
+            exported_engine(args, config)
     except UnavailableError as error:
         if config["engine"] != "auto" or config["engine_precision"] == "int8":
             raise
@@ -62,8 +66,8 @@ def obstacle(args: argparse.Namespace, config: Config) -> str:
     return ""
 
 
-def _asked_for(args: argparse.Namespace, config: Config) -> str:
-    """The option that needs ``monai.bundle run``."""
+def asked_for(args: argparse.Namespace, config: Config) -> str:
+    """The option that needs ``monai.bundle run``; empty if there is none."""
     if config["engine"] == "torch":
         return "--engine torch"
     if args.device and args.device != "cpu":
@@ -117,6 +121,22 @@ def _engine(weights: Path, checksum: str, engine: str, precision: str, threads: 
     selected, _ = exported_files.exported_engine(folder, record, name, precision, advice, threads)
     exported_files.check_probe(selected, folder, record, advice)
     return selected, record
+
+
+@contextmanager
+def loaded_meanwhile(*modules: str) -> Iterator[None]:
+    """Import modules while the block runs, most of which is not Python; the imports have ended when the block ends."""
+
+    def load() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    loading = Thread(target=load)
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()
 
 
 def _threads(config: Config) -> int:
@@ -202,23 +222,16 @@ def export_once(args: argparse.Namespace, config: Config) -> None:
     Nothing happens where OpenVINO is not installed, the folder cannot be written, or an option needs
     ``monai.bundle run`` in any case. Weights that cannot be exported are marked, so that it is not tried again.
     """
-    from scripts.runtime.engines import UnavailableError
-    from scripts.runtime.exported_files import RECORD, export_folder, read_export
+    from scripts.runtime.exported_files import RECORD, export_folder, is_exported
 
     weights = weights_path(args)
     if args.no_export or config["engine"] != "auto" or config["engine_precision"] == "int8":
         return
-    if _asked_for(args, config):
+    if asked_for(args, config):
         return
     if not (weights.is_file() and read_task(weights) and os.access(weights.parent, os.W_OK)):
         return
-    if importlib.util.find_spec("openvino") is None:
-        return
-    try:
-        read_export(weights)
-    except UnavailableError:
-        pass
-    else:
+    if importlib.util.find_spec("openvino") is None or is_exported(weights):
         return
     from scripts.cli.export import run
     from scripts.utils.checksums import sha256

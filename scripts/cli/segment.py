@@ -42,7 +42,10 @@ def add_options(parser: Parser) -> None:
     add_weights_option(parser)
     add_network_option(parser)
     parser.add_argument(
-        "--workers", type=positive_int, default=1, metavar="N", help="how many cases at a time (default: 1)"
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="how many cases at a time (default: 2 with exported files, else 1)",
     )
     parser.add_argument("--bids", action="store_true", help="with several cases: write a data set of BIDS derivatives")
     add_engine_options(parser)

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from scripts.cli import exported_run
@@ -64,7 +61,8 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     if reason:
         run_bundle(args, configs, with_trained_task(args, configs, overrides), reason)
     else:
-        with _loaded_meanwhile("scripts.image_io.mask_measures", not args.no_measures):
+        of_measures = () if args.no_measures else ("scripts.image_io.mask_measures",)  # they load SciPy
+        with exported_run.loaded_meanwhile(*of_measures):
             exported_run.segment_exported(args, configs, config, overrides, mask)
     if args.dry_run:
         return []
@@ -83,19 +81,6 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
     return measured
-
-
-@contextmanager
-def _loaded_meanwhile(module: str, wanted: bool) -> Iterator[None]:
-    """Import a module, which loads SciPy, while the network runs; the import has ended when the block ends."""
-    loading = Thread(target=importlib.import_module, args=(module,))
-    if wanted:
-        loading.start()
-    try:
-        yield
-    finally:
-        if wanted:
-            loading.join()
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

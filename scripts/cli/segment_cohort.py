@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, ima
 from scripts.data.case_list import datalist
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
+from scripts.runtime.exported_files import is_exported
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.errors import error_sentence
@@ -40,8 +42,16 @@ from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
 # Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
-RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check"]
+MEASURES_MODULE = "scripts.image_io.mask_measures"
+RUNTIME = [
+    "scripts.cli.segment_case",
+    "scripts.runtime.segmenter",
+    "scripts.data.settings_check",
+    MEASURES_MODULE,
+    "openvino",
+]
 BUNDLE = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
+EXPORTED_WORKERS = 2  # by default: one reads and writes while the network of the other runs
 MAX_WARNINGS = 10_000  # kept per case
 
 
@@ -68,11 +78,13 @@ def segment_cohort(args: argparse.Namespace) -> None:
         return
     config = resolved_config(args, configs, engine_overrides(args) | overrides)
     exported_run.export_once(args, config)
+    _start_server(BUNDLE if exported_run.asked_for(args, config) or not is_exported(weights_path(args)) else RUNTIME)
     reason = exported_run.obstacle(args, config)
     if reason:
         build_item(args, configs, with_trained_task(args, configs, overrides), "same_task")  # once, not per case
     else:
         exported_run.require_trained_settings(args, config)
+    args.workers = args.workers or (1 if reason else min(EXPORTED_WORKERS, len(os.sched_getaffinity(0))))
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
     unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
@@ -81,7 +93,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     with hold(output):  # a second batch, or the resume of a running one, is refused
-        _segment_cases(args, cases, masks, modalities, output, bids, BUNDLE if reason else RUNTIME)
+        _segment_cases(args, cases, masks, modalities, output, bids)
 
 
 def _segment_cases(
@@ -91,7 +103,6 @@ def _segment_cases(
     modalities: Sequence[str],
     output: Path,
     bids: BidsTask | None,
-    preloaded: list[str],
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
     checksum = sha256(weights_path(args))
@@ -101,9 +112,11 @@ def _segment_cases(
         write_dataset_files(output, bids, sources)
     remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
-    jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in remaining}
+    largest_first = sorted(remaining, key=_image_bytes, reverse=True)  # so that no process ends long after the others
+    jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in largest_first}
     try:
-        _run_jobs(jobs, args.workers, outcomes, preloaded)
+        with exported_run.loaded_meanwhile(*([] if args.no_measures else [MEASURES_MODULE])):
+            _run_jobs(jobs, args.workers, outcomes)
     finally:
         record = {
             case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
@@ -192,6 +205,12 @@ def is_complete(mask: Path) -> bool:
     return True
 
 
+def _image_bytes(case: Mapping[str, Any]) -> int:
+    """Size of the reference image's file; 0 for a folder."""
+    path = Path(case["image"])
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _case_options(
     args: argparse.Namespace, case: Mapping[str, Any], modalities: Sequence[str], mask: Path
 ) -> argparse.Namespace:
@@ -205,12 +224,15 @@ def _case_options(
     return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 
-def _run_jobs(
-    jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome], preloaded: list[str]
-) -> None:
+def _start_server(preloaded: list[str]) -> None:
+    """Start the process from which those of the pool are forked; it imports the modules, once for all of them."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
+    forkserver.ensure_running()
+
+
+def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: dict[str, Outcome]) -> None:
     """Segment the cases in a pool of processes and add the outcome of each to ``outcomes``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloaded)  # imported once, not by every process
     with tqdm(total=len(jobs), desc="segmenting", unit="case") as bar:
 
         def add_outcome(case_id: str, outcome: Outcome) -> None:

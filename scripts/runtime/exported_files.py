@@ -76,6 +76,15 @@ def read_export(weights: str | Path) -> dict[str, Any]:
     return record
 
 
+def is_exported(weights: str | Path) -> bool:
+    """Whether there are files that were exported from exactly these weights, or a mark that they cannot be exported."""
+    try:
+        read_export(weights)
+    except UnavailableError:
+        return False
+    return True
+
+
 def exported_engine(
     folder: Path, record: Mapping[str, Any], engine: str, precision: str, advice: str, threads: int = 0
 ) -> tuple[NumpyEngine, str]:

@@ -3,15 +3,35 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
+import time
 from pathlib import Path
+
+SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of the file system's clock
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 checksum of a file as 64 hexadecimal digits."""
+    """Return the SHA-256 checksum of a file as 64 hexadecimal digits.
+
+    A file that this process has read before is not read again unless its size or one of its times has changed.
+    """
+    found = os.stat(path)
+    if time.time() - found.st_ctime < SETTLED_SECONDS:
+        return _digest(path)
+    return _kept_digest(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_digest(path: str, *state: int) -> str:
+    return _digest(path)
 
 
 def verified_sha256(path: str | Path, checksum: str | None = None) -> str:

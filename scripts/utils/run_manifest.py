@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -83,8 +84,12 @@ def torch_usage() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "accelerator_mib": mib}
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Return the commit of the code, with "+" if tracked files differ from it; None outside of a git checkout."""
+    """Return the commit of the code, with "+" if tracked files differ from it; None outside of a git checkout.
+
+    It is that of the first call, since a process goes on with the code that it has loaded.
+    """
     git = ["git", "-C", bundle_root()]
     try:
         command = [*git, "rev-parse", "--show-toplevel", "HEAD"]
@@ -110,13 +115,16 @@ def code_version() -> str:
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    versions = {package: _version(package) for package in packages}
+    return {package: found for package, found in versions.items() if found is not None}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write_manifest(

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.cli import exported_run
+from scripts.cli import exported_run, segment_cohort
 from scripts.cli.main import main
 from scripts.utils.checksums import sha256
 from tests.exported_weights import copy_with_task
@@ -187,18 +187,46 @@ def test_segmenting_imports_neither_pytorch_nor_monai(weights: Path, phantoms: A
     assert WITHOUT_MONAI in ran.stdout
 
 
+def _table(cases: list[dict[str, Any]], path: Path) -> Path:
+    keys = ("case_id", "ct", "pet", "mr")
+    path.write_text("\n".join([",".join(keys), *(",".join(str(case[key]) for key in keys) for case in cases)]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "workers", "threads"),
+    [([], 4, 2, 2), ([], 1, 1, None), (["--workers", "4"], 4, 4, 1), (["--engine", "torch"], 4, 1, None)],
+)
+def test_cases_go_two_at_a_time_with_exported_files_the_largest_first(
+    options: list[str], cores: int, workers: int, threads: int | None,
+    weights: Path, phantoms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    large = tmp_path / "large.nii.gz"
+    large.write_bytes(b"0" * 10_000_000)
+    cases = [phantoms[0], {**phantoms[1], "ct": str(large)}]
+    taken = {}
+
+    def run_jobs(work: Any, jobs: Any, count: int, *_: Any, **__: Any) -> None:
+        taken.update(cases=[*jobs], workers=count, threads=jobs[cases[0]["case_id"]].threads)
+        raise ValueError("a test")
+
+    monkeypatch.setattr(segment_cohort, "run_jobs", run_jobs)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    table = str(_table(cases, tmp_path / "cases.csv"))
+    command = ["segment", "--data-list", table, "--allow-outside", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--weights", str(weights), *options]) == 1
+    expected = [cases[1]["case_id"], cases[0]["case_id"]]
+    assert taken == {"cases": expected, "workers": workers, "threads": threads}
+
+
 def test_a_cohort_is_segmented_without_monai(segment: Any, weights: Path, phantoms: Any, tmp_path: Path) -> None:
-    lines = [
-        "case_id,ct,pet,mr",
-        *(",".join(str(case[key]) for key in ("case_id", "ct", "pet", "mr")) for case in phantoms[:2]),
-    ]
-    (tmp_path / "cases.csv").write_text("\n".join(lines))
     code = (
         "import sys, scripts.cli.main\n"
         "assert scripts.cli.main.main(sys.argv[1:]) == 0\n"
         "assert not {'torch', 'monai'} & set(sys.modules), sorted(sys.modules)\n"
     )
-    options = ["--data-list", str(tmp_path / "cases.csv"), "--allow-outside", "--output-dir", str(tmp_path / "out")]
+    table = str(_table(phantoms[:2], tmp_path / "cases.csv"))
+    options = ["--data-list", table, "--allow-outside", "--output-dir", str(tmp_path / "out")]
     command = [sys.executable, "-c", code, "segment", "--weights", str(weights), *options]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -325,4 +325,5 @@ def test_threads_and_precision_are_passed_to_openvino(files: Path) -> None:
     engine(_image(1, 3, *WINDOW))
     compiled = engine.engine.request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert not compiled.get_property("ENABLE_CPU_PINNING")  # two processes would share one core
     assert str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) == "f32"

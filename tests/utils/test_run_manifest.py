@@ -13,7 +13,7 @@ import pytest
 from monai.bundle import run
 
 from scripts import bundle_root
-from scripts.utils.run_manifest import running_config, write_manifest
+from scripts.utils.run_manifest import git_commit, running_config, write_manifest
 
 pytestmark = pytest.mark.usefixtures("fake_git")
 CASES = [{"case_id": "A", "image": "a.nii"}, {"case_id": "B", "image": "b.nii"}]
@@ -67,9 +67,17 @@ def test_without_a_checkout_or_git_there_is_no_commit(
     tmp_path: Path, fake_git: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin" / "git").write_text("#!/bin/sh\nexit 128\n")
+    git_commit.cache_clear()
     assert write_manifest(tmp_path, CASES)["git_commit"] is None
+    git_commit.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert write_manifest(tmp_path, CASES)["git_commit"] is None
+
+
+def test_a_process_keeps_the_commit_that_it_began_with(tmp_path: Path, fake_git: Any) -> None:
+    assert write_manifest(tmp_path, CASES)["git_commit"] == "0" * 40
+    (tmp_path / "bin" / "git").write_text("#!/bin/sh\nexit 128\n")
+    assert write_manifest(tmp_path, CASES)["git_commit"] == "0" * 40
 
 
 def test_the_data_hash_follows_the_data_list(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def add_options(parser: Parser) -> None:
     add_suv_options(parser)
     add_common_options(parser)
     # Options of `segment`, which segments the chosen series.
-    parser.set_defaults(stacked=None, report=False, bids=False, no_measures=False)
+    parser.set_defaults(stacked=None, bbox_mm=None, report=False, bids=False, no_measures=False)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def add_options(parser: Parser) -> None:
     add_export_option(parser)
     add_suv_options(parser)
     add_common_options(parser)
-    parser.set_defaults(measures=None)
+    parser.set_defaults(measures=None, bbox_mm=None)
 
 
 def image_of(text: str) -> tuple[str, str]:

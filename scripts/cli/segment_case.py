@@ -27,7 +27,7 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
 
     Args:
         args: options of ``segment``; ``measures`` is the name of the case in the table of measures and the path of the
-            table, by default those of the mask.
+            table, by default those of the mask; ``bbox_mm`` the part of the reference image that the mask covers.
 
     Returns:
         The measures of the mask; none with ``no_measures`` and ``dry_run``.
@@ -41,6 +41,8 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     mask, images, reference = mask_and_images(args, config["modalities"], bool(config["allow_missing"]))
     case_id = mask.name.removesuffix(SUFFIX)
     case = {"case_id": case_id, "image": images[reference], **({} if args.stacked else images)}
+    if args.bbox_mm:
+        case["bbox_mm"] = args.bbox_mm
     overrides = {
         **task,
         "datalist": [case],

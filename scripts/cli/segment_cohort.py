@@ -220,7 +220,7 @@ def _case_options(
         images[modalities[0]] = case["image"]
     threads = args.threads or (max(1, len(os.sched_getaffinity(0)) // args.workers) if args.workers > 1 else None)
     of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
-    own = {**of_cohort, "output": str(mask), "image": [*images.items()]}
+    own = {**of_cohort, "output": str(mask), "image": [*images.items()], "bbox_mm": case.get("bbox_mm")}
     return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 

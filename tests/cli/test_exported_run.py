@@ -234,3 +234,24 @@ def test_a_cohort_is_segmented_without_monai(segment: Any, weights: Path, phanto
     assert segment(name="one", bundle=True)[0] == 0
     first = phantoms[0]["case_id"]
     assert (tmp_path / "out" / f"{first}.nii.gz").read_bytes() == (tmp_path / "one.nii.gz").read_bytes()
+
+
+@pytest.mark.usefixtures("_here")
+def test_the_box_of_a_case_in_a_list_bounds_its_mask(weights: Path, phantoms: Any, tmp_path: Path) -> None:
+    image = nib.Nifti1Image.from_filename(phantoms[0]["ct"])
+    corners = (np.array([[8, 8, 8, 1], [23, 25, 20, 1]]) @ image.affine.T)[:, :3] * [-1, -1, 1]  # voxels to LPS
+    box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
+    row = {key: phantoms[0][key] for key in ("case_id", "ct", "pet", "mr")}
+    (tmp_path / "cases.json").write_text(json.dumps([{**row, "bbox_mm": box}]))
+
+    masks = []
+    for engine in ("auto", "torch"):
+        where = ["--data-list", str(tmp_path / "cases.json"), "--allow-outside", "--output-dir", str(tmp_path / engine)]
+        assert main(["segment", *where, "--weights", str(weights), "--engine", engine, "--threads", "1"]) == 0
+        masks.append(voxels(tmp_path / engine / f"{row['case_id']}.nii.gz"))
+    assert masks[0].shape == image.shape
+    inside = np.zeros(image.shape, dtype=bool)
+    inside[8:24, 8:26, 8:21] = True
+    assert masks[0][inside].any()
+    assert not masks[0][~inside].any()
+    assert (masks[0] == masks[1]).mean() > 0.999

@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -87,21 +87,6 @@ def table(phantoms: list[dict[str, Any]], tmp_path: Path) -> Callable[..., Path]
         return path
 
     return make
-
-
-@pytest.fixture
-def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One case after the other in this process, whose log is afterwards as it was."""
-
-    def run_jobs(work: Any, jobs: Any, workers: int, died: Any, done: Any, **_: Any) -> None:
-        for name, job in jobs.items():
-            done(name, work(job))
-
-    monkeypatch.setattr(batch, "run_jobs", run_jobs)
-    level, propagates = logging.root.manager.disable, logging.getLogger("scripts").propagate
-    yield
-    logging.disable(level)
-    logging.getLogger("scripts").propagate = propagates
 
 
 def test_the_command_segments_a_table_in_processes_of_its_own(

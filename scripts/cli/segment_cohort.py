@@ -43,13 +43,7 @@ SEGMENTED, SKIPPED = "segmented", "already there"
 RECORD = "segment.json"  # what became of each case, in the output folder
 # Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
 MEASURES_MODULE = "scripts.image_io.mask_measures"
-RUNTIME = [
-    "scripts.cli.segment_case",
-    "scripts.runtime.segmenter",
-    "scripts.data.settings_check",
-    MEASURES_MODULE,
-    "openvino",
-]
+RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check", MEASURES_MODULE]
 BUNDLE = ["monai.bundle", "scripts.data.pipelines", "scripts.inference.engine_choice", "scripts.training.handlers"]
 EXPORTED_WORKERS = 2  # by default: one reads and writes while the network of the other runs
 MAX_WARNINGS = 10_000  # kept per case

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped weights, by the recipe of the study: ``python -m benchmarks study --shipped``.
 
-1. Teachers without one fold each, of all five folds, answer the patients of that fold: out of fold for all patients.
+1. The teachers of stage 1 answer each patient out of fold: those of the two pairs that its fold belongs to.
 2. The student learns from these answers and the labels of all patients, with modality dropout, on patches of random
    size up to whole volumes. Nothing is selected; its weights are ``model.pt`` in the folder ``shipped.final...``.
 3. The same recipe is cross-validated, with the study's teachers that have seen neither the patient nor the tested fold
@@ -21,7 +21,7 @@ from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
 from benchmarks.study_students import KD, Lesson
 from benchmarks.study_taught import StudyTaught
-from benchmarks.study_teachers import weights_only
+from benchmarks.study_teachers import STAGE_1, weights_only
 
 STUDENT = "0.9M"
 STEPS = 8000
@@ -75,29 +75,17 @@ class StudyShipped(StudyTaught):
     """The jobs of the shipped weights."""
 
     def jobs(self) -> list[StudyJob]:
-        """The teachers of all folds, the student of all patients, then the cross-validation.
+        """The student of all patients, then the cross-validation.
 
         Raises:
             ValueError: the gate is not judged, so that the length of the teachers' training is open.
         """
         if self.gate is None:
             raise ValueError("The gate of the study is not judged yet. Run `python -m benchmarks study` first.")
-        teachers = [job for fold in range(FOLDS) for name in self.members for job in self._fold_teacher(name, fold)]
-        return [*teachers, self._final(), *map(self._cross_validated, range(FOLDS))]
-
-    def _fold_teacher(self, name: str, fold: int) -> list[StudyJob]:
-        row = StudyRow("shipped", name, f"{self.teacher_steps} steps", fold, None, 0, self.teacher_steps)
-        path = self.results / "answers" / f"{name}_without_{fold}_{self.teacher_steps}.npz"
-        return self.teacher(name, other_folds(fold), [row], path, "shipped_teachers")
+        return [self._final(), *map(self._cross_validated, range(FOLDS))]
 
     def _final(self) -> StudyJob:
-        files = {
-            fold: [
-                job.answers.paths[0] for name in self.members for job in self._fold_teacher(name, fold) if job.answers
-            ]
-            for fold in range(FOLDS)
-        }
-        answers = self.sources(range(FOLDS), files.__getitem__)
+        answers = self.sources(range(FOLDS), lambda fold: self.pair_answers([pair for pair in STAGE_1 if fold in pair]))
         row = StudyRow("shipped", "final", STUDENT, 0, None, 0, STEPS)
         everyone = {**_student(), "fold": None}  # no patient validates
         return weights_only(self.taught_job(row, answers, range(FOLDS), lesson=LESSON, student=everyone))

@@ -42,7 +42,7 @@ EXPERIMENTS: dict[str, tuple[str, tuple[str, ...]]] = {  # title, arms in the or
     "D": ("missing modalities", tuple(arm.format(subset) for subset in SUBSETS for arm in _D_ARMS)),
     "E": ("methods that use predictions only", _COMPARED),
     "F": ("methods that use features", _COMPARED),
-    "shipped": ("the shipped weights, cross-validated", ("t1", "t2", "dynunet", *_SHIPPED_ARMS)),
+    "shipped": ("the shipped weights, cross-validated", _SHIPPED_ARMS),
 }
 BORROWED = {"B2": ("B1", ("alone",)), "E": ("C", _COMPARED), "F": ("C", _COMPARED)}
 CONTRASTS: dict[str, dict[str, tuple[str, ...]]] = {  # arm -> the arms that are subtracted

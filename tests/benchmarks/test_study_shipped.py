@@ -13,11 +13,10 @@ import torch
 import benchmarks.study_students as study_students
 import benchmarks.study_taught as study_taught
 from benchmarks.job_queue import run_jobs
-from benchmarks.study_job import StudyJob
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_shipped import LARGEST, RandomSizes, StudyShipped
 from scripts.cli.main import main
-from tests.study_jobs import FOLDS_OF_PATIENTS, new_plan, settings
+from tests.study_jobs import FOLDS_OF_PATIENTS, new_plan, seen_folds, settings
 
 FOLD_OF = {patient: k for k, part in enumerate(FOLDS_OF_PATIENTS) for patient in part}
 
@@ -46,13 +45,7 @@ def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
     for job in shipped.recipe_jobs():
         row = {"patient_id": "0", "dice": 0.5, "status": "ok"}
         job.record.write_text(json.dumps({"cases": [row]}))
-    kinds: dict[str, list[StudyJob]] = {}
-    for job in shipped.jobs():
-        kinds.setdefault("answers" if job.answers else job.study_row.experiment, []).append(job)
-    trainings = {job.kept: job for job in kinds["shipped_teachers"]}
-    assert len(trainings) == len(kinds["answers"]) == 10
-
-    final, *validated = kinds["shipped"]
+    final, *validated = shipped.jobs()
     assert len(validated) == FOLDS
     for job in (final, *validated):
         written.clear()
@@ -65,10 +58,10 @@ def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
         left_out = set() if job is final else {job.study_row.fold}
         assert {FOLD_OF[case] for case in answers} == set(range(FOLDS)) - left_out
         for case, paths in answers.items():
-            assert [path.stem.split("_")[0] for path in paths] == ["t1", "t2"]
+            pairs = 2 if job is final else 1
+            assert [path.stem.split("_")[0] for path in paths] == ["t1", "t2"] * pairs
             for path in paths:
-                without = {int(word) for word in path.stem.split("_") if len(word) == 1}
-                assert {FOLD_OF[case]} | left_out == without
+                assert not seen_folds(path) & ({FOLD_OF[case]} | left_out)
                 assert path in job.needs
         for command in (*job.before, *job.typed()):
             assert json.loads(settings(command)["spacing"]) == [3, 3, 3]
@@ -119,16 +112,10 @@ def test_the_shipped_student_is_trained_and_cross_validated_on_phantoms(
     assert main(["phantom", "--cases", "10", "--output-dir", str(tmp_path / "data")]) == 0
     plan = StudyShipped("phantom", str(tmp_path / "data"), tmp_path / "runs", tmp_path / "results", shorten=1000)
     pass_gate(plan)
-    jobs = plan.jobs()
-    answering = [job for job in jobs if job.answers]
-    first = [job for job in jobs if job.folder in (answering[0].folder, answering[0].needs[0].parent)]
-    assert run_jobs([*plan.recipe_jobs(), *first], 2) == []
-    source = plan.results / "answers" / "t1_without_0_4000.npz"
-    for job in jobs:
-        for path in job.needs:
-            if path.suffix == ".npz" and not path.is_file():
-                shutil.copy(source, path)  # in the place of answers that would take long
-    students = [job for job in jobs if job.study_row.experiment == "shipped" and not job.answers][:2]
+    assert run_jobs([*plan.recipe_jobs(), *plan.pair_teacher("t1", (0, 1))], 2) == []
+    students = plan.jobs()[:2]
+    for path in {path for job in students for path in job.needs if path.suffix == ".npz" and not path.is_file()}:
+        shutil.copy(plan.answers_path("t1", (0, 1)), path)  # in the place of answers that would take long
     assert run_jobs(students, 2) == []
     final, validated = students
     assert (final.folder / "model.pt").is_file()

@@ -23,7 +23,7 @@ from scripts.losses import SegmentationLoss, SoftPredictionLoss
 from scripts.report.curves import read_curves
 from scripts.training.mixed_precision import AutocastInferer
 
-HALVES = {"float16": torch.float16}  # bfloat16 is for GPUs, see AutocastInferer
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 INITIAL = 2.0**16  # of the scale
 TINY = [
     "--data", "phantom", "--threads", "1", "--device", "cpu", "--method", "hinton", "--teacher", "dynunet=random",
@@ -48,6 +48,8 @@ def epochs(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
         output = tmp_path_factory.mktemp(precision)
         arguments = ["distill", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(output)]
+        if precision == "bfloat16":
+            arguments += ["--set", "patch=[48,48,48]"]  # no convolution gets fewer than 3 x 3 x 3 cells
         run = SupervisedTrainer.run
 
         def start(trainer: Any, seen: Any = seen, run: Any = run) -> Any:
@@ -149,7 +151,35 @@ def test_an_unknown_precision_is_refused_in_one_sentence(
     assert errors == ["error: Unknown precision 'half': choose one of float32, bfloat16, float16."]
 
 
-def test_bfloat16_is_refused_on_the_cpu_and_accepted_on_a_gpu() -> None:
-    with pytest.raises(ValueError, match="bfloat16 can give NaN or infinite gradients on the CPU"):
-        AutocastInferer("cpu", "bfloat16")
-    assert AutocastInferer("cuda", "bfloat16").dtype is torch.bfloat16
+def test_a_training_in_bfloat16_on_the_cpu_is_refused_where_its_gradients_would_be_wrong(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patches of 32 x 32 x 16 voxels leave fewer than 3 cells on an axis."""
+    arguments = ["distill", *TINY, "--dataset-dir", str(cohort), "--output-dir", str(tmp_path)]
+    assert main([*arguments, "--set", "precision=bfloat16"]) == 1
+    errors = re.findall(r"^.*?(error: .*)$", capsys.readouterr().err, re.MULTILINE)
+    assert errors == [
+        "error: bfloat16 gives wrong gradients on the CPU where a convolution of 3 x 3 x 3 gets 4 x 4 x 2 cells. "
+        "Train in float32, with larger patches, or on a GPU."
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "cells", "right"), [(3, 2, False), (3, 3, True), (5, 4, False), (5, 5, True)])
+def test_gradients_in_bfloat16_are_right_where_the_kernel_fits_the_grid(kernel: int, cells: int, right: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv3d(16, 32, kernel, padding=kernel // 2)
+    image, upstream = torch.randn(2, 16, cells, cells, cells), torch.randn(2, 32, cells, cells, cells)
+    AutocastInferer("cpu")(image, network).backward(upstream)
+    expected = network.weight.grad
+    network.zero_grad(set_to_none=True)
+    inferer = AutocastInferer("cpu", "bfloat16")
+    if not right:
+        with pytest.raises(ValueError, match=f"a convolution of {kernel} x {kernel} x {kernel} gets {cells} x"):
+            inferer(image, network)
+        with torch.no_grad():  # answers are right
+            inferer(image, network)
+        return
+    inferer(image, network).backward(upstream)
+    assert expected is not None
+    assert network.weight.grad is not None
+    assert float((network.weight.grad - expected).norm() / expected.norm()) < 0.01

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
+from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle
 from scripts.cli.config import config_names, read_config
 from scripts.cli.options import (
     Parser,
@@ -96,7 +96,11 @@ def method_list() -> str:
 
 
 def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: Overrides) -> Overrides:
-    """Train the stages of gkd that are not finished; returns the overrides of the distillation itself."""
+    """Train the stages of gkd that are not finished; returns the overrides of the distillation itself.
+
+    Raises:
+        ValueError: an option that gkd cannot follow, or a finished stage of other data, settings or weights.
+    """
     if args.cache_dir or args.multi_gpu:
         raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
     if args.unlabelled:
@@ -107,19 +111,30 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     from scripts.distillation.staged_training import gkd_stages, is_finished
 
     epochs = int(config["max_epochs"])
+    anew = bool(config["overwrite"]) and not config["resume"]
     folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared.pop("pretrained", None)
     shared |= loss_overrides(args)
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
-        if is_finished(output):
+        stage_configs = ["train", *context_configs(args), *stage.configs]
+        stage_args = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
+        network = network_overrides(args) if stage.of_student else {}
+        stage_overrides = {**shared, **network, **stage.overrides}
+        if is_finished(output) and not anew:
+            if not args.dry_run:
+                _require_same_stage(stage_args, stage_configs, stage_overrides, output)
             continue
         print(f"stage: {stage.name}", flush=True)
-        resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
-        stage_args = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
-        stage_configs = ["train", *context_configs(args), *stage.configs]
-        network = network_overrides(args) if stage.of_student else {}
-        run_bundle(stage_args, stage_configs, {**shared, **network, **stage.overrides, **resume})
+        resume = {"resume": True} if (output / "checkpoint.pt").is_file() and not anew else {}
+        run_bundle(stage_args, stage_configs, {**stage_overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
+
+
+def _require_same_stage(args: argparse.Namespace, configs: list[str], overrides: Overrides, folder: Path) -> None:
+    """Refuse a finished stage that this run would train otherwise; the arguments are those of its run."""
+    from scripts.training.checkpoint import require_same_stage
+
+    require_same_stage(folder / "model.pt", build_item(args, configs, overrides, "record"))

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from scripts.runtime.task_record import value_differences
 from scripts.training.training_record import differences, write_task
+from scripts.utils.task_file import read_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,34 @@ def _require_same_run(path: Path, state: Mapping[str, Any], record: Mapping[str,
         raise ValueError(_is_another_run(path, clauses))
 
 
-def _is_another_run(path: Path, clauses: Sequence[str]) -> str:
-    found = "; ".join(dict.fromkeys(clauses))
-    return (
-        f"{path} is from a different run: {found}. Resume with the same settings, data and number of processes, or "
-        "choose another --output-dir."
-    )
+def _is_another_run(
+    path: str | Path,
+    clauses: Sequence[str],
+    remedy: str = "Resume with the same settings, data and number of processes, or choose another --output-dir.",
+) -> str:
+    return f"{path} is from a different run: {'; '.join(dict.fromkeys(clauses))}. {remedy}"
+
+
+def require_same_stage(weights: str | Path, record: Mapping[str, Any]) -> None:
+    """Refuse the final weights of a training that this run would train otherwise, with every difference.
+
+    Weights without a record, of an older version, are used with a warning.
+
+    Args:
+        weights: file of the weights.
+        record: what this run would train on, see ``scripts.training.training_record``.
+
+    Raises:
+        ValueError: the record beside the weights is of other data, settings or start weights, or cannot be read.
+    """
+    saved = read_task(weights)
+    if saved is None:
+        logger.warning("%s has no record of its data and settings. Make sure that they are those of this run.", weights)
+        return
+    clauses = differences(saved, record) + value_differences("epochs", saved.get("epochs"), record.get("epochs"))
+    if clauses:
+        remedy = "Choose another --stages-dir, or train all stages again by --set overwrite=true."
+        raise ValueError(_is_another_run(weights, clauses, remedy))
 
 
 class TrainingCheckpoint:

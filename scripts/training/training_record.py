@@ -45,7 +45,10 @@ NAMES_SHOWN = 5  # cases that a sentence names
 
 
 def training_record(
-    split: Sequence[Sequence[Item]], settings: Mapping[str, Any], teachers: Mapping[str, Any] | None = None
+    split: Sequence[Sequence[Item]],
+    settings: Mapping[str, Any],
+    teachers: Mapping[str, Any] | None = None,
+    built_on: Mapping[str, str] | None = None,
 ) -> Record:
     """Describe a training by plain values.
 
@@ -57,11 +60,12 @@ def training_record(
         settings: name -> value of every further setting, such as ``spacing``.
         teachers: name -> ``weights``, a file or None for random weights. No teacher is built here, because that would
             draw random numbers before the student does.
+        built_on: name -> file of further weights that the training needs, ``""`` for random weights.
 
     Returns:
         The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
-        ``optimizer``, ``teachers_sha256``, ``training_cases``, ``validation_cases``, ``bundle_version`` and
-        ``git_commit``.
+        ``optimizer``, ``teachers_sha256``, ``built_on_sha256``, ``training_cases``, ``validation_cases``,
+        ``bundle_version`` and ``git_commit``.
     """
     record = {str(key): _plain(value) for key, value in settings.items()}
     parser = running_parser()
@@ -74,6 +78,8 @@ def training_record(
         record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
     if teachers:
         record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
+    if built_on:
+        record["built_on_sha256"] = {name: _checksum({"weights": file}) for name, file in built_on.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle
-from scripts.cli.config import config_names, read_config
+from scripts.cli.config import SEPARATOR, config_names, has_id, merge_configs, read_config
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -16,6 +16,7 @@ from scripts.cli.options import (
     add_training_options,
     context_configs,
     multi_gpu_configs,
+    parse_set,
     teacher_specs,
     teachers_overrides,
     training_overrides,
@@ -35,6 +36,15 @@ EXAMPLE = (
 )
 DEFAULT_METHOD = "teachformer"
 STAGED_METHOD = "gkd"  # trains headers for the student and every teacher before it distils
+# Config ids that the stages set themselves, and what to do instead of --set.
+STAGED_IDS = {
+    "max_epochs": "Use --epochs: it is divided among the stages.",
+    "pretrained": "Remove it: the student starts from a stage of its own.",
+    "headers_dir": "Use --stages-dir.",
+    "output_dir": "Use --output-dir.",
+    "checkpoint": "Remove it: each stage has its own.",
+    "final_weights": "Remove it: each stage has its own.",
+}
 
 
 def add_options(parser: Parser) -> None:
@@ -105,6 +115,11 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
     if args.unlabelled:
         raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
+    if args.pretrained:
+        raise ValueError("gkd starts the student from a stage of its own. Remove --pretrained.")
+    for key in parse_set(args.set):
+        if (found := key.removeprefix("+")) in STAGED_IDS:
+            raise ValueError(f"gkd sets {found} in each of its stages, so --set {key} cannot. {STAGED_IDS[found]}")
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")
@@ -114,12 +129,12 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     anew = bool(config["overwrite"]) and not config["resume"]
     folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
-    shared.pop("pretrained", None)
     shared |= loss_overrides(args)
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
         stage_configs = ["train", *context_configs(args), *stage.configs]
-        stage_args = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
+        own = {"output_dir": str(output), "set": _stage_settings(args.set, stage_configs)}
+        stage_args = argparse.Namespace(**{**vars(args), **own})
         network = network_overrides(args) if stage.of_student else {}
         stage_overrides = {**shared, **network, **stage.overrides}
         if is_finished(output) and not anew:
@@ -131,6 +146,19 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         run_bundle(stage_args, stage_configs, {**stage_overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
+
+
+def _stage_settings(pairs: list[str], configs: list[str]) -> list[str]:
+    """The pairs of ``--set`` that are for a stage with these configs; those of the distillation are left out."""
+    known = merge_configs(configs)
+    distillation = {key for key in read_config("distill") if SEPARATOR not in key}
+
+    def is_for_stage(pair: str) -> bool:
+        key = pair.partition("=")[0]
+        root = key.removeprefix("+").partition(SEPARATOR)[0]
+        return root not in distillation and (key.startswith("+") or has_id(known, key))
+
+    return [pair for pair in pairs if is_for_stage(pair)]
 
 
 def _require_same_stage(args: argparse.Namespace, configs: list[str], overrides: Overrides, folder: Path) -> None:

@@ -143,3 +143,28 @@ def test_a_stage_without_a_record_is_used_with_a_warning(
     assert gkd() == 0
     assert [name for name, *_ in trained] == ["out"]
     assert "autoencoder/model.pt has no record of its data and settings" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--set", "max_epochs=40"], "gkd sets max_epochs in each of its stages, so --set max_epochs cannot. Use --ep"),
+        (["--set", "+max_epochs=40"], "so --set +max_epochs cannot"),
+        (["--set", "output_dir=elsewhere"], "Use --output-dir."),
+        (["--set", "pretrained=a.pt"], "Remove it: the student starts from a stage of its own."),
+        (["--pretrained", "a.pt"], "gkd starts the student from a stage of its own. Remove --pretrained."),
+    ],
+)
+def test_options_that_the_stages_cannot_follow_are_refused(
+    options: list[str], sentence: str, gkd: Callable[..., int], trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gkd(*options) == 1
+    assert trained == []
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_of_the_distillation_do_not_reach_its_stages(gkd: Callable[..., int], trained: Trained) -> None:
+    distillation = ["loss#terms#graphs#weight=0.5", "+distiller#views=5", "ignore_task=true"]
+    shared = ["learning_rate=0.01", '+architectures#dynunet={"filters": [2, 4]}']
+    assert gkd(*(word for pair in (*distillation, *shared) for word in ("--set", pair))) == 0
+    assert [pairs for *_, pairs in trained] == [shared] * len(STAGES) + [[*distillation, *shared]]

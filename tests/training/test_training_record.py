@@ -279,3 +279,21 @@ def test_a_teacher_of_another_spacing_is_refused_and_one_that_saw_the_validation
     assert "The teacher segresnet_pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text
     assert main([*student, "--set", "spacing=[12,12,9]", "--set", "ignore_task=true", "--set", "overwrite=true"]) == 0
     assert "this run's is [12, 12, 9]. ignore_task is set." in caplog.text
+
+
+def test_the_teachers_of_a_cache_are_compared_as_those_that_run(
+    tiny_bundle: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, seen = tmp_path / "model.pt", [{"case_id": f"PHANTOM_00{i}", "patient_id": "P"} for i in range(1, 7)]
+    weights.touch()
+    task_path(weights).write_text(json.dumps({"spacing": [9.0, 9.0, 9.0], "training_cases": seen}))
+    options = {"cache_dir": str(tmp_path / "none")}
+    options["teacher_specs"] = {"pet": {"architecture": "dynunet", "modalities": ["pet"], "weights": str(weights)}}
+    configs = ("distill", "methods/hinton", "cached")
+    with pytest.raises(RuntimeError) as error:  # of MONAI, which names the component
+        tiny_bundle(tmp_path / "a", *configs, **options).get_parsed_content("teachers")
+    assert "contradicts this run: its spacing is [9.0, 9.0, 9.0]" in str(error.value.__cause__)
+    with pytest.raises(RuntimeError) as error:
+        tiny_bundle(tmp_path / "b", *configs, **options, ignore_task=True).get_parsed_content("teachers")
+    assert "No cache of the teacher pet" in str(error.value.__cause__)
+    assert "The teacher pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text

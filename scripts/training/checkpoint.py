@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.runtime.task_record import value_differences
+from scripts.training.accumulation import completes_step
 from scripts.training.training_record import differences, write_task
 from scripts.utils.task_file import read_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
@@ -147,8 +148,8 @@ class TrainingCheckpoint:
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
         record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
             written beside the final weights.
-        average: keeps an average of ``model``'s weights. It is updated after every step and kept in the state, and its
-            weights are the final ones.
+        average: keeps an average of ``model``'s weights. It is updated after every step of the optimizer and kept in
+            the state, and its weights are the final ones.
     """
 
     def __init__(
@@ -177,11 +178,15 @@ class TrainingCheckpoint:
         """Register with a trainer."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.average is not None:
-            update = self.average.update_parameters
-            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: update(self.objects["model"]))
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.update_average)
         if engine.state.rank == 0:  # MONAI's workflows set their rank
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
             engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def update_average(self, engine: Any) -> None:
+        """Update the average of the weights if the optimizer has changed them."""
+        if self.average is not None and completes_step(engine):
+            self.average.update_parameters(self.objects["model"])
 
     def load(self, engine: Any) -> None:
         """Restore every object and the trainer's epoch if ``resume`` is set and a state exists.

@@ -22,6 +22,8 @@ from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
 
+OF_THE_RUN = ("trainer", "seed", "record", "scaler")  # parts of a state that are no object; "scaler" is optional
+
 
 def check_folder(
     path: str, weights: str, record: Mapping[str, Any], resume: bool = False, overwrite: bool = False, seed: int = 0
@@ -210,6 +212,12 @@ class TrainingCheckpoint:
         missing = sorted({*self.objects, "trainer"} - set(state))
         if missing:
             raise ValueError(f"{path} contains no state of {', '.join(missing)}: it is from another kind of run.")
+        unused = sorted(set(state) - {*self.objects, *OF_THE_RUN})
+        if unused:
+            raise ValueError(
+                f"{path} contains a state of {', '.join(unused)}, which this run does not use. Resume with the options "
+                "of the earlier run, or choose another --output-dir."
+            )
         if self.record and not state.get("record"):
             logger.warning(
                 "%s holds no record of its data and settings, because an older version wrote it. Make sure that they "

@@ -281,6 +281,19 @@ def test_a_teacher_of_another_spacing_is_refused_and_one_that_saw_the_validation
     assert "this run's is [12, 12, 9]. ignore_task is set." in caplog.text
 
 
+def test_the_share_of_the_balance_is_part_of_the_record(tiny_bundle: Any, tmp_path: Path) -> None:
+    spec = {"pet": {"architecture": "dynunet", "modalities": ["pet"]}}
+    records = []
+    for configs, more in (((), {}), (("balanced",), {}), (("balanced",), {"balance": 0.5})):
+        parser = tiny_bundle(tmp_path, "distill", "methods/hinton", *configs, teacher_specs=spec, **more)
+        records.append(parser.get_parsed_content("record"))
+    papers, whole, half = records
+    assert differences(whole, papers) == ["its balance is 1.0, this run's is none"]
+    assert differences(whole, half) == ["its balance is 1.0, this run's is 0.5"]
+    older = {key: value for key, value in whole.items() if key != "balance"}
+    assert differences(older, whole) == []
+
+
 def test_the_teachers_of_a_cache_are_compared_as_those_that_run(
     tiny_bundle: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

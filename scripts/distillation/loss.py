@@ -14,7 +14,7 @@ from torch import nn
 
 from scripts.data.modalities import UNLABELLED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
-from scripts.distillation.teacher_weighting import teacher_weights
+from scripts.distillation.teacher_weighting import check_weighting, teacher_weights
 from scripts.losses import NO_CLASS
 from scripts.losses.soft_prediction import softening
 from scripts.runtime.regions import IGNORED
@@ -50,8 +50,8 @@ class DistillationLoss(nn.Module):
             terms that need the label, are computed on the samples that have one.
 
     Raises:
-        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown; a cached attention map
-            has another power than its loss.
+        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing or the weighting is unknown; the
+            static weights do not fit; a cached attention map has another power than its loss.
     """
 
     def __init__(
@@ -68,6 +68,12 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if mixing not in ("loss", "probability"):
             raise ValueError(f"Unknown mixing {mixing!r}: choose loss or probability.")
+        check_weighting(weighting, len(distiller.teacher_names), static)
+        if static is not None and weighting != "static":
+            raise ValueError(
+                f"The weighting {weighting} does not use static weights, got {static}: choose the weighting static, or "
+                "remove them."
+            )
         if unlabelled:
             _require_no_label(weighting, distiller)
         taps = {name: term["tap"] for name, term in terms.items()}

@@ -278,7 +278,8 @@ def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
 @pytest.mark.parametrize("present", [[[1, 0, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]])  # petmr in none, in one
 def test_an_unavailable_teacher_contributes_nothing_even_if_it_predicts_nan(mixing, weighting, present):
     distiller = build()
-    loss = criterion(distiller, weight=1.0, weighting=weighting, static=[1.0, 1.0], mixing=mixing)
+    static = [1.0, 1.0] if weighting == "static" else None
+    loss = criterion(distiller, weight=1.0, weighting=weighting, static=static, mixing=mixing)
     outputs = distiller(image(), torch.tensor(present).bool())
     absent = ~outputs["available"][:, 1]
     outputs["petmr.logits"][absent] = float("nan")
@@ -314,6 +315,20 @@ def test_wrong_terms_and_mixings_are_refused():
         DistillationLoss(magnitude, distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
     with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
         criterion(build(), mixing="sum")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "foo"}, "Unknown weighting 'foo'"),
+        ({"weighting": "static"}, "static weighting needs 2 weights >= 0 and not all 0, got None"),
+        ({"weighting": "static", "static": [1, 2, 3]}, "static weighting needs 2 weights"),
+        ({"static": [1, 2]}, "The weighting mean does not use static weights"),
+    ],
+)
+def test_a_weighting_is_judged_before_the_first_step(options, message):
+    with pytest.raises(ValueError, match=message):
+        criterion(build(), **options)
 
 
 class Fuse(nn.Module):

@@ -50,8 +50,8 @@ class DistillationLoss(nn.Module):
             terms that need the label, are computed on the samples that have one.
 
     Raises:
-        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing or the weighting is unknown; the
-            static weights do not fit; a cached attention map has another power than its loss.
+        ValueError: a term is named ``segmentation`` or on an unknown tap; no term uses an adapter; the mixing or the
+            weighting is unknown; the static weights do not fit; a cached attention map has another power than its loss.
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class DistillationLoss(nn.Module):
             )
         if unlabelled:
             _require_no_label(weighting, distiller)
+        if SEGMENTATION in terms:
+            raise ValueError(f"No term can be named {SEGMENTATION}, as the segmentation loss is: rename it.")
         taps = {name: term["tap"] for name, term in terms.items()}
         for name, tap in taps.items():
             if tap not in distiller.tap_names:

@@ -313,6 +313,9 @@ def test_wrong_terms_and_mixings_are_refused():
         criterion(distiller)
     with pytest.raises(ValueError, match=r"Term 'x' uses the unknown tap 'deep'\. Known taps are: logits, body"):
         DistillationLoss(magnitude, distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
+    soft = {"tap": "logits", "weight": 1, "loss": SoftPredictionLoss()}
+    with pytest.raises(ValueError, match="No term can be named segmentation, as the segmentation loss is: rename it"):
+        DistillationLoss(magnitude, build(), {"segmentation": soft})
     with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
         criterion(build(), mixing="sum")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
-from scripts.losses import AttentionMapLoss, SoftPredictionLoss
+from scripts.losses import AttentionMapLoss, ChannelWiseDivergence, DISTLoss, SoftPredictionLoss
 from scripts.networks import ChannelAdapter, Student
 
 TAPS = {"body": {"student": "body", "ct": "body", "petmr": "body"}}
@@ -263,6 +263,25 @@ def test_probabilities_are_mixed_at_the_default_temperature_of_the_loss(channels
     q, ct, petmr = (softmax(logits[name] / temperature) for name in names)
     expected = temperature**2 * divergence((ct + petmr) / 2, q).mean()
     assert loss.logged["soft"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [SoftPredictionLoss(), SoftPredictionLoss(3.0), DISTLoss(temperature=2.0)])
+def test_a_student_that_predicts_as_its_teachers_has_no_loss_of_the_mixture(loss):
+    distiller = build()
+    logits = 3 * torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(4))
+    outputs = {**distiller(image()), **dict.fromkeys(("logits", "ct.logits", "petmr.logits"), logits)}
+    mixture = criterion(distiller, loss, mixing="probability")
+    mixture(outputs, label())
+    assert mixture.logged["soft"] == pytest.approx(0, abs=1e-6)
+
+
+def test_probabilities_are_mixed_only_for_losses_that_compare_them():
+    # A mixture's logits are the logarithm of its probabilities, which is another map over space than the logits.
+    with pytest.raises(ValueError, match=r"Term 'soft' cannot use the mixing probability, because ChannelWiseDiverg"):
+        criterion(build(), ChannelWiseDivergence(), mixing="probability")
+    features = {"body": {"tap": "body", "weight": 1, "loss": AttentionMapLoss()}}
+    with pytest.raises(ValueError, match="The mixing probability needs a term on the tap logits"):
+        DistillationLoss(magnitude, build(taps=TAPS), features, mixing="probability")
 
 
 def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from scripts import bundle_root
 from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle
 from scripts.cli.config import SEPARATOR, config_names, has_id, merge_configs, read_config
 from scripts.cli.options import (
@@ -111,15 +112,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     Raises:
         ValueError: an option that gkd cannot follow, or a finished stage of other data, settings or weights.
     """
-    if args.cache_dir or args.multi_gpu:
-        raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
-    if args.unlabelled:
-        raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
-    if args.pretrained:
-        raise ValueError("gkd starts the student from a stage of its own. Remove --pretrained.")
-    for key in parse_set(args.set):
-        if (found := key.removeprefix("+")) in STAGED_IDS:
-            raise ValueError(f"gkd sets {found} in each of its stages, so --set {key} cannot. {STAGED_IDS[found]}")
+    _require_options_of_stages(args)
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")
@@ -127,9 +120,12 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
 
     epochs = int(config["max_epochs"])
     anew = bool(config["overwrite"]) and not config["resume"]
-    folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
+    output_dir = Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled")  # as in distill.json
+    folder = Path(args.stages_dir or output_dir / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared |= loss_overrides(args)
+    if str(config["splits_file"]).startswith("$"):  # the default, which is the folder of each training
+        shared["splits_file"] = str(output_dir / "splits.json")
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
         stage_configs = ["train", *context_configs(args), *stage.configs]
@@ -146,6 +142,19 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         run_bundle(stage_args, stage_configs, {**stage_overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
+
+
+def _require_options_of_stages(args: argparse.Namespace) -> None:
+    """Refuse options that the stages of gkd cannot follow."""
+    if args.cache_dir or args.multi_gpu:
+        raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
+    if args.unlabelled:
+        raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
+    if args.pretrained:
+        raise ValueError("gkd starts the student from a stage of its own. Remove --pretrained.")
+    for key in parse_set(args.set):
+        if (found := key.removeprefix("+")) in STAGED_IDS:
+            raise ValueError(f"gkd sets {found} in each of its stages, so --set {key} cannot. {STAGED_IDS[found]}")
 
 
 def _stage_settings(pairs: list[str], configs: list[str]) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ def test_stages_that_this_run_would_train_in_the_same_way_are_used_again(
     trained.clear()
     assert gkd("--verbose") == 0
     assert [name for name, *_ in trained] == ["out"]
+
+
+def test_the_stages_train_on_the_same_cases_as_the_distillation(
+    gkd: Callable[..., int], trained: Trained, tmp_path: Path
+) -> None:
+    ids = [f"PHANTOM_00{i}" for i in range(1, 7)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "splits.json").write_text(json.dumps({"seed": 0, "folds": [ids[:2], ids[2:]]}))
+    assert gkd() == 0
+    for stage in STAGES:
+        record = json.loads((tmp_path / "out" / "stages" / stage / "model.task.json").read_text())
+        assert [case["case_id"] for case in record["validation_cases"]] == ids[:2]
 
 
 @pytest.mark.parametrize(

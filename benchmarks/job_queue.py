@@ -22,6 +22,7 @@ from tqdm import tqdm
 from scripts.cli.main import main
 from scripts.cli.options import positive_int
 from scripts.distillation.staged_training import FINAL_FILES
+from scripts.utils.process_pool import end_with_parent
 
 Command = tuple[str, ...]
 
@@ -53,6 +54,14 @@ class Job:
 
     def finish(self) -> None:
         """Called after the last command; a subclass may collect their results."""
+
+    def keep_failure(self, printed: str) -> bool:
+        """Called when a command has failed; a subclass may keep the failure as its result, and then returns true.
+
+        Args:
+            printed: what the commands of this process printed.
+        """
+        return False
 
     def typed(self) -> tuple[Command, ...]:
         """All commands; a subclass may decide on them when the job starts."""
@@ -109,16 +118,24 @@ def use_own_progress_lock() -> None:
 
 
 def _run_job(job: Job, run_command: Callable[[Sequence[str]], int]) -> None:
-    """Run a job's pending commands in this forked process, with all output in ``log.txt`` in the job's folder."""
+    """Run a job's pending commands in this forked process, with all output in ``log.txt`` in the job's folder.
+
+    The process ends with the queue: else a queue that is started again would find its jobs running.
+    """
+    end_with_parent()
     use_own_progress_lock()
     job.folder.mkdir(parents=True, exist_ok=True)
     log_path = job.folder / "log.txt"
+    before = log_path.stat().st_size if log_path.is_file() else 0
     with open(log_path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             job.prepare()
             exit_code = next((code for code in map(run_command, job.pending_commands) if code), 0)
+            log.flush()
             if not exit_code:
                 job.finish()
+            elif job.keep_failure(log_path.read_bytes()[before:].decode(errors="replace")):
+                exit_code = 0
         except BaseException:
             traceback.print_exc()
             exit_code = 1

@@ -19,6 +19,7 @@ from benchmarks.study_plan import StudyPlan
 from benchmarks.study_shipped import StudyShipped
 from scripts.cli.options import positive_int
 from scripts.utils.markdown import markdown_table
+from scripts.utils.run_manifest import git_commit
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", default=["*"], metavar="NAME", help="patterns of the jobs to run, in this order, as 'B1.*'"
     )
     parser.add_argument(
-        "--shorten", type=positive_int, default=1, metavar="N", help="for a trial: divide all steps by N"
+        "--shorten",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="for a trial, in the folders `trial` of the others: divide all steps by N",
     )
     parser.add_argument("--commit", default="", help="commit of the code, where it is not a git checkout")
     parser.add_argument(
@@ -61,6 +66,9 @@ def run(args: argparse.Namespace) -> str:
         return write_study(args.results)
     if not args.dataset_dir:
         raise ValueError("The study needs --dataset-dir, the folder of the data set.")
+    if args.shorten > 1:  # a trial must not be taken for a result
+        args.results, args.output_dir = args.results / "trial", args.output_dir / "trial"
+    git_commit()  # of the code that runs, whatever becomes of its folder meanwhile
     kind = StudyShipped if args.shipped else StudyPlan
     plan = kind(
         data=args.data,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from benchmarks.job_queue import Command, Job
@@ -18,10 +19,15 @@ from benchmarks.lower_bound import cpu_name
 from benchmarks.study_answers import mean_logit, read_answer, tumour_logit, without_padding, write_answers, write_masks
 from scripts.data import preprocessing
 from scripts.evaluation.score import score
-from scripts.metrics import read_rows
+from scripts.image_io.checks import LABEL, Rules
+from scripts.image_io.reader import header_of
+from scripts.metrics import image_diagonal_mm, read_rows
 from scripts.utils.atomic_files import write_json
+from scripts.utils.checksums import sha256
+from scripts.utils.run_manifest import git_commit
 from scripts.utils.tensor_files import load_plain
 
+DIVERGED = "Loss or gradient was NaN or infinite in"  # begins the error that ends such a training
 COLUMNS = ("case_id", "patient_id", "region", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
 MANIFEST = ("bundle_version", "versions", "threads", "wall_seconds", "peak_mib", "teachers_sha256", "data_sha256")
 
@@ -114,6 +120,9 @@ class StudyJob(Job):
         kept: a file that makes this job unnecessary.
         answers: what a job of the teachers collects instead of an evaluation.
         scored: where the results of the evaluations belong, if there are several.
+        trained: the training whose network answers; the record describes it.
+        tested: the cases of the tested fold; if the training diverges, each of them counts as failed.
+        description: file that describes a training which is not evaluated.
     """
 
     study_row: StudyRow = field(kw_only=True)
@@ -126,6 +135,9 @@ class StudyJob(Job):
     kept: Path | None = field(default=None, kw_only=True)
     answers: Answers | None = field(default=None, kw_only=True)
     scored: tuple[StudyRow, ...] = field(default=(), kw_only=True)
+    trained: StudyJob | None = field(default=None, kw_only=True)
+    tested: tuple[Mapping[str, Any], ...] = field(default=(), kw_only=True)
+    description: Path | None = field(default=None, kw_only=True)
 
     @property
     def rows(self) -> tuple[StudyRow, ...]:
@@ -178,29 +190,51 @@ class StudyJob(Job):
                 self._keep(row, read_rows(self.folder / name / "cases.csv"))
             for name in ("cache", "predictions", *self.evaluations):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+        elif self.description is not None:
+            write_json(self._described(self.study_row, []), self.description)
         for state in self.folder.glob("checkpoint*.pt"):
             state.unlink()
 
+    def keep_failure(self, printed: str) -> bool:
+        """Keep a training that has diverged: all of its cases have failed, so that it stays in every table."""
+        if DIVERGED not in printed or not self.tested or self.kept is not None:
+            return False
+        failed = {"status": "error", "dice": None, "hd95_mm": None, "assd_mm": None, "region": ""}
+        rows = [
+            {**failed, "case_id": case["case_id"], "patient_id": case["patient_id"], "diagonal_mm": _diagonal(case)}
+            for case in self.tested
+        ]
+        for row in self.rows:
+            self._keep(row, rows)
+        return True
+
     def _keep(self, row: StudyRow, rows: list[dict[str, Any]]) -> None:
-        manifest_path = self.folder / "manifest.json"
+        write_json(self._described(row, rows), self._record(row))
+
+    def _described(self, row: StudyRow, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The record of a result: how it was made, and its cases."""
+        source = self.trained or self
+        manifest_path = source.folder / "manifest.json"
         manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
-        commands = [shlex.join(("python", "-m", "scripts", *command)) for command in (*self.before, *self.typed())]
+        typed = [*source.before, *source.typed(), *(self.typed() if self.trained else ())]
+        commands = [shlex.join(("python", "-m", "scripts", *command)) for command in typed]
         for folder, name in self.folders.items():
             commands = [command.replace(folder, name) for command in commands]
-        record = {
+        on_gpu = str(source.notes.get("device", "cpu")).startswith("cuda")
+        return {
             **{key: getattr(row, key) for key in row.__dataclass_fields__},
-            **self.notes,
-            "commit": manifest.get("git_commit") or self.notes.get("commit"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **source.notes,
+            "commit": manifest.get("git_commit") or source.notes.get("commit") or git_commit(),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "processor": cpu_name(1),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "seconds": manifest.get("wall_seconds"),
-            "parameters": self._parameters(),
+            "parameters": source._parameters(),
+            "answers": {path.name: sha256(path) for path in source.needs if path.suffix == ".npz"},
             "commands": commands,
             "manifest": {key: manifest.get(key) for key in MANIFEST},
             "cases": [{key: each[key] for key in COLUMNS} for each in rows],
         }
-        write_json(record, self._record(row))
 
     def _parameters(self) -> int | None:
         weights = self.folder / "model.pt"
@@ -208,3 +242,9 @@ class StudyJob(Job):
             return None
         state = cast("Mapping[str, torch.Tensor]", load_plain(weights))
         return sum(value.numel() for value in state.values())
+
+
+def _diagonal(case: Mapping[str, Any]) -> float:
+    """The diagonal of a case's reference mask in mm."""
+    header = header_of(case[LABEL], Rules())
+    return image_diagonal_mm(header.shape[:3], np.linalg.norm(header.affine[:3, :3], axis=0))

@@ -132,6 +132,7 @@ class StudySetting:
         length |= {"precision": "bfloat16" if self.gpu else "float32"}
 
         notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
+        notes |= {"device": self.device, "train_folds": [*train], "unlabelled_folds": [*unlabelled]}
         job = StudyJob(
             row.name,
             row.seed,
@@ -141,6 +142,7 @@ class StudySetting:
             results=self.results,
             preparations=(prepare,),
             notes=notes,
+            tested=tuple(tested),
             folders={str(self.output): "RUNS", str(self.dataset_dir): "DATA"},
         )
         evaluate = ("evaluate", "--weights", str(folder / "model.pt"), "--fold", "0")

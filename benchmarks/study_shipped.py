@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class StudyShipped(StudyTaught):
         answers = self.sources(range(FOLDS), lambda fold: self.pair_answers([pair for pair in STAGE_1 if fold in pair]))
         row = StudyRow("shipped", "final", STUDENT, 0, None, 0, STEPS)
         everyone = {**_student(), "fold": None}  # no patient validates
-        return weights_only(self.taught_job(row, answers, range(FOLDS), lesson=LESSON, student=everyone))
+        job = weights_only(self.taught_job(row, answers, range(FOLDS), lesson=LESSON, student=everyone))
+        return replace(job, description=self.results / "shipped.json")
 
     def _cross_validated(self, fold: int) -> StudyJob:
         train = other_folds(fold)

@@ -25,6 +25,7 @@ SIGNIFICANCE = 0.05
 MARGIN = 0.02  # Dice: the smallest gain that counts, the bound of equivalence, and the loss that compression allows
 COMPRESSION = 15  # how many times fewer parameters than the teachers
 FOLDS, SEEDS = range(5), 2  # an arm is complete when every fold was tested with at least two seeds
+UNTESTED = "not yet tested"
 _DECIMALS = 12  # differences that are equal up to rounding errors are ties
 
 
@@ -175,11 +176,22 @@ def _untested_reason(hypothesis: Hypothesis, runs: Sequence[Run], reference: Seq
     for arm, arm_runs in ((hypothesis.arm, runs), (hypothesis.reference, reference)):
         if gap := missing_runs(arm_runs):
             return f"{arm} is not complete ({gap})"
-    folds_and_seeds = [{(run["fold"], run["source_fold"], run["seed"]) for run in each} for each in (runs, reference)]
-    return "" if folds_and_seeds[0] == folds_and_seeds[1] else "the two arms differ in their pairs of folds or seeds"
+    same = {_place(run) for run in runs} == {_place(run) for run in reference}
+    return "" if same else "the two arms differ in their pairs of folds or seeds"
 
 
-def _complete_rounds(runs: Sequence[Run], reference: Sequence[Run]) -> list[list[Run]]:
+def common_runs(runs: Sequence[Run], reference: Sequence[Run]) -> list[list[Run]]:
+    """The runs of two arms whose folds and seeds both arms have, so that an unfinished arm is compared fairly."""
+    arms = [list(runs), list(reference)]
+    common = {_place(run) for run in runs} & {_place(run) for run in reference}
+    return [[run for run in arm if _place(run) in common] for arm in arms]
+
+
+def _place(run: Run) -> tuple[Any, ...]:
+    return run["fold"], run["source_fold"], run["seed"]
+
+
+def complete_rounds(runs: Sequence[Run], reference: Sequence[Run]) -> list[list[Run]]:
     """The runs of two arms in the rounds of five pairs that are complete in both; all runs if there is none.
 
     A round has one pair of folds per tested fold: all of its source folds lie equally far behind the tested ones.
@@ -202,7 +214,8 @@ def hypothesis_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The results of the three hypotheses.
 
     A hypothesis is tested once both arms are complete (every fold, at least two seeds) and have the same pairs and
-    seeds. Until then it has no p-value. B1 has two rounds of five pairs; the second counts once it is complete.
+    seeds. Until then it has neither an estimate nor a p-value, and its verdict is ``UNTESTED``. B1 has two rounds of
+    five pairs; the second counts once it is complete.
 
     Args:
         runs: all runs of the study.
@@ -213,15 +226,18 @@ def hypothesis_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     results = []
     for each in HYPOTHESES:
-        arms = _complete_rounds(
+        arms = complete_rounds(
             *(select_runs(runs, each.experiment, arm, each.student) for arm in (each.arm, each.reference))
         )
         result = {"id": each.name, **compare_arms(*arms), "untested": _untested_reason(each, *arms)}
+        if result["untested"]:
+            result |= dict.fromkeys(("mean", "ci95", "ci90"))
         result["p"] = None if result["untested"] else wilcoxon_p(result["differences"])
         results.append(result)
     for result, p_holm in zip(results, holm([result["p"] for result in results]), strict=True):
         result["p_holm"] = p_holm
-        result["verdict"] = verdict(result["mean"], result["ci95"], result["ci90"], p_holm)
+        tested = not result["untested"]
+        result["verdict"] = verdict(result["mean"], result["ci95"], result["ci90"], p_holm) if tested else UNTESTED
     return results
 
 

@@ -15,7 +15,10 @@ from benchmarks.study_records import Run, diverged_runs, failed_cases, read_runs
 from benchmarks.study_statistics import (
     HYPOTHESES,
     MARGIN,
+    UNTESTED,
+    common_runs,
     compare_arms,
+    complete_rounds,
     hypothesis_results,
     mean_with_interval,
     patient_means,
@@ -79,11 +82,13 @@ commands, its manifest and its scores. [cases.csv](cases.csv) holds all scores.
 
 - The unit is the patient. A patient's Dice is the mean over seeds, pairs of folds and the patient's cases.
 - A failure (missed, false positive or unreadable mask) counts as Dice 0 and as the image's diagonal. A case whose
-  reference and mask are both empty is left out. Diverged runs, in which every case failed, stay in.
+  reference and mask are both empty is left out. Diverged runs, in which every case failed, stay in: a training that
+  ends with NaN counts as one.
 - Brackets hold 95% BCa bootstrap intervals over patients (10,000 resamples, seed 0). Differences are paired by patient.
 - p is from the two-sided Wilcoxon signed-rank test. Holm's correction is over exactly three hypotheses; one that is not
   yet tested counts as p = 1. A hypothesis is tested once both of its arms have at least two seeds on each of the five
-  folds, and the same pairs and seeds. All other differences are exploratory.
+  folds, and the same pairs and seeds. All other differences are exploratory. They are those of the runs whose folds
+  and seeds both arms have.
 - *Helps*: Holm p < 0.05, lower bound > 0 and mean >= +{MARGIN:g}. *Equivalent*: the 90% interval lies within
   +-{MARGIN:g}. Everything else is *undecided*."""
 
@@ -144,11 +149,12 @@ def _contrast_table(experiment: str, arms: Arms) -> str:
     rows = []
     for (student, arm), runs in arms.items():
         for reference in _subtracted_arms(experiment, arm):
-            reference_runs = arms.get((student, reference), ())
-            difference = compare_arms(runs, reference_runs)
+            kind = tested.get((experiment, student, arm, reference), "exploratory")
+            select = common_runs if kind == "exploratory" else complete_rounds
+            compared = select(runs, arms.get((student, reference), ()))
+            difference = compare_arms(*compared)
             if difference["n"]:
-                kind = tested.get((experiment, student, arm, reference), "exploratory")
-                run_counts = f"{len(runs)} and {len(reference_runs)}"
+                run_counts = " and ".join(str(len(each)) for each in compared)
                 value = interval_text(difference, 3, "+")
                 rows.append((student, f"{arm} - {reference}", run_counts, difference["n"], value, kind))
     return markdown_table(("student", "arms", "runs", "n", "difference in Dice", "kind"), rows) if rows else ""
@@ -158,10 +164,10 @@ def _hypothesis_table(results: Sequence[Mapping[str, Any]]) -> str:
     head = ("", "experiment", "student", "arms", "n", "difference in Dice", "90% interval", "p", "Holm p", "verdict")
     rows = []
     for hypothesis, result in zip(HYPOTHESES, results, strict=True):
-        difference = interval_text(result, 3, "+") if result["n"] else ""
+        difference = interval_text(result, 3, "+") if result["mean"] is not None else ""
         ci90 = "[{:+.3f}, {:+.3f}]".format(*result["ci90"]) if result["ci90"] else ""
         p_values = ["" if result[key] is None else f"{result[key]:.2g}" for key in ("p", "p_holm")]
-        outcome = f"not yet tested: {result['untested']}" if result["untested"] else result["verdict"]
+        outcome = f"{UNTESTED}: {result['untested']}" if result["untested"] else result["verdict"]
         question = (hypothesis.experiment, hypothesis.student, f"{hypothesis.arm} - {hypothesis.reference}")
         rows.append((hypothesis.name, *question, result["n"], difference, ci90, *p_values, outcome))
     return markdown_table(head, rows)
@@ -176,7 +182,7 @@ def _origin_table(runs: Sequence[Run]) -> str:
             continue
         texts = [", ".join(sorted({str(run[key]) for run in own})) for key in ("commit", "device", "processor")]
         rows.append((experiment, len(own), *texts, f"{sum(run['seconds'] or 0 for run in own) / 3600:.1f}"))
-    return markdown_table(("experiment", "runs", "commits", "devices", "processors", "hours"), rows)
+    return markdown_table(("experiment", "runs", "commits", "devices", "processors", "training hours"), rows)
 
 
 def _order_experiments(runs: Sequence[Run]) -> list[str]:

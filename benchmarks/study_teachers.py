@@ -172,7 +172,8 @@ class StudyTeachers(StudyStudents):
         batch = {"+answers#inferer#sw_batch_size": 16 if self.gpu else 2}
         job = self.job(row, range(FOLDS), [], lambda: caching, lambda: {**batch, **origin.sizes}, evaluated=False)
         answers = replace(self._answers([path], scored), teacher=origin.name)
-        return replace(job, needs=(weights,), outputs=(f"{origin.name}/manifest.json",), answers=answers)
+        outputs = (f"{origin.name}/manifest.json",)
+        return replace(job, needs=(weights,), outputs=outputs, answers=answers, trained=training)
 
     def restored(self, training: StudyJob, needs: Sequence[Path]) -> StudyJob:
         """A training whose results are kept, again, if its weights are needed and no longer there.

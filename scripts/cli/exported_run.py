@@ -24,6 +24,7 @@ from scripts.cli.config import SEPARATOR, Config
 from scripts.cli.options import image_rules, parse_set
 from scripts.cli.trained_task import names_network, weights_path
 from scripts.utils.atomic_files import write_json
+from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import error_sentence
 from scripts.utils.task_file import read_task
 
@@ -140,7 +141,7 @@ def loaded_meanwhile(*modules: str) -> Iterator[None]:
 
 
 def _threads(config: Config) -> int:
-    return config["threads"] or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return config["threads"] or int(os.environ.get("OMP_NUM_THREADS") or usable_cpus())
 
 
 def segment_exported(

@@ -19,7 +19,7 @@ from scripts.cli.trained_task import with_trained_settings, with_trained_task
 if TYPE_CHECKING:
     from scripts.metrics.lesion_measures import Measures
 
-SUFFIX = ".nii.gz"
+SUFFIX, REPORT = ".nii.gz", ".report.html"
 
 
 def segment_case(args: argparse.Namespace) -> list[Measures]:
@@ -69,10 +69,12 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     if args.dry_run:
         return []
     print(f"mask: {mask}")
+    name, table = args.measures or (case_id, beside(mask, MEASURES))
+    for path in (table, beside(mask, REPORT)):
+        path.unlink(missing_ok=True)  # of an earlier mask
     measured, rows = [], []
     if not args.no_measures:
         measured = measure_case(mask, images, bool(args.stacked), config)
-        name, table = args.measures or (case_id, mask.with_name(f"{case_id}{MEASURES}"))
         rows = write_case_measures(name, table, measured)
     if args.report:
         from scripts.report.mask_report import write_mask_report
@@ -83,6 +85,11 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
     return measured
+
+
+def beside(mask: Path, suffix: str) -> Path:
+    """The file of a mask that has its name and another suffix."""
+    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{suffix}")
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

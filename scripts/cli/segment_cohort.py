@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
@@ -24,7 +23,7 @@ from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
-from scripts.cli.segment_case import SUFFIX, segment_case
+from scripts.cli.segment_case import REPORT, SUFFIX, beside, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
@@ -33,13 +32,16 @@ from scripts.data.case_list import datalist
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.runtime.exported_files import is_exported
+from scripts.runtime.memory_check import SharedMemoryError, share_memory
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
-from scripts.utils.errors import error_sentence
+from scripts.utils.cpus import usable_cpus
+from scripts.utils.errors import error_sentence, root_error
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
+ALONE = "needs more than its share of the memory"
 RECORD = "segment.json"  # what became of each case, in the output folder
 # Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
 MEASURES_MODULE = "scripts.image_io.mask_measures"
@@ -78,7 +80,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
         build_item(args, configs, with_trained_task(args, configs, overrides), "same_task")  # once, not per case
     else:
         exported_run.require_trained_settings(args, config)
-    args.workers = args.workers or (1 if reason else min(EXPORTED_WORKERS, len(os.sched_getaffinity(0))))
+    args.workers = args.workers or (1 if reason else min(EXPORTED_WORKERS, usable_cpus()))
     modalities = config["modalities"]
     output = Path(args.output_dir or "runs/segment")
     unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
@@ -111,6 +113,10 @@ def _segment_cases(
     try:
         with exported_run.loaded_meanwhile(*([] if args.no_measures else [MEASURES_MODULE])):
             _run_jobs(jobs, args.workers, outcomes)
+            large = [case_id for case_id in jobs if case_id in outcomes and outcomes[case_id].result == ALONE]
+            if large:
+                alone = {case_id: argparse.Namespace(**{**vars(jobs[case_id]), "workers": 1}) for case_id in large}
+                _run_jobs(alone, 1, outcomes)
     finally:
         record = {
             case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
@@ -120,7 +126,7 @@ def _segment_cases(
         write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
     if not args.no_measures:
         done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
-        tables = {case_id: _measures_of(mask) for case_id, mask in masks.items() if case_id in done}
+        tables = {case_id: beside(mask, MEASURES) for case_id, mask in masks.items() if case_id in done}
         join_measures(tables, output / "measures.csv")
     if bids:
         for case in cases:
@@ -177,15 +183,10 @@ def refuse_other_weights(record: Path, checksum: str) -> None:
         )
 
 
-def _measures_of(mask: Path) -> Path:
-    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{MEASURES}")
-
-
 def _case_is_complete(mask: Path, args: argparse.Namespace) -> bool:
     """Whether the whole mask can be read, and its report and its measures exist where they are wanted."""
-    report = mask.with_name(f"{mask.name.removesuffix(SUFFIX)}.report.html")
-    wanted = [*([report] if args.report else []), *([] if args.no_measures else [_measures_of(mask)])]
-    return all(path.is_file() for path in wanted) and is_complete(mask)
+    wanted = [*([REPORT] if args.report else []), *([] if args.no_measures else [MEASURES])]
+    return all(beside(mask, suffix).is_file() for suffix in wanted) and is_complete(mask)
 
 
 def is_complete(mask: Path) -> bool:
@@ -212,7 +213,7 @@ def _case_options(
     images = {key: case[key] for key in modalities if key in case}
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
-    threads = args.threads or (max(1, len(os.sched_getaffinity(0)) // args.workers) if args.workers > 1 else None)
+    threads = args.threads or (max(1, usable_cpus() // args.workers) if args.workers > 1 else None)
     of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
     own = {**of_cohort, "output": str(mask), "image": [*images.items()], "bbox_mm": case.get("bbox_mm")}
     return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
@@ -237,7 +238,10 @@ def _run_jobs(jobs: Mapping[str, argparse.Namespace], workers: int, outcomes: di
 
 
 def segment_quietly(args: argparse.Namespace) -> Outcome:
-    """Segment one case in a process of the pool; print nothing, and keep its warnings and its error."""
+    """Segment one case in a process of the pool; print nothing, and keep its warnings and its error.
+
+    The result is ``ALONE`` where the case would fit into all of the memory, but not into the part of one process.
+    """
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     logger = logging.getLogger("scripts")
@@ -245,12 +249,13 @@ def segment_quietly(args: argparse.Namespace) -> Outcome:
     messages.setLevel(logging.WARNING)
     logger.addHandler(messages)
     logger.propagate = False
+    share_memory(args.workers)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             segment_case(args)
         result = SEGMENTED
     except Exception as error:  # the other cases go on
-        result = error_sentence(error)
+        result = ALONE if isinstance(root_error(error), SharedMemoryError) else error_sentence(error)
     finally:
         logger.removeHandler(messages)
     return Outcome(result, tuple(record.getMessage() for record in messages.buffer))

@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +24,16 @@ from scripts.image_io.dicom_rules import Rule, series_rules
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_sr import write_sr
 from scripts.image_io.dicom_study import Series, choose_series, find_series, require_series, series_folders
-from scripts.image_io.dicom_writer import RefusedError, Regions, read_slices, write_seg
+from scripts.image_io.dicom_writer import Regions, read_slices, without_patient_data, write_seg
 from scripts.image_io.series_preference import preferences
 from scripts.metrics.lesion_measures import Measures
 from scripts.runtime.regions import region_mask_values
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
-DEFAULT_OUTPUT, MASK = "runs/dicom", "mask.nii.gz"
+DEFAULT_OUTPUT, MASK, MEASURES = "runs/dicom", "mask.nii.gz", "measures.csv"
+OBJECTS = {"seg.dcm": None, "rtstruct.dcm": "rtstruct", "sr.dcm": "sr"}  # and the option that each needs
+DEBUG_HINT = "Use --debug to see why; the traceback may show patient data."
 MAX_LESIONS = 50  # with a segment of their own
 MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
 
@@ -131,10 +132,12 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
         )
     uids = [series.uid for series in chosen.values()]
     with hold(output):  # until the last file is written: another study's mask must not come between
+        for name in (MASK, MEASURES, *OBJECTS):
+            (output / name).unlink(missing_ok=True)  # of an earlier run, maybe of another patient
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
-            measures = (output.resolve().name, output / "measures.csv")
+            measures = (output.resolve().name, output / MEASURES)
             measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
@@ -164,18 +167,18 @@ def write_dicom(
     """
     lesions = largest_lesions(measured or (), mask)
     path = output / "seg.dcm"
-    with _without_patient_data(path, reference, mask, debug):
+    with without_patient_data(path, reference.uid, mask, DEBUG_HINT, debug):
         slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
         write_seg(mask, slices, regions, properties, code_version(), path, lesions)
     print(f"DICOM SEG: {path}")
     if measured is not None:
         report = output / "sr.dcm"
-        with _without_patient_data(report, reference, mask, debug):
+        with without_patient_data(report, reference.uid, mask, DEBUG_HINT, debug):
             write_sr(measured, path, slices, properties, code_version(), report)
         print(_sr_line(report, measured, lesions))
     if rtstruct:
         path = output / "rtstruct.dcm"
-        with _without_patient_data(path, reference, mask, debug):
+        with without_patient_data(path, reference.uid, mask, DEBUG_HINT, debug):
             written = write_rtstruct(mask, slices, regions, code_version(), path)
         print(_rtstruct_line(path, regions, written))
 
@@ -208,19 +211,3 @@ def _rtstruct_line(path: Path, regions: Regions, written: Sequence[str]) -> str:
         return "RTSTRUCT: not written, because the mask is empty"
     empty = [name for name in regions if name not in written]
     return f"RTSTRUCT: {path}" + (f" (without {', '.join(empty)}, empty in this mask)" if empty else "")
-
-
-@contextmanager
-def _without_patient_data(path: Path, series: Series, mask: Path, debug: bool) -> Iterator[None]:
-    """Replace errors of the DICOM packages, whose text may quote the patient's data."""
-    try:
-        yield
-    except (RefusedError, OSError):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        raise ValueError(
-            f"{path} was not written ({type(error).__name__}): the headers of the series {series.uid} do not fit. "
-            f"The mask was written to {mask}. Use --debug to see why; the traceback may show patient data."
-        ) from None

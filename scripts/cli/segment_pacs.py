@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.cli.segment_dicom import DEFAULT_OUTPUT, StudyTask, choose, print_command, segment_chosen, study_task
+from scripts.cli.segment_dicom import (
+    DEFAULT_OUTPUT,
+    OBJECTS,
+    StudyTask,
+    choose,
+    print_command,
+    segment_chosen,
+    study_task,
+)
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
 from scripts.image_io.dicom_study import Series
@@ -19,7 +27,6 @@ from scripts.image_io.dicomweb import Pacs
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
 
-OBJECTS = {"seg.dcm": None, "rtstruct.dcm": "rtstruct", "sr.dcm": "sr"}  # and the option that each needs
 IMAGES = ".images-"  # folder of the fetched images, while they are needed
 
 

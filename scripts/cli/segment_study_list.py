@@ -18,8 +18,8 @@ from scripts.cli.segment_cohort import (
     refuse_other_weights,
     report_outcomes,
 )
-from scripts.cli.segment_dicom import DEFAULT_OUTPUT, MASK, StudyTask
-from scripts.cli.segment_pacs import OBJECTS, segment_one, store, written_objects
+from scripts.cli.segment_dicom import DEFAULT_OUTPUT, MASK, OBJECTS, StudyTask
+from scripts.cli.segment_pacs import segment_one, store, written_objects
 from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path
 from scripts.data.table_files import TEXT_TABLES, read_rows
@@ -137,9 +137,11 @@ def _do_study(
             chosen = segment_one(args, task, pacs, uid, output)
             entry["series"] = {key: series.uid for key, series in chosen.items()}
             entry["objects"] = [path.name for path in written_objects(args, output)]
-            entry["wanted"], entry["stored"], result = _wanted(args), [], SEGMENTED
-        if args.store and not entry["stored"]:
-            entry["stored"] = store(pacs, uid, written_objects(args, output))
+            entry["wanted"], entry["stored"], result = _wanted(args), {}, SEGMENTED
+        missing = [path for path in written_objects(args, output) if path.name not in _stored(entry)]
+        if args.store and missing:
+            uids = store(pacs, uid, missing)
+            entry["stored"] = {**_stored(entry), **{path.name: each for path, each in zip(missing, uids, strict=True)}}
     except EXPECTED_ERRORS as error:
         result = error_sentence(error)
         if isinstance(error, PacsError) and error.fatal:
@@ -156,6 +158,12 @@ def _do_study(
 
 def _wanted(args: argparse.Namespace) -> list[str]:
     return [name for name, option in OBJECTS.items() if option is None or vars(args).get(option)]
+
+
+def _stored(entry: dict[str, Any]) -> dict[str, str]:
+    """The objects that were stored, each with its UID. Up to 0.11.0 a record listed the UIDs of all objects."""
+    stored = entry["stored"]
+    return stored if isinstance(stored, dict) else dict(zip(entry["objects"], stored, strict=False))
 
 
 def _is_done(args: argparse.Namespace, output: Path, entry: dict[str, Any]) -> bool:

@@ -6,8 +6,11 @@ Read with the optional pydicom. Frames lie in the file in any order; here they a
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,7 +251,7 @@ def _decoded(dataset: Any, path: str) -> np.ndarray:
 def pet_elements(dataset: Any) -> Any:
     """An enhanced PET's data set, with the elements that SUV needs as a single-frame PET has them.
 
-    - Units from the real world value mapping or the rescale type,
+    - Units from the real world value mapping that agrees with the rescale, or from the rescale's type,
     - ``CorrectedImage`` from ``AttenuationCorrected`` and ``DecayCorrected``,
     - the time to which the images are decay-corrected (``DecayCorrectionDateTime``) as the start of the scan.
 
@@ -273,19 +276,46 @@ def pet_elements(dataset: Any) -> Any:
             for keyword in ("SeriesDate", "SeriesTime"):
                 with suppress(KeyError):
                     del flat[keyword]
-            flat.AcquisitionDate, flat.AcquisitionTime = _date_and_time(corrected_to)
+            _set_acquisition(flat, corrected_to)
     if "AcquisitionDate" not in flat and flat.get("AcquisitionDateTime"):
-        flat.AcquisitionDate, flat.AcquisitionTime = _date_and_time(str(flat.AcquisitionDateTime))
+        _set_acquisition(flat, str(flat.AcquisitionDateTime))
     return flat
 
 
 def _units(groups: Sequence[Any]) -> str:
-    codes = _value(groups, "RealWorldValueMappingSequence", "MeasurementUnitsCodeSequence")
-    code = str(codes[0].get("CodeValue", "")) if codes else ""
-    return UCUM_UNITS.get(code) or _text(_value(groups, RESCALE, "RescaleType"))
+    """The unit of the rescaled values: that of a mapping with the same slope and intercept, else the rescale's type."""
+    ends = (("Slope", 1.0), ("Intercept", 0.0))
+    rescale = [float(_value(groups, RESCALE, f"Rescale{end}") or default) for end, default in ends]
+    for mapping in [each for group in groups for each in group.get("RealWorldValueMappingSequence") or []]:
+        stated = [mapping.get(f"RealWorldValue{end}") for end, _ in ends]
+        if "RealWorldValueLUTData" in mapping or not all(map(_same, stated, rescale)):
+            continue
+        codes = mapping.get("MeasurementUnitsCodeSequence")
+        unit = UCUM_UNITS.get(str(codes[0].get("CodeValue", "")) if codes else "")
+        if unit:
+            return unit
+    return _text(_value(groups, RESCALE, "RescaleType"))
 
 
-def _date_and_time(text: str) -> tuple[str, str]:
-    """Date and time of DICOM's DT without its offset from UTC."""
-    local = text.partition("+")[0].partition("-")[0]
-    return local[:8], local[8:]
+def _same(stated: Any, number: float) -> bool:
+    return stated in (None, "") or math.isclose(float(stated), number, rel_tol=1e-5, abs_tol=1e-9)
+
+
+def _set_acquisition(flat: Any, text: str) -> None:
+    """Set the date and time of the acquisition from DICOM's DT, in the time zone of the data set.
+
+    If only the DT states its offset from UTC, it becomes that of the data set.
+    """
+    parts = re.fullmatch(r"(\d{8})(\d{2,6})(?:\.\d{1,6})?([+-]\d{4})?", text.strip())
+    if parts is None:  # `scripts.image_io.dicom_suv` refuses it
+        flat.AcquisitionDate, flat.AcquisitionTime = text[:8], text[8:]
+        return
+    date, clock, own = parts.groups()
+    zone = str(flat.get("TimezoneOffsetFromUTC") or "").strip()
+    if own and not zone:
+        flat.TimezoneOffsetFromUTC = own
+    elif own != zone and own and re.fullmatch(r"[+-]\d{4}", zone):
+        moment = datetime.strptime(f"{date}{clock:0<6}{own}", "%Y%m%d%H%M%S%z")
+        local = moment.astimezone(datetime.strptime(zone, "%z").tzinfo)
+        date, clock = f"{local:%Y%m%d}", f"{local:%H%M%S}"
+    flat.AcquisitionDate, flat.AcquisitionTime = date, clock

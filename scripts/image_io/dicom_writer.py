@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,41 @@ class RefusedError(ValueError):
     """The mask was not written. The message contains no patient data."""
 
 
+@contextmanager
+def without_patient_data(
+    path: Path, series_uid: str, mask: Path, hint: str = "", debug: bool = False
+) -> Iterator[None]:
+    """Replace errors of the DICOM packages, whose text may quote the patient's data.
+
+    Args:
+        path: the file that is written in the block.
+        series_uid: of the images.
+        mask: the NIfTI mask.
+        hint: what to do, as the last sentence.
+        debug: let the errors through.
+
+    Raises:
+        ValueError: the file could not be written.
+    """
+    try:
+        yield
+    except (RefusedError, OSError):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        raise ValueError(
+            f"{path} was not written ({type(error).__name__}): the headers of the series {series_uid} do not fit. "
+            f"The mask was written to {mask}. {hint}".rstrip()
+        ) from None
+
+
 def read_slices(files: Sequence[str]) -> list[Any]:
-    """Read a series with pydicom; elements of ``COPIED_KEYWORDS`` that are missing are added empty."""
+    """Read a series with pydicom; elements that are missing and that highdicom asks for are added empty."""
     pydicom = dicom_package("pydicom")
     slices = [pydicom.dcmread(file) for file in files]
     for dataset in slices:
-        for keyword in COPIED_KEYWORDS:
+        for keyword in (*COPIED_KEYWORDS, "SliceThickness"):
             if keyword not in dataset:
                 setattr(dataset, keyword, "")
     return slices
@@ -224,8 +254,16 @@ def series_description(regions: Regions) -> str:
 
 
 def character_set(head: Any, texts: Iterable[str]) -> Any:
-    """The encoding of the images, in which the patient's name is written, or UTF-8 if a text of the task needs it."""
-    return head.get("SpecificCharacterSet") if all(text.isascii() for text in texts) else UTF_8
+    """The encoding of the images, in which the patient's name is written.
+
+    It is UTF-8 if a text of the task needs it, or if highdicom does not take that of the images: an empty value, or one
+    of several that is empty, as in Japan and Korea.
+    """
+    value = head.get("SpecificCharacterSet")
+    given = [value] if isinstance(value, str) else list(value or [""])
+    known = dicom_package("pydicom.charset").python_encoding
+    fits = "SpecificCharacterSet" not in head or all(each and each in known for each in given)
+    return value if fits and all(text.isascii() for text in texts) else UTF_8
 
 
 def refuse_invalid_values(head: Any, path: Path) -> None:

@@ -98,6 +98,9 @@ def connected_session(url: str) -> Any:
             raise PacsError(f"{url} leads from https to an unencrypted address, which is refused.")
 
     session = requests.Session()
+    parts = urlsplit(url)
+    if parts.scheme == "http" and _is_this_machine(parts.hostname or ""):
+        session.trust_env = False  # else a proxy of the environment would get images and login, unencrypted
     session.auth = Login()
     session.headers["Accept"] = "application/dicom+json"  # of answers to STOW-RS, which are XML otherwise
     session.hooks["response"].append(refuse_plain_redirect)

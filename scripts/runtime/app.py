@@ -19,18 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
 if TYPE_CHECKING:
     from scripts.image_io.dicom_study import Series
 
-TASK, MODEL = "task.json", "model"
-# Where the platforms that run containers say that input and output lie: mercure, Kaapana, MONAI Deploy.
+TASK, MODEL, SEG = "task.json", "model", "seg.dcm"
+# Where the platforms that run containers say that input and output lie: mercure, MONAI Deploy, and the Dockerfile.
 FOLDERS = (
     ("MERCURE_IN_DIR", "MERCURE_OUT_DIR"),
-    ("OPERATOR_IN_DIR", "OPERATOR_OUT_DIR"),
     ("HOLOSCAN_INPUT_PATH", "HOLOSCAN_OUTPUT_PATH"),
+    ("SEGMENT_IN_DIR", "SEGMENT_OUT_DIR"),
 )
+# Kaapana: a folder for each case of a batch, and the names of the folders for input and output inside of it.
+KAAPANA = ("WORKFLOW_DIR", "BATCH_NAME", "OPERATOR_IN_DIR", "OPERATOR_OUT_DIR")
 
 
 def build_parser(modalities: Sequence[str]) -> argparse.ArgumentParser:
@@ -78,27 +81,35 @@ def main(arguments: Sequence[str] | None = None, folder: str | Path | None = Non
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     parser = build_parser(task["modalities"])
     args = parser.parse_args(arguments)
-    _take_folders(args)
-    if bool(args.input) == bool(args.image):
+    studies = [(args.input, args.output_dir)] if args.input else []
+    if not args.image and not args.input:
+        studies = [(source, args.output_dir or target) for source, target in _platform_folders()]
+    if bool(studies) == bool(args.image):
         parser.error("name either images and --output, or --input and --output-dir")
-    if not (args.output_dir if args.input else args.output):
-        parser.error(f"{'--output-dir' if args.input else '--output'} is missing")
-    try:
-        if args.input:
-            _segment_study(args, task, folder)
-        else:
-            _segment_images(args, task, folder)
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error_sentence(error)}", file=sys.stderr)
-        return 1
-    return 0
+    if not (args.output if args.image else all(target for _, target in studies)):
+        parser.error(f"{'--output' if args.image else '--output-dir'} is missing")
+    jobs = [partial(_segment_study, args, task, folder, *each) for each in studies]
+    failed = False
+    for job in jobs or [partial(_segment_images, args, task, folder)]:
+        try:
+            job()
+        except EXPECTED_ERRORS as error:
+            print(f"error: {error_sentence(error)}", file=sys.stderr)
+            failed = True
+    return int(failed)
 
 
-def _take_folders(args: argparse.Namespace) -> None:
-    """The folders that a platform names by variables, where the command names nothing."""
-    for source, target in FOLDERS:
-        if not args.image and not args.input and source in os.environ:
-            args.input, args.output_dir = os.environ[source], args.output_dir or os.environ.get(target)
+def _platform_folders() -> list[tuple[str, str | None]]:
+    """The folders for input and output that a platform names by variables: one pair, or with Kaapana one for each case.
+
+    Raises:
+        OSError: Kaapana's folder of the batch is missing.
+    """
+    if all(name in os.environ for name in KAAPANA):
+        workflow, batch, source, target = (os.environ[name] for name in KAAPANA)
+        cases = sorted(path for path in Path("/", workflow, batch).iterdir() if path.is_dir())
+        return [(str(case / source), str(case / target)) for case in cases]
+    return [(os.environ[source], os.environ.get(target)) for source, target in FOLDERS if source in os.environ][:1]
 
 
 def _segment_images(args: argparse.Namespace, task: Mapping[str, Any], folder: Path) -> None:
@@ -136,7 +147,7 @@ def segment(
     from scripts.image_io.checks import Rules
     from scripts.runtime.segmenter import Settings, segment_item
 
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or usable_cpus()
     limits = {"replace_nonfinite": args.replace_nonfinite, "voxel_size": args.voxel_size}
     rules = Rules(series_uids=args.series_uid or (), **limits)
     taken = {key: task[key] for key in Settings.__dataclass_fields__ if key in task}
@@ -157,24 +168,26 @@ def _start_engine(folder: Path, task: Mapping[str, Any], threads: int) -> Any:
     return engine
 
 
-def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Path) -> None:
+def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Path, source: str, target: str) -> None:
     """Segment the study in a folder: ``mask.nii.gz``, and ``seg.dcm`` where highdicom is installed."""
     from scripts.image_io.dicom_rules import series_rules
     from scripts.image_io.dicom_study import choose_series, find_series, require_series, series_folders
     from scripts.image_io.series_preference import preferences
 
     rules = series_rules(task["modalities"], task["dicom"])
-    study = find_series(args.input, sorted({keyword for rule in rules.values() for keyword in rule}))
+    study = find_series(source, sorted({keyword for rule in rules.values() for keyword in rule}))
     wanted = preferences(task["modalities"], task["dicom"])
     chosen = choose_series(study, rules, args.series_uid or (), wanted).series
-    require_series(chosen, rules, args.allow_missing, args.input)
-    mask = Path(args.output_dir) / "mask.nii.gz"
+    require_series(chosen, rules, args.allow_missing, source)
+    mask = Path(target) / "mask.nii.gz"
+    for path in (mask, mask.with_name(SEG)):
+        path.unlink(missing_ok=True)  # of an earlier run, maybe of another patient
     with tempfile.TemporaryDirectory(prefix="series-") as links:
         folders = series_folders(chosen, Path(links))
-        args.series_uid = [series.uid for series in chosen.values()]
-        segment(args, task, folder, folders, mask)
+        of_study = argparse.Namespace(**{**vars(args), "series_uid": [series.uid for series in chosen.values()]})
+        segment(of_study, task, folder, folders, mask)
     if importlib.util.find_spec("highdicom") is None:
-        print("seg.dcm was not written, because highdicom is not installed.")
+        print(f"{SEG} was not written, because highdicom is not installed.")
         return
     _write_seg(mask, next(iter(chosen.values())), task)
 
@@ -182,11 +195,12 @@ def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Pa
 def _write_seg(mask: Path, reference: Series, task: Mapping[str, Any]) -> None:
     from scripts.image_io.dicom_codes import segment_properties
     from scripts.image_io.dicom_series import series_files
-    from scripts.image_io.dicom_writer import read_slices, write_seg
+    from scripts.image_io.dicom_writer import read_slices, without_patient_data, write_seg
     from scripts.runtime.regions import region_mask_values
 
     regions = region_mask_values(*(task[key] for key in ("labels", "classes", "regions", "mask_values")))
-    slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
-    path = mask.with_name("seg.dcm")
-    write_seg(mask, slices, regions, segment_properties(regions, task["codes"]), task["bundle_version"], path)
+    path = mask.with_name(SEG)
+    with without_patient_data(path, reference.uid, mask):
+        slices = read_slices(list(series_files(reference.folder, [reference.uid]).heads))
+        write_seg(mask, slices, regions, segment_properties(regions, task["codes"]), task["bundle_version"], path)
     print(f"DICOM SEG: {path}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.image_io.checks import LABEL
 from scripts.image_io.headers import Header
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 OVERHEAD = 2**27  # bytes added by the first case, of any size: kernels, reader buffers (measured: 80 to 110 MiB)
 MIN_GRID_VOXELS = 2**19  # smaller volumes are padded to a window
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MEMORY, STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 
 
@@ -49,13 +50,58 @@ def estimate_bytes(
     return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + network + OVERHEAD)
 
 
+class SharedMemoryError(ValueError):
+    """A case does not fit into this process's share of the memory. It would fit if the process had all of it."""
+
+
+_processes = 1  # of this program that segment cases on this machine
+
+
+def share_memory(processes: int) -> None:
+    """Tell this process how many processes, itself included, segment cases and share the memory."""
+    global _processes
+    _processes = processes
+
+
 def available_bytes() -> int:
-    """Memory that this process can still get from the machine, its control group and its own limits."""
-    available = [_free_bytes()]
-    with suppress(OSError, ValueError):  # no control group, or no limit ("max")
-        limit, used = (int((CGROUP / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
-        available.append(limit - max(0, used - _reclaimable_bytes()))
-    return min(available + _limits())
+    """Memory that this process can still get from the machine, its control groups and its own limits."""
+    in_groups = [left for group in _control_groups() if (left := _left_in_group(*group)) is not None]
+    return min([_free_bytes(), *in_groups, *_limits()])
+
+
+class _Names(NamedTuple):
+    """The files of a control group: the limit, what is used, and the line of ``memory.stat`` that counts the cache."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+V2 = _Names("memory.max", "memory.current", "inactive_file")
+V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _control_groups() -> list[tuple[Path, _Names]]:
+    """The control groups of this process that may limit its memory, version 1 or 2, with all above them."""
+    groups = [(CGROUP, V2), (CGROUP / "memory", V1)]
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root, names = (CGROUP / "memory", V1) if kinds else (CGROUP, V2)
+            parts = Path(path).parts[1:]
+            groups += [(root.joinpath(*parts[: n + 1]), names) for n in range(len(parts))]
+    return groups
+
+
+def _left_in_group(folder: Path, names: _Names) -> int | None:
+    """What a control group's limit leaves; None without a limit."""
+    try:
+        limit, used = (int((folder / name).read_text(encoding="utf-8")) for name in (names.limit, names.used))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return None
+    return limit - max(0, used - _reclaimable_bytes(folder, names.cache))
 
 
 def _free_bytes() -> int:
@@ -81,11 +127,11 @@ def _limits() -> list[int]:
     return []
 
 
-def _reclaimable_bytes() -> int:
-    """The control group's inactive file cache, which the kernel frees when memory is needed."""
+def _reclaimable_bytes(folder: Path, key: str) -> int:
+    """A control group's inactive file cache, which the kernel frees when memory is needed."""
     with suppress(OSError, ValueError):
-        lines = (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{key} "))
     return 0
 
 
@@ -95,6 +141,7 @@ def require_memory(
     """Log the estimate, and refuse a case that would not fit; see ``estimate_bytes`` for the arguments.
 
     Raises:
+        SharedMemoryError: this process's share is not enough, see ``share_memory``, but all of the memory is.
         ValueError: not enough memory is available.
     """
     images = {key: header for key, header in headers.items() if key != LABEL}
@@ -102,6 +149,8 @@ def require_memory(
         return
     needed, available = estimate_bytes(images, reference, spacing, classes, pass_gib), available_bytes()
     logger.info("memory: about %.2f GiB needed, %.2f GiB available", needed / GIB, available / GIB)
+    if available / _processes < needed <= available:
+        raise SharedMemoryError(f"{images[reference].path} needs more than its share of the memory")
     if needed > available:
         size = " x ".join(map(str, images[reference].shape[:3]))
         raise ValueError(

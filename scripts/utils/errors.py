@@ -8,14 +8,16 @@ from __future__ import annotations
 EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 
 
-def error_sentence(error: BaseException) -> str:
-    """The message of an error in one line.
-
-    MONAI wraps errors in RuntimeErrors that only name the config item or the transform; the message is that of the
-    cause below them.
-    """
+def root_error(error: BaseException) -> BaseException:
+    """The error below those of MONAI: it wraps errors in RuntimeErrors that only name the config item or transform."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def error_sentence(error: BaseException) -> str:
+    """The message of the ``root_error`` in one line."""
+    error = root_error(error)
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         text = error.strerror  # a sentence of this program; str() would put the system's number before it

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from benchmarks.job_queue import Job, command_lines, run_jobs, select_jobs
+from scripts import bundle_root
 
 
 def fake_command(arguments: Sequence[str]) -> int:
@@ -55,6 +61,55 @@ def test_a_failed_job_logs_its_error_and_stops_only_the_jobs_that_need_it(tmp_pa
     assert [job.row for job in run_jobs(jobs, 2, fake_command)] == ["broken", "dependent"]
     assert jobs[2].done
     assert "broken on purpose" in (broken / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent on request")
+def test_jobs_end_with_a_queue_that_is_killed(tmp_path: Path) -> None:
+    """Else a queue that is started again would run the same jobs beside them."""
+    code = (
+        "import os, time; from pathlib import Path; from benchmarks.job_queue import Job, run_jobs\n"
+        f"folder = Path({str(tmp_path / 'job')!r})\n"
+        "def command(_): (folder / 'pid').write_text(str(os.getpid())); time.sleep(60); return 0\n"
+        "run_jobs([Job('job', 0, folder, (('train',),), evaluations=())], 1, command)\n"
+    )
+    queue = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=bundle_root(), stderr=subprocess.DEVNULL)
+    written = tmp_path / "job" / "pid"
+    for _ in range(600):
+        if written.is_file() and written.read_text():
+            break
+        time.sleep(0.1)
+    pid = int(written.read_text())
+    queue.kill()
+    queue.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} is still running")
+
+
+def test_a_failure_may_be_kept_as_the_result(tmp_path: Path) -> None:
+    class Keeping(Job):
+        def keep_failure(self, printed: str) -> bool:
+            (self.folder / "kept").write_text(printed)
+            return "diverged" in printed
+
+        @property
+        def done(self) -> bool:
+            return (self.folder / "kept").is_file()
+
+    def command(arguments: Sequence[str]) -> int:
+        print(*arguments)
+        return 1
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.txt").write_text("of an earlier session\n")
+    jobs = [
+        Keeping(name, 0, tmp_path / name, ((words,),), evaluations=())
+        for name, words in (("a", "diverged"), ("b", "x"))
+    ]
+    assert [job.row for job in run_jobs(jobs, 1, command)] == ["b"]
+    assert (tmp_path / "a" / "kept").read_text() == "diverged\n"
 
 
 def test_rows_are_selected_with_all_jobs_that_they_depend_on(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_the_three_hypotheses() -> None:
     assert h1["p_holm"] == pytest.approx(3 * h1["p"])
     assert h1["verdict"] == "helps"
     assert (h2["p"], h2["p_holm"], h2["verdict"]) == (1.0, 1.0, "equivalent")
-    assert (h3["n"], h3["p"], h3["p_holm"], h3["verdict"]) == (0, None, None, "undecided")
+    assert (h3["n"], h3["p"], h3["p_holm"], h3["verdict"]) == (0, None, None, "not yet tested")
     assert h3["untested"] == "an arm has no run"
 
 
@@ -177,7 +177,7 @@ def test_a_hypothesis_is_tested_only_on_all_folds_with_two_seeds_and_the_same_ru
     gain = [0.05 + 0.001 * p for p in range(20)]
     complete, control = arm_runs("kd", gain), arm_runs("control", [0.0] * 20)
     h1 = hypothesis_results([*complete[:-1], *control])[0]
-    assert (h1["p"], h1["n"], h1["verdict"]) == (None, 20, "undecided")
+    assert (h1["p"], h1["n"], h1["verdict"]) == (None, 20, "not yet tested")
     assert h1["untested"] == "kd is not complete (fold 4: 1 of 2 seeds)"
     other_pairs = [{**each, "source_fold": 1} for each in control]
     assert hypothesis_results([*complete, *other_pairs])[0]["untested"].startswith("the two arms differ")

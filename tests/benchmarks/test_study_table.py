@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import statistics
@@ -13,6 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import benchmarks.study as study_command
 from benchmarks.study_compression import matching_costs
 from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, measure_costs, read_costs, study_networks
 from benchmarks.study_records import read_runs
@@ -214,3 +216,53 @@ def test_costs_of_convolutions_by_arithmetic(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "costs.json").write_text('[{"network": "wide"}]')
     with pytest.raises(ValueError, match=r"costs\.json is damaged"):
         read_costs(tmp_path)
+
+
+def test_an_unfinished_arm_is_compared_by_the_runs_that_both_arms_have(tmp_path: Path) -> None:
+    """The second seed is easier by 0.2; only one arm has it."""
+    for fold in range(5):
+        for seed in range(2):
+            write_job(tmp_path, "C", "alone", [0.5 + 0.2 * seed, 0.6 + 0.2 * seed], fold=fold, seed=seed)
+        write_job(tmp_path, "C", "kd_in_sample", [0.6, 0.7], fold=fold)
+    line = next(line for line in write_study(tmp_path).splitlines() if "kd_in_sample - alone" in line)
+    assert [cell.strip() for cell in line.split("|")[3:5]] == ["5 and 5", "10"]
+    assert "+0.100 [+0.100, +0.100]" in line
+
+
+def test_the_second_round_of_a_hypothesis_counts_once_it_is_complete(tmp_path: Path) -> None:
+    for arm, gain in (("kd", 0.05), ("control", 0.0)):
+        for fold in range(5):
+            for seed in range(2):
+                dice: list[float | None] = [0.5 + gain + 0.01 * fold, 0.6 + gain]
+                write_job(tmp_path, "B1", arm, dice, fold=fold, source_fold=(fold + 1) % 5, seed=seed)
+    before = write_study(tmp_path)
+    for seed in range(2, 4):  # a run of the second round of one arm only, and a bad one
+        job = write_job(tmp_path, "B1", "kd", [0.0, 0.0], fold=0, source_fold=2, seed=seed)
+        assert job["source_fold"] == 2
+    line = next(
+        line for line in write_study(tmp_path).splitlines() if "kd - control" in line and "H1 |" not in line[:6]
+    )
+    assert line in before
+
+
+def test_a_trial_has_folders_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortened run must not be taken for a result."""
+    made = []
+
+    class Plan:
+        gate = None
+
+        def __init__(self, **keys: Any) -> None:
+            made.append(keys)
+
+        def jobs(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(study_command, "StudyPlan", Plan)
+    where = ["--dataset-dir", "DATA", "--results", str(tmp_path / "results"), "--output-dir", str(tmp_path / "runs")]
+    for shorten in ("1", "10"):
+        parser = argparse.ArgumentParser()
+        study_command.add_options(parser)
+        study_command.run(parser.parse_args([*where, "--shorten", shorten, "--dry-run"]))
+    assert [each["results"] for each in made] == [tmp_path / "results", tmp_path / "results" / "trial"]
+    assert [each["output"] for each in made] == [tmp_path / "runs", tmp_path / "runs" / "trial"]

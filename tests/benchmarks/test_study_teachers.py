@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.study_job import StudyJob
 from benchmarks.study_plan import StudyPlan
+from benchmarks.study_statistics import patient_means
 from benchmarks.study_teachers import TEACHERS
+from scripts.metrics import checked_rows
 from scripts.networks.architecture import read_architecture
-from tests.study_jobs import judge, options, seen_folds, settings
+from tests.study_jobs import FOLDS_OF_PATIENTS, judge, options, seen_folds, settings
 
 
 def test_ensembles_are_scored_on_folds_that_none_of_them_has_seen(jobs: list[StudyJob]) -> None:
@@ -72,3 +79,55 @@ def test_the_gate_lengthens_the_teachers_then_widens_the_ensemble_then_goes_on(
     assert len([path for path in taught.needs if path.suffix == ".npz"]) == len(teachers)
     judge(plan, 0.1)
     assert plan.gate == gate
+
+
+def test_the_record_of_a_teachers_answers_describes_its_training(plan: StudyPlan) -> None:
+    training, answering = plan.pair_teacher("t1", (0, 1))
+    training.folder.mkdir(parents=True)
+    torch.save({"w": torch.zeros(3, 5)}, training.folder / "model.pt")
+    manifest = {"git_commit": "c0ffee", "wall_seconds": 12.5, "threads": 1}
+    (training.folder / "manifest.json").write_text(json.dumps(manifest))
+    record = answering._described(answering.rows[0], [])
+    assert (record["commit"], record["seconds"], record["parameters"]) == ("c0ffee", 12.5, 15)
+    assert (record["experiment"], record["arm"], record["train_folds"]) == ("A", "t1", [2, 3, 4])
+    patients = sum(len(FOLDS_OF_PATIENTS[k]) for k in (2, 3, 4))
+    assert record["steps"] == -(-4000 // (patients // 2)) * (patients // 2)
+    verbs = [command.split()[3] for command in record["commands"]]
+    assert verbs == ["teacher", "cache-teachers"]
+    assert "learning_rate=0.001" in record["commands"][0]
+
+
+def test_a_student_says_by_which_answers_it_was_taught(plan: StudyPlan) -> None:
+    judge(plan, 0.8)
+    job = next(job for job in plan.another_hospital() if job.study_row.arm == "kd")
+    for path in job.needs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npz":
+            path.write_bytes(path.name.encode())
+    record = job._described(job.study_row, [])
+    own = job.study_row.source_fold
+    assert (record["train_folds"], record["unlabelled_folds"]) == ([own], [])
+    assert record["answers"] == {
+        name: hashlib.sha256(name.encode()).hexdigest()
+        for name in (f"{teacher}_without_{min(0, own)}_{max(0, own)}_4000.npz" for teacher in ("t1", "t2"))
+    }
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_training_that_ends_with_nan_stays_in_with_failed_cases(plan: StudyPlan, diverged: bool) -> None:
+    job = plan.recipe_jobs()[0]
+    label = nib.Nifti1Image(np.zeros((30, 40, 20), np.uint8), np.diag([2.0, 2.0, 5.0, 1.0]))
+    for case in job.tested:
+        Path(case["label"]).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(label, case["label"])
+    printed = "Loss or gradient was NaN or infinite in 3 training steps" if diverged else "no room on the disk"
+    assert job.keep_failure(printed) is diverged
+    assert job.done is diverged
+    if not diverged:
+        return
+    cases = json.loads(job.record.read_text())["cases"]
+    assert {case["patient_id"] for case in cases} == set(FOLDS_OF_PATIENTS[job.study_row.fold])
+    assert {case["status"] for case in cases} == {"error"}
+    assert all(case["diagonal_mm"] == pytest.approx((60**2 + 80**2 + 100**2) ** 0.5) for case in cases)
+    assert patient_means([{"cases": checked_rows(cases)}]) == {case["patient_id"]: 0.0 for case in cases}
+    assert not plan.pair_teacher("t1", (0, 1))[0].keep_failure(printed)  # without a teacher nobody can go on

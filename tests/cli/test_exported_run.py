@@ -187,6 +187,13 @@ def test_segmenting_imports_neither_pytorch_nor_monai(weights: Path, phantoms: A
     assert WITHOUT_MONAI in ran.stdout
 
 
+def test_what_lies_beside_an_earlier_mask_does_not_stay_beside_a_new_one(segment: Any, tmp_path: Path) -> None:
+    for name in ("mask.measures.csv", "mask.report.html"):
+        (tmp_path / name).write_text("of an earlier mask")
+    assert segment("--no-measures")[0] == 0
+    assert {path.name for path in tmp_path.glob("mask.*")} == {"mask.nii.gz", "mask.manifest.json"}
+
+
 def _table(cases: list[dict[str, Any]], path: Path) -> Path:
     keys = ("case_id", "ct", "pet", "mr")
     path.write_text("\n".join([",".join(keys), *(",".join(str(case[key]) for key in keys) for case in cases)]))

@@ -25,6 +25,8 @@ from scripts.cli import segment_cohort as batch
 from scripts.cli.main import main
 from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
+from scripts.runtime import memory_check
+from scripts.runtime.memory_check import SharedMemoryError
 from tests.report_cases import case_html
 
 WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
@@ -169,7 +171,7 @@ def test_any_error_of_a_case_becomes_its_result_and_warnings_are_kept(
         raise error
 
     monkeypatch.setattr(batch, "segment_case", segment)
-    assert batch.segment_quietly(argparse.Namespace()) == ("no room", ("odd",))
+    assert batch.segment_quietly(argparse.Namespace(workers=1)) == ("no room", ("odd",))
 
 
 @pytest.mark.usefixtures("_here")
@@ -251,6 +253,29 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
         if row["lesion"] == "all":
             voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
             assert row["volume_ml"] == pytest.approx((np.asanyarray(volume.dataobj) > 0).sum() * voxel_ml, rel=1e-4)
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_case_that_is_too_large_for_its_share_of_the_memory_is_segmented_alone(
+    table: Callable[..., Path], weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tried = []
+
+    def segment(args: argparse.Namespace) -> None:
+        name = Path(args.output).name
+        tried.append((name, args.workers, memory_check._processes))
+        if name == "PHANTOM_002.nii.gz" and args.workers > 1:
+            raise RuntimeError("as MONAI wraps it") from SharedMemoryError("large")
+
+    monkeypatch.setattr(batch, "segment_case", segment)
+    monkeypatch.setattr(memory_check, "_processes", 1)
+    command = ["segment", "--data", "phantom", "--output-dir", str(tmp_path / "out"), "--weights", weights]
+    assert (
+        main([*command, *TINY, "--no-measures", "--workers", "2", "--allow-outside", "--data-list", str(table())]) == 0
+    )
+    assert "3 cases: 3 segmented" in capsys.readouterr().out
+    assert sorted(tried[:3]) == [(f"PHANTOM_00{k}.nii.gz", 2, 2) for k in (1, 2, 3)]
+    assert tried[3:] == [("PHANTOM_002.nii.gz", 1, 1)]
 
 
 @pytest.mark.usefixtures("_here")

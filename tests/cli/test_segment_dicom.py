@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import shutil
 import subprocess
@@ -221,6 +222,28 @@ def test_the_largest_lesions_get_segments_within_a_limit_of_memory(
     assert clinic._sr_line(Path("sr.dcm"), measured, largest) == (
         "SR: sr.dcm (the 3 largest of 5 lesions; measures.csv has all)"
     )
+
+
+def test_objects_of_an_earlier_run_are_gone_before_a_new_mask_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be those of another patient: ``--output-dir`` has a default."""
+    earlier = ["mask.nii.gz", "measures.csv", "rtstruct.dcm", "seg.dcm", "sr.dcm"]
+    for name in (*earlier, "notes.txt"):
+        (tmp_path / name).write_text("of another patient")
+    found: list[list[str]] = []
+
+    def segment(args: argparse.Namespace) -> list[Measures]:
+        found.append(sorted(path.name for path in tmp_path.iterdir() if path.name in (*earlier, "notes.txt")))
+        raise ValueError("a test")
+
+    monkeypatch.setattr(clinic, "segment_case", segment)
+    monkeypatch.setattr(clinic, "series_folders", lambda chosen, links: {key: links for key in chosen})
+    task = clinic.StudyTask({"ct": {}}, {}, {"tumour": [1]}, {})
+    args = argparse.Namespace(rtstruct=False, sr=False, debug=False)
+    with pytest.raises(ValueError, match="a test"):
+        clinic.segment_chosen(args, task, {"ct": _series("CT", "1.1")}, tmp_path)
+    assert found == [["notes.txt"]]
 
 
 def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

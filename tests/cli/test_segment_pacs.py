@@ -287,6 +287,21 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
     assert main([*command, "--store", "--allow-missing"]) == 0
     assert "3 studies: 0 segmented, 3 already there, 0 failed" in capsys.readouterr().out
     assert pacs.requests == []
+    record_path = output / "dicom.json"
+    whole = json.loads(record_path.read_text())
+    assert {name for each in whole["studies"].values() for name in each["stored"]} == {"seg.dcm"}
+    (output / studies[0] / "rtstruct.dcm").write_bytes((output / studies[0] / "seg.dcm").read_bytes())
+    entry = whole["studies"][studies[0]]  # as if segmented with --rtstruct, and stored by 0.11.0 without it
+    entry |= {"objects": ["seg.dcm", "rtstruct.dcm"], "wanted": ["seg.dcm", "rtstruct.dcm"]}
+    entry["stored"] = [*entry["stored"].values()]
+    record_path.write_text(json.dumps(whole))
+    (tmp_path / "one.txt").write_text(studies[0])
+    command[command.index(str(table))] = str(tmp_path / "one.txt")
+    assert main([*command, "--store", "--allow-missing", "--rtstruct"]) == 0
+    assert "1 studies: 0 segmented, 1 already there" in capsys.readouterr().out
+    assert sum("POST" in each for each in pacs.requests) == 1
+    assert set(json.loads(record_path.read_text())["studies"][studies[0]]["stored"]) == {"seg.dcm", "rtstruct.dcm"}
+    command[command.index(str(tmp_path / "one.txt"))] = str(table)
     shutil.copy(output / studies[0] / "seg.dcm", tmp_path / "kept.dcm")
     (output / studies[0] / "mask.nii.gz").write_bytes(b"damaged")
     assert main([*command, "--store", "--allow-missing"]) == 0

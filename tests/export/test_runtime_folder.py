@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from scripts.cli.main import main
-from scripts.runtime.app import build_parser
 from tests.dicom_phantom import write_study
 from tests.exported_weights import copy_with_task
 
@@ -91,12 +90,11 @@ def test_the_folder_is_complete_and_pinned(folder: Path) -> None:
     assert "segment.pyz --ct ct.nii.gz --pet pet.nii.gz --mr mr.nii.gz --output mask.nii.gz" in readme
     assert "$" not in readme + docker
     instructions = dict(
-        line.split(" ", 1) for line in docker.splitlines() if line.startswith(("ENTRYPOINT", "CMD", "USER"))
+        line.split(" ", 1) for line in docker.splitlines() if line.startswith(("ENTRYPOINT", "ENV", "USER"))
     )
     assert json.loads(instructions["ENTRYPOINT"]) == ["python", "/app/segment.pyz"]
-    words = json.loads(instructions["CMD"])
-    args = build_parser(["ct"]).parse_args(words)
-    assert (args.input, args.output_dir) == ("/input", "/output")
+    assert instructions["ENV"].split()[1:] == ["SEGMENT_IN_DIR=/input", "SEGMENT_OUT_DIR=/output"]
+    assert "CMD" not in docker  # arguments would win over the variables of a platform
     assert instructions["USER"] == "app"
     assert not any("torch" in name for name in zipfile.ZipFile(folder / "segment.pyz").namelist())
 
@@ -105,9 +103,28 @@ def test_a_study_goes_in_and_a_segmentation_comes_out(folder: Path, phantoms: An
     """By the variables of a platform that runs containers."""
     pytest.importorskip("highdicom")
     write_study(phantoms[0], tmp_path / "study")
-    ran = run(folder, MERCURE_IN_DIR=str(tmp_path / "study"), MERCURE_OUT_DIR=str(tmp_path / "out"))
+    container = {"SEGMENT_IN_DIR": "/input", "SEGMENT_OUT_DIR": "/output"}  # of the Dockerfile, where no platform is
+    platform = {"MERCURE_IN_DIR": str(tmp_path / "study"), "MERCURE_OUT_DIR": str(tmp_path / "out")}
+    ran = run(folder, **container, **platform)
     assert ran.returncode == 0, ran.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mask.nii.gz", "seg.dcm"}
+
+
+def test_every_case_of_a_batch_of_kaapana_is_segmented(folder: Path, phantoms: Any, run: Any, tmp_path: Path) -> None:
+    """A folder for each case, with folders for input and output inside of it; the first has no images."""
+    pytest.importorskip("highdicom")
+    batch = tmp_path / "data" / "batch"
+    (batch / "case 1" / "get-input").mkdir(parents=True)
+    write_study(phantoms[0], batch / "case 2" / "get-input")
+    (batch / "case 2" / "segment").mkdir()
+    (batch / "case 2" / "segment" / "seg.dcm").write_text("of an earlier run")
+    platform = {"WORKFLOW_DIR": str(tmp_path / "data"), "BATCH_NAME": "batch"}
+    ran = run(folder, **platform, OPERATOR_IN_DIR="get-input", OPERATOR_OUT_DIR="segment")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"error: {batch / 'case 1' / 'get-input'} contains no series")
+    assert ran.stderr.count("\n") == 1
+    assert {path.name for path in (batch / "case 2" / "segment").iterdir()} == {"mask.nii.gz", "seg.dcm"}
+    assert (batch / "case 2" / "segment" / "seg.dcm").stat().st_size > 1000
 
 
 REFUSED = {

@@ -124,6 +124,46 @@ def test_a_pet_that_states_its_units_and_corrections_as_enhanced_pet_does(tmp_pa
         read(tmp_path / "pet")
 
 
+def _enhanced_pet(moment: str, zone: str = "", **mapping: Any) -> Dataset:
+    """A PET whose injection was at 10:40 UTC+1; ``moment`` is its time of decay correction."""
+    dataset = enhanced(STORED, "PT", ORDER, [(2, 0)])
+    for keyword in ("Units", "DecayCorrection", "SeriesDate", "SeriesTime"):
+        delattr(dataset, keyword)
+    dataset.AttenuationCorrected = dataset.DecayCorrected = "YES"
+    dataset.DecayCorrectionDateTime = moment
+    if zone:
+        dataset.TimezoneOffsetFromUTC = zone
+    units = item(
+        MeasurementUnitsCodeSequence=[item(CodeValue="Bq/ml", CodingSchemeDesignator="UCUM")],
+        **{"RealWorldValueSlope": 2.0, "RealWorldValueIntercept": 0.0, **mapping},
+    )
+    dataset.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence = [units]
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("moment", "zone"),
+    [
+        ("20200102114000", ""), ("20200102114000.00+0100", "+0100"), ("20200102104000+0000", "+0100"),
+        ("20200102054000.5-0500", "+0100"), ("202001021140+0100", ""),
+    ],
+)  # fmt: skip
+def test_the_time_of_decay_correction_counts_in_the_time_zone_of_the_file(
+    moment: str, zone: str, tmp_path: Path
+) -> None:
+    """All are the same moment."""
+    write_enhanced(tmp_path, _enhanced_pet(moment, zone))
+    np.testing.assert_allclose(read(tmp_path)[1], STORED * 2 * SUV_FACTOR, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(3.5, 0.0), (2.0, 1.0)])
+def test_a_mapping_to_other_numbers_does_not_give_the_unit(slope: float, intercept: float, tmp_path: Path) -> None:
+    dataset = _enhanced_pet("20200102114000", RealWorldValueSlope=slope, RealWorldValueIntercept=intercept)
+    write_enhanced(tmp_path, dataset)
+    with pytest.raises(ValueError, match=r"has the units (US|none)\. Only BQML"):
+        read(tmp_path)
+
+
 def test_a_pet_of_a_legacy_conversion_keeps_its_elements_in_a_sequence(tmp_path: Path) -> None:
     dataset = enhanced(STORED, "PT", None, [(1, 0)])
     tags = pet_tags()

@@ -13,7 +13,7 @@ import pytest
 from scipy import ndimage
 
 from scripts.image_io.dicom_codes import segment_properties
-from scripts.image_io.dicom_writer import write_seg
+from scripts.image_io.dicom_writer import read_slices, write_seg
 from tests.dicom_slices import SHAPE, nested, series, write_mask
 
 REGIONS = {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]}
@@ -122,6 +122,39 @@ def test_names_of_any_alphabet_are_kept_beside_the_patients(slices: list[Any], t
     segmentation = pydicom.dcmread(tmp_path / "seg.dcm")
     assert [each.SegmentLabel for each in segmentation.SegmentSequence] == ["腫瘍", "ödem"]
     assert str(segmentation.PatientName) == "Müller^Eva"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "patient"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"), (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞"),
+        ("", "Doe^Jane"), (None, "Doe^Jane"), ("ISO_IR 100", "Müller^Eva"), ("GB18030", "Wang^XiaoDong=王^小东"),
+    ],
+)  # fmt: skip
+def test_the_patients_name_is_kept_in_any_encoding(
+    encoding: Any, patient: str, slices: list[Any], tmp_path: Path
+) -> None:
+    files = []
+    for number, image in enumerate(slices):
+        if encoding is not None:
+            image.SpecificCharacterSet = encoding
+        image.PatientName = patient
+        files.append(str(tmp_path / f"{number}.dcm"))
+        image.save_as(files[-1], enforce_file_format=True)
+    read = read_slices(files)
+    write_seg(write_mask(nested(), tmp_path), read, REGIONS, PROPERTIES, "1.0", tmp_path / "seg.dcm")
+    assert str(pydicom.dcmread(tmp_path / "seg.dcm").PatientName) == patient
+
+
+def test_slices_without_a_thickness_are_segmented(slices: list[Any], tmp_path: Path) -> None:
+    files = []
+    for number, image in enumerate(slices):
+        if "SliceThickness" in image:
+            del image.SliceThickness
+        files.append(str(tmp_path / f"{number}.dcm"))
+        image.save_as(files[-1], enforce_file_format=True)
+    write_seg(write_mask(nested(), tmp_path), read_slices(files), REGIONS, PROPERTIES, "1.0", tmp_path / "seg.dcm")
+    assert _frames(tmp_path / "seg.dcm", slices, 3).any()
 
 
 def test_a_description_leaves_out_names_that_are_too_long_for_it(slices: list[Any], tmp_path: Path):

@@ -232,6 +232,18 @@ def test_the_login_comes_from_the_environment(
         assert not any(secret in str(caught.value) for secret in ("s3:cret", "abc", "wrong"))
 
 
+def test_neither_images_nor_login_of_this_machine_go_by_a_proxy(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "abc")
+    with fake_pacs(login="Bearer abc") as pacs, fake_pacs() as proxy:
+        pacs.add_folder(study)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url.rpartition("/")[0])
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert Pacs(pacs.url).find_series(STUDY, KINDS)
+        assert proxy.requests == []
+
+
 def test_a_redirect_to_another_host_does_not_get_the_login(pacs: FakePacs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN, "abc")
     with fake_pacs() as other:

@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from scripts.image_io.checks import Rules
+from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_volume
 from scripts.runtime import memory_check as memory
 
@@ -74,6 +75,7 @@ def test_with_enough_memory_it_is_read(large: Path) -> None:
 def test_reclaimable_file_cache_counts_as_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As container runtimes count: of 5000 bytes 1000 are in use, of which 600 are inactive file cache."""
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "none")
     files: dict[str, Any] = {"max": 5000, "current": 1000, "stat": "anon 300\nactive_file 100\ninactive_file 600"}
     for name, text in files.items():
         (tmp_path / f"memory.{name}").write_text(f"{text}\n")
@@ -82,3 +84,56 @@ def test_reclaimable_file_cache_counts_as_available(tmp_path: Path, monkeypatch:
     assert memory.available_bytes() == 5000
     (tmp_path / "memory.stat").unlink()
     assert memory.available_bytes() == 4000
+
+
+def _group(folder: Path, names: tuple[str, str], limit: object, used: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("own", "root", "names", "cache"),
+    [
+        ("0::/job/step\n", ".", ("memory.max", "memory.current"), "inactive_file"),
+        (
+            "5:cpu:/x\n4:memory:/job/step\n0::/\n",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            "total_",
+        ),
+    ],
+)
+def test_the_limit_of_every_group_above_this_process_counts(
+    own: str, root: str, names: tuple[str, str], cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm and systemd nest them, in version 2 and 1: the group has no limit of its own, but one above it has."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
+    folder = tmp_path / "fs" / root / "job" / "step"
+    _group(folder, names, "max" if root == "." else 2**63 - 4096, 700)
+    _group(folder.parent, names, 9000, 2000)
+    (folder.parent / "memory.stat").write_text(f"{cache if root == '.' else 'total_inactive_file'} 500\ncache 7\n")
+    assert memory.available_bytes() == 9000 - (2000 - 500)
+    (tmp_path / "own").write_text("0::/\n")
+    assert memory.available_bytes() > 2**20
+
+
+def test_a_case_that_needs_more_than_the_share_of_its_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = {"ct": Header("a.nii", (64, 64, 64), np.eye(4), np.dtype(np.float32))}
+    arguments: dict[str, Any] = {"reference": "ct", "spacing": [1, 1, 1], "classes": 2, "pass_gib": 0.5}
+    needed = memory.estimate_bytes(headers, **arguments)
+    monkeypatch.setattr(memory, "available_bytes", lambda: int(needed * 1.5))
+    memory.require_memory(headers, **arguments)
+    memory.share_memory(2)
+    try:
+        with pytest.raises(memory.SharedMemoryError):
+            memory.require_memory(headers, **arguments)
+        monkeypatch.setattr(memory, "available_bytes", lambda: int(needed * 0.9))
+        with pytest.raises(ValueError, match=r"64 x 64 x 64 voxels\) needs about"):
+            memory.require_memory(headers, **arguments)
+        monkeypatch.setattr(memory, "available_bytes", lambda: needed * 2)
+        memory.require_memory(headers, **arguments)
+    finally:
+        memory.share_memory(1)

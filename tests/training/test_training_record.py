@@ -90,6 +90,7 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     assert task["loss"] == {
         "_target_": "scripts.distillation.loss.DistillationLoss",
         "weighting": "mean",
+        "static": None,
         "regions": None,
         "unlabelled": False,
         "terms": {"hinton": term},

@@ -300,13 +300,18 @@ def test_the_teachers_of_a_cache_are_compared_as_those_that_run(
 ) -> None:
     weights, seen = tmp_path / "model.pt", [{"case_id": f"PHANTOM_00{i}", "patient_id": "P"} for i in range(1, 7)]
     weights.touch()
-    task_path(weights).write_text(json.dumps({"spacing": [9.0, 9.0, 9.0], "training_cases": seen}))
+    record = {"spacing": [9.0, 9.0, 9.0], "patch": [64, 64, 64], "training_cases": seen}
+    task_path(weights).write_text(json.dumps(record))
     options = {"cache_dir": str(tmp_path / "none")}
-    options["teacher_specs"] = {"pet": {"architecture": "dynunet", "modalities": ["pet"], "weights": str(weights)}}
+    options["teacher_specs"] = {"pet": {"architecture": "unetr", "modalities": ["pet"], "weights": str(weights)}}
     configs = ("distill", "methods/hinton", "cached")
     with pytest.raises(RuntimeError) as error:  # of MONAI, which names the component
         tiny_bundle(tmp_path / "a", *configs, **options).get_parsed_content("teachers")
     assert "contradicts this run: its spacing is [9.0, 9.0, 9.0]" in str(error.value.__cause__)
+    assert "patch" not in str(error.value.__cause__)  # the cache gives no patch to UNETR, which takes one size only
+    with pytest.raises(RuntimeError) as error:
+        tiny_bundle(tmp_path / "c", *configs[:2], **options).get_parsed_content("teachers")
+    assert "its patch is [64, 64, 64], this run's is [16, 16, 16]" in str(error.value.__cause__)
     with pytest.raises(RuntimeError) as error:
         tiny_bundle(tmp_path / "b", *configs, **options, ignore_task=True).get_parsed_content("teachers")
     assert "No cache of the teacher pet" in str(error.value.__cause__)

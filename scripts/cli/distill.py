@@ -7,8 +7,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
-from scripts.cli.config import config_names, read_config
+from scripts import bundle_root
+from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle
+from scripts.cli.config import SEPARATOR, config_names, has_id, merge_configs, read_config
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -16,6 +17,7 @@ from scripts.cli.options import (
     add_training_options,
     context_configs,
     multi_gpu_configs,
+    parse_set,
     teacher_specs,
     teachers_overrides,
     training_overrides,
@@ -35,6 +37,15 @@ EXAMPLE = (
 )
 DEFAULT_METHOD = "teachformer"
 STAGED_METHOD = "gkd"  # trains headers for the student and every teacher before it distils
+# Config ids that the stages set themselves, and what to do instead of --set.
+STAGED_IDS = {
+    "max_epochs": "Use --epochs: it is divided among the stages.",
+    "pretrained": "Remove it: the student starts from a stage of its own.",
+    "headers_dir": "Use --stages-dir.",
+    "output_dir": "Use --output-dir.",
+    "checkpoint": "Remove it: each stage has its own.",
+    "final_weights": "Remove it: each stage has its own.",
+}
 
 
 def add_options(parser: Parser) -> None:
@@ -96,30 +107,71 @@ def method_list() -> str:
 
 
 def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: Overrides) -> Overrides:
-    """Train the stages of gkd that are not finished; returns the overrides of the distillation itself."""
-    if args.cache_dir or args.multi_gpu:
-        raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
-    if args.unlabelled:
-        raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
+    """Train the stages of gkd that are not finished; returns the overrides of the distillation itself.
+
+    Raises:
+        ValueError: an option that gkd cannot follow, or a finished stage of other data, settings or weights.
+    """
+    _require_options_of_stages(args)
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")
     from scripts.distillation.staged_training import gkd_stages, is_finished
 
     epochs = int(config["max_epochs"])
-    folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
+    anew = bool(config["overwrite"]) and not config["resume"]
+    output_dir = Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled")  # as in distill.json
+    folder = Path(args.stages_dir or output_dir / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
-    shared.pop("pretrained", None)
     shared |= loss_overrides(args)
+    if str(config["splits_file"]).startswith("$"):  # the default, which is the folder of each training
+        shared["splits_file"] = str(output_dir / "splits.json")
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
-        if is_finished(output):
+        stage_configs = ["train", *context_configs(args), *stage.configs]
+        own = {"output_dir": str(output), "set": _stage_settings(args.set, stage_configs)}
+        stage_args = argparse.Namespace(**{**vars(args), **own})
+        network = network_overrides(args) if stage.of_student else {}
+        stage_overrides = {**shared, **network, **stage.overrides}
+        if is_finished(output) and not anew:
+            if not args.dry_run:
+                _require_same_stage(stage_args, stage_configs, stage_overrides, output)
             continue
         print(f"stage: {stage.name}", flush=True)
-        resume = {"resume": True} if (output / "checkpoint.pt").is_file() else {}
-        stage_args = argparse.Namespace(**{**vars(args), "output_dir": str(output)})
-        stage_configs = ["train", *context_configs(args), *stage.configs]
-        network = network_overrides(args) if stage.of_student else {}
-        run_bundle(stage_args, stage_configs, {**shared, **network, **stage.overrides, **resume})
+        resume = {"resume": True} if (output / "checkpoint.pt").is_file() and not anew else {}
+        run_bundle(stage_args, stage_configs, {**stage_overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     return {**overrides, **start, "max_epochs": epochs - epochs // 2}
+
+
+def _require_options_of_stages(args: argparse.Namespace) -> None:
+    """Refuse options that the stages of gkd cannot follow."""
+    if args.cache_dir or args.multi_gpu:
+        raise ValueError("gkd needs the teachers' features and several stages. Remove --cache-dir and --multi-gpu.")
+    if args.unlabelled:
+        raise ValueError("The stages of gkd need the label of every case. Remove --unlabelled.")
+    if args.pretrained:
+        raise ValueError("gkd starts the student from a stage of its own. Remove --pretrained.")
+    for key in parse_set(args.set):
+        if (found := key.removeprefix("+")) in STAGED_IDS:
+            raise ValueError(f"gkd sets {found} in each of its stages, so --set {key} cannot. {STAGED_IDS[found]}")
+
+
+def _stage_settings(pairs: list[str], configs: list[str]) -> list[str]:
+    """The pairs of ``--set`` that are for a stage with these configs; those of the distillation are left out."""
+    known = merge_configs(configs)
+    distillation = {key for key in read_config("distill") if SEPARATOR not in key}
+
+    def is_for_stage(pair: str) -> bool:
+        key = pair.partition("=")[0]
+        root = key.removeprefix("+").partition(SEPARATOR)[0]
+        return root not in distillation and (key.startswith("+") or has_id(known, key))
+
+    return [pair for pair in pairs if is_for_stage(pair)]
+
+
+def _require_same_stage(args: argparse.Namespace, configs: list[str], overrides: Overrides, folder: Path) -> None:
+    """Refuse a finished stage that this run would train otherwise; the arguments are those of its run."""
+    from scripts.training.checkpoint import require_same_stage
+
+    require_same_stage(folder / "model.pt", build_item(args, configs, overrides, "record"))

@@ -8,12 +8,13 @@ import pydoc
 from typing import Any
 
 from scripts.cli.bundle_run import Overrides, interpreted
-from scripts.cli.config import Config
-from scripts.cli.options import Parser
+from scripts.cli.config import SEPARATOR, Config, read_config
+from scripts.cli.options import Parser, parse_set
 from scripts.utils.json_files import read_object
 
 LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
 TAPS = ("deep", "middle", "fine")
+OF_EVERY_NETWORK = {"in_channels", "out_channels"}  # ids in the student's definition that are not its own
 
 
 def add_network_option(parser: Parser) -> None:
@@ -47,14 +48,38 @@ def network_overrides(args: argparse.Namespace) -> Overrides:
     """The config override of ``--network``.
 
     Raises:
-        ValueError: the file defines no network, or ``--modality-dropout`` is given, which an own network has not.
+        ValueError: the file defines no network, or a setting is given that only the included student has.
     """
     if not args.network:
         return {}
+    refuse_settings(args, student_ids(), "remove --network")
     if vars(args).get("modality_dropout"):
         raise ValueError("--modality-dropout works with the included student only. Remove it, or remove --network.")
     definition = _read_network(args)[0]
     return {"network_def": interpreted(definition)}
+
+
+def student_ids() -> set[str]:
+    """The config ids that only the included student reads, such as ``student_features`` and ``modality_dropout``."""
+    definition = read_config("train")["network_def"]
+    references = {value[1:] for value in definition.values() if isinstance(value, str) and value.startswith("@")}
+    return references - OF_EVERY_NETWORK
+
+
+def refuse_settings(args: argparse.Namespace, ids: set[str], remedy: str) -> None:
+    """Refuse settings of the included student where they would change nothing.
+
+    Args:
+        args: parsed options.
+        ids: those of ``student_ids`` that are refused.
+        remedy: what to do instead of removing the setting, such as ``remove --network``.
+
+    Raises:
+        ValueError: ``--set`` names one.
+    """
+    for key in parse_set(args.set):
+        if key.removeprefix("+").partition(SEPARATOR)[0] in ids:
+            raise ValueError(f"--set {key} works with the included student only. Remove it, or {remedy}.")
 
 
 def loss_overrides(args: argparse.Namespace) -> Overrides:

@@ -15,6 +15,7 @@ from scripts.cli.options import (
     multi_gpu_configs,
     training_overrides,
 )
+from scripts.cli.student_options import refuse_settings, student_ids
 
 EXAMPLE = (
     "python -m scripts teacher --data sts --dataset-dir DATA --architecture unetr --modalities ct "
@@ -31,6 +32,9 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
+    # A script may share its settings between the verbs: student_features says by its name that it is not for a teacher.
+    unnamed = {key for key in student_ids() if not key.startswith("student")}
+    refuse_settings(args, unnamed, "train the student by train or distill")
     network = {"architecture": args.architecture}
     if args.modalities:
         network["teacher_modalities"] = args.modalities

@@ -14,7 +14,7 @@ from torch import nn
 
 from scripts.data.modalities import UNLABELLED
 from scripts.distillation.distiller import LOGITS, SEGMENTATION, Distiller
-from scripts.distillation.teacher_weighting import teacher_weights
+from scripts.distillation.teacher_weighting import check_weighting, teacher_weights
 from scripts.losses import NO_CLASS
 from scripts.losses.soft_prediction import softening
 from scripts.runtime.regions import IGNORED
@@ -43,15 +43,18 @@ class DistillationLoss(nn.Module):
         weighting: how to weight the teachers, see ``scripts.distillation.teacher_weighting.teacher_weights``.
         static: the weights for ``weighting="static"``, in the order of the teachers.
         mixing: ``"loss"`` (sum of the teachers' losses) or ``"probability"`` (one loss against the weighted mean of
-            the teachers' softened probabilities, for terms on logits only). With static weights both have the same
-            gradient, but the loss has another value, which is then logged.
+            the teachers' softened probabilities, for terms on logits). With static weights both have the same gradient,
+            but the loss has another value, which is then logged. A loss on logits then needs the attribute
+            ``of_probabilities``: it compares only the softmax over the channels (at its ``temperature``, if it has
+            one), because the logits of a mixture are known up to one number per voxel.
         regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
         unlabelled: there are cases without a label (``scripts.data.modalities.UNLABELLED``). The segmentation loss, and
             terms that need the label, are computed on the samples that have one.
 
     Raises:
-        ValueError: a term is on an unknown tap; no term uses an adapter; the mixing is unknown; a cached attention map
-            has another power than its loss.
+        ValueError: a term is named ``segmentation`` or on an unknown tap; no term uses an adapter; the mixing or the
+            weighting is unknown, or no loss can use it; the static weights do not fit; a cached attention map has
+            another power than its loss.
     """
 
     def __init__(
@@ -68,8 +71,16 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if mixing not in ("loss", "probability"):
             raise ValueError(f"Unknown mixing {mixing!r}: choose loss or probability.")
+        check_weighting(weighting, len(distiller.teacher_names), static)
+        if static is not None and weighting != "static":
+            raise ValueError(
+                f"The weighting {weighting} does not use static weights, got {static}: choose the weighting static, or "
+                "remove them."
+            )
         if unlabelled:
             _require_no_label(weighting, distiller)
+        if SEGMENTATION in terms:
+            raise ValueError(f"No term can be named {SEGMENTATION}, as the segmentation loss is: rename it.")
         taps = {name: term["tap"] for name, term in terms.items()}
         for name, tap in taps.items():
             if tap not in distiller.tap_names:
@@ -77,6 +88,8 @@ class DistillationLoss(nn.Module):
                     f"Term {name!r} uses the unknown tap {tap!r}. Known taps are: {', '.join(distiller.tap_names)}."
                 )
             _require_powers(name, terms[name]["loss"], distiller.cached_powers(tap))
+        if mixing == "probability":
+            _require_mixable({name: term["loss"] for name, term in terms.items() if term["tap"] == LOGITS})
         unused = sorted(set(distiller.adapters) - set(taps.values()))
         if unused:
             raise ValueError(f"No term uses the adapters of {unused}: remove them, or add a term on that tap.")
@@ -215,6 +228,18 @@ class DistillationLoss(nn.Module):
 def _of_known_class(label: torch.Tensor) -> torch.Tensor:
     """A label whose ignored voxels have no class."""
     return label.masked_fill(label == IGNORED, NO_CLASS)
+
+
+def _require_mixable(losses: Mapping[str, nn.Module]) -> None:
+    """Refuse losses on logits, by term, that cannot use a mixture of the teachers' probabilities, and no such term."""
+    if not losses:
+        raise ValueError("The mixing probability needs a term on the tap logits. Use the mixing loss, or add a term.")
+    for term, loss in losses.items():
+        if not getattr(loss, "of_probabilities", False):
+            raise ValueError(
+                f"Term {term!r} cannot use the mixing probability, because {type(loss).__name__} does not compare the "
+                "probabilities of a voxel. Use the mixing loss, or remove the term."
+            )
 
 
 def _require_powers(term: str, loss: nn.Module, powers: Mapping[str, float]) -> None:

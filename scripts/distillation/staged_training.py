@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.networks.teacher_spec import own_settings, teacher_head
+from scripts.networks.teacher_spec import check_spec, own_settings, teacher_head
 
 FINAL_FILES = ("model.pt", "manifest.json")  # written at the end of a training; the manifest last
 
@@ -68,6 +68,7 @@ def gkd_stages(
         ),
     ]
     for name, spec in teachers.items():
+        check_spec(name, spec)
         if not spec.get("architecture") or own_settings(spec) or not isinstance(spec.get("weights") or "", str):
             raise ValueError(
                 f"gkd needs for each teacher an architecture, one weights file and no settings of its own; {name} has "

@@ -53,6 +53,18 @@ def _confidence(losses: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
     return torch.where(only_one, torch.ones_like(share), (1 - share) / others)
 
 
+def check_weighting(mode: str, teachers: int, static: Sequence[float] | None = None) -> None:
+    """Check the weighting of a number of teachers.
+
+    Raises:
+        ValueError: the mode is unknown; its static weights are missing or do not fit.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown weighting {mode!r}: choose one of {', '.join(MODES)}.")
+    if mode == "static" and (static is None or len(static) != teachers or min(static) < 0 or sum(static) <= 0):
+        raise ValueError(f"static weighting needs {teachers} weights >= 0 and not all 0, got {static}.")
+
+
 def teacher_weights(
     mode: str,
     logits: Sequence[torch.Tensor],
@@ -79,19 +91,16 @@ def teacher_weights(
         regions: the classes of each channel of a sigmoid head; None for a softmax, or for a single channel.
 
     Raises:
-        ValueError: the mode is unknown, or its label or static weights are missing or do not fit.
+        ValueError: the mode needs a label that is missing, or ``check_weighting`` refuses it.
     """
-    if mode not in MODES:
-        raise ValueError(f"Unknown weighting {mode!r}: choose one of {', '.join(MODES)}.")
+    check_weighting(mode, available.shape[1], static)
     detached = [z.detach().float() for z in logits]
     if detached[0].shape[1] == 1:
         regions = regions or [[1]]
     if mode == "mean":
         weights = torch.ones_like(available, dtype=torch.float32)
     elif mode == "static":
-        if static is None or len(static) != available.shape[1] or min(static) < 0 or sum(static) <= 0:
-            raise ValueError(f"static weighting needs {available.shape[1]} weights >= 0 and not all 0, got {static}.")
-        weights = torch.tensor(list(static), device=available.device).float().expand(available.shape)
+        weights = torch.tensor(list(static or ()), device=available.device).float().expand(available.shape)
     elif mode == "confidence":
         if label is None:
             raise ValueError("confidence weighting needs the label.")

@@ -40,8 +40,8 @@ class MemoryRelationLoss(nn.Module):
     published projection head.
 
     The first step compares the batch with itself. Every teacher has queues of its own (``source``). They are part of
-    ``state_dict``, so that a resumed training continues with them; in eval() they do not change. With several
-    processes, each keeps the features of its own images.
+    ``state_dict``, so that a resumed training continues with them; in eval() they do not change. Features that are NaN
+    or infinite are not kept. With several processes, each keeps the features of its own images.
 
     Config::
 
@@ -117,6 +117,7 @@ class MemoryRelationLoss(nn.Module):
             shares = class_shares(label, maps[0])
             for k, klass in enumerate(occurring_classes(label).tolist()):
                 new = torch.cat([self._entries(c, share) for c, share in zip(cells_t, shares[:, k], strict=True)])
+                new = new[new.isfinite().all(dim=1)]  # a NaN would stay for many steps
                 kept = [queues[int(klass)].to(new)] if int(klass) in queues else []
                 queues[int(klass)] = torch.cat([*kept, new])[-self.size :]
         if not queues:

@@ -75,6 +75,8 @@ class DISTLoss(nn.Module):
         ValueError: ``inter`` or ``intra`` is negative, or ``temperature`` is not positive.
     """
 
+    of_probabilities = True  # see DistillationLoss
+
     def __init__(
         self, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0, per_sample: bool = False
     ) -> None:

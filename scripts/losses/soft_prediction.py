@@ -41,6 +41,8 @@ class SoftPredictionLoss(nn.Module):
         ValueError: ``temperature`` is not positive.
     """
 
+    of_probabilities = True  # see DistillationLoss
+
     def __init__(self, temperature: float | None = None) -> None:
         super().__init__()
         if temperature is not None:

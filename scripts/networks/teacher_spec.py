@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
 from scripts.utils.task_file import read_task, task_path
@@ -88,13 +90,19 @@ def teacher_identity(spec: Spec) -> dict[str, Any]:
 
 
 def check_spec(name: str, spec: Spec) -> None:
-    """Check the keys of a teacher's specification, and the form of their values.
+    """Check the name of a teacher, the keys of its specification, and the form of their values.
 
     Raises:
-        ValueError: an unknown key, a missing one, not exactly one of ``ORIGINS``, or a value of another form.
+        ValueError: a name that no module or folder can have, an unknown key, a missing one, not exactly one of
+            ``ORIGINS``, or a value of another form.
     """
     if name == "student":
         raise ValueError("No teacher can be named student. Name it: --teacher NAME=student=WEIGHTS.")
+    if not name or set(name) & set("./\\") or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"No teacher can be named {name!r}: it has a dot or a slash, or PyTorch uses the name. Choose another: "
+            "--teacher NAME=ARCHITECTURE=WEIGHTS."
+        )
     for key in spec:
         if key not in SPEC_KEYS:
             hint = did_you_mean(key, SPEC_KEYS)

@@ -15,10 +15,14 @@ from ignite.engine import Engine, Events
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.runtime.task_record import value_differences
+from scripts.training.accumulation import completes_step
 from scripts.training.training_record import differences, write_task
+from scripts.utils.task_file import read_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 
 logger = logging.getLogger(__name__)
+
+OF_THE_RUN = ("trainer", "seed", "record", "scaler")  # parts of a state that are no object; "scaler" is optional
 
 
 def check_folder(
@@ -96,12 +100,34 @@ def _require_same_run(path: Path, state: Mapping[str, Any], record: Mapping[str,
         raise ValueError(_is_another_run(path, clauses))
 
 
-def _is_another_run(path: Path, clauses: Sequence[str]) -> str:
-    found = "; ".join(dict.fromkeys(clauses))
-    return (
-        f"{path} is from a different run: {found}. Resume with the same settings, data and number of processes, or "
-        "choose another --output-dir."
-    )
+def _is_another_run(
+    path: str | Path,
+    clauses: Sequence[str],
+    remedy: str = "Resume with the same settings, data and number of processes, or choose another --output-dir.",
+) -> str:
+    return f"{path} is from a different run: {'; '.join(dict.fromkeys(clauses))}. {remedy}"
+
+
+def require_same_stage(weights: str | Path, record: Mapping[str, Any]) -> None:
+    """Refuse the final weights of a training that this run would train otherwise, with every difference.
+
+    Weights without a record, of an older version, are used with a warning.
+
+    Args:
+        weights: file of the weights.
+        record: what this run would train on, see ``scripts.training.training_record``.
+
+    Raises:
+        ValueError: the record beside the weights is of other data, settings or start weights, or cannot be read.
+    """
+    saved = read_task(weights)
+    if saved is None:
+        logger.warning("%s has no record of its data and settings. Make sure that they are those of this run.", weights)
+        return
+    clauses = differences(saved, record) + value_differences("epochs", saved.get("epochs"), record.get("epochs"))
+    if clauses:
+        remedy = "Choose another --stages-dir, or train all stages again by --set overwrite=true."
+        raise ValueError(_is_another_run(weights, clauses, remedy))
 
 
 class TrainingCheckpoint:
@@ -124,8 +150,8 @@ class TrainingCheckpoint:
         overwrite: without ``resume``, remove the states of an earlier run; by default such a folder is rejected.
         record: what the network is trained on, see ``scripts.training.training_record``. It is kept in the state, and
             written beside the final weights.
-        average: keeps an average of ``model``'s weights. It is updated after every step and kept in the state, and its
-            weights are the final ones.
+        average: keeps an average of ``model``'s weights. It is updated after every step of the optimizer and kept in
+            the state, and its weights are the final ones.
     """
 
     def __init__(
@@ -154,11 +180,15 @@ class TrainingCheckpoint:
         """Register with a trainer."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.average is not None:
-            update = self.average.update_parameters
-            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: update(self.objects["model"]))
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.update_average)
         if engine.state.rank == 0:  # MONAI's workflows set their rank
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
             engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def update_average(self, engine: Any) -> None:
+        """Update the average of the weights if the optimizer has changed them."""
+        if self.average is not None and completes_step(engine):
+            self.average.update_parameters(self.objects["model"])
 
     def load(self, engine: Any) -> None:
         """Restore every object and the trainer's epoch if ``resume`` is set and a state exists.
@@ -182,6 +212,12 @@ class TrainingCheckpoint:
         missing = sorted({*self.objects, "trainer"} - set(state))
         if missing:
             raise ValueError(f"{path} contains no state of {', '.join(missing)}: it is from another kind of run.")
+        unused = sorted(set(state) - {*self.objects, *OF_THE_RUN})
+        if unused:
+            raise ValueError(
+                f"{path} contains a state of {', '.join(unused)}, which this run does not use. Resume with the options "
+                "of the earlier run, or choose another --output-dir."
+            )
         if self.record and not state.get("record"):
             logger.warning(
                 "%s holds no record of its data and settings, because an older version wrote it. Make sure that they "

@@ -14,6 +14,7 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from scripts.data.sampling import mixed_seed
+from scripts.training.accumulation import completes_step
 from scripts.utils.run_manifest import torch_usage, write_manifest
 
 
@@ -85,6 +86,8 @@ class SeedEpochs:
 class GradientClipping:
     """Handler: scale the gradients of a step down to a norm, where they are larger.
 
+    Gradients that are accumulated over several iterations are scaled once, as a sum.
+
     Args:
         norm: largest norm of all gradients together.
     """
@@ -98,6 +101,8 @@ class GradientClipping:
 
     def __call__(self, engine: Any) -> None:
         """Clip the gradients after they are computed and before the optimizer uses them."""
+        if not completes_step(engine):
+            return
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]

@@ -45,7 +45,10 @@ NAMES_SHOWN = 5  # cases that a sentence names
 
 
 def training_record(
-    split: Sequence[Sequence[Item]], settings: Mapping[str, Any], teachers: Mapping[str, Any] | None = None
+    split: Sequence[Sequence[Item]],
+    settings: Mapping[str, Any],
+    teachers: Mapping[str, Any] | None = None,
+    built_on: Mapping[str, str] | None = None,
 ) -> Record:
     """Describe a training by plain values.
 
@@ -57,11 +60,12 @@ def training_record(
         settings: name -> value of every further setting, such as ``spacing``.
         teachers: name -> ``weights``, a file or None for random weights. No teacher is built here, because that would
             draw random numbers before the student does.
+        built_on: name -> file of further weights that the training needs, ``""`` for random weights.
 
     Returns:
         The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
-        ``optimizer``, ``teachers_sha256``, ``training_cases``, ``validation_cases``, ``bundle_version`` and
-        ``git_commit``.
+        ``optimizer``, ``teachers_sha256``, ``built_on_sha256``, ``training_cases``, ``validation_cases``,
+        ``bundle_version`` and ``git_commit``.
     """
     record = {str(key): _plain(value) for key, value in settings.items()}
     parser = running_parser()
@@ -74,6 +78,8 @@ def training_record(
         record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
     if teachers:
         record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
+    if built_on:
+        record["built_on_sha256"] = {name: _checksum({"weights": file}) for name, file in built_on.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
 
@@ -214,6 +220,7 @@ def require_same_teachers(
     settings: Mapping[str, Any],
     split: Sequence[Sequence[Item]] = (),
     ignore: bool = False,
+    patch: Sequence[int] | None = None,
 ) -> None:
     """Refuse teachers that were trained with other settings than they are used with; see ``require_same_task``.
 
@@ -223,10 +230,12 @@ def require_same_teachers(
     Args:
         specs: name of a teacher -> its specification; a teacher without weights or record is accepted, and its own
             settings take the place of the task's.
-        settings: ``intensity``, ``spacing`` in mm, ``labels``, ``head``, ``sigmoid_regions`` and ``patch`` in voxels of
-            this run; the patch is compared for architectures with a fixed patch only, the regions for a sigmoid head.
+        settings: ``intensity``, ``spacing`` in mm, ``labels``, ``head`` and ``sigmoid_regions`` of this run; the
+            regions are compared for a sigmoid head only.
         split: training and validation cases of this run.
         ignore: log the contradictions as a warning instead.
+        patch: of this run in voxels, compared for architectures with a fixed patch only; None for cached teachers,
+            which get no patch.
     """
     validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
     heads = {}
@@ -242,8 +251,8 @@ def require_same_teachers(
             used = {**_own_or_task(settings, spec), "head": heads[name]}
             if heads[name] == HEAD["head"]:
                 used.pop("sigmoid_regions", None)
-            if not (spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch):
-                used.pop("patch", None)
+            if patch and spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch:
+                used["patch"] = spec.get("patch") or patch
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
             own = own_settings(spec)
             advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
@@ -261,7 +270,7 @@ def require_same_teachers(
 
 def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a teacher is used with: its own or the task's; no labels beside own classes."""
-    own = {key: spec[key] for key in ("modalities", "spacing", "patch") if spec.get(key)}
+    own = {key: spec[key] for key in ("modalities", "spacing") if spec.get(key)}
     intensity = {**settings.get("intensity", {}), **(spec.get("intensity") or {})}
     used = {**settings, **own, "intensity": intensity}
     if spec.get("classes"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
-from scripts.losses import AttentionMapLoss, SoftPredictionLoss
+from scripts.losses import AttentionMapLoss, ChannelWiseDivergence, DISTLoss, SoftPredictionLoss
 from scripts.networks import ChannelAdapter, Student
 
 TAPS = {"body": {"student": "body", "ct": "body", "petmr": "body"}}
@@ -265,6 +265,25 @@ def test_probabilities_are_mixed_at_the_default_temperature_of_the_loss(channels
     assert loss.logged["soft"] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", [SoftPredictionLoss(), SoftPredictionLoss(3.0), DISTLoss(temperature=2.0)])
+def test_a_student_that_predicts_as_its_teachers_has_no_loss_of_the_mixture(loss):
+    distiller = build()
+    logits = 3 * torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(4))
+    outputs = {**distiller(image()), **dict.fromkeys(("logits", "ct.logits", "petmr.logits"), logits)}
+    mixture = criterion(distiller, loss, mixing="probability")
+    mixture(outputs, label())
+    assert mixture.logged["soft"] == pytest.approx(0, abs=1e-6)
+
+
+def test_probabilities_are_mixed_only_for_losses_that_compare_them():
+    # A mixture's logits are the logarithm of its probabilities, which is another map over space than the logits.
+    with pytest.raises(ValueError, match=r"Term 'soft' cannot use the mixing probability, because ChannelWiseDiverg"):
+        criterion(build(), ChannelWiseDivergence(), mixing="probability")
+    features = {"body": {"tap": "body", "weight": 1, "loss": AttentionMapLoss()}}
+    with pytest.raises(ValueError, match="The mixing probability needs a term on the tap logits"):
+        DistillationLoss(magnitude, build(taps=TAPS), features, mixing="probability")
+
+
 def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
     distiller = build()
     loss, outputs = criterion(distiller), distiller(image())
@@ -278,7 +297,8 @@ def test_a_warm_up_factor_of_zero_leaves_the_segmentation_loss():
 @pytest.mark.parametrize("present", [[[1, 0, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]])  # petmr in none, in one
 def test_an_unavailable_teacher_contributes_nothing_even_if_it_predicts_nan(mixing, weighting, present):
     distiller = build()
-    loss = criterion(distiller, weight=1.0, weighting=weighting, static=[1.0, 1.0], mixing=mixing)
+    static = [1.0, 1.0] if weighting == "static" else None
+    loss = criterion(distiller, weight=1.0, weighting=weighting, static=static, mixing=mixing)
     outputs = distiller(image(), torch.tensor(present).bool())
     absent = ~outputs["available"][:, 1]
     outputs["petmr.logits"][absent] = float("nan")
@@ -312,8 +332,25 @@ def test_wrong_terms_and_mixings_are_refused():
         criterion(distiller)
     with pytest.raises(ValueError, match=r"Term 'x' uses the unknown tap 'deep'\. Known taps are: logits, body"):
         DistillationLoss(magnitude, distiller, {"x": {"tap": "deep", "weight": 1, "loss": nn.MSELoss()}})
+    soft = {"tap": "logits", "weight": 1, "loss": SoftPredictionLoss()}
+    with pytest.raises(ValueError, match="No term can be named segmentation, as the segmentation loss is: rename it"):
+        DistillationLoss(magnitude, build(), {"segmentation": soft})
     with pytest.raises(ValueError, match="Unknown mixing 'sum': choose loss or probability"):
         criterion(build(), mixing="sum")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "foo"}, "Unknown weighting 'foo'"),
+        ({"weighting": "static"}, "static weighting needs 2 weights >= 0 and not all 0, got None"),
+        ({"weighting": "static", "static": [1, 2, 3]}, "static weighting needs 2 weights"),
+        ({"static": [1, 2]}, "The weighting mean does not use static weights"),
+    ],
+)
+def test_a_weighting_is_judged_before_the_first_step(options, message):
+    with pytest.raises(ValueError, match=message):
+        criterion(build(), **options)
 
 
 class Fuse(nn.Module):

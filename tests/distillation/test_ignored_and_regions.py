@@ -68,9 +68,11 @@ def outputs(student: Tensor, available: Any = ((True, True), (True, False))) -> 
 
 
 @pytest.mark.parametrize("regions", [None, NESTED])
-@pytest.mark.parametrize("mixing", ["loss", "probability"])
 @pytest.mark.parametrize("weighting", ["mean", "confidence", "entropy"])
-@pytest.mark.parametrize("name", ON_LOGITS)
+@pytest.mark.parametrize(
+    ("name", "mixing"),
+    [*((name, "loss") for name in ON_LOGITS), *((name, "probability") for name in ("kl", "dist", "per sample"))],
+)
 def test_the_students_logits_at_ignored_voxels_change_no_loss(
     name: str, weighting: str, mixing: str, regions: Any
 ) -> None:

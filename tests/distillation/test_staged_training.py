@@ -36,6 +36,13 @@ def test_a_single_epoch_is_refused() -> None:
         gkd_stages(Path("s"), TEACHERS, 1)
 
 
+def test_a_teacher_that_cannot_be_used_is_refused_before_any_stage() -> None:
+    with pytest.raises(ValueError, match=r"No teacher can be named 'v1\.2"):
+        gkd_stages(Path("s"), {"v1.2": TEACHERS["one"]}, 20)
+    with pytest.raises(ValueError, match="has the unknown key 'weigths'"):
+        gkd_stages(Path("s"), {"one": {**TEACHERS["one"], "weigths": "two.pt"}}, 20)
+
+
 def test_a_training_is_finished_when_its_manifest_exists(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
     (tmp_path / "model.pt").write_text("")

@@ -63,6 +63,27 @@ def test_later_steps_compare_with_the_cells_of_earlier_batches_too(pair, normal)
     assert loss(*pair, LABEL).item() == pytest.approx(reference(*pair, memory, 0.5), rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("pixel", 23), ("region", 1)])
+def test_features_that_are_not_finite_are_not_kept(kind, kept, pair, normal):
+    loss, broken = MemoryRelationLoss(kind), normal(SHAPE, 2)
+    broken[0, 1, 0, 0, 0] = float("nan")  # the first cell of the first image
+    assert loss(normal(SHAPE, 3), broken, LABEL * 0).isnan()  # FiniteSteps skips this step
+    memory = loss.queues[""][0]
+    assert len(memory) == kept
+    expected = cells(broken).reshape(-1, 4)[1:] if kind == "pixel" else region(broken, 1, 0)[None]
+    # From the second cell on, all of them; of the regions that of the second image.
+    np.testing.assert_allclose(memory.numpy(), expected, atol=1e-6)
+    loss.eval()
+    assert loss(*pair, LABEL).item() == pytest.approx(reference(*pair, memory.double().numpy()), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "region"])
+def test_a_memory_without_a_finite_feature_compares_nothing(kind, pair):
+    loss = MemoryRelationLoss(kind)
+    loss(pair[0], pair[1] * float("inf"), LABEL)
+    assert loss.eval()(*pair, LABEL).item() == 0
+
+
 def test_a_region_is_the_mean_of_the_unit_features_of_a_class_in_an_image(pair):
     memory = np.stack([region(pair[1], 0, 0), region(pair[1], 1, 0), region(pair[1], 0, 1)])
     assert MemoryRelationLoss("region")(*pair, LABEL).item() == pytest.approx(reference(*pair, memory), rel=1e-5)

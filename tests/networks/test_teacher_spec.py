@@ -68,6 +68,18 @@ def test_no_teacher_is_named_as_the_student() -> None:
         check_spec("student", SPEC)
 
 
+@pytest.mark.parametrize("name", ["v1.2", "my.net", "half", "training", "keys", "", "a/b"])
+def test_a_name_that_no_module_can_have_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match=f"No teacher can be named '{name}': .*--teacher NAME=ARCHITECTURE=WEIGHTS"):
+        check_spec(name, SPEC)
+
+
+@pytest.mark.parametrize("name", ["v1_2", "CT and PET", "label", "network", "ü"])
+def test_other_names_are_those_of_modules(name: str) -> None:
+    check_spec(name, SPEC)
+    nn.ModuleDict({name: nn.Identity()})
+
+
 def test_settings_that_are_those_of_the_task_need_no_cache() -> None:
     same = {"spacing": [3.0, 3, 3], "patch": [16, 16, 16], "intensity": {"ct": [-200.0, 300.0], "pet": "zscore"}}
     (teacher,) = load_teachers({"one": {**SPEC, **same}}, **TASK).values()

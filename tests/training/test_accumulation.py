@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
-from torch import Tensor
+from monai.engines import SupervisedTrainer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scripts.report.curves import read_curves
 from scripts.training import handlers
+from scripts.training.accumulation import completes_step
+from scripts.training.checkpoint import TrainingCheckpoint
+from scripts.training.handlers import GradientClipping
+from scripts.training.mixed_precision import GradientScaling
 
 RATE, EPOCHS, CASES = 0.05, 2, 4
 SGD = {"_target_": "torch.optim.SGD", "params": "$@trained.parameters()", "lr": "@learning_rate"}
@@ -96,3 +103,57 @@ def test_an_epoch_ends_with_a_step_of_the_remaining_gradients_and_every_batch_is
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)  # of whole batches, not of their thirds
     assert [row["learning_rate"] for row in rows] == pytest.approx([RATE, RATE * 0.5**0.9])  # per epoch
     assert [(bar.total, bar.done) for bar in bars] == [(EPOCHS, EPOCHS)]
+
+
+def trainer_of(images: list[list[float]], window: int, *attached: Any, epochs: int = 1, scaled: bool = False) -> Any:
+    """A trainer of a linear map without bias from 0, by gradient descent of rate 1, whose gradients are the images."""
+    network = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    return SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=[{"image": torch.tensor([image]), "label": torch.zeros(1, 1)} for image in images],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=lambda prediction, label: (prediction - label).sum(),
+        decollate=False,
+        accumulation_steps=window,
+        train_handlers=[*([GradientScaling("cpu")] if scaled else []), *attached],
+        amp=scaled,
+        amp_kwargs={"enabled": False},
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_a_step_is_complete_where_the_optimizer_steps(window: int) -> None:
+    trainer = trainer_of([[1.0, 0.0]] * 5, window, epochs=2)
+    stepped, complete = [], []
+    trainer.optimizer.register_step_post_hook(lambda *_: stepped.append(trainer.state.iteration))
+
+    def note(engine: Engine) -> None:
+        complete.extend([engine.state.iteration] if completes_step(engine) else [])
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+    trainer.run()
+    assert complete == stepped
+    assert stepped[-1] == 10
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "float16"])
+def test_accumulated_gradients_are_clipped_once_as_a_sum(scaled: bool) -> None:
+    trainer = trainer_of([[3.0, 0.0], [0.0, 4.0], [0.6, 0.8]], 2, GradientClipping(1.25), scaled=scaled)
+    trainer.run()
+    # (3, 4) / 2 has the norm 2.5 and is halved; the last step is of (0.6, 0.8) / 2 alone, which is short enough.
+    expected = torch.tensor([0.75 + 0.3, 1.0 + 0.4])
+    torch.testing.assert_close(-trainer.network.weight.detach()[0], expected, rtol=1e-5, atol=0)
+
+
+def test_the_average_of_the_weights_counts_steps_of_the_optimizer_and_not_iterations(tmp_path: Path) -> None:
+    trainer = trainer_of([[2.0, 0.0]] * 4, 2)
+    average = AveragedModel(trainer.network, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    files = str(tmp_path / "checkpoint.pt"), str(tmp_path / "model.pt")
+    TrainingCheckpoint(*files, {"model": trainer.network}, average=average).attach(trainer)
+    trainer.run()
+    # The weight is -2 after the first step, with which the average begins, and -4 after the second.
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)["weight"]
+    torch.testing.assert_close(saved, torch.tensor([[0.75 * -2.0 + 0.25 * -4.0, 0.0]]))

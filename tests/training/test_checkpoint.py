@@ -232,6 +232,14 @@ def test_a_state_of_another_kind_of_run_is_refused_by_name(tmp_path):
         Run(tmp_path, 2, resume=True).start()
 
 
+def test_a_state_that_holds_more_than_this_run_uses_is_refused_by_name(tmp_path):
+    state = Run(tmp_path, 1, decay=0.9).start().saved()
+    write_atomically({**state, "scaler": {}}, tmp_path / "checkpoint.pt")  # of float16, which a CPU may go on without
+    with pytest.raises(ValueError, match=r"checkpoint\.pt contains a state of average, which this run does not use\."):
+        Run(tmp_path, 2, resume=True).start()
+    assert Run(tmp_path, 2, resume=True, decay=0.9).start().epochs == [2]
+
+
 def test_objects_without_the_network_are_refused():
     with pytest.raises(ValueError, match=r"must contain the network as 'model', got \['optimizer'\]"):
         TrainingCheckpoint("a.pt", "b.pt", {"optimizer": nn.Identity()})

@@ -90,6 +90,7 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     assert task["loss"] == {
         "_target_": "scripts.distillation.loss.DistillationLoss",
         "weighting": "mean",
+        "static": None,
         "regions": None,
         "unlabelled": False,
         "terms": {"hinton": term},
@@ -279,3 +280,39 @@ def test_a_teacher_of_another_spacing_is_refused_and_one_that_saw_the_validation
     assert "The teacher segresnet_pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text
     assert main([*student, "--set", "spacing=[12,12,9]", "--set", "ignore_task=true", "--set", "overwrite=true"]) == 0
     assert "this run's is [12, 12, 9]. ignore_task is set." in caplog.text
+
+
+def test_the_share_of_the_balance_is_part_of_the_record(tiny_bundle: Any, tmp_path: Path) -> None:
+    spec = {"pet": {"architecture": "dynunet", "modalities": ["pet"]}}
+    records = []
+    for configs, more in (((), {}), (("balanced",), {}), (("balanced",), {"balance": 0.5})):
+        parser = tiny_bundle(tmp_path, "distill", "methods/hinton", *configs, teacher_specs=spec, **more)
+        records.append(parser.get_parsed_content("record"))
+    papers, whole, half = records
+    assert differences(whole, papers) == ["its balance is 1.0, this run's is none"]
+    assert differences(whole, half) == ["its balance is 1.0, this run's is 0.5"]
+    older = {key: value for key, value in whole.items() if key != "balance"}
+    assert differences(older, whole) == []
+
+
+def test_the_teachers_of_a_cache_are_compared_as_those_that_run(
+    tiny_bundle: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, seen = tmp_path / "model.pt", [{"case_id": f"PHANTOM_00{i}", "patient_id": "P"} for i in range(1, 7)]
+    weights.touch()
+    record = {"spacing": [9.0, 9.0, 9.0], "patch": [64, 64, 64], "training_cases": seen}
+    task_path(weights).write_text(json.dumps(record))
+    options = {"cache_dir": str(tmp_path / "none")}
+    options["teacher_specs"] = {"pet": {"architecture": "unetr", "modalities": ["pet"], "weights": str(weights)}}
+    configs = ("distill", "methods/hinton", "cached")
+    with pytest.raises(RuntimeError) as error:  # of MONAI, which names the component
+        tiny_bundle(tmp_path / "a", *configs, **options).get_parsed_content("teachers")
+    assert "contradicts this run: its spacing is [9.0, 9.0, 9.0]" in str(error.value.__cause__)
+    assert "patch" not in str(error.value.__cause__)  # the cache gives no patch to UNETR, which takes one size only
+    with pytest.raises(RuntimeError) as error:
+        tiny_bundle(tmp_path / "c", *configs[:2], **options).get_parsed_content("teachers")
+    assert "its patch is [64, 64, 64], this run's is [16, 16, 16]" in str(error.value.__cause__)
+    with pytest.raises(RuntimeError) as error:
+        tiny_bundle(tmp_path / "b", *configs, **options, ignore_task=True).get_parsed_content("teachers")
+    assert "No cache of the teacher pet" in str(error.value.__cause__)
+    assert "The teacher pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text

@@ -102,9 +102,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the options of a verb. The options of a task's images are known only when the task is."""
     parser = build_parser()
     args, others = parser.parse_known_args(arguments)
-    unknown = take_images(args, others) if others else []
+    unknown, sentence = take_images(args, others) if others else ([], "")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'. ' * bool(sentence)}{sentence}")
     return args
 
 

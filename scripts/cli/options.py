@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from scripts.cli.config import config_names
+from scripts.cli.config import SEPARATOR, config_names, read_config
 from scripts.cli.suv_options import suv_values
 from scripts.cli.task import is_file, task_name
 from scripts.utils.json_files import read_object
@@ -325,7 +325,20 @@ def _weights(text: str) -> str | list[str] | None:
 
 
 def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:
-    """The config overrides of ``--teachers-dir`` and ``--teacher``."""
+    """The config overrides of ``--teachers-dir`` and ``--teacher``.
+
+    Raises:
+        ValueError: see ``teacher_specs``, or no teacher is named, and the default teachers need other modalities.
+    """
     specs = teacher_specs(args, modalities)
+    named = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
+    if not specs and not named & {"teachers", "teacher_specs"}:
+        defaults = read_config("distill")["teacher_specs"].values()
+        missing = [modality for spec in defaults for modality in spec["modalities"] if modality not in modalities]
+        if missing:
+            raise ValueError(
+                f"This task has no {', '.join(missing)} for the three default teachers, only {', '.join(modalities)}. "
+                "Name yours: --teacher ARCHITECTURE=WEIGHTS."
+            )
     values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled}
     return {key: value for key, value in values.items() if value}

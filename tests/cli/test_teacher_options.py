@@ -61,7 +61,7 @@ def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
     spec = {"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}}
     path.write_text(json.dumps(spec))
     overrides = teachers_overrides(
-        argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False), ALL
+        argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False, set=[]), ALL
     )
     assert overrides == {"teacher_specs": {"mine": {"modalities": ALL, **spec}}}
 
@@ -81,4 +81,33 @@ def test_a_teacher_that_is_no_teacher_is_refused_in_one_sentence(
     texts: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["distill", *(word for text in texts for word in ("--teacher", text)), "--dry-run"]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["distill", "cache-teachers"])
+def test_a_task_without_the_modalities_of_the_default_teachers_asks_for_teachers(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [verb, "--data", "hecktor21", "--dry-run"]
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        "error: This task has no mr for the three default teachers, only ct, pet. Name yours: --teacher "
+        "ARCHITECTURE=WEIGHTS.\n"
+    )
+    for more in (["--teacher", "dynunet=random"], ["--set", "teacher_specs={}"], ["--set", "+teachers#ct=null"]):
+        assert main([*command, *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "sentence"),
+    [
+        ("distill", "error: No weights at RUNS/teacher_ct/model.pt: train the network first or check the path."),
+        ("cache-teachers", "error: There is no file RUNS/teacher_ct/model.pt. Make it first, or check the path."),
+    ],
+)
+def test_missing_weights_of_a_teacher_are_named_in_a_sentence(
+    verb: str, sentence: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--dataset-dir", str(cohort), "--teachers-dir", "RUNS", "--output-dir", str(tmp_path), "--device", "cpu"]
+    assert main([verb, "--data", "phantom", *where]) == 1
     assert sentence in capsys.readouterr().err

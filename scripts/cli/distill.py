@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
+from scripts import bundle_root
+from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle, run_training
 from scripts.cli.config import config_names, read_config
 from scripts.cli.options import (
     Parser,
@@ -31,7 +32,8 @@ from scripts.cli.student_options import (
 EXAMPLE = (
     "python -m scripts distill --list\n"
     "python -m scripts distill --data sts --dataset-dir DATA --teachers-dir RUNS --output-dir RUNS/distilled\n"
-    "python -m scripts distill --data sts --dataset-dir DATA --method dist --teacher dynunet=RUNS/teacher/model.pt"
+    "python -m scripts distill --data sts --dataset-dir DATA --method dist --teacher dynunet=RUNS/teacher/model.pt "
+    "--output-dir RUNS/dist"
 )
 DEFAULT_METHOD = "teachformer"
 STAGED_METHOD = "gkd"  # trains headers for the student and every teacher before it distils
@@ -58,7 +60,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--stages-dir", metavar="DIR", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
     add_student_options(parser)
     add_training_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/distilled in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         configs.append("balanced")
         overrides["balance"] = args.balance
     configs += multi_gpu_configs(args)
-    run_bundle(args, configs, overrides)
+    run_training(args, configs, overrides)
 
 
 def method_list() -> str:
@@ -107,7 +109,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     from scripts.distillation.staged_training import gkd_stages, is_finished
 
     epochs = int(config["max_epochs"])
-    folder = Path(args.stages_dir or Path(args.output_dir or "runs/distilled") / "stages")
+    folder = Path(args.stages_dir or Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled") / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared.pop("pretrained", None)
     shared |= loss_overrides(args)

@@ -50,7 +50,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--curves", nargs="+", metavar="FILE", help="curves.csv files to draw in the report")
     add_single_file_option(parser)
     add_engine_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/evaluation in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def add_options(parser: Parser) -> None:
         metavar="DIR",
         help="also write a folder that segments without the bundle: program, network, task, requirements, Dockerfile",
     )
-    add_common_options(parser)
+    add_common_options(parser, output="beside the weights")
 
 
 def run(args: argparse.Namespace) -> None:

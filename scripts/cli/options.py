@@ -33,8 +33,8 @@ def positive_int(text: str) -> int:
     return number
 
 
-def add_common_options(parser: Parser) -> None:
-    """Options of every verb."""
+def add_common_options(parser: Parser, output: str = "") -> None:
+    """Options of every verb; ``output`` is the default folder of its results, in words, where it writes any."""
     group = parser.add_argument_group("data and output")
     group.add_argument(
         "--data",
@@ -47,7 +47,8 @@ def add_common_options(parser: Parser) -> None:
     group.add_argument(
         "--data-list", metavar="FILE", help="table of cases (.csv, .tsv, .json) instead of a known layout"
     )
-    group.add_argument("--output-dir", metavar="DIR", help="folder for all results")
+    default = f" (default: {output})" if output else ""
+    group.add_argument("--output-dir", metavar="DIR", help=f"folder for all results{default}")
     group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
     group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")
     group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")

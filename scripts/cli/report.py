@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--baseline", default="", metavar="NAME", help="evaluation that the others are compared with")
     parser.add_argument("--title", default="Comparison", help="title of the page")
     add_single_file_option(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/report")
 
 
 def run(args: argparse.Namespace) -> None:

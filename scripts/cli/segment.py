@@ -51,7 +51,7 @@ def add_options(parser: Parser) -> None:
     add_engine_options(parser)
     add_export_option(parser)
     add_suv_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/segment, for several cases")
     parser.set_defaults(measures=None, bbox_mm=None)
 
 

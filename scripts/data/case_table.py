@@ -104,8 +104,8 @@ def _make_item(
         )
     if unknown:
         raise ValueError(
-            f"{where}: unknown column {', '.join(unknown)}. Use {', '.join(columns)}. For other modalities describe the "
-            "data in a task file, for --data (docs/how_to/own_data.md)."
+            f"{where}: unknown column {', '.join(unknown)}. Use {', '.join(columns)}. For other modalities describe "
+            "the data in a task file, for --data (docs/how_to/own_data.md)."
         )
     item = {
         key: value.strip() if isinstance(value, str) and key not in keys else value

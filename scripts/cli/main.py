@@ -66,6 +66,7 @@ def build_parser() -> Parser:
         for name, module in group.items():
             verb = verbs.add_parser(
                 name,
+                prog=f"{parser.prog} {name}",
                 usage=f"{parser.prog} {name} [options]",
                 description=module.__doc__,
                 epilog=f"example:\n  {module.EXAMPLE.replace(chr(10), chr(10) + '  ')}",

@@ -238,7 +238,9 @@ def load_teachers(
             teacher = _build(
                 spec, outputs[name], all_modalities, own_patch, scale, options, rescale, heads[name], regions
             )
-            if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
+            if spec.get("architecture") in architecture_names():
+                _require_patch(teacher, len(spec["modalities"]), spec.get("out_channels") or outputs[name], own_patch)
+            else:  # only its answer shows whether it fits
                 advice = (
                     f"Its network needs {len(spec['modalities'])} input channels, and {outputs[name]} outputs or "
                     'the key "classes".'
@@ -250,6 +252,16 @@ def load_teachers(
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers
+
+
+def _require_patch(teacher: Teacher, in_channels: int, out_channels: int, patch: Sequence[int]) -> None:
+    """Refuse a patch that an included architecture does not take; its layers see sizes only, so that it costs little.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    advice = "Choose another patch for the task (--set patch=[X,Y,Z]), or another teacher."
+    check_network(copy.deepcopy(teacher.network).to("meta"), in_channels, out_channels, patch, advice=advice)
 
 
 def _require_usable(name: str, spec: Spec, outputs: int, other_input: str | None, cached: bool) -> None:

@@ -111,3 +111,14 @@ def test_missing_weights_of_a_teacher_are_named_in_a_sentence(
     where = ["--dataset-dir", str(cohort), "--teachers-dir", "RUNS", "--output-dir", str(tmp_path), "--device", "cpu"]
     assert main([verb, "--data", "phantom", *where]) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_patch_that_an_included_teacher_does_not_take_is_refused_before_the_training(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ["--data", "phantom", "--dataset-dir", str(cohort), "--set", "patch=[32,48,32]", "--device", "cpu"]
+    teacher = ["--teacher", "big=swinunetr=random", "--method", "hinton"]
+    assert main(["distill", *task, *teacher, "--output-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: The teacher big cannot be used: SwinUNETR cannot segment an image of 3 channels")
+    assert "must be divisible by 2**5. Choose another patch for the task (--set patch=[X,Y,Z]), or another" in error

@@ -19,6 +19,7 @@ Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
 FILE_ORIGINS = ("predictions", "nnunet")  # teachers that are a folder
 DEFAULT_DATA, DEFAULT_SCALE = "sts", "small"
+SCALES = "small: CPU (default); full: one GPU; demo and compare: smaller, of `make demo` and `benchmarks methods`"
 LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
@@ -62,7 +63,7 @@ def add_common_options(parser: Parser, output: str = "") -> None:
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--scale", choices=config_names("scale"), help="small: CPU (default); full: one GPU")
+    group.add_argument("--scale", choices=config_names("scale"), help=SCALES)
     group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
@@ -87,8 +88,13 @@ def add_training_options(parser: Parser) -> None:
 def add_network_options(parser: Parser, architecture: str | None) -> None:
     """Options that name a teacher's network."""
     names = ", ".join(config_names("teachers"))
+    default = f" (default: {architecture})" if architecture else ""
     parser.add_argument(
-        "--architecture", type=architecture_name, default=architecture, metavar="NAME", help=f"{names}, or a FILE.json"
+        "--architecture",
+        type=architecture_name,
+        default=architecture,
+        metavar="NAME",
+        help=f"{names}, or a FILE.json{default}",
     )
     parser.add_argument(
         "--modalities", nargs="+", metavar="MODALITY", help="input of the network, such as ct pet (default: all)"

@@ -61,3 +61,5 @@ def run(args: argparse.Namespace) -> None:
         args.single_file,
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")
+    if not cases:
+        print("It shows no images of the cases. For them, name the folder of the data set with --dataset-dir.")

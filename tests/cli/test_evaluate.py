@@ -38,6 +38,17 @@ def test_masks_of_another_program_have_the_name_of_their_folder(
     assert names(capsys.readouterr().out) == ["reader 1"]
 
 
+def test_a_report_without_the_data_set_says_that_it_shows_no_images(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(cohort, "masks", "EV")
+    hint = "It shows no images of the cases"
+    for more, said in (([], True), (["--dataset-dir", str(cohort)], False)):
+        capsys.readouterr()
+        assert main(["report", "--evaluations", "EV", "--output-dir", "OUT", *more]) == 0
+        assert (hint in capsys.readouterr().out) == said
+
+
 def test_evaluations_of_one_name_are_told_apart(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(cohort, "a/masks", "EV")
     evaluate(cohort, "b/masks", "EVb")

@@ -22,10 +22,10 @@ env: .venv/ready
 bench-env: env
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[benchmark,fast]" torch==2.13.0 torchvision==0.28.0
 
-# The main job on phantoms. Four large teachers learn from 20 phantoms "elsewhere": one sees all modalities, three see one
-# each. A small student learns from the 6 labelled phantoms of a "hospital": alone, with one teacher, with all four, and
-# with the label in the teacher's place (the control); three seeds each. All are tested on 8 phantoms that no network has
-# seen, in one report. Two trainings run at a time, on one thread each.
+# The main job on phantoms. Four large teachers learn from 16 of 20 phantoms "elsewhere" (the others validate): one sees all
+# modalities, three see one each. A small student learns from the 6 labelled phantoms of a "hospital": alone, with one
+# teacher, with all four, and with the label in the teacher's place (the control); three seeds each. All are tested on 8
+# phantoms that no network has seen, in one report. Two trainings run at a time, on one thread each.
 demo: env
 	@echo "demo: 10 to 14 minutes on two cores, environment included"
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/elsewhere

@@ -219,3 +219,10 @@ def run_bundle(args: argparse.Namespace, configs: Sequence[str], overrides: Over
         )
     finally:
         release()
+
+
+def run_training(args: argparse.Namespace, configs: Sequence[str], overrides: Overrides) -> None:
+    """Train by ``run_bundle``, with its arguments and errors, and print where the weights are."""
+    run_bundle(args, configs, overrides)
+    if not args.dry_run and os.environ.get("RANK", "0") == "0":
+        print(f"weights: {build_item(args, configs, overrides, 'final_weights')}")

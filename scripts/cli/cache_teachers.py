@@ -49,7 +49,7 @@ def add_options(parser: Parser) -> None:
         "--maps", action="store_true", help="also store the attention maps of Teach-Former, of --set attention_power=2"
     )
     group.add_argument("--rebuild", action="store_true", help="replace a cache of other weights or preprocessing")
-    add_common_options(parser)
+    add_common_options(parser, output="runs/teacher_cache in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import resolved_config
+from scripts.cli.config import read_config
 from scripts.cli.options import Parser, add_common_options, context_configs, image_rules, positive_int
 
 EXAMPLE = "python -m scripts check --data sts --dataset-dir DATA"
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         config["spacing"],
         config["classes"],
         config["ignore"],
+        config["splits_file"] == read_config("train")["splits_file"],
     )
     findings, cases = check_cohort(
         config["cohort"],

@@ -40,7 +40,7 @@ def add_options(parser: Parser) -> None:
     add_engine_options(parser)
     add_export_option(parser)
     add_suv_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/dicom")
     # Options of `segment`, which segments the chosen series.
     parser.set_defaults(stacked=None, bbox_mm=None, report=False, bids=False, no_measures=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import bundle_root
-from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle
+from scripts.cli.bundle_run import Overrides, build_item, resolved_config, run_bundle, run_training
 from scripts.cli.config import SEPARATOR, config_names, has_id, merge_configs, read_config
 from scripts.cli.options import (
     Parser,
@@ -33,7 +33,8 @@ from scripts.cli.student_options import (
 EXAMPLE = (
     "python -m scripts distill --list\n"
     "python -m scripts distill --data sts --dataset-dir DATA --teachers-dir RUNS --output-dir RUNS/distilled\n"
-    "python -m scripts distill --data sts --dataset-dir DATA --method dist --teacher dynunet=RUNS/teacher/model.pt"
+    "python -m scripts distill --data sts --dataset-dir DATA --method dist --teacher dynunet=RUNS/teacher/model.pt "
+    "--output-dir RUNS/dist"
 )
 DEFAULT_METHOD = "teachformer"
 STAGED_METHOD = "gkd"  # trains headers for the student and every teacher before it distils
@@ -69,7 +70,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--stages-dir", metavar="DIR", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
     add_student_options(parser)
     add_training_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/distilled in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         configs.append("balanced")
         overrides["balance"] = args.balance
     configs += multi_gpu_configs(args)
-    run_bundle(args, configs, overrides)
+    run_training(args, configs, overrides)
 
 
 def method_list() -> str:

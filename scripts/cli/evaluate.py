@@ -42,7 +42,9 @@ def add_options(parser: Parser) -> None:
     add_weights_option(parser)
     add_network_option(parser)
     add_network_options(parser, architecture=None)
-    parser.add_argument("--name", help="display name in tables and reports")
+    parser.add_argument(
+        "--name", help="display name in tables and reports (default: student; of --predictions their folder)"
+    )
     parser.add_argument("--fold", type=int, metavar="N", help="only the validation cases of this fold (default: all)")
     parser.add_argument(
         "--present", nargs="+", metavar="MODALITY", help="use only these modalities of each case (default: all)"
@@ -50,7 +52,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--curves", nargs="+", metavar="FILE", help="curves.csv files to draw in the report")
     add_single_file_option(parser)
     add_engine_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/evaluation in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         }
         if not has_weights:  # the network that made the masks is unknown
             overrides["score#weights"] = Expression("$None")
+            overrides.setdefault("name", Path(args.predictions).resolve().name)
     configs = ["inference", *context_configs(args)]
     if args.architecture:
         configs.append("teacher")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
+from scripts.cli.exported_run import require_trained_settings
 from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
@@ -33,7 +34,7 @@ def add_options(parser: Parser) -> None:
         metavar="DIR",
         help="also write a folder that segments without the bundle: program, network, task, requirements, Dockerfile",
     )
-    add_common_options(parser)
+    add_common_options(parser, output="beside the weights")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,12 +49,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write_runtime(args: argparse.Namespace, configs: list[str], overrides: Overrides) -> None:
-    """Export the weights for OpenVINO where that has not been done, and write the runtime folder."""
+    """Export the weights for OpenVINO where that has not been done, and write the runtime folder.
+
+    Raises:
+        ValueError: a setting contradicts the weights, the export failed, or the folder holds other files.
+    """
     from scripts.export.runtime_folder import write_runtime_folder
     from scripts.runtime.engines import UnavailableError
     from scripts.runtime.exported_files import read_export
 
     weights = weights_path(args)
+    inference = ["inference", *context_configs(args)]
+    config = resolved_config(args, inference, with_trained_settings(args, inference, {}))
+    require_trained_settings(args, config)  # exported files fit their weights, but not yet these settings
     try:
         is_exported = "probe" in read_export(weights)
     except UnavailableError:
@@ -64,10 +72,10 @@ def _write_runtime(args: argparse.Namespace, configs: list[str], overrides: Over
             run_bundle(args, configs, with_trained_task(args, configs, {**overrides, **formats}))
         except (ValueError, RuntimeError) as error:  # one precision was refused, or all
             print(f"warning: {error_sentence(error)}")
+    elif args.dry_run:
+        print(f"{weights} is exported already: no monai.bundle command is needed to write {args.runtime}")
     if args.dry_run:
         return
-    inference = ["inference", *context_configs(args)]
-    config = resolved_config(args, inference, with_trained_settings(args, inference, {}))
     folder = write_runtime_folder(weights, config, args.runtime)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"runtime: {folder} ({size / 2**20:.1f} MiB). Its README.md says how to run it.")

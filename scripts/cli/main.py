@@ -66,6 +66,7 @@ def build_parser() -> Parser:
         for name, module in group.items():
             verb = verbs.add_parser(
                 name,
+                prog=f"{parser.prog} {name}",
                 usage=f"{parser.prog} {name} [options]",
                 description=module.__doc__,
                 epilog=f"example:\n  {module.EXAMPLE.replace(chr(10), chr(10) + '  ')}",
@@ -102,9 +103,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the options of a verb. The options of a task's images are known only when the task is."""
     parser = build_parser()
     args, others = parser.parse_known_args(arguments)
-    unknown = take_images(args, others) if others else []
+    unknown, sentence = take_images(args, others) if others else ([], "")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'. ' * bool(sentence)}{sentence}")
     return args
 
 

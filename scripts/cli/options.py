@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from scripts.cli.config import config_names
+from scripts.cli.config import SEPARATOR, config_names, read_config
 from scripts.cli.suv_options import suv_values
 from scripts.cli.task import is_file, task_name
 from scripts.utils.json_files import read_object
@@ -19,6 +19,7 @@ Parser = argparse.ArgumentParser
 MULTI_GPU = "multi_gpu_train"  # the config of several processes
 FILE_ORIGINS = ("predictions", "nnunet")  # teachers that are a folder
 DEFAULT_DATA, DEFAULT_SCALE = "sts", "small"
+SCALES = "small: CPU (default); full: one GPU; demo and compare: smaller, of `make demo` and `benchmarks methods`"
 LABEL = "label"  # in a teacher's place: the control of every distillation
 
 
@@ -33,8 +34,8 @@ def positive_int(text: str) -> int:
     return number
 
 
-def add_common_options(parser: Parser) -> None:
-    """Options of every verb."""
+def add_common_options(parser: Parser, output: str = "") -> None:
+    """Options of every verb; ``output`` is the default folder of its results, in words, where it writes any."""
     group = parser.add_argument_group("data and output")
     group.add_argument(
         "--data",
@@ -47,7 +48,8 @@ def add_common_options(parser: Parser) -> None:
     group.add_argument(
         "--data-list", metavar="FILE", help="table of cases (.csv, .tsv, .json) instead of a known layout"
     )
-    group.add_argument("--output-dir", metavar="DIR", help="folder for all results")
+    default = f" (default: {output})" if output else ""
+    group.add_argument("--output-dir", metavar="DIR", help=f"folder for all results{default}")
     group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
     group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")
     group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
@@ -61,7 +63,7 @@ def add_common_options(parser: Parser) -> None:
         "--series-uid", action="append", metavar="UID", help="DICOM series to read where a folder holds several"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--scale", choices=config_names("scale"), help="small: CPU (default); full: one GPU")
+    group.add_argument("--scale", choices=config_names("scale"), help=SCALES)
     group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
@@ -86,8 +88,13 @@ def add_training_options(parser: Parser) -> None:
 def add_network_options(parser: Parser, architecture: str | None) -> None:
     """Options that name a teacher's network."""
     names = ", ".join(config_names("teachers"))
+    default = f" (default: {architecture})" if architecture else ""
     parser.add_argument(
-        "--architecture", type=architecture_name, default=architecture, metavar="NAME", help=f"{names}, or a FILE.json"
+        "--architecture",
+        type=architecture_name,
+        default=architecture,
+        metavar="NAME",
+        help=f"{names}, or a FILE.json{default}",
     )
     parser.add_argument(
         "--modalities", nargs="+", metavar="MODALITY", help="input of the network, such as ct pet (default: all)"
@@ -325,7 +332,20 @@ def _weights(text: str) -> str | list[str] | None:
 
 
 def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[str, Any]:
-    """The config overrides of ``--teachers-dir`` and ``--teacher``."""
+    """The config overrides of ``--teachers-dir`` and ``--teacher``.
+
+    Raises:
+        ValueError: see ``teacher_specs``, or no teacher is named, and the default teachers need other modalities.
+    """
     specs = teacher_specs(args, modalities)
+    named = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
+    if not specs and not named & {"teachers", "teacher_specs"}:
+        defaults = read_config("distill")["teacher_specs"].values()
+        missing = [modality for spec in defaults for modality in spec["modalities"] if modality not in modalities]
+        if missing:
+            raise ValueError(
+                f"This task has no {', '.join(missing)} for the three default teachers, only {', '.join(modalities)}. "
+                "Name yours: --teacher ARCHITECTURE=WEIGHTS."
+            )
     values = {"teachers_dir": args.teachers_dir, "teacher_specs": specs, "unlabelled": args.unlabelled}
     return {key: value for key, value in values.items() if value}

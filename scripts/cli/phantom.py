@@ -16,7 +16,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--first", type=positive_int, default=1, metavar="N", help="number of the first case: PHANTOM_<N> (default: 1)"
     )
-    add_common_options(parser)
+    add_common_options(parser, output="runs/phantom/data")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--baseline", default="", metavar="NAME", help="evaluation that the others are compared with")
     parser.add_argument("--title", default="Comparison", help="title of the page")
     add_single_file_option(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/report")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,3 +61,5 @@ def run(args: argparse.Namespace) -> None:
         args.single_file,
     )
     print(f"{table}\nreport: {Path(output) / 'report.html'}")
+    if not cases:
+        print("It shows no images of the cases. For them, name the folder of the data set with --dataset-dir.")

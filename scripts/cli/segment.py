@@ -51,7 +51,7 @@ def add_options(parser: Parser) -> None:
     add_engine_options(parser)
     add_export_option(parser)
     add_suv_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/segment, for several cases")
     parser.set_defaults(measures=None, bbox_mm=None)
 
 
@@ -63,7 +63,7 @@ def image_of(text: str) -> tuple[str, str]:
     return modality, path
 
 
-def take_images(args: argparse.Namespace, others: list[str]) -> list[str]:
+def take_images(args: argparse.Namespace, others: list[str]) -> tuple[list[str], str]:
     """Take ``--MODALITY FILE`` for each modality of the task from arguments that the verb does not know.
 
     Args:
@@ -71,17 +71,24 @@ def take_images(args: argparse.Namespace, others: list[str]) -> list[str]:
         others: the unknown arguments.
 
     Returns:
-        The arguments that are still unknown.
+        The arguments that are still unknown, and a sentence about the options of images where there are such.
+
+    Raises:
+        FileNotFoundError: there are unknown arguments, and no weights, which would name the modalities.
     """
     if "image" not in args:
-        return others
-    from scripts.cli.trained_task import task_of
+        return others, ""
+    from scripts.cli.trained_task import images_sentence, task_of, weights_path
+    from scripts.utils.task_file import task_path
 
     modalities = task_of(args)["modalities"]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for modality in modalities:
         parser.add_argument(f"--{modality}", dest="image", action="append", type=partial(_named_image, modality))
-    return parser.parse_known_args(others, args)[1]
+    unknown, weights = parser.parse_known_args(others, args)[1], weights_path(args)
+    if unknown and not (args.data or weights.is_file() or task_path(weights).is_file()):
+        raise FileNotFoundError(f"No weights at {weights}. Check --weights.")
+    return unknown, images_sentence(args, modalities)
 
 
 def _named_image(modality: str, path: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import measure_case, write_case_measures
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
 from scripts.cli.student_options import network_overrides
-from scripts.cli.trained_task import with_trained_settings, with_trained_task
+from scripts.cli.trained_task import images_sentence, with_trained_settings, with_trained_task
 
 if TYPE_CHECKING:
     from scripts.metrics.lesion_measures import Measures
@@ -101,7 +101,8 @@ def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[st
     images: dict[str, str] = {}
     for key, path in args.image or []:
         if key not in modalities:
-            raise ValueError(f"--image {key}={path}: {key} is no modality of this task. Use {', '.join(modalities)}.")
+            sentence = images_sentence(args, modalities)
+            raise ValueError(f"--image {key}={path}: {key} is no modality of this task. {sentence}")
         if key in images:
             raise ValueError(f"Two images are named as {key}: {images[key]} and {path}. Keep one.")
         images[key] = path

@@ -133,6 +133,8 @@ def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _require_class(path: str, definition: dict[str, Any], kind: str, example: str) -> dict[str, Any]:
+    """The definition, if its class exists and takes its arguments."""
+    package = "monai.losses" if kind == "loss" else "monai.networks.nets"
     target = definition.get("_target_")
     if not isinstance(target, str):
         raise ValueError(f'{path} names no {kind}. Add its class, such as "_target_": "{example}".')
@@ -142,4 +144,8 @@ def _require_class(path: str, definition: dict[str, Any], kind: str, example: st
         raise ValueError(f"{path}: {target} cannot be imported ({error.value}). Correct its module.") from error
     if not exists:
         raise ValueError(f"{path}: there is no {target}. Correct the name, or install its package.")
+    from scripts.networks.architecture import parameters, require_arguments
+
+    if parameters(target, package) is not None:  # MONAI finds names in other packages, too
+        require_arguments(f"{path}: {target}", definition, package)
     return definition

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.cli.bundle_run import run_bundle
+from scripts.cli.bundle_run import run_training
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_network_options(parser, architecture="unetr")
     add_training_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/teacher_MODALITIES in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     if args.modalities:
         network["teacher_modalities"] = args.modalities
     configs = ["train", *context_configs(args), "teacher", *multi_gpu_configs(args)]
-    run_bundle(args, configs, {**training_overrides(args), **network})
+    run_training(args, configs, {**training_overrides(args), **network})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.bundle_run import resolved_config, run_training
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     """Add the options of this verb."""
     add_student_options(parser)
     add_training_options(parser)
-    add_common_options(parser)
+    add_common_options(parser, output="runs/student in the bundle's folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,4 +34,4 @@ def run(args: argparse.Namespace) -> None:
     overrides = {**training_overrides(args), **network_overrides(args), **loss_overrides(args)}
     configs = ["train", *context_configs(args), *multi_gpu_configs(args)]
     require_own_loss_fits(args, resolved_config(args, configs, overrides))
-    run_bundle(args, configs, overrides)
+    run_training(args, configs, overrides)

@@ -103,7 +103,10 @@ def _make_item(
             "write them to a file, and name it with --set splits_file=FILE."
         )
     if unknown:
-        raise ValueError(f"{where}: unknown column {', '.join(unknown)}. Use {', '.join(columns)}.")
+        raise ValueError(
+            f"{where}: unknown column {', '.join(unknown)}. Use {', '.join(columns)}. For other modalities describe "
+            "the data in a task file, for --data (docs/how_to/own_data.md)."
+        )
     item = {
         key: value.strip() if isinstance(value, str) and key not in keys else value
         for key, value in row.items()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scripts.data.case_jobs import run_cases
 from scripts.data.case_list import CohortError, Item, datalist, missing_file
 from scripts.data.cohorts.nnunet_task import label_contradiction
+from scripts.data.folds import fold_problem
 from scripts.image_io.checks import (
     ERROR,
     LABEL,
@@ -61,6 +62,7 @@ class Criteria:
         spacing: of the network's grid in mm; None does not look for labels that vanish on it.
         classes: names of the classes.
         ignore: the label's value of voxels that count in no loss and no score.
+        makes_folds: whether a training would make the folds of the patients, and not read them from a file.
         one_grid: whether the data set's format requires that all files of a case have one grid.
     """
 
@@ -74,6 +76,7 @@ class Criteria:
     spacing: Sequence[float] | None = None
     classes: Sequence[str] | None = None
     ignore: float | None = None
+    makes_folds: bool = False
     one_grid: bool = False
 
     @property
@@ -124,7 +127,17 @@ def check_cohort(
         results = run_cases(partial(_check_case, criteria=criteria), cases, workers, "checking", _process_died)
         findings += [finding for result in results for finding in result.findings]
         findings += _absent_classes([result.classes for result in results], criteria)
+        findings += _fold_findings(cases) if criteria.makes_folds else []
     return findings, len(cases)
+
+
+def _fold_findings(cases: Sequence[Item]) -> list[Finding]:
+    """What stands in the way of a training with folds."""
+    try:
+        problem = fold_problem(cases)
+    except USER_ERRORS as error:
+        return [Finding(ERROR, str(error))]
+    return [Finding(WARNING, f"A training will be refused: {problem}")] if problem else []
 
 
 def _absent_classes(classes: Sequence[set[int] | None], criteria: Criteria) -> list[Finding]:

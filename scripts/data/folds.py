@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from scripts.data.case_list import TEST, Item
@@ -15,9 +15,21 @@ from scripts.utils.file_names import nfc
 logger = logging.getLogger(__name__)
 
 CASES = ("training", "validation", "all")
+FOLDS = 5
 
 
-def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> list[list[str]]:
+def too_few_patients(patients: Collection[str], folds: int = FOLDS) -> str:
+    """Why patients cannot be divided into folds, and what to do; empty if they can."""
+    if len(patients) >= folds:
+        return ""
+    problem = f"{len(patients)} patient(s) cannot fill {folds} folds."
+    if len(patients) < 2:
+        return f"{problem} Add cases of other patients: one validates, the others train."
+    example = json.dumps({"seed": 0, "folds": [[patient] for patient in sorted(patients)]}, ensure_ascii=False)
+    return f"{problem} Write the folds to a file, such as {example}, and name it: --set splits_file=FILE."
+
+
+def make_splits(patient_ids: Iterable[str], folds: int = FOLDS, seed: int = 0) -> list[list[str]]:
     """Divide patients into folds whose sizes differ by at most one, independent of the order of the ids.
 
     Raises:
@@ -26,8 +38,9 @@ def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> li
     patients = sorted(set(patient_ids))
     if folds < 2:
         raise ValueError(f"Cross-validation needs at least 2 folds, got {folds}.")
-    if len(patients) < folds:
-        raise ValueError(f"{len(patients)} patient(s) cannot fill {folds} folds. Use fewer folds.")
+    problem = too_few_patients(patients, folds)
+    if problem:
+        raise ValueError(problem)
     from monai.data import partition_dataset  # here, so that listing cases does not load MONAI
 
     parts = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed)
@@ -35,7 +48,7 @@ def make_splits(patient_ids: Iterable[str], folds: int = 5, seed: int = 0) -> li
 
 
 def fold_split(
-    cases: Sequence[Item], fold: int | None = 0, folds: int = 5, seed: int = 0, file: str | Path | None = None
+    cases: Sequence[Item], fold: int | None = 0, folds: int = FOLDS, seed: int = 0, file: str | Path | None = None
 ) -> tuple[list[Item], list[Item]]:
     """Divide the cases into training and validation; validation has the patients of one fold.
 
@@ -86,6 +99,16 @@ def fold_split(
     validation_patients = set(splits[fold])
     training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
     return training, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
+
+
+def fold_problem(cases: Sequence[Item]) -> str:
+    """Why the labelled cases of a data set cannot be divided into folds, as a sentence; empty if they can.
+
+    Raises:
+        ValueError: the data set puts a patient into two folds.
+    """
+    labelled = [case for case in cases if case.get("label") and case.get("partition") != TEST]
+    return too_few_patients(_patients(labelled)) if labelled and not _own_folds(labelled) else ""
 
 
 def _own_folds(cases: Iterable[Item]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def compare(
         ignore: likewise.
         mask_values: likewise.
         baseline: name of the evaluation that the others are compared with, if any.
-        average_seeds: average the evaluations of one name case by case, see ``group_seeds``.
+        average_seeds: average the evaluations of one name case by case, see ``group_seeds``; otherwise their folders
+            tell them apart.
         single_file: write the report as one file, instead of a page and the folder ``report_files``.
 
     Returns:
@@ -73,6 +75,8 @@ def compare(
         summary = read_summary(path)
         rows = add_centres(read_rows(Path(folder) / "cases.csv"), [*evaluated_cases(folder), *cases])
         runs.append({**summary, "rows": rows, "folder": folder})
+    if not average_seeds:
+        runs = _with_own_names(runs)
     names = [str(run["name"]) for run in runs]
     if baseline and baseline not in names:
         raise ValueError(f"No evaluation is named {baseline}. Choose one of {', '.join(names)} as --baseline.")
@@ -98,3 +102,9 @@ def compare(
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table
+
+
+def _with_own_names(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations, with the folder behind a name that several of them have."""
+    count = Counter(run["name"] for run in runs)
+    return [{**run, "name": f"{run['name']} ({run['folder']})"} if count[run["name"]] > 1 else run for run in runs]

@@ -96,6 +96,8 @@ def score(
             written) no mask that can be scored.
         FileNotFoundError: the folder of masks does not exist.
     """
+    if not cases:
+        raise ValueError("No cases to score. Name the folder of the data set with --dataset-dir (--dataset_dir).")
     scored_cases = [case for case in cases if "label" in case]
     if not scored_cases:
         raise ValueError(f"None of the {len(cases)} cases has a reference mask. Scoring needs a `label` per case.")

@@ -84,7 +84,7 @@ class Architecture:
         """
         _require_plain(changes or {}, self.name)
         definition = self.definition(scale, changes)
-        self._require_arguments(definition)
+        require_arguments(f"The network of the architecture {self.name}", definition)
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "patch": list(patch)}
         try:
             network = ConfigParser({**sizes, "network": definition}).get_parsed_content("network")
@@ -93,17 +93,26 @@ class Architecture:
         assert isinstance(network, nn.Module)
         return network
 
-    def _require_arguments(self, definition: Mapping[str, Any]) -> None:
-        known = parameters(str(definition["_target_"]))
-        if known is None:
-            raise ValueError(f"The architecture {self.name} names {definition['_target_']}, which cannot be imported.")
-        if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
-            return
-        for key in definition:
-            if not key.startswith("_") and key not in known:
-                raise ValueError(
-                    f"The network of the architecture {self.name} has no argument {key!r}.{did_you_mean(key, known)}"
-                )
+
+def require_arguments(owner: str, definition: Mapping[str, Any], package: str = "monai.networks.nets") -> None:
+    """Refuse arguments that the class of a definition does not take.
+
+    Args:
+        owner: what the definition defines, for the error.
+        definition: ``_target_`` and arguments.
+        package: see ``parameters``.
+
+    Raises:
+        ValueError: there is no such class, or it has no such argument.
+    """
+    known = parameters(str(definition["_target_"]), package)
+    if known is None:
+        raise ValueError(f"{owner} names {definition['_target_']}, which cannot be imported.")
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+        return
+    for key in definition:
+        if not key.startswith("_") and key not in known:
+            raise ValueError(f"{owner} has no argument {key!r}.{did_you_mean(key, known)}")
 
 
 def _require_plain(value: Any, name: str) -> None:
@@ -118,12 +127,12 @@ def _require_plain(value: Any, name: str) -> None:
         raise ValueError(f"The changes of the architecture {name} hold {value!r}. Give plain values.")
 
 
-def parameters(target: str) -> dict[str, inspect.Parameter] | None:
-    """The parameters of a class by its dotted name, or its name in ``monai.networks.nets``; None if there is none.
+def parameters(target: str, package: str = "monai.networks.nets") -> dict[str, inspect.Parameter] | None:
+    """The parameters of a class by its dotted name, or its name in ``package``; None if there is none.
 
     Those of a class that passes all its arguments on are the parameters of its base class.
     """
-    component = pydoc.locate(target if "." in target else f"monai.networks.nets.{target}")
+    component = pydoc.locate(target if "." in target else f"{package}.{target}")
     if not callable(component):
         return None
     found = dict(inspect.signature(component).parameters)

@@ -78,7 +78,8 @@ class Teacher(nn.Module):
         weights: file of weights to load strictly; several files are an ensemble that answers as one teacher; None for
             random weights.
         sha256: checksum that the weights file must have. Default: the checksum in ``<weights>.sha256``, if it exists.
-        layers: ``deep``, ``middle``, ``fine`` -> layer to tap; the others are those of the architecture's file.
+        layers: ``deep``, ``middle``, ``fine`` -> layer to tap; the others are those of the architecture's file. An
+            ensemble has none.
         kind: ``"cnn"`` or ``"transformer"``; by default that of the architecture's file.
         classes: for each class of the task the network's output, or several that count as one (their probabilities are
             added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs are the classes.
@@ -89,7 +90,7 @@ class Teacher(nn.Module):
 
     Raises:
         ValueError: the architecture or a modality is unknown, not exactly one of ``architecture`` and ``network`` is
-            given, or the weights do not fit.
+            given, the weights do not fit, or several files of weights have ``layers``.
         FileNotFoundError: a weights file does not exist.
     """
 
@@ -134,6 +135,8 @@ class Teacher(nn.Module):
         files = weight_files(weights)
         if len(files) > 1 and sha256:
             raise ValueError("sha256 is the checksum of one weights file. Write FILE.sha256 beside each file instead.")
+        if len(files) > 1 and layers:
+            raise ValueError("An ensemble has no layers to tap. Name one weights file, or remove layers.")
         digests = []
         members = []
         for file in files:
@@ -235,7 +238,9 @@ def load_teachers(
             teacher = _build(
                 spec, outputs[name], all_modalities, own_patch, scale, options, rescale, heads[name], regions
             )
-            if spec.get("architecture") not in architecture_names():  # only its answer shows whether it fits
+            if spec.get("architecture") in architecture_names():
+                _require_patch(teacher, len(spec["modalities"]), spec.get("out_channels") or outputs[name], own_patch)
+            else:  # only its answer shows whether it fits
                 advice = (
                     f"Its network needs {len(spec['modalities'])} input channels, and {outputs[name]} outputs or "
                     'the key "classes".'
@@ -247,6 +252,16 @@ def load_teachers(
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers
+
+
+def _require_patch(teacher: Teacher, in_channels: int, out_channels: int, patch: Sequence[int]) -> None:
+    """Refuse a patch that an included architecture does not take; its layers see sizes only, so that it costs little.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    advice = "Choose another patch for the task (--set patch=[X,Y,Z]), or another teacher."
+    check_network(copy.deepcopy(teacher.network).to("meta"), in_channels, out_channels, patch, advice=advice)
 
 
 def _require_usable(name: str, spec: Spec, outputs: int, other_input: str | None, cached: bool) -> None:

@@ -17,8 +17,14 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 checksum of a file as 64 hexadecimal digits.
 
     A file that this process has read before is not read again unless its size or one of its times has changed.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
     """
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {path}. Make it first, or check the path.") from None
     if time.time() - found.st_ctime < SETTLED_SECONDS:
         return _digest(path)
     return _kept_digest(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
+from scripts.cli import bundle_run
 from scripts.cli.bundle_run import Expression, interpreted, literal, protected, shell_word
 from scripts.cli.main import main
 from scripts.networks import Student
@@ -223,3 +224,25 @@ def test_no_override_is_built_from_text_of_data() -> None:
     marked = [argument for _, argument in calls if not argument.startswith(("'", '"'))]
     # The value of --set, which is the user's own, and the device, as a quoted literal.
     assert sorted(marked) == ["f'$torch.device({args.device!r})'", "value"]
+
+
+TRAININGS = {
+    "train": (["train"], "runs/student"),
+    "teacher": (["teacher", "--modalities", "ct", "mr"], "runs/teacher_ct_mr"),
+    "distill": (["distill", "--teacher", "dynunet=random"], "runs/distilled"),
+}
+
+
+@pytest.mark.parametrize(("command", "folder"), TRAININGS.values(), ids=TRAININGS)
+def test_a_training_says_where_its_weights_are(
+    command: list[str], folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundle_run, "run_bundle", lambda *_: None)
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"weights: {Path(__file__).parents[2] / folder / 'model.pt'}\n"
+    assert main([*command, "--output-dir", "RUNS/a $b"]) == 0
+    assert capsys.readouterr().out == "weights: RUNS/a $b/model.pt\n"
+    with pytest.raises(SystemExit):
+        main([command[0], "--help"])
+    default = folder.replace("ct_mr", "MODALITIES")
+    assert f"folder for all results (default: {default} in" in " ".join(capsys.readouterr().out.split())

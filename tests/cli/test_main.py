@@ -119,4 +119,6 @@ def test_the_old_verb_benchmark_explains_that_the_release_has_no_benchmarks(
 def test_a_count_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["phantom", "--cases", "many"])
-    assert "argument --cases: many is not a whole number" in capsys.readouterr().err
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: python -m scripts phantom [options]"
+    assert error == "python -m scripts phantom: error: argument --cases: many is not a whole number"

@@ -136,7 +136,9 @@ def test_segment_has_an_option_for_each_modality_of_the_task(capsys: pytest.Capt
     assert "unrecognized arguments: --ct a" in capsys.readouterr().err
     common = ("segment", "--data", "task.json", "--weights", "none.pt", "--output", "m.nii.gz")
     assert "Two images are named as t1: b and a" in refused(capsys, *common, "--t1", "a", "--image", "t1=b")
-    assert "ct is no modality of this task. Use t1, t2." in refused(capsys, *common, "--image", "ct=a")
+    assert "ct is no modality of this task. Images are --t1, --t2, the modalities" in refused(
+        capsys, *common, "--image", "ct=a"
+    )
 
 
 def test_the_task_travels_with_the_weights() -> None:
@@ -147,3 +149,29 @@ def test_the_task_travels_with_the_weights() -> None:
     assert {key: task[key] for key in TASK} == TASK
     args = parse_arguments(["evaluate", "--weights", "model.pt", "--set", "spacing=[2,2,2]"])
     assert task_of(args)["spacing"] == [2, 2, 2]
+
+
+def test_an_image_of_another_task_is_refused_with_the_origin_of_the_modalities(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = ["--t1", "a", "--output", "m.nii.gz"]
+    assert main(["segment", "--weights", "RUNS/modell.pt", *image]) == 1
+    assert capsys.readouterr().err == "error: No weights at RUNS/modell.pt. Check --weights.\n"
+    Path("copied.pt").touch()
+    for weights, words in (
+        (["--weights", "copied.pt"], "copied.pt has no copied.task.json beside it. Copy it too, or add --data."),
+        ([], "Images are --ct, --pet, --mr, the modalities of the shipped weights. Name yours with --weights."),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["segment", *weights, *image])
+        assert words in capsys.readouterr().err
+        assert words in refused(capsys, "segment", *weights, "--image", "t1=a", "--output", "m.nii.gz")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "segment"])
+def test_a_task_without_weights_asks_for_them(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write()
+    error = refused(capsys, verb, "--data", "task.json", *(["--t1", "a", "--output", "m.nii.gz"] * (verb == "segment")))
+    assert "its modalities is ['ct', 'pet', 'mr'], this run's is ['t1']" in error
+    assert error.endswith("These are the shipped weights. Name yours with --weights FILE.\n")
+    assert "ignore_task" not in error

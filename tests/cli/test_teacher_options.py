@@ -61,7 +61,7 @@ def test_a_specification_may_lie_in_a_file(tmp_path: Path) -> None:
     spec = {"network": {"_target_": "x.Y"}, "weights": "w.pt", "layers": {"deep": "a", "fine": "b"}}
     path.write_text(json.dumps(spec))
     overrides = teachers_overrides(
-        argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False), ALL
+        argparse.Namespace(teacher=[f"mine={path}"], teachers_dir=None, unlabelled=False, set=[]), ALL
     )
     assert overrides == {"teacher_specs": {"mine": {"modalities": ALL, **spec}}}
 
@@ -82,3 +82,43 @@ def test_a_teacher_that_is_no_teacher_is_refused_in_one_sentence(
 ) -> None:
     assert main(["distill", *(word for text in texts for word in ("--teacher", text)), "--dry-run"]) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["distill", "cache-teachers"])
+def test_a_task_without_the_modalities_of_the_default_teachers_asks_for_teachers(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [verb, "--data", "hecktor21", "--dry-run"]
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        "error: This task has no mr for the three default teachers, only ct, pet. Name yours: --teacher "
+        "ARCHITECTURE=WEIGHTS.\n"
+    )
+    for more in (["--teacher", "dynunet=random"], ["--set", "teacher_specs={}"], ["--set", "+teachers#ct=null"]):
+        assert main([*command, *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "sentence"),
+    [
+        ("distill", "error: No weights at RUNS/teacher_ct/model.pt: train the network first or check the path."),
+        ("cache-teachers", "error: There is no file RUNS/teacher_ct/model.pt. Make it first, or check the path."),
+    ],
+)
+def test_missing_weights_of_a_teacher_are_named_in_a_sentence(
+    verb: str, sentence: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--dataset-dir", str(cohort), "--teachers-dir", "RUNS", "--output-dir", str(tmp_path), "--device", "cpu"]
+    assert main([verb, "--data", "phantom", *where]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_patch_that_an_included_teacher_does_not_take_is_refused_before_the_training(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ["--data", "phantom", "--dataset-dir", str(cohort), "--set", "patch=[32,48,32]", "--device", "cpu"]
+    teacher = ["--teacher", "big=swinunetr=random", "--method", "hinton"]
+    assert main(["distill", *task, *teacher, "--output-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: The teacher big cannot be used: SwinUNETR cannot segment an image of 3 channels")
+    assert "must be divisible by 2**5. Choose another patch for the task (--set patch=[X,Y,Z]), or another" in error

@@ -335,6 +335,13 @@ def test_a_file_that_is_not_a_table_is_refused_by_name(name: str, tmp_path: Path
         read_case_table(tmp_path / name, "", KEYS)
 
 
+def test_a_table_of_other_modalities_leads_to_a_task_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "cases.csv"
+    table.write_text("case_id,t1,flair,label\nA,a.nii.gz,b.nii.gz,c.nii.gz\n")
+    assert main(["check", "--data-list", str(table)]) == 1
+    assert "For other modalities describe the data in a task file, for --data (docs/" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
 def test_every_verb_refuses_a_missing_or_invalid_table_by_name(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

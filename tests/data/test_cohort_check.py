@@ -160,10 +160,23 @@ def test_a_cohort_without_faults_has_no_findings(
 def test_the_real_samples_have_no_errors_and_no_warnings(
     name: str, tmp_path: Path, require_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, findings = check(name, require_data(name), tmp_path / "found.json", "--workers", "2")
+    more = ["--workers", "2", "--set", "splits_file=folds.json"]  # two samples have fewer than five patients
+    code, findings = check(name, require_data(name), tmp_path / "found.json", *more)
     assert [each["what"] for each in findings if each["level"] != "note"] == []
     assert code == 0
     assert "0 errors, 0 warnings" in capsys.readouterr().out
+
+
+def test_patients_that_cannot_fill_the_folds_are_a_warning(cohort: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        shutil.copytree(cohort / f"PHANTOM_00{number}", tmp_path / "few" / f"PHANTOM_00{number}")
+    for options, expected in (
+        ([], ["A training will be refused: 3 patient(s) cannot fill 5 folds."]),
+        (["--set", "splits_file=folds.json"], []),
+    ):
+        code, findings = check("phantom", tmp_path / "few", tmp_path / "found.json", *options)
+        texts = [finding["what"].partition(" Write")[0] for finding in findings if finding["level"] == "warning"]
+        assert (code, texts) == (0, expected)
 
 
 def test_check_without_a_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,18 @@ def test_fewer_patients_than_folds_are_refused() -> None:
         fold_split(CASES, folds=24)
 
 
+def test_few_patients_are_told_how_to_name_folds(tmp_path: Path) -> None:
+    cases = [{"case_id": patient, "patient_id": patient, "label": "l"} for patient in ("A", "B", "C")]
+    with pytest.raises(ValueError, match="3 patient") as caught:
+        fold_split(cases)
+    example = str(caught.value).partition("such as ")[2].partition(", and name it: --set splits_file=FILE.")[0]
+    (tmp_path / "folds.json").write_text(example)
+    training, validation = fold_split(cases, fold=1, file=tmp_path / "folds.json")
+    assert (ids(training), ids(validation)) == ({"A", "C"}, {"B"})
+    with pytest.raises(ValueError, match=r"1 patient\(s\) cannot fill 5 folds. Add cases of other patients"):
+        fold_split(cases[:1])
+
+
 def test_a_single_fold_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 folds, got 1"):
         make_splits(PATIENTS, folds=1)

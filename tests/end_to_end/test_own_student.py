@@ -215,7 +215,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "input": ({"in_channels": 2}, "UNet cannot segment an image of 3 channels, one per modality"),
     "output": ({"out_channels": 5}, "UNet returns [5, 16, 16, 16] for a patch, not [2, 16, 16, 16]"),
     "patch": ({"strides": [3, 2]}, "UNet "),
-    "argument": ({"chanels": [1]}, "chanels"),
+    "argument": (
+        {"chanels": [1]},
+        "net.json: monai.networks.nets.UNet has no argument 'chanels'. Did you mean channels?",
+    ),
     "class": ({"_target_": "monai.networks.nets.Missing"}, "monai.networks.nets.Missing"),
     "layers": ({"layers": {"deepest": "model.1"}}, "layers must name the layer of deep, middle, fine"),
 }
@@ -237,6 +240,15 @@ def test_a_wrong_network_is_refused_before_anything_is_read_or_written(
     (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_argument_of_a_loss_is_refused_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.json").write_text('{"_target_": "DiceFocalLoss", "softmaxx": true}')
+    assert main(["train", "--segmentation-loss", str(tmp_path / "loss.json"), "--dry-run"]) == 1
+    sentence = "loss.json: DiceFocalLoss has no argument 'softmaxx'. Did you mean softmax?"
+    assert sentence in capsys.readouterr().err
 
 
 def test_options_of_the_included_student_are_refused_beside_a_network(

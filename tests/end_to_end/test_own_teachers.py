@@ -95,7 +95,7 @@ def test_features_of_a_users_network_are_tapped_at_the_layers_that_it_names(
     assert row["loss/hint"] > 0
     (tmp_path / "several.json").write_text(json.dumps(spec))
     assert distill(cohort, tmp_path / "refused", "--teacher", f"s={tmp_path / 'several.json'}", "--method", "hint") == 1
-    assert "The teacher s names no layer 'middle', which the tap 'hint' needs." in capsys.readouterr().err
+    assert "The teacher s cannot be used: An ensemble has no layers to tap." in capsys.readouterr().err
 
 
 def test_a_users_architecture_and_a_larger_student_teach(cohort: Path, tmp_path: Path) -> None:
@@ -142,6 +142,7 @@ def test_an_ensemble_is_cached_and_read_back(
         ({"modalities": ["xray"]}, "must be one or more of ['ct', 'pet', 'mr']"),
         ({"weights": "nowhere.pt"}, "No weights at nowhere.pt"),
         ({"network": {**NETWORK, "in_channels": 1}}, "The teacher mine cannot be used: The weights in"),
+        ({"layers": {"deep": "down_layers.1"}}, "An ensemble has no layers to tap. Name one weights file, or remove"),
         ({"network": {**NETWORK, "_target_": "monai.networks.nets.SegResNett"}}, "SegResNett"),
         ({"classes": [0, 1, 2]}, "The teacher mine names 3 classes, the task has 2."),
         ({"classes": [0, 5]}, "its classes name the output 5, but its network has outputs 0 to 1"),

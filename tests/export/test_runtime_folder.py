@@ -165,3 +165,24 @@ def test_a_folder_with_other_files_is_not_written_into(weights: Path, tmp_path: 
     assert main(["export", "--weights", str(weights), "--runtime", str(tmp_path)]) == 1
     assert f"{tmp_path} holds other files. Choose an empty folder." in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+OTHER_TASK = {
+    "spacing": (["--set", "spacing=[1,1,1]"], "its spacing is [8, 8, 8], this run's is [1, 1, 1]"),
+    "data set": (["--data", "hecktor21"], "its modalities is ['ct', 'pet', 'mr'], this run's is ['ct', 'pet']"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), OTHER_TASK.values(), ids=OTHER_TASK)
+def test_settings_that_contradict_the_weights_are_refused(
+    weights: Path, tmp_path: Path, options: list[str], words: str, capsys: Any
+) -> None:
+    assert main(["export", "--weights", str(weights), "--runtime", str(tmp_path / "out"), *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_that_nothing_must_be_exported(weights: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["export", "--weights", str(weights), "--runtime", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "is exported already" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

@@ -176,7 +176,8 @@ def test_evaluate_reads_only_the_modalities_of_present_and_names_them(
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["present"] == [key for key in ("ct", "pet", "mr") if key in present]
         assert summary["name"] == name
-    assert main(["evaluate", "--data", "phantom", "--dataset-dir", str(cohort), "--present", "ct", "adc"]) == 1
+    known = ["--weights", str(trained / "distilled" / "model.pt"), "--dataset-dir", str(cohort)]
+    assert main(["evaluate", *known, "--present", "ct", "adc"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: present is ['ct', 'adc']. Name one or more of ct, pet, mr."
 

@@ -261,7 +261,8 @@ def _require_patch(teacher: Teacher, in_channels: int, out_channels: int, patch:
         ValueError: it is refused.
     """
     advice = "Choose another patch for the task (--set patch=[X,Y,Z]), or another teacher."
-    check_network(copy.deepcopy(teacher.network).to("meta"), in_channels, out_channels, patch, advice=advice)
+    network = copy.deepcopy(teacher.network).to("meta")
+    check_network(network, in_channels, out_channels, patch, batch_size=2, advice=advice)  # norms may need two values
 
 
 def _require_usable(name: str, spec: Spec, outputs: int, other_input: str | None, cached: bool) -> None:

@@ -40,7 +40,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         write_task(record, folder / "model.pt")
         (folder / "manifest.json").write_text("{}")
 
-    monkeypatch.setattr(distill, "run_bundle", run)
+    for name in ("run_bundle", "run_training"):
+        monkeypatch.setattr(distill, name, run)
     return runs
 
 

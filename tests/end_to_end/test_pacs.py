@@ -122,7 +122,7 @@ def test_a_list_of_studies_is_segmented_once_and_gone_on_with(
     expected = _mask(tmp_path / "local" / "mask.nii.gz") > 0
     np.testing.assert_array_equal(_pixels(_stored_segmentation(server, study), folder, "CT_*") > 0, expected)
     record = json.loads((output / "dicom.json").read_text())["studies"]
-    assert record[study]["stored"] == [str(_stored_segmentation(server, study).SOPInstanceUID)]
+    assert record[study]["stored"] == {"seg.dcm": str(_stored_segmentation(server, study).SOPInstanceUID)}
     assert "has no study" in record["1.2.3.4"]["result"]
 
 

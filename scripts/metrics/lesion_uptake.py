@@ -23,6 +23,7 @@ Indices = NDArray[np.intp]
 PEAK_ML = 1.0
 PEAK_RADIUS_MM = (PEAK_ML * 1000 * 3 / (4 * math.pi)) ** (1 / 3)  # 6.2
 TIE = 1e-6  # voxels of the mask: more than the error of rounding
+BLOCK_VOXELS = 2**18  # of the PET, whose spheres are computed at a time
 SUBDIVISION_MM = 0.5  # the part of a voxel in the sphere is counted on points that lie at most so far apart
 
 
@@ -102,11 +103,20 @@ def sphere_means(pet: Volume, voxels: Indices, sphere: Floats) -> Floats:
 
     Args:
         pet: the image.
-        voxels: flat indices, at least one.
+        voxels: flat indices, sorted, at least one.
         sphere: from ``sphere_weights``.
     """
-    radius = np.array(sphere.shape) // 2
     indices = np.array(np.unravel_index(voxels, pet.voxels.shape))
+    area = int(np.prod(np.ptp(indices[1:], axis=1) + sphere.shape[1:]))
+    planes = max(1, BLOCK_VOXELS // area)  # a block at a time, because the transforms need 60 bytes a voxel
+    starts = range(int(indices[0, 0]), int(indices[0, -1]) + 1, planes)
+    blocks = np.split(indices, np.searchsorted(indices[0], starts[1:]), axis=1)
+    return np.concatenate([_block_means(pet, block, sphere) for block in blocks if block.size])
+
+
+def _block_means(pet: Volume, indices: Indices, sphere: Floats) -> Floats:
+    """``sphere_means`` of voxels by their indices, ``3 x n``."""
+    radius = np.array(sphere.shape) // 2
     first = np.maximum(indices.min(axis=1) - radius, 0)
     last = np.minimum(indices.max(axis=1) + radius + 1, pet.voxels.shape)
     values = pet.voxels[tuple(slice(*ends) for ends in zip(first, last, strict=True))].astype(float)

@@ -14,9 +14,10 @@ import SimpleITK as sitk  # noqa: N813
 from scipy.integrate import quad
 from scipy.ndimage import gaussian_filter
 
+from scripts.metrics import lesion_uptake
 from scripts.metrics.lesion_measures import COLUMNS, Measures, measure_mask, measure_rows, read_measures, write_measures
 from scripts.metrics.lesion_shape import Volume
-from scripts.metrics.lesion_uptake import PEAK_RADIUS_MM, sphere_weights
+from scripts.metrics.lesion_uptake import PEAK_RADIUS_MM, sphere_means, sphere_weights
 
 REGION = {"tumour": [1]}
 
@@ -301,3 +302,15 @@ def test_measures_are_those_of_pyradiomics_to_one_percent(seed: int):
     assert found["suvmean"] == pytest.approx(statistics.getMeanFeatureValue().item(), rel=0.01)
     on_grid = shape.RadiomicsShape(on_pet, on_pet)
     assert found["mtv_ml"] == pytest.approx(on_grid.getVoxelVolumeFeatureValue() / 1000, rel=0.01)
+
+
+def test_the_means_do_not_depend_on_how_many_are_computed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large lesions are taken in blocks, so that they need little memory."""
+    rng = np.random.default_rng(4)
+    pet = Volume(rng.random((23, 17, 19)), np.diag([2.0, 3.0, 2.5, 1.0]))
+    voxels = np.flatnonzero(rng.random(pet.voxels.shape) < 0.3)
+    sphere = sphere_weights(pet.affine)
+    whole = sphere_means(pet, voxels, sphere)
+    for block in (1, 700, 3000):
+        monkeypatch.setattr(lesion_uptake, "BLOCK_VOXELS", block)
+        np.testing.assert_allclose(sphere_means(pet, voxels, sphere), whole, rtol=1e-9)

@@ -55,7 +55,8 @@ def test_of_two_segmentations_of_one_mask_one_is_refused_and_no_file_is_left(
     assert [code for code, _ in ends] == [0, 1], ends
     error = sentence(ends[1][1])
     assert any(f"{mask} is in use by process {process.pid} on " in error for process in processes)
-    assert sorted(path.name for path in mask.parent.iterdir()) == ["mask.manifest.json", "mask.nii.gz"]
+    written = ["mask.manifest.json", "mask.measures.csv", "mask.nii.gz"]
+    assert sorted(path.name for path in mask.parent.iterdir()) == written
 
 
 def test_a_batch_is_refused_while_the_same_batch_runs_and_ends_complete(

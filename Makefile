@@ -112,7 +112,8 @@ label-env: .venv-label/ready
 # Start a server for 3D Slicer and OHIF on this machine only: see docs/clinic.md.
 label: label-env
 	$(LABEL_PY) -m monai_label.install $(LABEL)
-	MONAI_LABEL_CORS_ORIGINS='["http://127.0.0.1:$(LABEL_PORT)"]' $(LABEL_PY) -m monailabel.main start_server --app $(LABEL)/apps/monaibundle --studies $(LABEL_STUDIES) \
+	MONAI_LABEL_CORS_ORIGINS='["http://127.0.0.1:$(LABEL_PORT)"]' \
+	  $(LABEL_PY) -m monailabel.main start_server --app $(LABEL)/apps/monaibundle --studies $(LABEL_STUDIES) \
 	  --conf models distilled_segmentation --conf zoo_source local --conf sam2 false --host 127.0.0.1 --port $(LABEL_PORT)
 
 label-test: env label-env

@@ -22,12 +22,12 @@ from scripts.evaluation.score import score
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of
 from scripts.metrics import image_diagonal_mm, read_rows
+from scripts.training.skip_nonfinite import DIVERGED
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import git_commit
 from scripts.utils.tensor_files import load_plain
 
-DIVERGED = "Loss or gradient was NaN or infinite in"  # begins the error that ends such a training
 COLUMNS = ("case_id", "patient_id", "region", "dice", "hd95_mm", "assd_mm", "status", "diagonal_mm")
 MANIFEST = ("bundle_version", "versions", "threads", "wall_seconds", "peak_mib", "teachers_sha256", "data_sha256")
 

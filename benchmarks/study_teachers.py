@@ -136,7 +136,7 @@ class StudyTeachers(StudyStudents):
         sizes = self.sizes(name)
         if self.gpu:
             settings["num_workers"] = 2
-        elif native_bf16():  # 1.5 to 1.7 times faster
+        elif native_bf16():
             settings["precision"] = "bfloat16"
         command: Command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
         command = (*command, "--modalities", modality) if modality else command

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time a training step: plain, with cached teachers, with online teachers, with every method.
+"""Time a training step: plain, with cached teachers, with online teachers, with every method, or in two precisions.
 
 Each candidate runs the bundle's real trainer on real samples, in its own process and in interleaved rounds. Without
 ``--dataset-dir`` the samples are phantoms.
@@ -21,6 +21,10 @@ from benchmarks.interleaved_timing import Candidate, StepTimer, compose, time_in
 from benchmarks.job_queue import use_own_progress_lock
 from benchmarks.methods_plan import DEFAULT_TEACHERS, DUAL_TEACHERS
 from benchmarks.options import add_data_options, add_json_option, add_output_options, add_training_options
+from benchmarks.study_setting import GRID
+from benchmarks.study_students import STUDENTS
+from benchmarks.study_teachers import TEACHER_SCALE, TRIES, VIT_SMALL
+from benchmarks.study_teachers import TEACHERS as TEACHERS_OF_STUDY
 from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
 from scripts.utils.atomic_files import write_json
@@ -133,9 +137,32 @@ def method_candidates(
     return candidates
 
 
+def precision_groups(data: str, common: Mapping[str, Any]) -> list[list[Candidate]]:
+    """The student (0.9 M) and the Transformers of the study on its grid, each in float32 and in bfloat16.
+
+    Args:
+        data: name of the data set.
+        common: overrides of every candidate.
+    """
+    grid = {**common, "num_workers": 0, "patch": GRID["patch"], "spacing": GRID["spacing"]}
+    base = ("train", f"data/{data}", f"scale/{TEACHER_SCALE}")
+    networks = {"student": (base, {"student_features": STUDENTS["0.9M"]})}
+    for name in TRIES[0][1]:
+        architecture = TEACHERS_OF_STUDY[name]["architecture"]
+        sizes = {"architectures": {architecture: VIT_SMALL}} if architecture == "unetr" else {}
+        networks[architecture] = ((*base, "teacher"), {"architecture": architecture, **sizes})
+    return [
+        [
+            Candidate(f"{name}, {precision}", configs, {**grid, **overrides, "precision": precision})
+            for precision in ("float32", "bfloat16")
+        ]
+        for name, (configs, overrides) in networks.items()
+    ]
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    head = ("candidate", "median s per step", "ratio to plain", "data share", "peak MiB", "steps")
+    head = ("candidate", "median s per step", "ratio to the first", "data share", "peak MiB", "steps")
     cells = [
         (
             *(row["side"], f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", f"{row['data_share']:.0%}"),
@@ -182,6 +209,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help=f"rounds of {STEPS_PER_ROUND} steps, at least {MIN_ROUNDS} (default 5)"
     )
+    parser.add_argument(
+        "--precisions", action="store_true", help="instead: the networks of the study in float32 and in bfloat16"
+    )
     add_json_option(parser)
 
 
@@ -193,14 +223,19 @@ def run(args: argparse.Namespace) -> str:
     common = {"dataset_dir": folder, "threads": args.threads, "output_dir": unused, "fold": args.fold}
     cache = args.output_dir / f"cache_{data}_{args.scale}"
     modalities = read_config(f"data/{data}")["modalities"]
-    groups = [
-        teacher_candidates(base, common, modalities, cache),
-        method_candidates(base, common, modalities, config_names("methods")),
-    ]
+    if args.precisions:
+        groups = precision_groups(data, common)
+    else:
+        methods = config_names("methods")
+        groups = [
+            teacher_candidates(base, common, modalities, cache),
+            method_candidates(base, common, modalities, methods),
+        ]
     if args.dry_run:
         return "\n".join(f"{each.name}: {', '.join(each.configs)}" for group in groups for each in group)
     options = ("--data", data, "--dataset-dir", folder, "--scale", args.scale, "--threads", str(args.threads))
-    cache_teachers(cache, (*options, "--fold", str(args.fold), "--set", "overlap=0"))
+    if not args.precisions:
+        cache_teachers(cache, (*options, "--fold", str(args.fold), "--set", "overlap=0"))
     rows = [row for group in groups for row in time_candidates(group, max(args.rounds, MIN_ROUNDS))]
-    write_json(rows, args.json or args.output_dir / "training.json")
+    write_json(rows, args.json or args.output_dir / ("precisions.json" if args.precisions else "training.json"))
     return format_table(rows)

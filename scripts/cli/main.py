@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args, others = parser.parse_known_args(arguments)
     unknown, sentence = take_images(args, others) if others else ([], "")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'. ' * bool(sentence)}{sentence}")
+        parser.error(". ".join(filter(None, (f"unrecognized arguments: {' '.join(unknown)}", sentence))))
     return args
 
 

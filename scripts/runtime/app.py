@@ -81,9 +81,11 @@ def main(arguments: Sequence[str] | None = None, folder: str | Path | None = Non
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     parser = build_parser(task["modalities"])
     args = parser.parse_args(arguments)
-    studies = [(args.input, args.output_dir)] if args.input else []
-    if not args.image and not args.input:
-        studies = [(source, args.output_dir or target) for source, target in _platform_folders()]
+    try:
+        studies = _studies(args)
+    except OSError as error:
+        print(f"error: {error_sentence(error)}", file=sys.stderr)
+        return 1
     if bool(studies) == bool(args.image):
         parser.error("name either images and --output, or --input and --output-dir")
     if not (args.output if args.image else all(target for _, target in studies)):
@@ -99,17 +101,29 @@ def main(arguments: Sequence[str] | None = None, folder: str | Path | None = Non
     return int(failed)
 
 
-def _platform_folders() -> list[tuple[str, str | None]]:
-    """The folders for input and output that a platform names by variables: one pair, or with Kaapana one for each case.
+def _studies(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The folders for input and output: those of the options, or where these name no input, those of a platform.
+
+    A platform names them by variables: one pair, or with Kaapana one for each case of a batch.
 
     Raises:
-        OSError: Kaapana's folder of the batch is missing.
+        OSError: Kaapana's folder of the batch is missing, or holds no case.
     """
+    if args.input:
+        return [(args.input, args.output_dir or "")]
+    return [] if args.image else [(source, args.output_dir or target) for source, target in _platform_folders()]
+
+
+def _platform_folders() -> list[tuple[str, str]]:
+    """The folders that a platform names, see ``_studies``."""
     if all(name in os.environ for name in KAAPANA):
         workflow, batch, source, target = (os.environ[name] for name in KAAPANA)
-        cases = sorted(path for path in Path("/", workflow, batch).iterdir() if path.is_dir())
+        folder = Path("/", workflow, batch)
+        cases = sorted(path for path in folder.glob("*") if path.is_dir())
+        if not cases:
+            raise FileNotFoundError(f"The batch {folder} has no case. Check WORKFLOW_DIR and BATCH_NAME.")
         return [(str(case / source), str(case / target)) for case in cases]
-    return [(os.environ[source], os.environ.get(target)) for source, target in FOLDERS if source in os.environ][:1]
+    return [(os.environ[source], os.environ.get(target, "")) for source, target in FOLDERS if source in os.environ][:1]
 
 
 def _segment_images(args: argparse.Namespace, task: Mapping[str, Any], folder: Path) -> None:

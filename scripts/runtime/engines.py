@@ -109,8 +109,7 @@ class OpenVINOEngine:
             # OpenVINO's fused float32 attention (2026.4) is wrong where a grid has as many cells as heads: logits of
             # 2 x 2 x 1 cells with 4 heads were off by 0.2. Without fusion it is right, and no slower.
             "SNIPPETS_MODE": "DISABLE",
-            # A pinned thread stays on one core, and the threads of two processes get the same one: both then need
-            # twice as long. Alone, a process is as fast without.
+            # A pinned thread stays on one core, and OpenVINO gives the threads of two processes the same one.
             "ENABLE_CPU_PINNING": False,
         }
         if threads:

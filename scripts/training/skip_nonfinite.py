@@ -14,6 +14,8 @@ from monai.utils import CommonKeys
 
 logger = logging.getLogger(__name__)
 
+DIVERGED = "Loss or gradient was NaN or infinite in"  # begins the error that ends a training
+
 
 class FiniteSteps:
     """Handler: skip steps whose loss or gradient is NaN or infinite, and stop the run at the third such step.
@@ -71,6 +73,6 @@ class FiniteSteps:
             names = ", ".join(dict.fromkeys(self.cases)) or "unnamed"
             saved = " The last checkpoint is not affected." if Path(self.checkpoint).is_file() else ""
             raise ValueError(
-                f"Loss or gradient was NaN or infinite in {self.steps} training steps (cases: {names}): check "
+                f"{DIVERGED} {self.steps} training steps (cases: {names}): check "
                 f"these images and labels, and lower the learning rate.{saved}"
             )

@@ -17,6 +17,7 @@ from benchmarks.training_step import (
     WARM_UP_STEPS,
     format_table,
     method_candidates,
+    precision_groups,
     random_teachers,
     teacher_candidates,
     time_candidates,
@@ -104,6 +105,17 @@ def test_the_method_candidates_are_plain_and_every_method_with_its_own_teachers(
         assert parser["selective_fusion"] == (candidate.name == "dual")
 
 
+def test_each_network_of_the_study_is_timed_in_both_precisions_on_the_studys_grid(common: dict[str, Any]) -> None:
+    groups = precision_groups("phantom", {key: common[key] for key in ("dataset_dir", "output_dir", "device")})
+    assert [[each.name for each in group] for group in groups] == [
+        [f"{name}, {precision}" for precision in ("float32", "bfloat16")]
+        for name in ("student", "hdenseformer", "unetr")
+    ]
+    parser = compose(groups[0][1])
+    assert (parser["precision"], parser["patch"], parser["spacing"]) == ("bfloat16", [48, 48, 48], [4.0, 4.0, 4.0])
+    assert [row["side"] for row in time_candidates(groups[0], rounds=1)] == ["student, float32", "student, bfloat16"]
+
+
 def test_the_table_has_a_row_per_candidate() -> None:
     rows = [
         {"side": "plain", "what": "training step", "median_s": 0.2, "ratio": 1.0, "peak_mib": 512, "data_share": 0.254,
@@ -112,7 +124,7 @@ def test_the_table_has_a_row_per_candidate() -> None:
          "data_share": 0.07, "steps": 25},
     ]  # fmt: skip
     assert format_table(rows).splitlines() == [
-        "| candidate | median s per step | ratio to plain | data share | peak MiB | steps |",
+        "| candidate | median s per step | ratio to the first | data share | peak MiB | steps |",
         "| --- | --- | --- | --- | --- | --- |",
         "| plain | 0.200 | 1.00 | 25% | 512 | 25 |",
         "| 3 online teachers | 0.750 | 3.75 | 7% | 2048 | 25 |",

@@ -127,6 +127,13 @@ def test_every_case_of_a_batch_of_kaapana_is_segmented(folder: Path, phantoms: A
     assert (batch / "case 2" / "segment" / "seg.dcm").stat().st_size > 1000
 
 
+def test_a_batch_of_kaapana_without_a_case_is_refused(folder: Path, run: Any, tmp_path: Path) -> None:
+    platform = {"WORKFLOW_DIR": str(tmp_path), "BATCH_NAME": "batch", "OPERATOR_IN_DIR": "a", "OPERATOR_OUT_DIR": "b"}
+    ran = run(folder, **platform)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == f"error: The batch {tmp_path / 'batch'} has no case. Check WORKFLOW_DIR and BATCH_NAME.\n"
+
+
 REFUSED = {
     "no image": ([], 2, "name either images and --output, or --input and --output-dir"),
     "no output": (["--ct", "a.nii.gz"], 2, "--output is missing"),

@@ -183,3 +183,41 @@ def test_gradients_in_bfloat16_are_right_where_the_kernel_fits_the_grid(kernel: 
     assert expected is not None
     assert network.weight.grad is not None
     assert float((network.weight.grad - expected).norm() / expected.norm()) < 0.01
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"kernel_size": 3, "padding": 1}, "without padding": {"kernel_size": 3}, "of 5": {"kernel_size": 5},
+    "with stride": {"kernel_size": 3, "stride": 2, "padding": 1}, "patches": {"kernel_size": 2, "stride": 2},
+    "in a plane": {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)},
+    "dilated": {"kernel_size": 3, "dilation": 2, "padding": 2},
+    "along an axis": {"kernel_size": (3, 1, 1), "padding": (1, 0, 0)}, "depthwise": {"kernel_size": 3, "groups": 16},
+    "of 1": {"kernel_size": 1},
+}  # fmt: skip
+GRIDS = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (3, 3, 3), (3, 4, 5), (5, 5, 5), (6, 6, 3), (8, 6, 6)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "transposed"])
+def test_no_gradient_is_wrong_in_bfloat16_where_the_kernel_fits(kind: str) -> None:
+    """Against float32, with freed memory filled with NaN before: wrong gradients come from memory that is not set."""
+    compared = 0
+    for grid in GRIDS:
+        torch.manual_seed(0)
+        transposed = nn.ConvTranspose3d(16, 32, 2, stride=2)
+        network = transposed if kind == "transposed" else nn.Conv3d(16, 32, **KINDS[kind])
+        image = torch.randn(2, 16, *grid)
+        try:
+            upstream = torch.randn_like(AutocastInferer("cpu")(image, network))
+            gradients = []
+            for precision in ("float32", "bfloat16"):
+                freed = [torch.full((size,), float("nan")) for size in (10**3, 10**4, 10**5, 10**6) for _ in range(3)]
+                del freed
+                network.zero_grad(set_to_none=True)
+                own = image.clone().requires_grad_()
+                AutocastInferer("cpu", precision)(own, network).backward(upstream)
+                gradients.append([own.grad, *(parameter.grad for parameter in network.parameters())])
+        except (RuntimeError, ValueError):  # smaller than the kernel
+            continue
+        compared += 1
+        for exact, rounded in zip(*gradients, strict=True):
+            assert float((rounded - exact).norm() / exact.norm()) < 0.02, grid
+    assert compared >= 2

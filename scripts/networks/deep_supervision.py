@@ -41,15 +41,24 @@ def segmentation_network(network: nn.Module, device: str | torch.device | None =
 
     Args:
         network: ``B M H W D`` -> one of the outputs of ``output_heads``. Its weights keep their names.
-        device: where to move it; by default it stays. Its memory format becomes channels_last_3d.
+        device: where to move it; by default it stays. Its memory format becomes channels_last_3d. Only group
+            normalisation trains on contiguous tensors, as it always does on a GPU: on a CPU, PyTorch 2.13 takes 4 to 6
+            times as long for its gradients in channels_last_3d, in bfloat16 about 50 times.
 
     Returns:
         The network itself.
     """
     network.register_forward_hook(_select_heads)
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(_contiguous)
     return network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
 
 
 def _select_heads(network: nn.Module, inputs: Any, output: Output) -> Output:
     heads = output_heads(output, inputs[0])
     return heads if network.training and len(heads) > 1 else heads[0]
+
+
+def _contiguous(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.contiguous() if each.requires_grad else each for each in inputs)

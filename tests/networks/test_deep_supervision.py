@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,24 @@ def test_in_a_distillation_terms_see_the_first_output_and_l_seg_all(kind: str) -
     torch.testing.assert_close(values["segmentation"], expected_loss(heads))
     torch.testing.assert_close(values["soft"], SoftPredictionLoss()(heads[0], make("list").eval()(IMAGE)))
     assert distiller.eval()(IMAGE).shape == (1, 2, *SIZE)
+
+
+def test_group_normalisation_trains_on_contiguous_tensors() -> None:
+    """Its gradients in channels_last_3d take a CPU many times as long."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.GroupNorm(1, 2), nn.Conv3d(2, 2, 3))
+    network = segmentation_network(copy.deepcopy(plain))
+    assert network[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    formats = []
+    network[0].register_forward_hook(lambda _, __, output: formats.append(output.is_contiguous()))
+    image = IMAGE.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    logits, expected = network(image), plain(IMAGE)
+    assert formats == [True]
+    torch.testing.assert_close(logits, expected)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    for one, other in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_the_full_resolution_comes_first() -> None:

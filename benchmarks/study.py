@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> str:
     if args.dry_run:
         return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in chosen(plan, args.only))
     while True:  # the verdict of the gate brings more jobs
+        plan.judge_gate()
         known = plan.verdict
         failed = run_jobs(chosen(plan, args.only), args.workers)
         plan.judge_gate()

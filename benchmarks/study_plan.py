@@ -20,16 +20,14 @@ class StudyPlan(StudyExperiments, StudyMethods):
     """The jobs of every experiment, in the order of their value."""
 
     def jobs(self) -> list[StudyJob]:
-        """All jobs that can be planned. Until the gate is judged, these are the first pair's teachers and the first
-        students without teachers."""
-        first = [*self.another_hospital(), *self.compression()]
+        """All jobs that can be planned: until the gate is judged only the recipe and the first pair's teachers."""
         if self.gate is None:
-            alone = [job for job in first if not job.study_row.arm.startswith("kd")]
-            return [*self.recipe_jobs(), *self.teacher_jobs(STAGE_1[:1]), *alone]
+            return [*self.recipe_jobs(), *self.teacher_jobs(STAGE_1[:1])]
         jobs = [
             *self.recipe_jobs(),
             *self.teacher_jobs(STAGE_1),
-            *first,
+            *self.another_hospital(),
+            *self.compression(),
             *self.teachers_themselves(),
             *self.few_labels(),
             *self.missing_modalities(),

@@ -15,6 +15,7 @@ from benchmarks.study_job import StudyJob, StudyRow
 from scripts.cli.config import read_config
 from scripts.data import datalist
 from scripts.data.folds import make_splits
+from scripts.runtime.engines import native_bf16
 from scripts.utils.atomic_files import write_json
 
 FOLDS = 5
@@ -129,7 +130,7 @@ class StudySetting:
 
         length: dict[str, Any] = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
         length |= {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
-        length |= {"precision": "bfloat16" if self.gpu else "float32"}
+        length |= {"precision": "bfloat16" if self.gpu or native_bf16() else "float32"}
 
         notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
         notes |= {"device": self.device, "train_folds": [*train], "unlabelled_folds": [*unlabelled]}

@@ -4,8 +4,9 @@
 1. The teachers of stage 1 answer each patient out of fold: those of the two pairs that its fold belongs to.
 2. The student learns from these answers and the labels of all patients, with modality dropout, on patches of random
    size up to whole volumes. Nothing is selected; its weights are ``model.pt`` in the folder ``shipped.final...``.
-3. The same recipe is cross-validated, with the study's teachers that have seen neither the patient nor the tested fold
-   (stage 2 must be done): with every subset of the modalities, and in one pass over the whole volume.
+3. The same recipe is cross-validated: with every subset of the modalities, and in one pass over the whole volume. The
+   teachers are those of stage 1 that have not seen the tested fold. For the patients of two folds some of them answer
+   out of fold; those of the other two folds get the answers of teachers that have seen them.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class StudyShipped(StudyTaught):
         train = other_folds(fold)
         evaluations: dict[str, Command] = {**on_every_subset(self.settings["modalities"]), "one_pass": ONE_PASS}
         row = StudyRow("shipped", "cross_validated", STUDENT, fold, None, 0, STEPS)
-        answers = self.out_of_fold(fold, train)
+        unseen = [pair for pair in STAGE_1 if fold in pair]
+        answers = self.sources(train, lambda k: self.pair_answers([pair for pair in unseen if k in pair] or unseen))
         return self.taught_job(row, answers, train, lesson=LESSON, student=_student(), evaluations=evaluations)
 
 

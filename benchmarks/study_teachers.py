@@ -17,7 +17,6 @@ from benchmarks.job_queue import Command
 from benchmarks.study_job import Answers, StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
 from benchmarks.study_students import StudyStudents
-from scripts.runtime.engines import native_bf16
 from scripts.utils.atomic_files import write_json
 
 STAGE_1 = ((0, 1), (1, 2), (2, 3), (3, 4), (0, 4))
@@ -136,8 +135,6 @@ class StudyTeachers(StudyStudents):
         sizes = self.sizes(name)
         if self.gpu:
             settings["num_workers"] = 2
-        elif native_bf16():
-            settings["precision"] = "bfloat16"
         command: Command = ("teacher", "--architecture", architecture, "--scale", TEACHER_SCALE)
         command = (*command, "--modalities", modality) if modality else command
         row = replace(rows[0], experiment=trained_as)

@@ -14,7 +14,7 @@ from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_teachers import STAGE_1, STAGE_2
 from scripts.cli.config import has_id, merge_configs
-from tests.study_jobs import FOLDS_OF_PATIENTS, data_folds, options, seen_folds, settings
+from tests.study_jobs import FOLDS_OF_PATIENTS, data_folds, judge, new_plan, options, seen_folds, settings
 
 ALL = set(range(FOLDS))
 
@@ -183,3 +183,15 @@ def test_every_setting_of_a_job_is_an_id_of_the_configs(jobs: list[StudyJob]) ->
     assert {"segmentation_loss#batch", "student_features"} <= keys
     unknown = [key for key in keys if not key.startswith(("+", "loss#", "teacher_specs")) and not has_id(known, key)]
     assert unknown == []
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_all_networks_train_in_the_same_precision(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.study_setting.native_bf16", lambda: native)
+    plan = new_plan(tmp_path, monkeypatch)
+    judge(plan, 0.9)
+    trainings = [job.typed()[0] for job in plan.jobs() if job.answers is None]
+    precision = '"bfloat16"' if native else '"float32"'
+    assert {settings(command)["precision"] for command in trainings} == {precision}

@@ -33,7 +33,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyShipped:
     return new_plan(tmp_path, monkeypatch, StudyShipped)
 
 
-def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
+def test_teachers_of_the_shipped_student_have_not_seen_the_patient_and_never_the_tested_fold(
     shipped: StudyShipped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="gate of the study is not judged"):
@@ -58,10 +58,13 @@ def test_teachers_of_the_shipped_student_have_not_seen_the_patient(
         left_out = set() if job is final else {job.study_row.fold}
         assert {FOLD_OF[case] for case in answers} == set(range(FOLDS)) - left_out
         for case, paths in answers.items():
-            pairs = 2 if job is final else 1
+            # No pair of stage 1 leaves out both the tested fold and one of two folds further.
+            in_sample = job is not final and (FOLD_OF[case] - job.study_row.fold) % FOLDS in (2, 3)
+            pairs = 2 if job is final or in_sample else 1
             assert [path.stem.split("_")[0] for path in paths] == ["t1", "t2"] * pairs
             for path in paths:
-                assert not seen_folds(path) & ({FOLD_OF[case]} | left_out)
+                assert not seen_folds(path) & left_out
+                assert (FOLD_OF[case] in seen_folds(path)) == in_sample
                 assert path in job.needs
         for command in (*job.before, *job.typed()):
             assert json.loads(settings(command)["spacing"]) == [3, 3, 3]

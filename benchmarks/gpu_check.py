@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the bundle on one GPU: bf16 training steps, cached and online teachers, memory, and the mask against the CPU's.
+"""Check the bundle on one GPU: a whole epoch with its validation, bf16 training steps, cached and online teachers,
+memory, and the mask against the CPU's.
 
 Example: python -m benchmarks gpu --output-dir runs/gpu
 """
@@ -31,6 +32,7 @@ from benchmarks.training_step import (
 from scripts.cli.bundle_run import Expression
 from scripts.cli.config import config_names, read_config
 from scripts.cli.main import main
+from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import write_json
 
 STUDIES = 10_000
@@ -87,17 +89,30 @@ def peak_memory(candidate: Candidate) -> float:
         process.join()
 
 
-def segment_on(device: str, folder: Path, mask: Path) -> None:
-    """Segment one phantom in a process of its own, because a process that has used the GPU must not be forked."""
-    case = folder / "PHANTOM_001"
-    files = ("--ct", case / "CT_image.nii.gz", "--pet", case / "PET_image.nii.gz", "--mr", case / "MR_T1_image.nii.gz")
-    options = ("--device", device, "--engine", "torch", "--precision", "fp32", "--output", mask)
-    command = ["segment", *map(str, (*files, *options))]
+def _command(*words: Any) -> None:
+    """Run a command in a process of its own, because a process that has used the GPU must not be forked."""
+    command = list(map(str, words))
     process = multiprocessing.get_context("fork").Process(target=lambda: exit(main(command)))
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError("The phantom was not segmented. See the error message above.")
+        raise RuntimeError(f"`{command[0]}` failed. See the error message above.")
+
+
+def segment_on(device: str, folder: Path, mask: Path) -> None:
+    """Segment one phantom."""
+    case = folder / "PHANTOM_001"
+    files = ("--ct", case / "CT_image.nii.gz", "--pet", case / "PET_image.nii.gz", "--mr", case / "MR_T1_image.nii.gz")
+    options = ("--device", device, "--engine", "torch", "--precision", "fp32", "--output", mask)
+    _command("segment", *files, *options)
+
+
+def train_an_epoch(options: Sequence[str], output: Path) -> None:
+    """Train one epoch with its validation, which must have a Dice."""
+    settings = ("--epochs", "1", "--set", "val_interval=1", "--set", "overwrite=true")
+    _command("train", *options, *settings, "--output-dir", output)
+    if read_curves(output / "curves.csv")[-1].get("val_dice") is None:
+        raise RuntimeError("The validation gave no Dice.")
 
 
 def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
@@ -123,6 +138,7 @@ def run(args: argparse.Namespace) -> str:
         main(["phantom", "--cases", "10", "--output-dir", str(folder)])
     masks = compare_masks(folder, args.output_dir, args.device)
     options = ("--data", "phantom", "--dataset-dir", str(folder), "--scale", args.scale, "--device", args.device)
+    train_an_epoch(options, args.output_dir / "epoch")
     cache_teachers(cache, (*options, "--fold", "0", "--set", "overlap=0"), args.teachers)
     rows = time_candidates(choices, MIN_ROUNDS)
     for row, candidate in zip(rows, choices, strict=True):

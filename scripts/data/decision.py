@@ -20,7 +20,7 @@ def decide_classes(logits: torch.Tensor, regions: Regions | None = None) -> torc
 
 
 class DecideClassesd(MapTransform):
-    """Turn logits ``C H W D`` into class indices ``1 H W D``, uint8; see ``classes_from_logits``.
+    """Turn logits ``C H W D`` into class indices ``1 H W D``, uint8, on their device; see ``classes_from_logits``.
 
     Args:
         keys: of the logits.
@@ -34,5 +34,5 @@ class DecideClassesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
-            item[key] = decide_classes(item[key], self.regions)[None]
+            item[key] = decide_classes(item[key], self.regions)[None].to(item[key].device)
         return item

@@ -33,6 +33,22 @@ def test_of_a_softmax_the_largest_logit_decides(classes: int) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_the_classes_lie_on_the_device_of_the_logits() -> None:
+    """A validation compares them with a label on the GPU. Here ``meta`` stands for it, which holds no values."""
+
+    class OnGpu:
+        device = torch.device("meta")
+
+        def float(self) -> OnGpu:
+            return self
+
+        def cpu(self) -> torch.Tensor:
+            return logits(2, 3, 4, 5)
+
+    found = DecideClassesd("pred")({"pred": OnGpu()})["pred"]
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.uint8, (1, 3, 4, 5))
+
+
 def test_of_a_sigmoid_head_the_last_region_that_contains_a_voxel_decides() -> None:
     z = logits(3, 3, 4, 5)
     inside = z.numpy() > 0

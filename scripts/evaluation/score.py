@@ -20,7 +20,7 @@ from scripts.evaluation.overlays import case_overlays
 from scripts.evaluation.prediction_measures import measure_prediction
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
-from scripts.evaluation.training_cases import NO, YES, trained_on, training_notes
+from scripts.evaluation.training_cases import trained_on, training_notes, training_summary
 from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
 from scripts.image_io.dicom_rules import pet_modality
 from scripts.image_io.reader import header_of, read_itk
@@ -126,13 +126,13 @@ def score(
     for row in rows:
         row["trained_on"] = trained[str(row["case_id"])]
         row["findings"] = "; ".join(text.rstrip(".") for text in texts[str(row["case_id"])])
-    manifest = _manifest(output_dir, cases)
+    manifest = _manifest(output_dir, predictions, cases)
     summary = {
         "name": name,
         "present": used,
         "aggregate": aggregate(rows, seed=seed),
         "regions": aggregate_regions(rows, seed=seed),
-        "trained_on": _training_summary(rows, seed),
+        "trained_on": training_summary(rows, seed),
         **_cost(network, patch, len(intensity)),
         "seconds_per_case": _seconds_per_case(manifest, scored_cases),
         "missing": sorted(missing),
@@ -245,17 +245,6 @@ def _volumes_ml(
     return {region: sum(voxels[index] for index in members) * voxel_ml for region, members in regions.items()}
 
 
-def _training_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    """The cases that trained the network, and the aggregate of all others; None where that is unknown or needless."""
-    training = sorted({str(row["case_id"]) for row in rows if row["trained_on"] == YES})
-    unseen = [row for row in rows if row["trained_on"] == NO]
-    known = bool(training or unseen)
-    return {
-        "cases": training if known else None,
-        "unseen_aggregate": aggregate(unseen, seed=seed) if training and unseen else None,
-    }
-
-
 def _case_texts(case_id: str, masks: MaskFiles, problem: str | None, findings: Sequence[Finding]) -> list[str]:
     """Everything that is said about a case, the reason of its failure first."""
     failures = [] if case_id in masks.paths else ["no mask was found", masks.hints.get(case_id)]
@@ -277,11 +266,12 @@ def _log_warnings(summary: Mapping[str, Any], findings: Mapping[str, Sequence[Fi
         logger.info("%d masks were resampled to the grid of their reference; cases.csv lists them", resampled)
 
 
-def _manifest(output_dir: str, cases: Sequence[Case]) -> dict[str, Any]:
-    """The manifest of the inference that wrote the masks; a new one where there is none for these cases."""
+def _manifest(output_dir: str, predictions: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """The manifest of the inference that wrote the masks; a new one where there is none for these masks."""
     path = Path(output_dir) / "manifest.json"
-    # The folder may hold the manifest of an earlier run on other cases.
-    if path.is_file() and cases_in_manifest(path) == json.loads(json.dumps(list(cases), default=str)):
+    # The folder may hold the manifest of an earlier run, with other masks or on other cases.
+    own = Path(predictions).resolve().parent == Path(output_dir).resolve()
+    if own and path.is_file() and cases_in_manifest(path) == json.loads(json.dumps(list(cases), default=str)):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return manifest
     return write_manifest(output_dir, list(cases), **torch_usage())

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.evaluation.training_cases import NO, UNKNOWN, YES, training_summary
 from scripts.metrics import METRICS, Row, aggregate, aggregate_regions, filled_value
 from scripts.metrics.case_rows import row_key
 
 Run = dict[str, Any]
+NAMES_SHOWN = 5  # cases that a sentence names
 
 
 def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -23,8 +26,20 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
         runs: one sequence of rows per seed, all of the same cases.
 
     Returns:
-        One row per case and region; its status is ``true_negative`` where no seed has a value, else ``ok``.
+        One row per case and region; its status is ``true_negative`` where no seed has a value, else ``ok``. It was
+        trained on if any seed was.
+
+    Raises:
+        ValueError: a case or region is in some of the runs only.
     """
+    counts = Counter(row_key(row) for rows in runs for row in rows)
+    absent = sorted({" ".join(key) for key, count in counts.items() if count != len(runs)})
+    if absent:
+        raise ValueError(
+            f"These cases are not in each of the {len(runs)} evaluations once: {', '.join(absent[:NAMES_SHOWN])}"
+            f"{' and more' if len(absent) > NAMES_SHOWN else ''}. Seeds are averaged over the same cases only: give "
+            "evaluations of other cases another --name."
+        )
     by_key: dict[tuple[str, str], list[Row]] = {}
     for rows in runs:
         for row in rows:
@@ -39,6 +54,8 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
         row["volume_ml"] = statistics.fmean(volumes) if volumes else None
         row["status"] = "true_negative" if row["dice"] is None else "ok"
         row["findings"] = "; ".join(dict.fromkeys(text for each in rows if (text := each.get("findings"))))
+        answers = {each.get("trained_on") for each in rows}
+        row["trained_on"] = YES if YES in answers else NO if answers == {NO} else UNKNOWN
         merged.append(row)
     return merged
 
@@ -69,5 +86,12 @@ def _mean(name: str, runs: Sequence[Mapping[str, Any]]) -> Run:
         "rows": rows,
         "aggregate": aggregate(rows, seed=seed),
         "regions": aggregate_regions(rows, seed=seed),
+        "trained_on": training_summary(rows, seed),
+        **{key: _united(key, runs) for key in ("missing", "unreadable")},
         "seconds_per_case": statistics.fmean(seconds) if seconds else None,
     }
+
+
+def _united(key: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names in a list of any summary."""
+    return sorted({name for run in runs for name in run.get(key, ())})

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.records import Case
+from scripts.metrics import Row, aggregate
 from scripts.metrics.aggregates import case_count
 from scripts.utils.checksums import sha256
-from scripts.utils.file_names import nfc
-from scripts.utils.task_file import read_task, task_path
+from scripts.utils.task_file import case_ids, read_task, seen_ids, task_path
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
 
@@ -19,8 +19,9 @@ YES, NO, UNKNOWN = "yes", "no", "unknown"
 def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[str, str], str]:
     """Find the cases that the weights were trained on.
 
-    A case counts as trained on if the record lists its id or its patient's id. The record is ``<stem>.task.json``
-    beside the weights, which every training writes.
+    A case counts as trained on if the record lists its id or its patient's id, among the cases of the training or
+    among those of weights that it started from or whose network taught it. The record is ``<stem>.task.json`` beside
+    the weights, which every training writes.
 
     Args:
         weights: file of the network's weights; None where they are not known, as for masks made elsewhere.
@@ -43,15 +44,28 @@ def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[
         raise ValueError(f"{path} lists no training cases. Restore it, or remove it.")
     if record.get("weights_sha256") and Path(weights).is_file() and record["weights_sha256"] != sha256(weights):
         return unknown, f"{path} describes other weights than {weights}, so it is unknown which cases trained them"
-    listed: dict[str, set[str]] = {"case_id": set(), "patient_id": set()}
-    for item in training_cases:
-        for key, ids in listed.items():
-            ids.add(nfc(str(item.get(key, item["case_id"]))))
-    result = {}
-    for case in cases:
-        names = {key: nfc(str(case.get(key, case["case_id"]))) for key in listed}
-        result[str(case["case_id"])] = YES if any(names[key] in listed[key] for key in listed) else NO
-    return result, ""
+    seen = seen_ids(record)
+    return {str(case["case_id"]): YES if case_ids(case) & seen else NO for case in cases}, ""
+
+
+def training_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Summarise the column ``trained_on`` of a case table.
+
+    Args:
+        rows: of the table.
+        seed: of the bootstrap.
+
+    Returns:
+        ``cases``, those that trained the network, and ``unseen_aggregate`` of the others; None where that is unknown or
+        needless.
+    """
+    training = sorted({str(row["case_id"]) for row in rows if row.get("trained_on") == YES})
+    unseen = [row for row in rows if row.get("trained_on") == NO]
+    known = bool(training or unseen)
+    return {
+        "cases": training if known else None,
+        "unseen_aggregate": aggregate(unseen, seed=seed) if training and unseen else None,
+    }
 
 
 def training_notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -62,8 +76,8 @@ def training_notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         if training:
             total = case_count(summary["aggregate"], len(summary.get("regions") or ()))
             notes.append(
-                f"{summary['name']} was trained on {len(training)} of these {total} cases ({', '.join(training)}). "
-                "Results on them do not show how it does on new patients"
+                f"{summary['name']} was trained on {len(training)} of these {total} cases ({', '.join(training)}), or "
+                "learned from a network that was. Results on them do not show how it does on new patients"
                 + (": read the row of the unseen cases." if len(training) < total else ".")
             )
     return notes

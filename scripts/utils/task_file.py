@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scripts.utils.file_names import nfc
 
 SUFFIX = ".task.json"
 Record = dict[str, Any]
@@ -15,6 +18,22 @@ def task_path(weights: str | Path) -> Path:
     """The file that describes the weights: ``model.task.json`` beside ``model.pt``."""
     path = Path(weights)
     return path.with_name(f"{path.stem}{SUFFIX}")
+
+
+def case_ids(case: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """The names by which a case is found in a record: its own and its patient's."""
+    names = {"case": case["case_id"], "patient": case.get("patient_id", case["case_id"])}
+    return {(kind, nfc(str(name))) for kind, name in names.items()}
+
+
+def seen_cases(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The cases of a record that trained its weights, and those that trained weights from which they learned."""
+    return [*(record.get("training_cases") or ()), *(record.get("inherited_cases") or ())]
+
+
+def seen_ids(record: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """``case_ids`` of all ``seen_cases``."""
+    return {name for case in seen_cases(record) for name in case_ids(case)}
 
 
 def read_task(weights: str | Path) -> Record | None:

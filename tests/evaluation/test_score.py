@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +172,24 @@ def test_the_report_contains_numbers_cases_and_outlines(cohort: Any, tmp_path: P
     assert "| network \\<X> | 0.917" in capsys.readouterr().out
 
 
-def test_the_manifest_of_the_inference_is_kept_unless_it_lists_other_cases(cohort: Any, tmp_path: Path) -> None:
-    run(cohort, tmp_path)
-    path = tmp_path / "out" / "manifest.json"
+def test_the_manifest_of_the_inference_is_kept_unless_it_is_of_other_masks_or_cases(
+    cohort: Any, tmp_path: Path
+) -> None:
+    own = {"output_dir": str(tmp_path)}  # its folder ``masks`` has the predictions
+    run(cohort, tmp_path, **own)
+    path = tmp_path / "manifest.json"
     manifest = read_json(path)
     assert manifest["data"] == cohort
-    path.write_text(json.dumps({**manifest, "wall_seconds": 12.0, "seed": 41}))  # as the inference writes it
-    assert run(cohort, tmp_path)["seconds_per_case"] == pytest.approx(12 / 6)
+    of_inference = json.dumps({**manifest, "wall_seconds": 12.0, "seed": 41})
+    path.write_text(of_inference)
+    assert run(cohort, tmp_path, **own)["seconds_per_case"] == pytest.approx(12 / 6)
     assert read_json(path)["seed"] == 41
-    assert run(cohort[:3], tmp_path)["seconds_per_case"] is None
+    assert run(cohort[:3], tmp_path, **own)["seconds_per_case"] is None
     assert read_json(path)["data"] == cohort[:3]
+    path.write_text(of_inference)
+    foreign = str(shutil.copytree(tmp_path / "masks", tmp_path / "elsewhere" / "masks"))
+    assert run(cohort, tmp_path, **own, predictions=foreign)["seconds_per_case"] is None
+    assert read_json(path).get("seed") != 41
 
 
 def test_parameters_and_operations_of_a_network_are_counted(cohort: Any, tmp_path: Path) -> None:

@@ -84,3 +84,26 @@ def test_a_report_averages_seeds_on_request_and_compares_with_a_baseline(tmp_pat
     assert len(compare(folders, str(tmp_path / "out")).splitlines()) == 2 + 4
     with pytest.raises(ValueError, match=r"No evaluation is named nothing\. Choose one of alone"):
         compare(folders, str(tmp_path / "out"), baseline="nothing")
+
+
+def test_the_unseen_cases_are_averaged_over_the_seeds_too() -> None:
+    """A case that trained one of the seeds is not unseen."""
+    runs = []
+    for seed, dice in enumerate((0.9, 0.5, 0.1)):
+        rows = [row("a", 1.0, trained_on="yes"), row("b", dice, trained_on="no"), row("c", dice, trained_on="no")]
+        rows[2]["trained_on"] = "yes" if seed == 1 else "no"
+        missing = ["c"] if seed == 2 else []
+        runs.append({"name": "s", "rows": rows, "aggregate": aggregate(rows), "missing": missing, "unreadable": []})
+    (mean,) = group_seeds(runs)
+    assert [each["trained_on"] for each in mean["rows"]] == ["yes", "no", "yes"]
+    assert mean["trained_on"]["cases"] == ["a", "c"]
+    unseen = mean["trained_on"]["unseen_aggregate"]
+    assert (unseen["n_patients"], unseen["metrics"]["dice"]["defined"]["mean"]) == (1, pytest.approx(0.5))
+    assert mean["missing"] == ["c"]
+
+
+@pytest.mark.parametrize(("second", "named"), [(["b", "c"], "a foreground, c foreground"), (["a", "b", "b"], "b")])
+def test_seeds_of_other_cases_are_not_averaged(second: list[str], named: str) -> None:
+    runs = [[row(case, 0.5) for case in cases] for cases in (["a", "b"], second)]
+    with pytest.raises(ValueError, match=f"not in each of the 2 evaluations once: {named}.*another --name"):
+        mean_over_seeds(runs)

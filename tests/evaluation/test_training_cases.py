@@ -82,7 +82,7 @@ def test_training_cases_are_marked_and_the_others_are_averaged_alone(evaluate: A
     result = evaluate(record(("P1", "patient P1"), ("P2_first_study", "patient P2"), ("Q", "patient Q")))
     assert result.code == 0
     assert result.trained_on == {"P1": "yes", "P2": "yes", "P3": "no", "Müller_1": "no"}
-    sentence = "student was trained on 2 of these 4 cases (P1, P2). Results on them do not show how it does on new"
+    sentence = "student was trained on 2 of these 4 cases (P1, P2), or learned from a network that was. Results on them"
     assert sentence in result.log
     assert f"<p>{sentence}" in result.page
     assert result.summary["trained_on"]["cases"] == ["P1", "P2"]

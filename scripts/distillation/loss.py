@@ -26,8 +26,9 @@ class DistillationLoss(nn.Module):
     Source: [ours] in this form; docs/methods.md names each term's own source.
 
     A term on a tap that does not apply to every teacher shares its weight among the teachers that it applies to.
-    Voxels whose label is ``IGNORED`` count in no term on logits: there the student's logits are replaced by the
-    teacher's. For terms that take the label they have no class (``scripts.losses.NO_CLASS``). Each channel of a sigmoid
+    Voxels whose label is ``IGNORED`` count in no term on logits: a loss with the attribute ``voxels_of`` gets the
+    others only, see ``_counted``; for any other loss the student's logits are replaced there by the teacher's. For
+    terms that take the label they have no class (``scripts.losses.NO_CLASS``). Each channel of a sigmoid
     head is a prediction of its own: a term on logits is the mean over the channels of its loss on one channel.
 
     ``logged`` holds the last values by name: ``segmentation``, each term (before its weight), ``weight/<teacher>``,
@@ -185,13 +186,16 @@ class DistillationLoss(nn.Module):
             extra = [_of_known_class(label)] if needs_label else []
             if not on_logits:
                 return loss(student, teacher, *extra)
-            ignored = label == IGNORED
-            if bool(ignored.any()):
-                student = torch.where(ignored, teacher.detach(), student)
-            if self.regions is None:
-                return loss(student, teacher, *extra)
-            channels = zip(student.split(1, dim=1), teacher.split(1, dim=1), strict=True)
-            return torch.stack([loss(one, other, *extra) for one, other in channels]).mean()
+            if self.regions is not None:
+                parts = zip(student.split(1, dim=1), teacher.split(1, dim=1), strict=True)
+            else:
+                parts = zip([student], [teacher], strict=True)
+            values = [
+                loss(*pair, *extra)
+                for one, other in parts
+                for pair in _counted(one, other, label, getattr(self.losses[name], "voxels_of", ""))
+            ]
+            return torch.stack(values).mean() if values else (student * 0.0).sum()
 
         return compare
 
@@ -208,21 +212,47 @@ class DistillationLoss(nn.Module):
     def _mix_teachers(
         self, name: str, outputs: Mapping[str, torch.Tensor], shares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits whose softened probabilities are the weighted mean of the teachers', and the sum of weights.
-
-        A sample's sum of weights is 1, or 0 if it has no available teacher.
-        """
+        """Return logits whose softened probabilities are the weighted mean of the teachers', and the weight of each
+        sample: 1, or 0 if it has no available teacher."""
         channels = 1 if self.regions is not None else outputs[LOGITS].shape[1]
         temperature = softening(getattr(self.losses[name], "temperature", 1.0), channels)
         stacked = torch.stack([outputs[f"{k}.{LOGITS}"].float() for k in self.teacher_names], dim=1) / temperature
         weights = shares.view(*shares.shape, *[1] * (stacked.dim() - 2))
+        available = (shares.sum(1) > 0).to(shares.dtype)  # the sum itself may be 1 but for rounding
         # Logits of an unavailable teacher are replaced, because 0 * NaN is NaN.
         stacked = stacked.masked_fill(weights == 0, 0.0)
         if channels == 1:
             p = (stacked.sigmoid() * weights).sum(1)
-            return temperature * torch.logit(p, eps=1e-7), shares.sum(1)
+            return temperature * torch.logit(p, eps=1e-7), available
         p = (stacked.softmax(2) * weights).sum(1)
-        return temperature * p.clamp_min(1e-12).log(), shares.sum(1)
+        return temperature * p.clamp_min(1e-12).log(), available
+
+
+def _counted(
+    student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor, voxels_of: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits without what the label ignores, as the parts whose losses are averaged.
+
+    Args:
+        student: logits, ``B C H W [D]``.
+        teacher: logits of the same shape.
+        label: class indices, ``B 1 H W [D]``.
+        voxels_of: of what the loss takes all voxels in any order, the ``batch`` or each ``sample``: it then gets the
+            counted ones only, ``1 C N 1``, and a sample without any is left out. Other losses need the grid: at ignored
+            voxels they get the teacher's logits as those of the student.
+    """
+    counted = (label != IGNORED)[:, 0]
+    if bool(counted.all()):
+        return [(student, teacher)]
+    if not voxels_of:
+        return [(torch.where(counted[:, None], student, teacher.detach()), teacher)]
+    size = len(counted) if voxels_of == "batch" else 1
+    groups = zip(student.split(size), teacher.split(size), counted.split(size), strict=True)
+    return [
+        tuple(logits.movedim(1, -1)[where].T[None, ..., None] for logits in (one, other))
+        for one, other, where in groups
+        if bool(where.any())
+    ]
 
 
 def _of_known_class(label: torch.Tensor) -> torch.Tensor:

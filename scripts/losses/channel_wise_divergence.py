@@ -35,6 +35,8 @@ class ChannelWiseDivergence(nn.Module):
         ValueError: ``temperature`` is not positive.
     """
 
+    voxels_of = "sample"  # see DistillationLoss
+
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
         check_positive("temperature", temperature)

@@ -85,6 +85,7 @@ class DISTLoss(nn.Module):
             raise ValueError(f"inter and intra must not be negative, got {inter} and {intra}.")
         check_positive("temperature", temperature)
         self.inter, self.intra, self.temperature, self.per_sample = inter, intra, temperature, per_sample
+        self.voxels_of = "sample" if per_sample else "batch"  # see DistillationLoss
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax of ``B C H W [D]``, as ``1 C B*N``, or ``B C N`` per sample."""

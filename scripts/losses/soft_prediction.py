@@ -42,6 +42,7 @@ class SoftPredictionLoss(nn.Module):
     """
 
     of_probabilities = True  # see DistillationLoss
+    voxels_of = "batch"
 
     def __init__(self, temperature: float | None = None) -> None:
         super().__init__()

@@ -88,6 +88,33 @@ def test_the_students_logits_at_ignored_voxels_change_no_loss(
     assert gradient[~ignored].any()
 
 
+@pytest.mark.parametrize("regions", [None, NESTED])
+@pytest.mark.parametrize("name", ["kl", "dist", "per sample", "cwd"])
+def test_a_term_on_logits_is_that_of_the_counted_voxels_alone(name: str, regions: Any) -> None:
+    """The upper part of both samples is ignored, so that the rest is a smaller grid."""
+    channels = 4 if regions is None else 3
+    label = labels(ignored=False)
+    label[:, :, :2] = IGNORED
+    student = logits(channels, 0).requires_grad_()
+    data = outputs(student, available=((True, False), (True, False)))
+    value = loss_of(name, channels, regions).terms(data, label)[name]
+    smaller = {key: each[:, :, 2:].contiguous() for key, each in data.items() if key != "available"}
+    expected = loss_of(name, channels, regions).terms({**smaller, "available": data["available"]}, label[:, :, 2:])[
+        name
+    ]
+    torch.testing.assert_close(value, expected)
+    (gradient,) = torch.autograd.grad(value, student, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+    one_sample = label.clone()
+    one_sample[1] = IGNORED
+    found = loss_of(name, channels, regions).terms(data, one_sample)[name]
+    alone = {key: each[:1] for key, each in data.items()}
+    torch.testing.assert_close(found, loss_of(name, channels, regions).terms(alone, label[:1])[name])
+    nothing = loss_of(name, channels, regions).terms(data, torch.full_like(label, IGNORED))[name]
+    assert nothing.item() == 0
+    assert not torch.autograd.grad(nothing, student)[0].any()
+
+
 def test_a_term_that_takes_the_label_finds_no_class_at_ignored_voxels() -> None:
     seen: list[Tensor] = []
 

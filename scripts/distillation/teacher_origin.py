@@ -12,7 +12,7 @@ from scripts.data.case_list import source_files
 from scripts.networks.teacher_spec import join_checksums, spec_files, teacher_identity
 from scripts.utils.checksums import sha256
 from scripts.utils.file_names import nfc
-from scripts.utils.task_file import read_task, task_path
+from scripts.utils.task_file import case_ids, read_task, seen_ids, task_path
 
 ENDINGS = (".npz", ".nii.gz", ".nii", ".mha", ".nrrd")  # of predictions
 NAMES_SHOWN = 5  # cases that a sentence names
@@ -105,8 +105,7 @@ class OutOfFold(Origin):
 
     def members(self, case: Case) -> list[int]:
         """The indices of the networks that were not trained on a case."""
-        ids = {("case", nfc(str(case["case_id"]))), ("patient", nfc(str(case.get("patient_id", case["case_id"]))))}
-        return [index for index, seen in enumerate(self.seen) if not ids & seen]
+        return [index for index, seen in enumerate(self.seen) if not case_ids(case) & seen]
 
     def sources(self, case: Case, checksums: bool = True) -> dict[str, Any]:
         """As for every teacher, and the checksums of the weights that answer the case."""
@@ -114,15 +113,14 @@ class OutOfFold(Origin):
 
 
 def _training_ids(name: str, weights: str) -> set[tuple[str, str]]:
-    """The cases and patients that weights were trained on."""
-    cases = (read_task(weights) or {}).get("training_cases")
-    if not cases:
+    """The cases and patients that weights were trained on, or weights from which they learned."""
+    record = read_task(weights) or {}
+    if not record.get("training_cases"):
         raise ValueError(
             f"The teacher {name} cannot answer out of fold: {task_path(weights)}, which lists the training cases of "
             "its weights, is missing or lists none. Train it with this program, or remove --out-of-fold."
         )
-    ids = {("case", nfc(str(case["case_id"]))) for case in cases}
-    return ids | {("patient", nfc(str(case.get("patient_id", case["case_id"])))) for case in cases}
+    return seen_ids(record)
 
 
 class PredictionFiles(Origin):

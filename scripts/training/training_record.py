@@ -21,7 +21,14 @@ from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
 from scripts.networks.architecture import parameters, read_architecture
-from scripts.networks.teacher_spec import check_spec, join_checksums, own_settings, spec_files, teacher_head
+from scripts.networks.teacher_spec import (
+    OWN_SETTINGS,
+    check_spec,
+    join_checksums,
+    own_settings,
+    spec_files,
+    teacher_head,
+)
 from scripts.runtime.task_record import (
     HEAD,
     refuse_contradictions,
@@ -32,13 +39,16 @@ from scripts.runtime.task_record import (
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
-from scripts.utils.task_file import Record, read_task, task_path
+from scripts.utils.task_file import Record, case_ids, read_task, seen_cases, seen_ids, task_path
 
 logger = logging.getLogger(__name__)
 
-# Of a checkpoint: its schedule is compared by itself, and what only names files and results changes no training.
-NOT_COMPARED = ("epochs", "bundle_version", "git_commit", "codes", "dicom", "layout", "mask_values")
+# Of a checkpoint: its schedule is compared by itself, a training may continue in another precision, and what only names
+# files and results changes no training.
+NOT_COMPARED = ("epochs", "precision", "bundle_version", "git_commit", "codes", "dicom", "layout", "mask_values")
 OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
+TEACHER_SETTINGS = ("modalities", "folds", "layers", "kind", "head", *OWN_SETTINGS)  # of a specification
+PARTS = ("checks", "taps", "student_layers")  # items of the config that change what is learned
 # Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
 FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
 NAMES_SHOWN = 5  # cases that a sentence names
@@ -49,6 +59,7 @@ def training_record(
     settings: Mapping[str, Any],
     teachers: Mapping[str, Any] | None = None,
     built_on: Mapping[str, str] | None = None,
+    pretrained: str = "",
 ) -> Record:
     """Describe a training by plain values.
 
@@ -61,11 +72,14 @@ def training_record(
         teachers: name -> ``weights``, a file or None for random weights. No teacher is built here, because that would
             draw random numbers before the student does.
         built_on: name -> file of further weights that the training needs, ``""`` for random weights.
+        pretrained: file of the weights that the training starts from; ``""`` for random weights. A warning names the
+            validation cases that trained them.
 
     Returns:
         The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
-        ``optimizer``, ``teachers_sha256``, ``built_on_sha256``, ``training_cases``, ``validation_cases``,
-        ``bundle_version`` and ``git_commit``.
+        ``optimizer``, the items of ``PARTS``, ``teacher_names``, ``teachers`` (the settings of each),
+        ``teachers_sha256``, ``built_on_sha256``, ``training_cases``, ``validation_cases``, ``inherited_cases`` (those
+        that trained the teachers or the weights that the training starts from), ``bundle_version`` and ``git_commit``.
     """
     record = {str(key): _plain(value) for key, value in settings.items()}
     parser = running_parser()
@@ -76,12 +90,37 @@ def training_record(
         if loss != record["segmentation_loss"]:
             record["loss"] = loss
         record["optimizer"] = _without(definition(parser, "optimizer"), "params", "lr", "weight_decay")
+        record |= {key: definition(parser, key) for key in PARTS if parser.get(key) is not None}
     if teachers:
+        record["teacher_names"] = list(teachers)
+        record["teachers"] = {
+            name: {key: _plain(spec[key]) for key in TEACHER_SETTINGS if spec.get(key) is not None}
+            for name, spec in teachers.items()
+        }
         record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
+    if pretrained:
+        built_on = {**(built_on or {}), "pretrained": pretrained}
+        _warn_of_seen(f"The weights {pretrained} were", split[1], seen_ids(read_task(pretrained) or {}))
     if built_on:
         record["built_on_sha256"] = {name: _checksum({"weights": file}) for name, file in built_on.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
+    files = [pretrained] * bool(pretrained) + [file for spec in (teachers or {}).values() for file in spec_files(spec)]
+    inherited = {case["case_id"]: case for file in files for case in seen_cases(read_task(file) or {})}
+    record["inherited_cases"] = [case for _, case in sorted(inherited.items())]
     return {**record, "bundle_version": bundle_version(), "git_commit": git_commit()}
+
+
+def _warn_of_seen(what: str, validation: Sequence[Item], seen: set[tuple[str, str]]) -> None:
+    """Warn of validation cases that trained other weights from which the network learns."""
+    known = sorted(case["case_id"] for case in _case_ids(validation) if case_ids(case) & seen)
+    if known:
+        logger.warning(
+            "%s trained on the patients of %d of the %d validation cases of this run: %s. Their Dice is too high.",
+            what,
+            len(known),
+            len(validation),
+            _listed(known),
+        )
 
 
 def _checksum(spec: Mapping[str, Any]) -> str | None:
@@ -237,13 +276,12 @@ def require_same_teachers(
         patch: of this run in voxels, compared for architectures with a fixed patch only; None for cached teachers,
             which get no patch.
     """
-    validation = {str(case.get("case_id")) for case in (split[1] if split else ())}
     heads = {}
     for name, spec in specs.items():
         check_spec(name, spec)
         heads[name] = teacher_head(name, spec, settings.get("head", HEAD["head"]))
     for name, spec in specs.items():
-        seen: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for file in spec_files(spec):
             task = read_task(file)
             if task is None:
@@ -257,15 +295,8 @@ def require_same_teachers(
             own = own_settings(spec)
             advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
             refuse_contradictions(file, setting_differences(known, _plain(used)), ignore, advice)
-            seen |= validation & {case["case_id"] for case in task.get("training_cases", [])}
-        if seen:
-            logger.warning(
-                "The teacher %s was trained on %d of the %d validation cases of this run: %s. Their Dice is too high.",
-                name,
-                len(seen),
-                len(validation),
-                _listed(sorted(seen)),
-            )
+            seen |= seen_ids(task)
+        _warn_of_seen(f"The teacher {name} was", split[1] if split else (), seen)
 
 
 def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:

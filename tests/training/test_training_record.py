@@ -14,6 +14,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from scripts.cli.main import main
+from scripts.evaluation.training_cases import trained_on
 from scripts.training.training_record import definition, differences, training_record
 from scripts.utils.checksums import sha256
 from scripts.utils.task_file import read_task, task_path
@@ -130,7 +131,51 @@ def test_without_a_config_the_record_holds_the_settings_and_the_cases() -> None:
         "pi": math.pi,
         "training_cases": [{"case_id": "A", "patient_id": "P"}],
         "validation_cases": [],
+        "inherited_cases": [],
     }
+
+
+def test_the_record_names_the_cases_of_all_networks_that_this_one_learned_from(
+    cohort: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A teacher left out fold 1; its student started from weights that left out fold 0; a third starts from it."""
+    small = ["--set", "patch=[16,16,16]", "--set", 'architectures={"segresnet":{"init_filters":8}}']
+    common, split = [*TINY, *small, "--dataset-dir", str(cohort)], tmp_path / "splits.json"
+    names = [f"PHANTOM_{i:03d}" for i in range(1, 7)]
+    split.write_text(json.dumps({"seed": 0, "folds": [names[:2], names[2:4], names[4:]]}))
+    common += ["--set", f"splits_file={split}"]
+    teacher, first, second, third = (tmp_path / name for name in ("teacher", "first", "second", "third"))
+    options = ["--architecture", "segresnet", "--modalities", "pet", "--fold", "1", "--output-dir", str(teacher)]
+    assert main(["teacher", *common, *options]) == 0
+    assert main(["train", *common, "--fold", "0", "--output-dir", str(first)]) == 0
+    distil = ["distill", *common, "--method", "hinton", "--teacher", f"segresnet:pet={teacher / 'model.pt'}"]
+    start = ["--pretrained", str(first / "model.pt")]
+    assert main([*distil, *start, "--fold", "2", "--output-dir", str(second)]) == 0
+    task: Any = read_task(second / "model.pt")
+    assert [case["case_id"] for case in task["training_cases"]] == names[:4]
+    assert [case["case_id"] for case in task["inherited_cases"]] == names  # 1, 2, 5, 6 by the teacher, 3 to 6 before
+    assert task["built_on_sha256"] == {"pretrained": sha256(first / "model.pt")}
+    assert f"The weights {first / 'model.pt'} were trained on the patients of 2 of the 2 validation" in caplog.text
+    assert (task["teacher_names"], task["teachers"]) == (["segresnet_pet"], {"segresnet_pet": {"modalities": ["pet"]}})
+    assert main(["train", *common, "--pretrained", str(second / "model.pt"), "--output-dir", str(third)]) == 0
+    task = read_task(third / "model.pt")
+    assert [case["case_id"] for case in task["inherited_cases"]] == names
+    cases = [{"case_id": "other study", "patient_id": "PHANTOM_001"}, {"case_id": "PHANTOM_007"}]
+    assert trained_on(third / "model.pt", cases) == ({"other study": "yes", "PHANTOM_007": "no"}, "")
+
+
+def test_other_checks_teachers_or_their_order_are_another_training(tiny_bundle: Any, tmp_path: Path) -> None:
+    specs = {name: {"architecture": "dynunet", "modalities": ["pet"]} for name in ("a", "b")}
+    changed = {"b": specs["b"], "a": {**specs["a"], "modalities": ["ct"]}}
+    records = [
+        tiny_bundle(tmp_path, "distill", "methods/hinton", teacher_specs=teachers, **more).get_parsed_content("record")
+        for teachers, more in ((specs, {}), (changed, {"checks#voxel_size": "pixdim"}))
+    ]
+    assert differences(*records) == [
+        "its checks#voxel_size is none, this run's is pixdim",
+        "its teacher_names is ['a', 'b'], this run's is ['b', 'a']",
+        "its teachers#a#modalities is ['pet'], this run's is ['ct']",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b""])
@@ -277,7 +322,10 @@ def test_a_teacher_of_another_spacing_is_refused_and_one_that_saw_the_validation
     error = capfd.readouterr().err
     assert f"error: {seen / 'model.task.json'} contradicts this run: its spacing is [12, 12, 12], this run's" in error
     assert main([*student, "--set", "intensity#ct=[0,1]"]) == 0  # it does not see the CT
-    assert "The teacher segresnet_pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text
+    assert (
+        "The teacher segresnet_pet was trained on the patients of 2 of the 2 validation cases of this run: PHANTOM_"
+        in caplog.text
+    )
     assert main([*student, "--set", "spacing=[12,12,9]", "--set", "ignore_task=true", "--set", "overwrite=true"]) == 0
     assert "this run's is [12, 12, 9]. ignore_task is set." in caplog.text
 
@@ -315,4 +363,7 @@ def test_the_teachers_of_a_cache_are_compared_as_those_that_run(
     with pytest.raises(RuntimeError) as error:
         tiny_bundle(tmp_path / "b", *configs, **options, ignore_task=True).get_parsed_content("teachers")
     assert "No cache of the teacher pet" in str(error.value.__cause__)
-    assert "The teacher pet was trained on 2 of the 2 validation cases of this run: PHANTOM_" in caplog.text
+    assert (
+        "The teacher pet was trained on the patients of 2 of the 2 validation cases of this run: PHANTOM_"
+        in caplog.text
+    )

@@ -65,7 +65,7 @@ def add_options(parser: Parser) -> None:
         type=float,
         metavar="SHARE",
         help="choose the weights of the terms in training, so that their gradients are together SHARE times that of "
-        "L_seg (default: the weights of the papers)",
+        "L_seg (default: the weights in the configs of the methods)",
     )
     parser.add_argument("--stages-dir", metavar="DIR", help="gkd: folder of its stages (default: OUTPUT_DIR/stages)")
     add_student_options(parser)

@@ -121,7 +121,9 @@ def add_teachers_options(parser: Parser) -> None:
         "files with commas between them (an ensemble), or random",
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="accept cases without a label: they learn from the teachers alone"
+        "--unlabelled",
+        action="store_true",
+        help="accept cases without a label: on them the student learns from the teachers only",
     )
 
 

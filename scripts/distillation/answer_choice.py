@@ -53,7 +53,8 @@ def load_answers(
     channels = len(regions or labels)
     for name, spec in specs.items():
         check_spec(name, spec)
-        origin = origin_of(name, spec, out_of_fold and not spec.get("label"))
+        by_fold = out_of_fold and not spec.get("label")
+        origin = origin_of(name, spec, by_fold)
         if isinstance(origin, PredictionFiles):
             answers[name] = ImportedAnswers(origin, preprocessing.files, labels, smooth, regions, spec.get("head"))
             continue
@@ -61,7 +62,7 @@ def load_answers(
             answers[name] = NNUNetAnswers(origin, preprocessing.files, labels, device, regions)
             continue
         # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
-        parts = [{**spec, "weights": file} for file in spec_files(spec)] if out_of_fold else [spec]
+        parts = [{**spec, "weights": file} for file in spec_files(spec)] if by_fold else [spec]
         load = partial(
             load_teachers, out_channels=channels, regions=regions, classes=len(labels), cached=True, **common
         )

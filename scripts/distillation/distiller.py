@@ -126,7 +126,8 @@ class Distiller(nn.Module):
         with torch.no_grad(), record_outputs(self._student_taps.values()) as recorded:
             self.student.eval()(image)
         self.student.train(training)
-        teacher_outputs = {name: self._teacher_outputs(name, image, {}) for name in self.teacher_names}
+        used = {name for tap, modules in adapters.items() if callable(modules) for name in self.teachers_of(tap)}
+        teacher_outputs = {name: self._teacher_outputs(name, image, {}) for name in sorted(used)}
         for tap, modules in adapters.items():
             if not callable(modules):
                 built[tap] = dict(modules)

@@ -73,9 +73,9 @@ def shared_weights(norms: Mapping[str, float], share: float) -> dict[str, float]
 class GradientBalance:
     """Handler: set the weights of the terms so that together they give the student ``share`` times L_seg's gradient.
 
-    Source: [ours]. The weights of the papers are the default; this rule is an option. It measures on the training's own
-    batches: at the first step, and again at each tenth of the training, ``BATCHES`` steps each. While its adapter is
-    random, or its student knows nothing, a term may be small or large by accident. Therefore:
+    Source: [ours]. The weights in the configs of the methods are the default; this rule is an option. It measures on
+    the training's own batches: at the first step, and again at each tenth of the training, ``BATCHES`` steps each.
+    While its adapter is random, or its student knows nothing, a term may be small or large by accident. Therefore:
 
     - the first measurement is of a fresh student, the second of one that trained for a tenth, with its adapters. Of the
       two weights the smaller is taken;

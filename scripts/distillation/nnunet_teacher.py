@@ -107,6 +107,12 @@ def _require_same_outputs(
         raise ValueError(
             f"The nnU-Net of the teacher {name} has {number} {kind}, this task has {task}. Use a network of this task."
         )
+    values = [list(each) for each in labels]
+    if not heads.has_regions and sorted(values) == [[index] for index in range(len(labels))] != values:
+        raise ValueError(
+            f"The nnU-Net of the teacher {name} answers with the values 0 to {len(labels) - 1} in this order, the "
+            f"labels of this task are {values}. Name them in the order of their values."
+        )
     if heads.has_regions and regions is not None:
         of_task = [sorted(value for index in members for value in labels[index]) for members in regions]
         of_network = [sorted(each) if isinstance(each, (list, tuple)) else [each] for each in heads.foreground_regions]

@@ -187,7 +187,7 @@ class TrainingCheckpoint:
 
     def update_average(self, engine: Any) -> None:
         """Update the average of the weights if the optimizer has changed them."""
-        if self.average is not None and completes_step(engine):
+        if self.average is not None and completes_step(engine) and not getattr(engine.state, "skipped", False):
             self.average.update_parameters(self.objects["model"])
 
     def load(self, engine: Any) -> None:

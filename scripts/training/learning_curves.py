@@ -83,8 +83,10 @@ class CurveWriter:
 
     def write(self, engine: Engine) -> None:
         """Add the epoch's row and write the file."""
-        # The mean over the steps that had a value: a batch without labels has no segmentation loss.
-        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        # The mean over the steps that had a value: a batch without labels has no segmentation loss, and a step whose
+        # loss was not finite was skipped.
+        finite = {name: [value for value in values if math.isfinite(value)] for name, values in self.values.items()}
+        means = {name: sum(values) / len(values) if values else math.nan for name, values in finite.items()}
         row: Row = {"epoch": engine.state.epoch, **means}
         row["learning_rate"] = self.learning_rate
         row["seconds_per_step"] = self.seconds / self.steps

@@ -20,8 +20,10 @@ DIVERGED = "Loss or gradient was NaN or infinite in"  # begins the error that en
 class FiniteSteps:
     """Handler: skip steps whose loss or gradient is NaN or infinite, and stop the run at the third such step.
 
-    A skipped step changes nothing: the weights, the network's buffers (running means of normalisation layers) and the
-    optimizer keep their values, so no later checkpoint contains NaN. With a gradient scaler (float16) infinite
+    A skipped step changes nothing: the weights, their average, the network's buffers (running means of normalisation
+    layers) and the optimizer keep their values, so no later checkpoint contains NaN. If gradients are accumulated, the
+    parts of the step before it are lost, too; parts after it are used alone. ``engine.state.skipped`` says whether the
+    current iteration was skipped. With a gradient scaler (float16) infinite
     gradients are normal and the scaler skips them; the handler then checks only the loss.
 
     Args:
@@ -42,6 +44,7 @@ class FiniteSteps:
 
     def copy_buffers(self, engine: Any) -> None:
         """Copy the buffers, because the forward pass changes them before its result can be checked."""
+        engine.state.skipped = False
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in engine.network.buffers()]
 
     def __call__(self, engine: Any) -> None:
@@ -57,6 +60,7 @@ class FiniteSteps:
             finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
         if finite:
             return
+        engine.state.skipped = True
         with torch.no_grad():
             for buffer, before in self.buffers:
                 buffer.copy_(before)

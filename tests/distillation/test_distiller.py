@@ -15,6 +15,7 @@ from scripts.distillation.distiller import Distiller
 from scripts.distillation.loss import DistillationLoss
 from scripts.losses import AttentionMapLoss, ChannelWiseDivergence, DISTLoss, SoftPredictionLoss
 from scripts.networks import ChannelAdapter, Student
+from scripts.networks.label_teacher import LabelTeacher
 
 TAPS = {"body": {"student": "body", "ct": "body", "petmr": "body"}}
 SIZE = (4, 4, 4)
@@ -275,6 +276,25 @@ def test_a_student_that_predicts_as_its_teachers_has_no_loss_of_the_mixture(loss
     assert mixture.logged["soft"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_mixture_of_equally_available_teachers_is_compared_over_the_whole_batch():
+    """However the weights of a sample are rounded: their sum is 1 for some samples, and nearly 1 for others."""
+    torch.manual_seed(0)
+    distiller = Distiller(Net(3), {name: Expert([0]) for name in "abc"})
+    sizes = []
+
+    class Counting(SoftPredictionLoss):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            sizes.append(len(student))
+            return super().forward(student, teacher)
+
+    loss = criterion(distiller, Counting(), weighting="confidence", mixing="probability")
+    outputs = distiller(image())
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        loss(outputs | {f"{k}.logits": torch.randn(2, 2, *SIZE, generator=generator) for k in "abc"}, label())
+    assert set(sizes) == {2}
+
+
 def test_probabilities_are_mixed_only_for_losses_that_compare_them():
     # A mixture's logits are the logarithm of its probabilities, which is another map over space than the logits.
     with pytest.raises(ValueError, match=r"Term 'soft' cannot use the mixing probability, because ChannelWiseDiverg"):
@@ -377,6 +397,14 @@ def test_an_adapter_is_built_for_every_teacher_from_the_networks_channels():
     outputs = distiller(image())
     assert outputs["student.body@petmr"].shape == outputs["petmr.body"].shape
     assert distiller.student.training
+
+
+def test_adapters_are_built_beside_a_teacher_that_is_the_label():
+    teachers = {"ct": Expert([0]), "label": LabelTeacher(2)}
+    taps = {"body": {"student": "body", "ct": "body", "label": None}}
+    distiller = Distiller(Net(3), teachers, taps, {"body": Fuse}, window=(3, *SIZE)).train()
+    assert list(distiller.adapters["body"]) == ["ct"]
+    assert "label.logits" in distiller(image(), label=label())
 
 
 def test_an_adapter_fuses_several_layers_of_the_student():

@@ -126,6 +126,9 @@ def test_an_nnunet_of_regions_teaches_the_same_regions_only() -> None:
         _require_same_outputs("nn", heads, labels, regions)
     classes = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
     _require_same_outputs("nn", classes, labels, regions)
+    _require_same_outputs("nn", classes, [[0], [1], [2]], None)
+    with pytest.raises(ValueError, match=r"values 0 to 2 in this order, the labels of this task are \[\[0\], \[2\]"):
+        _require_same_outputs("nn", classes, [[0], [2], [1]], None)
 
 
 def test_an_nnunet_answers_from_a_cache_only_and_by_the_folds_that_it_has(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_runs_that_say_too_little_are_refused(runs: list[Path], call: Any, tmp_p
     assert "alone.task.json, which lists the training cases of its weights, is missing or lists none." in printed
     code, printed = call(*cache, "--teacher", "dynunet:pet=random", "--out-of-fold")
     assert "has random weights, which no fold trained. Remove --out-of-fold." in printed
+    code, printed = call(*cache, "--teacher", "label", "--out-of-fold")
+    assert "The teacher label is the label, which needs no cache: leave it out." in printed
     code, printed = call(*cache, "--out-of-fold", runs[0], runs[0])
     assert f"--out-of-fold names {runs[0] / 'model.pt'} twice. Give each run once." in printed
     code, printed = call(*cache, "--out-of-fold", tmp_path)

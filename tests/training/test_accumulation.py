@@ -21,6 +21,7 @@ from scripts.training.accumulation import completes_step
 from scripts.training.checkpoint import TrainingCheckpoint
 from scripts.training.handlers import GradientClipping
 from scripts.training.mixed_precision import GradientScaling
+from scripts.training.skip_nonfinite import FiniteSteps
 
 RATE, EPOCHS, CASES = 0.05, 2, 4
 SGD = {"_target_": "torch.optim.SGD", "params": "$@trained.parameters()", "lr": "@learning_rate"}
@@ -155,5 +156,16 @@ def test_the_average_of_the_weights_counts_steps_of_the_optimizer_and_not_iterat
     TrainingCheckpoint(*files, {"model": trainer.network}, average=average).attach(trainer)
     trainer.run()
     # The weight is -2 after the first step, with which the average begins, and -4 after the second.
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)["weight"]
+    torch.testing.assert_close(saved, torch.tensor([[0.75 * -2.0 + 0.25 * -4.0, 0.0]]))
+
+
+def test_the_average_of_the_weights_does_not_count_a_skipped_step(tmp_path: Path) -> None:
+    trainer = trainer_of([[2.0, 0.0], [float("nan"), 0.0], [2.0, 0.0]], 1, FiniteSteps())
+    average = AveragedModel(trainer.network, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    files = str(tmp_path / "checkpoint.pt"), str(tmp_path / "model.pt")
+    TrainingCheckpoint(*files, {"model": trainer.network}, average=average).attach(trainer)
+    trainer.run()
+    assert int(average.n_averaged) == 2
     saved = torch.load(tmp_path / "model.pt", weights_only=True)["weight"]
     torch.testing.assert_close(saved, torch.tensor([[0.75 * -2.0 + 0.25 * -4.0, 0.0]]))

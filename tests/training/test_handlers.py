@@ -71,8 +71,11 @@ def test_every_logged_term_is_a_column_by_its_name(tmp_path: Path) -> None:
     }
 
 
-def test_a_loss_that_is_not_finite_leaves_its_cell_empty(tmp_path: Path) -> None:
-    (row,) = run(tmp_path / "curves.csv", [1.0, float("nan")], 1)
+def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(tmp_path: Path) -> None:
+    """Its step was skipped. An epoch of such steps has an empty cell."""
+    (row,) = run(tmp_path / "curves.csv", [1.0, float("nan"), 2.0], 1)
+    assert row["loss"] == "1.5"
+    (row,) = run(tmp_path / "curves.csv", [float("nan"), float("inf")], 1)
     assert row["loss"] == ""
     assert read_curves(tmp_path / "curves.csv")[0]["loss"] is None
 

@@ -61,4 +61,4 @@ def _select_heads(network: nn.Module, inputs: Any, output: Output) -> Output:
 
 
 def _contiguous(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(each.contiguous() if each.requires_grad else each for each in inputs)
+    return tuple(each.contiguous() for each in inputs) if norm.training else inputs

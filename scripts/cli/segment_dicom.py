@@ -68,10 +68,20 @@ def segment_study(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_command(args, args.study)
         return
-    task = study_task(args)
-    chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
+    task, output = study_task(args), Path(args.output_dir or DEFAULT_OUTPUT)
+    study = find_series(args.study, task.keywords)
     if not args.list_series:
-        segment_chosen(args, task, chosen, Path(args.output_dir or DEFAULT_OUTPUT))
+        with hold(output):
+            remove_results(output)
+    chosen = choose(args, task, study, args.study)
+    if not args.list_series:
+        segment_chosen(args, task, chosen, output)
+
+
+def remove_results(output: Path) -> None:
+    """Remove the results of an earlier run, maybe of another patient, before the new study can be refused."""
+    for name in (MASK, MEASURES, *OBJECTS):
+        (output / name).unlink(missing_ok=True)
 
 
 def print_command(args: argparse.Namespace, study: str) -> None:
@@ -132,8 +142,7 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
         )
     uids = [series.uid for series in chosen.values()]
     with hold(output):  # until the last file is written: another study's mask must not come between
-        for name in (MASK, MEASURES, *OBJECTS):
-            (output / name).unlink(missing_ok=True)  # of an earlier run, maybe of another patient
+        remove_results(output)
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}

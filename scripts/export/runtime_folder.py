@@ -29,6 +29,7 @@ WITHOUT = ("tensor_files", "monai_metric")  # modules that need PyTorch
 ENGINES = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # engine -> its package
 REQUIRED = ("numpy", "nibabel", "SimpleITK", "pydicom")
 EXTRA = ("codes", "dicom")  # of the task, for DICOM
+OF_RUN = ("reference", "naming")  # settings that the program decides for itself
 MAIN = "import sys\n\nfrom scripts.runtime.app import main\n\nsys.exit(main())\n"
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -64,7 +65,7 @@ def write_runtime_folder(weights: str | Path, config: Mapping[str, Any], folder:
     for file in (*checksums, PROBE):
         shutil.copy(source / file, target / MODEL / file)
     write_json({**record, "models": models}, target / MODEL / RECORD)
-    keys = [key for key in (*Settings.__dataclass_fields__, *EXTRA) if key in config and key != "reference"]
+    keys = [key for key in (*Settings.__dataclass_fields__, *EXTRA) if key in config and key not in OF_RUN]
     task = {"engine": engine, "divisor": record["divisor"], **{key: config[key] for key in keys}}
     write_json({**task, "weights_sha256": record["weights_sha256"], "bundle_version": code_version()}, target / TASK)
     write_program(target / PROGRAM)

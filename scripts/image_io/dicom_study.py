@@ -147,8 +147,8 @@ def choose_series(
 
     Raises:
         ValueError: several series fit one modality, and no preference tells them apart, or one series fits two; a UID
-            does not exist; a chosen series has no frame of reference; or the chosen series have different patients or
-            frames of reference. The messages do not contain patient ids.
+            does not exist, or its series fits no modality; a chosen series has no frame of reference; or the chosen
+            series have different patients or frames of reference. The messages do not contain patient ids.
     """
     unknown = sorted(set(series_uids) - {series.uid for series in study})
     if unknown:
@@ -159,6 +159,13 @@ def choose_series(
         found = [series for series in study if matches({**series.elements, "Modality": (series.kind,)}, rule)]
         fitting[key] = [series.uid for series in found]
         candidates[key] = [series for series in found if series.uid in series_uids] or found
+    unfit = sorted(set(series_uids) - {uid for uids in fitting.values() for uid in uids})
+    if unfit:
+        listed = "; ".join(f"{key}: {rule_text(rule)}" for key, rule in rules.items())
+        raise ValueError(
+            f"The series {', '.join(unfit)} fits no modality of the task ({listed}). Change the rules in the task's "
+            "dicom, or name another series."
+        )
     _leave_out_taken(candidates)
     reasons = _prefer(candidates, rules, preferences or {}, series_uids)
     for key, found in candidates.items():

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None, folder: str | Path | None = Non
     args = parser.parse_args(arguments)
     try:
         studies = _studies(args)
-    except OSError as error:
+    except EXPECTED_ERRORS as error:
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         return 1
     if bool(studies) == bool(args.image):
@@ -108,10 +108,14 @@ def _studies(args: argparse.Namespace) -> list[tuple[str, str]]:
 
     Raises:
         OSError: Kaapana's folder of the batch is missing, or holds no case.
+        ValueError: an output folder is named for a batch.
     """
     if args.input:
         return [(args.input, args.output_dir or "")]
-    return [] if args.image else [(source, args.output_dir or target) for source, target in _platform_folders()]
+    studies = [] if args.image else _platform_folders()
+    if args.output_dir and len(studies) > 1:
+        raise ValueError(f"--output-dir is one folder, but the batch has {len(studies)} cases. Leave it out.")
+    return [(source, args.output_dir or target) for source, target in studies]
 
 
 def _platform_folders() -> list[tuple[str, str]]:
@@ -166,6 +170,7 @@ def segment(
     rules = Rules(series_uids=args.series_uid or (), **limits)
     taken = {key: task[key] for key in Settings.__dataclass_fields__ if key in task}
     of_run = {"rules": rules, "threads": threads, "reference": next(iter(images)), "allow_missing": args.allow_missing}
+    of_run |= {"naming": []}  # an image that is not named is not looked for
     settings = Settings(**{**taken, **of_run})
     case = {"case_id": output.name.removesuffix(".nii.gz"), "image": next(iter(images.values())), **images}
     seconds = segment_item(case, settings, partial(_start_engine, folder, task, threads), output)
@@ -173,10 +178,12 @@ def segment(
 
 
 def _start_engine(folder: Path, task: Mapping[str, Any], threads: int) -> Any:
-    from scripts.runtime.exported_files import RECORD, check_probe, exported_engine
+    from scripts.runtime.exported_files import RECORD, UnavailableError, check_probe, exported_engine
 
     record = json.loads((folder / MODEL / RECORD).read_text(encoding="utf-8"))
     advice = "Copy the runtime folder again."
+    if record["weights_sha256"] != task["weights_sha256"]:
+        raise UnavailableError(f"{folder / TASK} and {folder / MODEL} are of different weights. {advice}")
     engine, _ = exported_engine(folder / MODEL, record, task["engine"], "auto", advice, threads)
     check_probe(engine, folder / MODEL, record, advice)
     return engine
@@ -190,12 +197,12 @@ def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Pa
 
     rules = series_rules(task["modalities"], task["dicom"])
     study = find_series(source, sorted({keyword for rule in rules.values() for keyword in rule}))
-    wanted = preferences(task["modalities"], task["dicom"])
-    chosen = choose_series(study, rules, args.series_uid or (), wanted).series
-    require_series(chosen, rules, args.allow_missing, source)
     mask = Path(target) / "mask.nii.gz"
     for path in (mask, mask.with_name(SEG)):
         path.unlink(missing_ok=True)  # of an earlier run, maybe of another patient
+    wanted = preferences(task["modalities"], task["dicom"])
+    chosen = choose_series(study, rules, args.series_uid or (), wanted).series
+    require_series(chosen, rules, args.allow_missing, source)
     with tempfile.TemporaryDirectory(prefix="series-") as links:
         folders = series_folders(chosen, Path(links))
         of_study = argparse.Namespace(**{**vars(args), "series_uid": [series.uid for series in chosen.values()]})

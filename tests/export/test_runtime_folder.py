@@ -127,6 +127,40 @@ def test_every_case_of_a_batch_of_kaapana_is_segmented(folder: Path, phantoms: A
     assert (batch / "case 2" / "segment" / "seg.dcm").stat().st_size > 1000
 
 
+def test_one_folder_for_a_batch_of_several_cases_is_refused(folder: Path, run: Any, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / "batch" / name / "a").mkdir(parents=True)
+    platform = {"WORKFLOW_DIR": str(tmp_path), "BATCH_NAME": "batch", "OPERATOR_IN_DIR": "a", "OPERATOR_OUT_DIR": "b"}
+    ran = run(folder, "--output-dir", tmp_path / "out", **platform)
+    assert ran.returncode == 1
+    assert ran.stderr == "error: --output-dir is one folder, but the batch has 2 cases. Leave it out.\n"
+
+
+def test_an_image_that_is_not_named_is_not_used(
+    folder: Path, weights: Path, phantoms: Any, run: Any, tmp_path: Path
+) -> None:
+    """The MR lies beside the CT, under the name that data sets give it."""
+    two = images(phantoms[0])[:4]
+    ran = run(folder, *two, "--allow-missing", "--output", "mask.nii.gz")
+    assert ran.returncode == 0, ran.stderr
+    own = ["segment", "--weights", str(weights), *two, "--allow-missing", "--output", str(tmp_path / "own.nii.gz")]
+    assert main([*own, "--threads", "1"]) == 0
+    np.testing.assert_array_equal(voxels(tmp_path / "mask.nii.gz"), voxels(tmp_path / "own.nii.gz"))
+    ran = run(folder, *two, "--output", "mask.nii.gz")
+    assert (ran.returncode, "mr" in ran.stderr) == (1, True)
+
+
+def test_a_model_of_other_weights_than_the_task_is_refused(
+    folder: Path, phantoms: Any, run: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    task = json.loads((tmp_path / "copy" / "task.json").read_text())
+    (tmp_path / "copy" / "task.json").write_text(json.dumps({**task, "weights_sha256": "0" * 64}))
+    ran = run(tmp_path / "copy", *images(phantoms[0]), "--output", "mask.nii.gz")
+    assert ran.returncode == 1
+    assert "are of different weights. Copy the runtime folder again." in ran.stderr
+
+
 def test_a_batch_of_kaapana_without_a_case_is_refused(folder: Path, run: Any, tmp_path: Path) -> None:
     platform = {"WORKFLOW_DIR": str(tmp_path), "BATCH_NAME": "batch", "OPERATOR_IN_DIR": "a", "OPERATOR_OUT_DIR": "b"}
     ran = run(folder, **platform)

@@ -97,6 +97,8 @@ def test_ct_and_pet_have_preferences_and_mr_needs_a_rule() -> None:
     assert by_hand.series["ct"].uid == "1.1"
     assert by_hand.reasons["1.1"] == "named by --series-uid"
     assert by_hand.reasons["1.2"] == "fits ct, another is taken"
+    with pytest.raises(ValueError, match=r"The series 1\.6 fits no modality of the task \(ct: Modality CT; pet: .*"):
+        choose_series([*study, _series("1.6", "US")], rules, ["1.6"], wanted)
     lines = series_table(study, choice).splitlines()
     assert [line.split()[0] for line in lines] == ["as", "ct", "pet", "mr", "-", "-"]
     assert lines[1].split() == ["ct", "CT", "9", "series", "1.2", "[31m", "thinnest", "of", "2", "(1", "mm)", "1.2"]

@@ -10,7 +10,7 @@ import json
 import logging
 import multiprocessing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from logging.handlers import BufferingHandler
 from multiprocessing import forkserver
 from pathlib import Path
@@ -29,10 +29,12 @@ from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
 from scripts.data.case_list import datalist
+from scripts.evaluation.records import cases_in_manifest
 from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.runtime.exported_files import is_exported
 from scripts.runtime.memory_check import SharedMemoryError, share_memory
+from scripts.runtime.task_record import value_differences
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.cpus import usable_cpus
@@ -42,7 +44,13 @@ from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 ALONE = "needs more than its share of the memory"
-RECORD = "segment.json"  # what became of each case, in the output folder
+MANIFEST = ".manifest.json"
+RECORD = "segment.json"  # in the output folder: what made the masks, and what became of each case
+# Settings that decide about a mask, besides the weights.
+DECISIVE = (
+    *("modalities", "intensity", "spacing", "patch", "overlap", "whole_volume", "labels", "classes", "regions", "head"),
+    *("mask_values", "present", "allow_missing", "checks"),
+)
 # Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
 MEASURES_MODULE = "scripts.image_io.mask_measures"
 RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check", MEASURES_MODULE]
@@ -70,7 +78,10 @@ def segment_cohort(args: argparse.Namespace) -> None:
     weights = {"weights": args.weights} if args.weights else {}
     overrides = with_trained_settings(args, configs, weights | network_overrides(args))
     if args.dry_run:  # the same masks, one after the other in one process
-        run_bundle(args, configs, engine_overrides(args) | with_trained_task(args, configs, overrides))
+        named: dict[str, Any] = {
+            "naming": []
+        }  # as for one case: an image that the list does not name is not looked for
+        run_bundle(args, configs, engine_overrides(args) | with_trained_task(args, configs, overrides) | named)
         return
     config = resolved_config(args, configs, engine_overrides(args) | overrides)
     exported_run.export_once(args, config)
@@ -88,7 +99,9 @@ def segment_cohort(args: argparse.Namespace) -> None:
     cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, layout)
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
+    settings = {key: config[key] for key in DECISIVE if key in config}
     with hold(output):  # a second batch, or the resume of a running one, is refused
+        start_record(output / RECORD, masks.values(), sha256(weights_path(args)), settings)
         _segment_cases(args, cases, masks, modalities, output, bids)
 
 
@@ -101,12 +114,10 @@ def _segment_cases(
     bids: BidsTask | None,
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
-    checksum = sha256(weights_path(args))
-    refuse_other_weights(output / RECORD, checksum)
     sources = image_sources(cases, modalities) if bids else {}
     if bids:
         write_dataset_files(output, bids, sources)
-    remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], args)]
+    remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], case, modalities, args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     largest_first = sorted(remaining, key=_image_bytes, reverse=True)  # so that no process ends long after the others
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in largest_first}
@@ -123,7 +134,7 @@ def _segment_cases(
             for case_id, mask in masks.items()
             if case_id in outcomes
         }
-        write_json({"weights_sha256": checksum, "cases": record}, output / RECORD)
+        _add_to_record(output / RECORD, {"cases": record})
     if not args.no_measures:
         done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
         tables = {case_id: beside(mask, MEASURES) for case_id, mask in masks.items() if case_id in done}
@@ -166,6 +177,48 @@ def _mask_paths(
     return masks
 
 
+def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
+    """Write what makes the masks of a folder, before the first of them: a run may be killed at any time.
+
+    Args:
+        record: its file.
+        masks: files that the run is going to write.
+        checksum: sha256 of the weights.
+        settings: that decide about the masks.
+
+    Raises:
+        ValueError: the folder holds masks of other weights or settings, or masks without a record.
+    """
+    refuse_other_weights(record, checksum)
+    plain = json.loads(json.dumps(settings, default=str))
+    earlier = _read_record(record)
+    there = [mask for mask in masks if mask.is_file()]
+    if there and "weights_sha256" not in earlier:
+        raise ValueError(
+            f"{record.parent} holds {there[0].name}, but no {record.name} that says which weights made it. Remove the "
+            "masks, or choose another --output-dir."
+        )
+    others = value_differences("settings", earlier["settings"], plain) if there and "settings" in earlier else []
+    if others:
+        raise ValueError(
+            f"{record.parent} holds masks of other settings: {'; '.join(others)}. Choose another --output-dir."
+        )
+    write_json({**earlier, "weights_sha256": checksum, "settings": plain}, record)
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """The record of a folder; empty if there is none, or a damaged one."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _add_to_record(record: Path, more: Mapping[str, Any]) -> None:
+    write_json({**_read_record(record), **more}, record)
+
+
 def refuse_other_weights(record: Path, checksum: str) -> None:
     """Refuse a folder whose record names other weights.
 
@@ -183,10 +236,23 @@ def refuse_other_weights(record: Path, checksum: str) -> None:
         )
 
 
-def _case_is_complete(mask: Path, args: argparse.Namespace) -> bool:
-    """Whether the whole mask can be read, and its report and its measures exist where they are wanted."""
+def _case_is_complete(mask: Path, case: Mapping[str, Any], modalities: Sequence[str], args: argparse.Namespace) -> bool:
+    """Whether the whole mask can be read, was made of the case's images, and what is wanted beside it exists."""
     wanted = [*([REPORT] if args.report else []), *([] if args.no_measures else [MEASURES])]
-    return all(beside(mask, suffix).is_file() for suffix in wanted) and is_complete(mask)
+    is_there = all(beside(mask, suffix).is_file() for suffix in wanted)
+    return is_there and _is_of_these_images(mask, case, modalities) and is_complete(mask)
+
+
+def _is_of_these_images(mask: Path, case: Mapping[str, Any], modalities: Sequence[str]) -> bool:
+    """Whether the manifest beside a mask names the case's images, and none of them is newer than the mask."""
+    manifest = beside(mask, MANIFEST)
+    made_of = cases_in_manifest(manifest) if mask.is_file() and manifest.is_file() else None
+    if not made_of:
+        return False
+    images = [Path(case[key]) for key in modalities if key in case]
+    named = [Path(made_of[0][key]) for key in modalities if key in made_of[0]]
+    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in images)
+    return [path.absolute() for path in images] == [path.absolute() for path in named] and not any(newer)
 
 
 def is_complete(mask: Path) -> bool:

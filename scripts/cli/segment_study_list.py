@@ -57,6 +57,7 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
         checksum = sha256(weights_path(args))
         refuse_other_weights(output / RECORD, checksum)
         record = _read_record(output / RECORD)
+        write_json({"weights_sha256": checksum, "studies": record}, output / RECORD)  # before the first mask
         outcomes = {}
         for number, (uid, values) in enumerate(studies.items(), start=1):
             print(f"study {number} of {len(studies)}: {uid}")

@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from scripts.metrics.lesion_measures import read_measures
 from scripts.networks import Student
 from scripts.runtime import memory_check
 from scripts.runtime.memory_check import SharedMemoryError
+from scripts.utils.checksums import sha256
 from tests.report_cases import case_html
 
 WORKFLOW = Path(__file__).parents[2] / "examples" / "snakemake"
@@ -191,6 +193,52 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
     flat = ["segment", "--data", "phantom", "--allow-outside", "--data-list", str(tmp_path / "flat.csv")]
     assert main([*flat, "--output-dir", str(output), "--weights", weights]) == 1
     assert "would overwrite the image" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_here")
+def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
+    table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], phantoms: Any
+) -> None:
+    output = tmp_path / "masks"
+    command = ["segment", "--data", "phantom", "--allow-outside", *TINY, "--output-dir", str(output)]
+    command += ["--weights", weights, "--data-list"]
+    assert main([*command, str(table())]) == 0
+    capsys.readouterr()
+    assert main([*command, str(table(pet=phantoms[4]["pet"]))]) == 0
+    assert "3 cases: 1 segmented, 2 already there" in capsys.readouterr().out
+    newer = tmp_path / "newer.nii.gz"
+    newer.write_bytes(Path(phantoms[4]["pet"]).read_bytes())
+    assert main([*command, str(table(pet=newer))]) == 0
+    time = (output / "PHANTOM_002.nii.gz").stat().st_mtime
+    os.utime(newer, (time + 10, time + 10))
+    capsys.readouterr()
+    assert main([*command, str(table(pet=newer))]) == 0
+    assert "3 cases: 1 segmented, 2 already there" in capsys.readouterr().out
+    assert main([*command, str(table()), "--set", "overlap=0.5"]) == 1
+    words = "holds masks of other settings: its settings#overlap is 0.25, this run's is 0.5. Choose another --output"
+    assert words in capsys.readouterr().err
+    (output / "segment.json").unlink()
+    assert main([*command, str(table())]) == 1
+    assert "holds PHANTOM_001.nii.gz, but no segment.json that says which weights made it" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_batch_that_is_killed_has_said_which_weights_make_its_masks(
+    table: Callable[..., Path], weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(record: Path, *_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(batch, "_add_to_record", kill)  # as SIGKILL: nothing is written afterwards
+    command = ["segment", "--data", "phantom", "--allow-outside", *TINY, "--data-list", str(table())]
+    with pytest.raises(Killed):
+        main([*command, "--output-dir", str(tmp_path / "masks"), "--weights", weights])
+    record = json.loads((tmp_path / "masks" / "segment.json").read_text())
+    assert record["weights_sha256"] == sha256(weights)
+    assert record["settings"]["spacing"] == [6, 6, 6]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,20 @@ def classes_from_logits(logits: NDArray, regions: Regions | None = None) -> NDAr
     return (logits[1] > logits[0]).view(np.uint8) if len(logits) == 2 else logits.argmax(0).astype(np.uint8)
 
 
-def classes_from_probabilities(probabilities: Sequence[NDArray], regions: Regions | None = None) -> NDArray[np.uint8]:
-    """As ``classes_from_logits``, from the probabilities of each channel, ``H W D`` each."""
+def classes_from_probabilities(probabilities: Iterable[NDArray], regions: Regions | None = None) -> NDArray[np.uint8]:
+    """As ``classes_from_logits``, from the probabilities of each channel, ``H W D`` each.
+
+    Of a softmax only two channels are in memory at a time, if ``probabilities`` is a generator.
+    """
     if regions is not None:
-        return _classes_of_regions(probabilities, regions, 0.5)
-    return np.stack(list(probabilities)).argmax(0).astype(np.uint8)
+        return _classes_of_regions(list(probabilities), regions, 0.5)
+    channels = iter(probabilities)
+    largest = next(channels).copy()
+    classes = np.zeros(largest.shape, dtype=np.uint8)
+    for index, channel in enumerate(channels, start=1):
+        classes[channel > largest] = index
+        np.maximum(largest, channel, out=largest)
+    return classes
 
 
 def _classes_of_regions(channels: Sequence[NDArray] | NDArray, regions: Regions, limit: float) -> NDArray[np.uint8]:

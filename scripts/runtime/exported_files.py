@@ -115,6 +115,8 @@ def exported_engine(
             raise UnavailableError(f"openvino cannot run the files in {folder} in bf16: {obstacle}. Use fp32.")
     precision = "fp32" if precision == "auto" else precision
     name = f"{engine} {precision}"
+    if name not in models and isinstance(record.get("refused"), str):
+        raise UnavailableError(f"the weights could not be exported: {record['refused']}")
     if name not in models:
         available = ", ".join(sorted(models)) or "nothing"
         raise UnavailableError(f"{folder} contains no {name}, only: {available}. See python -m scripts export --help.")

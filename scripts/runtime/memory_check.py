@@ -15,6 +15,7 @@ from scripts.image_io.checks import LABEL
 from scripts.image_io.headers import Header
 from scripts.runtime import BYTES_PER_VOXEL, GIB
 from scripts.runtime.grids import network_grid
+from scripts.runtime.resampling import SLAB
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,12 @@ def estimate_bytes(
 ) -> int:
     """Peak memory that segmenting a case adds to the process, in bytes. It is the sum of:
 
-    - per voxel of a file: its stored size twice (unpacked bytes and tensor), and 4 bytes if it is scaled;
-    - per voxel of the network's grid: 4 bytes each for two copies of the modalities, two of the classes, and the
-      weights of windows;
-    - per voxel of the reference's own grid: 1 byte for the mask and 4 for what is interpolated at once;
+    - per voxel of a file: its stored size twice (unpacked bytes and tensor), and 4 bytes for the tensor; of integers at
+      least 16 bytes beside the stored ones, because a slope and an intercept are applied in float64;
+    - per voxel of the network's grid: 4 bytes each for two copies of the modalities, three of the classes (logits,
+      probabilities, images), and the weights of windows;
+    - per voxel of the reference's own grid: 2 bytes for the mask;
+    - per voxel of the ``SLAB`` planes that are interpolated at once: 4 bytes for each class;
     - one pass of the network: ``BYTES_PER_VOXEL`` for each voxel that it processes at once;
     - ``OVERHEAD``.
 
@@ -43,11 +46,19 @@ def estimate_bytes(
         classes: of the network.
         pass_gib: limit of one pass of the network.
     """
-    files = sum(header.voxels * (2 * header.kind.itemsize + 4) for header in headers.values())
+    files = sum(header.voxels * _bytes_per_voxel(header) for header in headers.values())
     own = headers[reference]
     grid = math.prod(network_grid(own.affine, own.shape[:3], spacing)[1])
+    slab = math.prod(own.shape[:2]) * min(SLAB, own.shape[2])
     network = min(pass_gib * GIB, BYTES_PER_VOXEL * max(grid, MIN_GRID_VOXELS))
-    return int(files + grid * 4 * (2 * len(headers) + 2 * classes + 1) + own.voxels * 5 + network + OVERHEAD)
+    copies = grid * 4 * (2 * len(headers) + 3 * classes + 1) + slab * 4 * classes
+    return int(files + copies + own.voxels * 2 + network + OVERHEAD)
+
+
+def _bytes_per_voxel(header: Header) -> int:
+    """What reading a file takes at most."""
+    size = header.kind.itemsize
+    return max(2 * size + 4, size + 16 if header.kind.kind in "iu" else 0)
 
 
 class SharedMemoryError(ValueError):

@@ -176,6 +176,6 @@ def _interpolated_classes(
         shifted = matrix.copy()
         shifted[:3, 3] += matrix[:3, 2] * start
         resampler = _interpolator(shifted, (*shape[:2], planes), nearest=False, edge=True, threads=threads)
-        slabs = [sitk.GetArrayFromImage(resampler.Execute(image)) for image in images]
+        slabs = (sitk.GetArrayFromImage(resampler.Execute(image)) for image in images)
         labels[start : start + planes] = classes_from_probabilities(slabs, regions)
     return labels.T

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from scripts.image_io.checks import Rules
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_volume
 from scripts.runtime import memory_check as memory
+from scripts.runtime.grids import network_grid, own_grid
+from scripts.runtime.resampling import restore_mask
 
 SHAPE = (256, 512, 256)  # int16: 64 MiB
 MIB = 2**20
@@ -137,3 +140,28 @@ def test_a_case_that_needs_more_than_the_share_of_its_process_says_so(monkeypatc
         memory.require_memory(headers, **arguments)
     finally:
         memory.share_memory(1)
+
+
+@pytest.mark.parametrize("classes", [2, 40])
+def test_restoring_a_mask_of_many_classes_stays_within_the_estimate(classes: int) -> None:
+    """On a grid three times as coarse; the network's pass is not part of it."""
+    own = Header("a.nii", (120, 120, 60), np.eye(4), np.dtype(np.float32))
+    spacing = [3.0, 3.0, 1.0]
+    affine, shape = network_grid(own.affine, own.shape, spacing)
+    logits = np.random.default_rng(0).standard_normal((classes, *shape)).astype(np.float32)
+    estimate = memory.estimate_bytes({"ct": own}, "ct", spacing, classes, pass_gib=0) - memory.OVERHEAD
+    tracemalloc.start()  # of NumPy's arrays; SimpleITK's images are about a third of them
+    try:
+        restore_mask(logits, affine, own_grid({}, own.affine, own.shape), threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert logits.nbytes + peak < estimate
+
+
+def test_a_scale_of_integers_is_applied_in_float64() -> None:
+    headers = {kind: Header("a.nii", (100, 100, 100), np.eye(4), np.dtype(kind)) for kind in ("int16", "float32")}
+    needed = {
+        kind: memory.estimate_bytes({"ct": each}, "ct", [4, 4, 4], 2, pass_gib=0.1) for kind, each in headers.items()
+    }
+    assert needed["int16"] - needed["float32"] == 100**3 * ((2 + 16) - (2 * 4 + 4))

@@ -98,10 +98,11 @@ def test_a_case_is_refused_once_the_estimate_exceeds_the_available_memory(
     pass_gib: float, noise_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = {key: read_header(path) for key, path in noise_case(tmp_path, 16).items()}
-    # Three files of 16^3 float32 (bytes, tensor, scaled), the grid of 8^3 for 3 modalities and 2 classes, the mask, the
-    # pass (its limit, or 200 bytes of each voxel of a small window), and an eighth of a GiB whatever the size.
+    # Three files of 16^3 float32 (bytes, tensor, scaled), the grid of 8^3 for 3 modalities and 2 classes, all 16 planes
+    # of 2 classes, the mask, the pass (its limit, or 200 bytes of each voxel of a small window), and an eighth of a GiB
+    # whatever the size.
     network = min(pass_gib * GIB, 200 * 2**19)
-    estimate = int(3 * 16**3 * 12 + 8**3 * 4 * 11 + 16**3 * 5 + network + GIB / 8)
+    estimate = int(3 * 16**3 * 12 + 8**3 * 4 * 13 + 16**3 * 8 + 16**3 * 2 + network + GIB / 8)
     assert memory.estimate_bytes(headers, "ct", (2, 2, 2), 2, pass_gib) == estimate
     monkeypatch.setattr(memory, "available_bytes", lambda: estimate)
     memory.require_memory(headers, "ct", (2, 2, 2), 2, pass_gib)

@@ -22,6 +22,7 @@ from scripts.cli.main import build_parser
 from scripts.cli.trained_task import SETTINGS, task_of
 from scripts.runtime.regions import class_mask_values
 from scripts.training.trained_network import trained_network
+from scripts.utils.checksums import sha256
 from scripts.utils.task_file import read_task, task_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def install_app(folder: Path) -> Path:
 
 
 def install_bundle(app: Path, weights: Path) -> Path:
-    """Copy the bundle into the app. Existing weights are kept.
+    """Copy the bundle into the app. Existing weights are kept, and a line says so if they are others than ``weights``.
 
     Its configs get the ``OVERRIDES``, and the network and the settings that the weights were trained with; its metadata
     the labels and modalities of their task.
@@ -106,8 +107,11 @@ def install_bundle(app: Path, weights: Path) -> Path:
     if not target.exists():  # else they may have been trained here
         shutil.copy(weights, target)
         record = task_path(weights)
+        task_path(target).unlink(missing_ok=True)
         if record.is_file():
             shutil.copy(record, task_path(target))
+    elif sha256(target) != sha256(weights):
+        print(f"The app keeps its weights {target}. Remove them to serve {weights}.")
     task, network = trained_task(target), trained_definition(target)
     naming = [study_layout(task["modalities"])]
     for name, overrides in OVERRIDES.items():

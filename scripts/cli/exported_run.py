@@ -25,7 +25,7 @@ from scripts.cli.options import image_rules, parse_set
 from scripts.cli.trained_task import names_network, weights_path
 from scripts.utils.atomic_files import write_json
 from scripts.utils.cpus import usable_cpus
-from scripts.utils.errors import error_sentence
+from scripts.utils.errors import error_sentence, root_error
 from scripts.utils.task_file import read_task
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def export_once(args: argparse.Namespace, config: Config) -> None:
     """Export weights for OpenVINO if that has not been done: the first `segment` does it, so that the next are fast.
 
     Nothing happens where OpenVINO is not installed, the folder cannot be written, or an option needs
-    ``monai.bundle run`` in any case. Weights that cannot be exported are marked, so that it is not tried again.
+    ``monai.bundle run`` in any case. Weights that are refused are marked, so that it is not tried again.
     """
     from scripts.runtime.exported_files import RECORD, export_folder, is_exported
 
@@ -243,6 +243,6 @@ def export_once(args: argparse.Namespace, config: Config) -> None:
         run(argparse.Namespace(**{**vars(args), **of_weights, "formats": ["openvino"], "runtime": None, "set": []}))
     except (ValueError, RuntimeError) as error:  # one precision was refused, or all; MONAI wraps errors
         logger.warning("%s", error_sentence(error))
-        if not (export_folder(weights) / RECORD).is_file():
+        if isinstance(root_error(error), ValueError) and not is_exported(weights):  # else it may work the next time
             record = {"weights_sha256": sha256(weights), "models": {}, "refused": error_sentence(error)}
             write_json(record, export_folder(weights) / RECORD)

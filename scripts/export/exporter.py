@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ def export(
     output_dir: str = "",
     threads: int = 0,
     regions: Sequence[Sequence[int]] | None = None,
+    labels: Sequence[Sequence[float]] = ((0,), (1,)),
 ) -> dict[str, Any]:
     """Convert a network, compare each model with PyTorch on whole cases, and write those that pass.
 
@@ -85,6 +87,7 @@ def export(
         output_dir: parent of the folder; by default that of the weights, where engines look for it.
         threads: number of CPU threads; 0 takes PyTorch's setting.
         regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
+        labels: per class the values of label files, which those of phantoms get.
 
     Returns:
         The contents of ``export.json``.
@@ -103,7 +106,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / "export"
         folder.mkdir()
-        cases, source = comparison_cases(split, modalities, Path(temporary))
+        cases, source = comparison_cases(split, modalities, Path(temporary), labels)
         engines = _convert(plain, folder, len(modalities), window, formats, precisions, threads)
         if "int8" in precisions and "openvino" in formats:
             training = _volumes(split[0][:CALIBRATION_CASES], preprocessing, "calibrating")
@@ -153,7 +156,7 @@ def _check_options(formats: Sequence[str], precisions: Sequence[str], split: Seq
 
 
 def comparison_cases(
-    split: Sequence[Sequence[Case]], modalities: Sequence[str], folder: Path
+    split: Sequence[Sequence[Case]], modalities: Sequence[str], folder: Path, labels: Sequence[Sequence[float]]
 ) -> tuple[list[Case], str]:
     """The cases to compare on: validation cases, or phantoms where there is no data set.
 
@@ -161,6 +164,7 @@ def comparison_cases(
         split: training and validation cases.
         modalities: the image's channels.
         folder: phantoms are written here.
+        labels: per class the values of label files; the phantoms' have those of the first two classes.
 
     Returns:
         The cases, and what they are, for the record.
@@ -178,8 +182,16 @@ def comparison_cases(
         # For modalities that the phantom does not have its images are used in turn: each channel needs some image.
         files = {key: item.get(key, item[MODALITIES[i % len(MODALITIES)]]) for i, key in enumerate(modalities)}
         ids_and_label = {key: item[key] for key in ("case_id", "patient_id", "label")}
+        _set_values(Path(item["label"]), labels)
         cases.append({**ids_and_label, **files, "image": files[modalities[0]]})
     return cases, f"phantoms of seed {PHANTOM_SEED}, no patients (--dataset-dir was not given)"
+
+
+def _set_values(mask: Path, labels: Sequence[Sequence[float]]) -> None:
+    """Give a phantom's mask, of the values 0 and 1, those of the first two classes."""
+    image = nib.Nifti1Image.from_filename(mask)
+    values = np.asarray([labels[0][0], labels[1][0]], dtype=np.float32)[np.asanyarray(image.dataobj).astype(int)]
+    nib.save(nib.Nifti1Image(values, image.affine), mask)  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _volumes(cases: Sequence[Case], preprocessing: Callable[[Case], Any], name: str = "") -> Iterator[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.image_io.checks import Rules
+from scripts.image_io.checks import Rules, check_intensities
 from scripts.image_io.headers import LPS_TO_RAS
 from scripts.image_io.reader import read_itk
 from scripts.metrics.lesion_measures import Measures, measure_mask
@@ -36,7 +36,11 @@ def measure_files(
         ValueError: a file cannot be read.
         OSError: likewise.
     """
-    image = None if pet is None else volume_of(read_itk(pet, rules or Rules(), channel))
+    image = None
+    if pet is not None:
+        rules = rules or Rules()
+        image = volume_of(read_itk(pet, rules, channel))
+        check_intensities(image.voxels, str(pet), "pet", rules)  # replaces NaN and infinite voxels, as for the network
     return measure_mask(volume_of(read_itk(mask, Rules())), regions, image)
 
 

@@ -236,10 +236,12 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 
 def test_phantom_images_are_used_for_any_modalities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "PHANTOMS", 1)
-    cases, source = exporter.comparison_cases([[], []], ["t2w", "pet", "adc", "hbv"], tmp_path)
+    labels = [[5], [2, 7], [9]]
+    cases, source = exporter.comparison_cases([[], []], ["t2w", "pet", "adc", "hbv"], tmp_path, labels)
     names = {key: Path(cases[0][key]).name.split("_")[0] for key in ("image", "t2w", "pet", "adc", "hbv")}
     assert names == {"image": "CT", "t2w": "CT", "pet": "PET", "adc": "MR", "hbv": "CT"}
     assert "no patients" in source
+    assert np.unique(np.asanyarray(nib.load(cases[0]["label"]).dataobj)).tolist() == [2, 5]
 
 
 @pytest.mark.parametrize(

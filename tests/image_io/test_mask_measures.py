@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from scripts.image_io.checks import Rules
 from scripts.image_io.mask_measures import measure_files, volume_of
 
 
@@ -64,3 +65,11 @@ def test_the_pet_may_be_one_of_the_images_of_a_4d_file(tmp_path: Path):
 def test_without_a_pet_uptake_is_undefined(tmp_path: Path):
     mask = save(np.ones((4, 4, 4), dtype=np.uint8), np.eye(4), tmp_path / "m.nii.gz")
     assert [each.uptake for each in measure_files(mask, {"tumour": [1], "cyst": [2]})] == [None, None, None]
+
+
+def test_nonfinite_voxels_of_a_pet_are_replaced_as_for_the_network(tmp_path: Path):
+    mask, pet = np.ones((4, 4, 4), dtype=np.uint8), np.full((4, 4, 4), 5, dtype=np.float32)
+    pet[0, 0, 0], pet[1, 1, 1] = np.nan, 9
+    files = save(mask, np.eye(4), tmp_path / "m.nii.gz"), save(pet, np.eye(4), tmp_path / "pet.nii.gz")
+    region, _ = measure_files(files[0], {"tumour": [1]}, files[1], Rules(replace_nonfinite=0.0))
+    assert (region.uptake.suvmax, region.uptake.suvmean) == pytest.approx((9, (62 * 5 + 9) / 64))

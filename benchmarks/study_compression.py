@@ -67,13 +67,18 @@ def _compression_table(arms: Arms, costs: Mapping[str, Cost]) -> str:
     if not patient_means(teachers):
         return ""
     head = ("student", "arm", "n", "Dice - ensemble", "share of its Dice", "fewer parameters", "CPU seconds", "claim")
-    teacher_dice = statistics.fmean(patient_means(teachers).values())
+    teacher_means = patient_means(teachers)
     rows = []
     for (student, arm), runs in arms.items():
         difference = compare_arms(runs, teachers)
         if arm == TEACHERS or not difference["n"]:
             continue
-        share = 100 * statistics.fmean(patient_means(runs).values()) / teacher_dice if teacher_dice else 0.0
+        means = patient_means(runs)
+        student_dice, teacher_dice = (
+            statistics.fmean(part[patient] for patient in means.keys() & teacher_means.keys())
+            for part in (means, teacher_means)
+        )
+        share = 100 * student_dice / teacher_dice if teacher_dice else 0.0
         cells = [student, arm, difference["n"], interval_text(difference, 3, "+"), f"{share:.1f}%"]
         if student not in costs or ENSEMBLE not in costs:
             rows.append([*cells, "", "", "costs not measured"])

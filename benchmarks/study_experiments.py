@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.job_queue import Command
 from benchmarks.missing_modalities import subsets
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
-from benchmarks.study_students import CONTROL, KD, SEEDS, Lesson
+from benchmarks.study_students import CONTROL, KD, SEEDS
 from benchmarks.study_taught import StudyTaught
 from benchmarks.study_teachers import STAGE_1, TEACHER_STEPS, Sources
 
@@ -22,7 +23,7 @@ HOSPITAL_STEPS, ALL_STEPS = 1500, 2000
 DROPOUT = 0.25
 FIXED = (("mr",), ("ct", "pet"))  # inputs of students that read no other modality
 EXPERT = "t1"  # architecture of the experts of one modality
-CONFIDENCE = Lesson(KD.options, {**KD.settings, "loss#weighting": "confidence"})
+CONFIDENCE = replace(KD, settings={**KD.settings, "loss#weighting": "confidence"})
 
 
 class StudyExperiments(StudyTaught):

@@ -21,7 +21,7 @@ from benchmarks.job_queue import Command
 from benchmarks.study_experiments import DROPOUT, on_every_subset
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
-from benchmarks.study_students import KD, Lesson
+from benchmarks.study_students import KD
 from benchmarks.study_taught import StudyTaught
 from benchmarks.study_teachers import STAGE_1, weights_only
 
@@ -70,7 +70,7 @@ def _cut(value: Any, box: tuple[slice, ...]) -> Any:
 
 
 SIZES = {"_target_": "benchmarks.study_shipped.RandomSizes", "prepare": "$@teacher_cache.prepare_batch"}
-LESSON = Lesson(KD.options, {**KD.settings, "train#prepare_batch": SIZES})
+LESSON = replace(KD, settings={**KD.settings, "train#prepare_batch": SIZES})
 
 
 class StudyShipped(StudyTaught):

@@ -43,19 +43,24 @@ class Lesson:
         options: of ``distill``: methods and teachers.
         settings: config id -> value.
         staged: the method trains in stages.
+        doubled: its loss is twice what is meant, so that gradients are clipped at twice the recipe's norm. AdamW does
+            not depend on the scale of a loss, clipping does.
     """
 
     options: Command
     settings: Mapping[str, Any] = field(default_factory=dict)
     staged: bool = False
+    doubled: bool = False
 
     def by(self, *teachers: str) -> Lesson:
         """This lesson with further options, which name its teachers."""
         return replace(self, options=(*self.options, *teachers))
 
 
-KD = Lesson(  # L_seg has weight 1, too: half and half
-    ("--method", "hinton", "--method", "dist"), {"loss#terms#hinton#weight": 1.0, "loss#terms#dist#weight": 1.0}
+KD = Lesson(  # L_seg has weight 1, too: twice half and half
+    ("--method", "hinton", "--method", "dist"),
+    {"loss#terms#hinton#weight": 1.0, "loss#terms#dist#weight": 1.0},
+    doubled=True,
 )
 CONTROL = KD.by("--teacher", "label")
 
@@ -89,7 +94,9 @@ class StudyStudents(StudySetting):
 
         def settings() -> dict[str, Any]:
             chosen = self.chosen_recipe() if recipe is None else recipe()
-            taught = lesson.settings if lesson else {}
+            taught = dict(lesson.settings) if lesson else {}
+            if lesson and lesson.doubled and "gradient_clip" in chosen:
+                taught["gradient_clip"] = 2 * chosen["gradient_clip"]
             return {"student_features": STUDENTS[row.student], **chosen, **taught, **(student or {})}
 
         job = self.job(

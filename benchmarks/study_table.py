@@ -150,8 +150,10 @@ def _contrast_table(experiment: str, arms: Arms) -> str:
     for (student, arm), runs in arms.items():
         for reference in _subtracted_arms(experiment, arm):
             kind = tested.get((experiment, student, arm, reference), "exploratory")
-            select = common_runs if kind == "exploratory" else complete_rounds
-            compared = select(runs, arms.get((student, reference), ()))
+            compared = [runs, arms.get((student, reference), ())]
+            if kind != "exploratory":
+                compared = complete_rounds(*compared)
+            compared = common_runs(*compared)
             difference = compare_arms(*compared)
             if difference["n"]:
                 run_counts = " and ".join(str(len(each)) for each in compared)

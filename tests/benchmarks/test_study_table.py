@@ -229,6 +229,26 @@ def test_an_unfinished_arm_is_compared_by_the_runs_that_both_arms_have(tmp_path:
     assert "+0.100 [+0.100, +0.100]" in line
 
 
+def test_an_unfinished_hypothesis_is_compared_by_the_runs_that_both_arms_have(tmp_path: Path) -> None:
+    """The second seed is easier by 0.2; only the control has it."""
+    for fold in range(5):
+        place: dict[str, Any] = {"fold": fold, "source_fold": (fold + 1) % 5}
+        write_job(tmp_path, "B1", "kd", [0.5, 0.6], **place)
+        for seed in range(2):
+            write_job(tmp_path, "B1", "control", [0.5 + 0.2 * seed, 0.6 + 0.2 * seed], seed=seed, **place)
+    line = next(line for line in write_study(tmp_path).splitlines() if "| kd - control | 5 and 5" in line)
+    assert "+0.000 [" in line
+
+
+def test_the_share_of_an_unfinished_student_is_that_of_the_same_patients(tmp_path: Path) -> None:
+    """It has fold 0 only, where the teachers are better, and equals them there."""
+    for fold in range(5):
+        write_job(tmp_path, "C", "teachers", [0.9 if fold == 0 else 0.5], fold=fold, student="ensemble")
+    write_job(tmp_path, "C", "alone", [0.9], fold=0)
+    line = next(line for line in write_study(tmp_path).splitlines() if "100.0%" in line)
+    assert line.split("|")[2].strip() == "alone"
+
+
 def test_the_second_round_of_a_hypothesis_counts_once_it_is_complete(tmp_path: Path) -> None:
     for arm, gain in (("kd", 0.05), ("control", 0.0)):
         for fold in range(5):

@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.network and args.architecture:
         raise ValueError("--network and --architecture both name the network. Remove one of them.")
+    if args.modalities and not args.architecture:
+        raise ValueError(
+            "--modalities names what a teacher reads, and needs its --architecture. To leave modalities out, use "
+            "--present."
+        )
     options: dict[str, Any] = {
         "weights": args.weights,
         "fold": args.fold,

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"No case could be read. {fingerprint[0].problem}")
     proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args))
     task = {**{each.name: each.value for each in proposals if each.value is not None}, **fixed}
-    task = {key: task[key] for key in (*fixed, *task) if task[key] or key not in IDENTITY}
+    task = {key: task[key] for key in (*fixed, *task) if key not in IDENTITY or _is_stated(task[key])}
     if isinstance(fixed.get("intensity"), Mapping):  # some modalities may be given, the others proposed
         task["intensity"] = next(each.value for each in proposals if each.name == "intensity")
     check_settings(**{name: task[name] for name in CHECKED if name in task}, student_features=features)
@@ -127,6 +127,11 @@ def _task(args: argparse.Namespace) -> tuple[Config, Config]:
     return given, fixed
 
 
+def _is_stated(value: Any) -> bool:
+    """Whether a setting says something; the number 0 does."""
+    return bool(value) or (value == 0 and value is not False)
+
+
 def _cases(args: argparse.Namespace, config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """The cases that may be trained on, and sentences about cases that cannot be used.
 
@@ -136,7 +141,7 @@ def _cases(args: argparse.Namespace, config: Mapping[str, Any]) -> tuple[list[di
     from scripts.data import datalist
     from scripts.data.case_list import TEST, CohortError
 
-    files = (args.dataset_dir, args.data_list, config["modalities"], args.allow_outside, config["layout"])
+    files = (args.dataset_dir, *(config[key] for key in ("data_list", "modalities", "allow_outside", "layout")))
     cases, problems = [], []
     try:
         cases = datalist(config["cohort"], *files)

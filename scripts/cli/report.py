@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     cases = datalist(
-        config["cohort"], args.dataset_dir, args.data_list, config["modalities"], args.allow_outside, config["layout"]
+        config["cohort"],
+        args.dataset_dir,
+        *(config[key] for key in ("data_list", "modalities", "allow_outside", "layout")),
     )
     output = args.output_dir or "runs/report"
     table = compare(

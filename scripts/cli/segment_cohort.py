@@ -96,7 +96,9 @@ def segment_cohort(args: argparse.Namespace) -> None:
     output = Path(args.output_dir or "runs/segment")
     unread = LABEL if args.bids else None  # masks of an earlier run may fit its pattern
     layout = {key: pattern for key, pattern in config["layout"].items() if key != unread}
-    cases = datalist(config["cohort"], args.dataset_dir, args.data_list, modalities, args.allow_outside, layout)
+    cases = datalist(
+        config["cohort"], args.dataset_dir, config["data_list"], modalities, config["allow_outside"], layout
+    )
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
     settings = {key: config[key] for key in DECISIVE if key in config}

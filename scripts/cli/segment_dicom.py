@@ -39,12 +39,13 @@ MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
 
 
 class StudyTask(NamedTuple):
-    """What a task says of a study: rules and preferences by modality, and values and codes by region."""
+    """What a task says of a study: how its series are chosen, and what becomes of the mask's regions."""
 
     rules: dict[str, Rule]
     preferences: dict[str, tuple[str, ...]]
     regions: Regions
     properties: Mapping[str, Property]
+    allow_missing: bool = False
 
     @property
     def keywords(self) -> list[str]:
@@ -106,7 +107,8 @@ def study_task(args: argparse.Namespace) -> StudyTask:
     rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
-    return StudyTask(rules, preferences(task["modalities"], task["dicom"]), regions, properties)
+    wanted = preferences(task["modalities"], task["dicom"])
+    return StudyTask(rules, wanted, regions, properties, bool(task["allow_missing"]))
 
 
 def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], name: str) -> dict[str, Series]:
@@ -123,7 +125,7 @@ def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], n
     """
     choice = choose_series(study, task.rules, args.series_uid or (), task.preferences)
     print(series_table(study, choice))
-    require_series(choice.series, task.rules, args.allow_missing, name)
+    require_series(choice.series, task.rules, task.allow_missing, name)
     return choice.series
 
 

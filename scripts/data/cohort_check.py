@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.data.case_jobs import run_cases
-from scripts.data.case_list import CohortError, Item, datalist, missing_file
+from scripts.data.case_list import TEST, CohortError, Item, datalist, missing_file
 from scripts.data.cohorts.nnunet_task import label_contradiction
 from scripts.data.folds import fold_problem
 from scripts.image_io.checks import (
@@ -34,7 +34,7 @@ from scripts.image_io.checks import (
 )
 from scripts.image_io.headers import Header
 from scripts.image_io.reader import header_of, read_modality
-from scripts.runtime.grids import box_bounds, network_grid
+from scripts.runtime.grids import box_bounds, network_grid, own_grid
 from scripts.runtime.label_values import class_indices
 from scripts.runtime.modalities import GatherModalities, stack_advice
 from scripts.runtime.regions import class_names
@@ -44,6 +44,7 @@ from scripts.utils.markdown import markdown_table
 from scripts.utils.process_pool import PROCESS_DIED
 
 USER_ERRORS = (ValueError, OSError)  # raised by readers with a message for the user
+NAMES_SHOWN = 5  # cases that a finding names
 MAX_TABLE_ROWS = 200  # the JSON file contains all findings
 
 
@@ -127,6 +128,7 @@ def check_cohort(
         results = run_cases(partial(_check_case, criteria=criteria), cases, workers, "checking", _process_died)
         findings += [finding for result in results for finding in result.findings]
         findings += _absent_classes([result.classes for result in results], criteria)
+        findings += _absent_labels(cases)
         findings += _fold_findings(cases) if criteria.makes_folds else []
     return findings, len(cases)
 
@@ -138,6 +140,17 @@ def _fold_findings(cases: Sequence[Item]) -> list[Finding]:
     except USER_ERRORS as error:
         return [Finding(ERROR, str(error))]
     return [Finding(WARNING, f"A training will be refused: {problem}")] if problem else []
+
+
+def _absent_labels(cases: Sequence[Item]) -> list[Finding]:
+    """A warning if cases that may train or validate have no label."""
+    used = [case for case in cases if case.get("partition") != TEST]
+    absent = [str(case["case_id"]) for case in used if LABEL not in case]
+    if not absent:
+        return []
+    more = f" and {len(absent) - NAMES_SHOWN} more" if len(absent) > NAMES_SHOWN else ""
+    text = f"{len(absent)} of {len(used)} cases have no label: {', '.join(absent[:NAMES_SHOWN])}{more}. A training"
+    return [Finding(WARNING, f"{text} refuses them, unless it is `distill --unlabelled`", key=LABEL)]
 
 
 def _absent_classes(classes: Sequence[set[int] | None], criteria: Criteria) -> list[Finding]:
@@ -177,6 +190,7 @@ def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
     findings += check_suv_values(headers, criteria.rules)
     findings += _check_grids(headers, criteria)
     reference, classes = headers.get(criteria.modalities[0]), None
+    findings += [] if reference is None else _check_box(case, reference)
     for key, header in headers.items():
         if header.shape[3:] != expected_extra_axes(key, criteria.stacked_modalities):
             continue
@@ -187,6 +201,15 @@ def _check_case(case: Item, criteria: Criteria) -> CaseCheck:
             findings += _check_voxels(key, header, criteria)
     findings += check_all_constant(findings, {key: str(path) for key, path in paths.items() if key != LABEL})
     return CaseCheck([finding._replace(case_id=str(case["case_id"])) for finding in findings], classes)
+
+
+def _check_box(case: Item, reference: Header) -> list[Finding]:
+    """An error if the case's box lies outside its reference image."""
+    try:
+        own_grid({str(key): value for key, value in case.items()}, reference.affine, reference.shape)
+    except USER_ERRORS as error:
+        return [Finding(ERROR, str(error))]
+    return []
 
 
 def _check_grids(headers: Mapping[str, Header], criteria: Criteria) -> list[Finding]:

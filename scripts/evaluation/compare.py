@@ -17,7 +17,7 @@ from scripts.evaluation.training_cases import training_notes
 from scripts.image_io.checks import Rules
 from scripts.metrics import read_rows
 from scripts.report import write_report
-from scripts.report.curves import read_curves
+from scripts.report.curves import curve_names, read_curves
 from scripts.utils.atomic_files import write_text
 from scripts.utils.run_manifest import torch_usage, write_manifest
 
@@ -92,8 +92,8 @@ def compare(
         Path(output_dir) / "report.html",
         title,
         runs,
-        case_overlays(scored_cases, shown, intensity, coding, checks) if scored_cases else [],
-        {Path(path).parent.name: read_curves(path) for path in curves},
+        case_overlays(scored_cases, shown.get("drawn", shown), intensity, coding, checks) if scored_cases else [],
+        {name: read_curves(path) for name, path in curve_names(curves).items()},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),
         reference,

@@ -37,7 +37,7 @@ def evaluated_task(folder: str) -> dict[str, Any]:
     """The settings ``_TASK`` of an evaluation, those that its manifest holds."""
     try:
         config = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["config"]
-        return {key: config[key] for key in _TASK if key in config}
+        return {key: None if config[key] == "$None" else config[key] for key in _TASK if key in config}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 

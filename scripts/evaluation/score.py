@@ -27,7 +27,7 @@ from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
 from scripts.metrics.lesion_measures import write_measures
 from scripts.report import write_report
-from scripts.report.curves import read_curves
+from scripts.report.curves import curve_names, read_curves
 from scripts.runtime.modalities import modalities_used
 from scripts.utils.atomic_files import write_json
 from scripts.utils.process_pool import end_with_parent
@@ -59,6 +59,7 @@ def score(
     mask_values: str = "file",
     dicom: Mapping[str, Any] | None = None,
     single_file: bool = False,
+    modalities: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score a folder of masks.
 
@@ -86,6 +87,7 @@ def score(
         mask_values: what the masks hold: ``"file"``, values in ``labels``, or ``"index"``, class indices.
         dicom: rules of the modalities, which tell the PET where none is called so.
         single_file: write the report as one file, instead of a page and the folder ``report_files``.
+        modalities: those of ``intensity`` that the network has; by default all.
 
     Returns:
         The summary.
@@ -103,6 +105,7 @@ def score(
         raise ValueError(f"None of the {len(cases)} cases has a reference mask. Scoring needs a `label` per case.")
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"Folder of masks not found: {predictions}. Check --predictions.")
+    intensity = {key: intensity[key] for key in (intensity if modalities is None else modalities)}
     used = modalities_used(list(intensity), present)
     if len(used) < len(intensity):
         name = f"{name} ({', '.join(used)} only)"
@@ -159,7 +162,7 @@ def score(
         f"Evaluation of {name}",
         [run],
         case_overlays(scored_cases, run, intensity, coding, checks),
-        {Path(path).parent.name: read_curves(path) for path in curves},
+        {curve: read_curves(path) for curve, path in curve_names(curves).items()},
         manifest,
         notes,
         single_file=single_file,

@@ -11,6 +11,7 @@ from typing import Any
 from scripts.evaluation.training_cases import NO, UNKNOWN, YES, training_summary
 from scripts.metrics import METRICS, Row, aggregate, aggregate_regions, filled_value
 from scripts.metrics.case_rows import row_key
+from scripts.report.tables import network_name
 
 Run = dict[str, Any]
 NAMES_SHOWN = 5  # cases that a sentence names
@@ -67,21 +68,22 @@ def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
         runs: summaries of evaluations, each with its case table as ``rows``.
 
     Returns:
-        The runs; a mean has ``seeds``, their number, and its name says it.
+        The runs; a mean has ``seeds``, their number, and its name says it; ``drawn`` is the run of the first seed.
     """
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         by_name.setdefault(str(run["name"]), []).append(run)
-    return [dict(same[0]) if len(same) == 1 else _mean(name, same) for name, same in by_name.items()]
+    return [dict(same[0]) if len(same) == 1 else _mean(same) for same in by_name.values()]
 
 
-def _mean(name: str, runs: Sequence[Mapping[str, Any]]) -> Run:
+def _mean(runs: Sequence[Mapping[str, Any]]) -> Run:
     rows = mean_over_seeds([run["rows"] for run in runs])
     seed = int(runs[0]["aggregate"]["bootstrap"]["seed"])
     seconds = [run["seconds_per_case"] for run in runs if run.get("seconds_per_case") is not None]
     return {
         **runs[0],
-        "name": f"{name} ({len(runs)} seeds)",
+        "name": _name(runs[0], f"{len(runs)} seeds"),
+        "drawn": {**runs[0], "name": _name(runs[0], f"the first of {len(runs)} seeds")},
         "seeds": len(runs),
         "rows": rows,
         "aggregate": aggregate(rows, seed=seed),
@@ -90,6 +92,12 @@ def _mean(name: str, runs: Sequence[Mapping[str, Any]]) -> Run:
         **{key: _united(key, runs) for key in ("missing", "unreadable")},
         "seconds_per_case": statistics.fmean(seconds) if seconds else None,
     }
+
+
+def _name(run: Mapping[str, Any], what: str) -> str:
+    """A run's name with an addition, before the modalities that ``evaluate --present`` appends."""
+    network = network_name(run)
+    return f"{network} ({what}){str(run['name']).removeprefix(network)}"
 
 
 def _united(key: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:

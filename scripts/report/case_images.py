@@ -78,7 +78,8 @@ def load_overlay(
     # A modality that is normalised by its own statistics has a name instead of a range, such as "zscore".
     windows = {key.upper(): value for key, value in (intensity or {}).items() if not isinstance(value, str)}
     reference = None if reference is None else reference.T
-    unused = [] if given is None else [name for name in volumes if name.lower() not in given and name != NO_IMAGE]
+    shown = {NO_IMAGE, *(key.upper() for key in given or ())}
+    unused = [] if given is None else [name for name in volumes if name not in shown]
     return Overlay(
         title,
         volumes,

@@ -32,6 +32,16 @@ class CurveFigure(NamedTuple):
     image: str
 
 
+def curve_names(paths: Sequence[str]) -> dict[str, str]:
+    """A name for each file of curves: that of its folder, or the whole path of the folder where two have one name."""
+    folders = [Path(path).parent for path in paths]
+    names = [folder.name for folder in folders]
+    return {
+        name if names.count(name) == 1 else str(folder): path
+        for name, folder, path in zip(names, folders, paths, strict=True)
+    }
+
+
 def read_curves(path: str | Path) -> list[Row]:
     """Read a ``curves.csv``: one row per epoch; an empty cell is None."""
     with open(path, newline="", encoding="utf-8") as file:

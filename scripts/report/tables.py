@@ -115,7 +115,7 @@ def modality_table(runs: Sequence[Run]) -> Table | None:
 
 def network_name(run: Run) -> str:
     """The network's name without the modalities that ``evaluate --present`` appends to it."""
-    return str(run["name"]).removesuffix(f" ({', '.join(run['present'])} only)")
+    return str(run["name"]).removesuffix(f" ({', '.join(run.get('present') or ())} only)")
 
 
 def _difference_to_most_modalities(run: Run, runs: Sequence[Run]) -> str:

@@ -66,3 +66,8 @@ def test_masks_without_a_data_set_are_refused_by_its_option(capsys: pytest.Captu
     Path("M").mkdir()
     assert main(["evaluate", "--data", "phantom", "--predictions", "M", "--output-dir", "E"]) == 1
     assert "No cases to score. Name the folder of the data set with --dataset-dir" in capsys.readouterr().err
+
+
+def test_modalities_need_an_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--data", "phantom", "--modalities", "ct", "--dry-run"]) == 1
+    assert "needs its --architecture. To leave modalities out, use --present." in capsys.readouterr().err

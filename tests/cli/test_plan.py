@@ -89,6 +89,11 @@ def test_labels_are_found(ct: Path, tmp_path: Path) -> None:
     assert plan(ct, tmp_path, {"layout": LAYOUT})["labels"] == [[0], [1], [2], [3]]
 
 
+def test_a_value_0_that_is_ignored_stays_ignored(ct: Path, tmp_path: Path) -> None:
+    task = {"cohort": "files", "layout": LAYOUT, "modalities": ["ct"], "labels": [[1], [2], [3]], "ignore": 0}
+    assert plan(ct, tmp_path, task)["ignore"] == 0
+
+
 def test_mr_with_thick_slices(tmp_path: Path, write_nifti: Write) -> None:
     rng, root = np.random.default_rng(0), tmp_path / "mr"
     rows = [["case_id", "t2", "label"]]

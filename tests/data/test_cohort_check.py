@@ -319,3 +319,39 @@ def test_images_on_several_grids_are_no_finding_elsewhere_and_a_class_of_no_case
 
 def test_a_folder_that_is_no_data_set_of_nnunet_is_one_error(tmp_path: Path) -> None:
     assert list(check_task("nnunet", tmp_path)) == [("error", "")]
+
+
+def test_cases_without_a_label_are_counted(cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort, tmp_path / "data")
+    for number in (2, 3):
+        (tmp_path / "data" / f"PHANTOM_{number:03d}" / "CT_mask.nii.gz").unlink()
+    code, findings = check("phantom", tmp_path / "data", tmp_path / "found.json")
+    assert code == 0
+    text = "2 of 6 cases have no label: PHANTOM_002, PHANTOM_003. A training refuses them, unless it is `distill"
+    assert [each["level"] for each in findings if text in each["what"]] == ["warning"]
+
+
+def test_a_box_outside_of_its_image_is_an_error(phantoms: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = ["case_id,ct,pet,mr,label,bbox_mm", *(",".join(row) for row in _boxed(phantoms[:2]))]
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["check", "--data", "phantom", "--data-list", str(tmp_path / "cases.csv"), "--allow-outside"]
+    assert main([*arguments, "--workers", "1", "--json", str(tmp_path / "found.json")]) == 1
+    findings = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert [each["case_id"] for each in findings if "its bounding box lies outside" in each["what"]] == ["PHANTOM_002"]
+
+
+def _boxed(cases: list[dict[str, Any]]) -> list[list[str]]:
+    """Two rows of a table; the box of the second lies far away."""
+    boxes = ("-900 -900 -900 900 900 900", "9000 9000 9000 9100 9100 9100")
+    keys = ("case_id", "ct", "pet", "mr", "label")
+    return [[*(str(case[key]) for key in keys), box] for case, box in zip(cases, boxes, strict=True)]
+
+
+def test_a_task_may_allow_absent_modalities(cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort, tmp_path / "data")
+    (tmp_path / "data" / "PHANTOM_002" / "PET_image.nii.gz").unlink()
+    code, _ = check("phantom", tmp_path / "data", tmp_path / "found.json")
+    assert code == 1
+    code, findings = check("phantom", tmp_path / "data", tmp_path / "found.json", "--set", "allow_missing=true")
+    assert code == 0
+    assert any(each["case_id"] == "PHANTOM_002" and "absent" in each["what"] for each in findings)

@@ -18,6 +18,7 @@ from torch import nn
 
 from scripts.cli.main import main
 from scripts.evaluation.compare import compare
+from scripts.evaluation.records import evaluated_task
 from scripts.evaluation.score import score
 from scripts.metrics.lesion_measures import read_measures
 from tests.report_cases import case_html
@@ -447,3 +448,17 @@ def test_the_report_verb_reads_centres_and_images_from_a_data_list(cohort: Any, 
     assert [Path(case["ct"]) for case in shown] == [Path(case["ct"]) for case in cohort[:3]]
     page = (tmp_path / "both" / "report.html").read_text()
     assert re.findall(r'<th scope="row">(North|South)<small>(\d) case', page) == [("North", "1"), ("South", "2")]
+
+
+def test_only_the_modalities_of_the_network_count(cohort: Any, tmp_path: Path) -> None:
+    """A task may have a range for a modality that it does not use."""
+    more = {"intensity": {"ct": [0, 1], "pet": [0, 1]}, "modalities": ["ct"], "patch": (16, 16, 16)}
+    summary = run(cohort[:1], tmp_path, network=nn.Conv3d(1, 2, 1), **more)
+    assert (summary["name"], summary["present"], summary["parameters"]) == ("network <X>", ["ct"], 4)
+
+
+def test_a_setting_that_is_none_is_none_in_a_report(tmp_path: Path) -> None:
+    """A config has no other way to say that a setting is None than an expression."""
+    config = {"labels": [[0], [2]], "regions": "$None", "classes": "$None"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": config}))
+    assert evaluated_task(str(tmp_path)) == {"labels": [[0], [2]], "regions": None, "classes": None}

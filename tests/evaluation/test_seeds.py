@@ -10,6 +10,8 @@ import pytest
 from scripts.evaluation.compare import compare
 from scripts.evaluation.seeds import group_seeds, mean_over_seeds
 from scripts.metrics import aggregate, write_rows
+from scripts.report.curves import curve_names
+from scripts.report.tables import network_name
 
 
 def row(case: str, dice: float | None, status: str = "ok", distance: float | None = 3.0, **more: Any) -> dict[str, Any]:
@@ -107,3 +109,24 @@ def test_seeds_of_other_cases_are_not_averaged(second: list[str], named: str) ->
     runs = [[row(case, 0.5) for case in cases] for cases in (["a", "b"], second)]
     with pytest.raises(ValueError, match=f"not in each of the 2 evaluations once: {named}.*another --name"):
         mean_over_seeds(runs)
+
+
+def test_the_pictures_of_a_mean_are_those_of_the_first_seed_and_say_so() -> None:
+    runs = [
+        {"name": "s (ct only)", "present": ["ct"], "rows": rows, "aggregate": aggregate(rows), "predictions": folder}
+        for folder, rows in (("one", [row("a", 0.9)]), ("two", [row("a", 0.1)]))
+    ]
+    (mean,) = group_seeds(runs)
+    assert mean["name"] == "s (2 seeds) (ct only)"
+    assert network_name(mean) == "s (2 seeds)"
+    drawn = mean["drawn"]
+    assert (drawn["name"], drawn["predictions"], drawn["rows"][0]["dice"]) == (
+        "s (the first of 2 seeds) (ct only)",
+        "one",
+        0.9,
+    )
+
+
+def test_curves_of_folders_of_one_name_are_told_apart() -> None:
+    paths = ["alone/s0/curves.csv", "kd/s0/curves.csv", "kd/s1/curves.csv"]
+    assert curve_names(paths) == dict(zip(["alone/s0", "kd/s0", "s1"], paths, strict=True))

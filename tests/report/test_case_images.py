@@ -95,6 +95,9 @@ def test_an_image_on_another_grid_is_resampled_onto_the_grid_of_the_mask(tmp_pat
     np.testing.assert_allclose(overlay.images["CT"][:, 0, 0], (3 + np.arange(6)) / 2)
     assert overlay.axcodes == "LPS"
     assert overlay.window("CT") == (0, 7)
+    images = {"T1Gd": (path, 0), "FLAIR": (path, 0)}
+    overlay = load_overlay("a", images, grid, np.zeros((4, 4, 6), bool), None, given=["T1Gd"])
+    assert overlay.unused == ["FLAIR"]
 
 
 def test_segment_writes_a_report_only_with_report(

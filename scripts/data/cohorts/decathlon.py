@@ -26,6 +26,7 @@ from typing import Any
 
 from scripts.data.case_list import TEST, Item, check_cases, refuse_unknown_keys, require_folder
 from scripts.data.case_table import path_inside
+from scripts.data.cohorts.nnunet_task import channel_modalities, modality_key
 from scripts.image_io.checks import LABEL
 from scripts.utils.file_names import nfc
 from scripts.utils.json_files import read_object
@@ -53,13 +54,15 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], a
         allow_outside: accept paths that are absolute or lead out of the file's folder.
 
     Raises:
-        ValueError: the file is no such list, or entries are wrong; all of them are named.
+        ValueError: the file is no such list, its channels are the modalities in another order, or entries are wrong;
+            all of them are named.
         FileNotFoundError: no folder, no such file, or no case.
     """
     refuse_unknown_keys(layout, ("list",), "decathlon")
     root = require_folder(root, "decathlon", LAYOUT)
     path = Path(path_inside(layout["list"], root, allow_outside, "layout")) if layout else _list_file(root)
     content = read_object(path, "data list")
+    _require_order(content, modalities, path)
     problems: list[str] = []
     entries = _entries(content, path, problems)
     other_keys = sorted({str(key) for _, entry, _ in entries if isinstance(entry, Mapping) for key in entry} - {*KEYS})
@@ -137,8 +140,8 @@ def _item(entry: Any, where: str, folder: Path, modalities: Sequence[str], allow
             f"({', '.join(modalities)}). Give one file for each, in this order."
         )
     paths = [path_inside(text, folder, allow_outside, where) for text in images]
-    item: Item = {"case_id": nfc(str(entry.get("case_id") or _common_name(images)))}
-    item |= {"patient_id": nfc(str(entry.get("patient_id") or item["case_id"])), "image": paths[0]}
+    item: Item = {"case_id": _id(entry, "case_id", _common_name(images))}
+    item |= {"patient_id": _id(entry, "patient_id", item["case_id"]), "image": paths[0]}
     if len(paths) == len(modalities):
         item |= dict(zip(modalities, paths, strict=True))
     if label:
@@ -151,6 +154,28 @@ def _item(entry: Any, where: str, folder: Path, modalities: Sequence[str], allow
             raise ValueError(f"{where}: fold is {fold!r}. Give a whole number from 0.")
         item["fold"] = fold
     return item
+
+
+def _id(entry: Mapping[str, Any], key: str, default: str) -> str:
+    """An id of an entry, which may be the number 0; the default where there is none."""
+    return nfc(str(default if entry.get(key) in (None, "") else entry[key]))
+
+
+def _require_order(content: Mapping[str, Any], modalities: Sequence[str], path: Path) -> None:
+    """Refuse modalities in another order than the file states: images are taken by their position.
+
+    Raises:
+        ValueError: the file names channels that are modalities of the task, at other positions.
+    """
+    if not isinstance(content.get("channel_names", content.get("modality")), Mapping):
+        return
+    names, keys = channel_modalities(content, path), [modality_key(name) for name in modalities]
+    moved = [name for name, key in zip(modalities, keys, strict=True) if key in names]
+    if any(names.index(modality_key(name)) != modalities.index(name) for name in moved):
+        raise ValueError(
+            f"The channels of {path} are {', '.join(names)}, the modalities of the task {', '.join(modalities)}. Name "
+            "them in the same order: images are taken by their position."
+        )
 
 
 def _common_name(images: Sequence[str]) -> str:

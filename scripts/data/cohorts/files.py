@@ -75,7 +75,13 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], _
     cases = []
     for case in dict.fromkeys(case for each in found.values() for case in each):
         own = {key: each[case] for key, each in found.items() if case in each}
-        patient = next((each.patient for each in own.values() if each.patient), None)
+        patients = list(dict.fromkeys(each.patient for each in own.values() if each.patient))
+        patient = next(iter(patients), None)
+        if len(patients) > 1:
+            problems.append(
+                f"The case {case} has files of {len(patients)} patients ({', '.join(patients)}). Give each case an id "
+                "of its own."
+            )
         paths = {
             key: own[key].path if key in own else root / pattern.path(case, patient)
             for key, pattern in patterns.items()

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.data.case_list import TEST, Item, check_cases, make_item, refuse_unknown_keys, require_folder
+from scripts.data.case_list import TEST, Item, check_cases, make_item, missing_file, refuse_unknown_keys, require_folder
 from scripts.data.case_table import path_inside
 from scripts.data.cohorts.nnunet_task import DATASET_JSON, channel_modalities, modality_key
 from scripts.utils.json_files import read_json, read_object
@@ -56,6 +56,7 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], a
     problems: list[str] = []
     if "dataset" in content:
         training, labels = _listed(content["dataset"], root, allow_outside, path)
+        problems += [missing_file(label) for _, label in sorted(labels.items()) if not label.exists()]
     else:
         training, labels = _found(root, "Tr", ending, len(channels), problems)
     test, test_labels = _found(root, "Ts", ending, len(channels), problems)

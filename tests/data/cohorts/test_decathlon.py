@@ -72,6 +72,22 @@ def test_ids_of_the_list_win(tmp_path: Path) -> None:
     assert (item["case_id"], item["patient_id"]) == ("scan 1", "7")
 
 
+def test_the_id_0_is_an_id(tmp_path: Path) -> None:
+    listed = cases(write(tmp_path, training=[entry(f"p{i}s{k}", patient_id=i) for i in range(3) for k in range(2)]))
+    assert [item["patient_id"] for item in listed] == ["0", "0", "1", "1", "2", "2"]
+    (item,) = cases(write(tmp_path, training=[entry("a", case_id=0)]))
+    assert (item["case_id"], item["patient_id"]) == ("0", "0")
+
+
+def test_channels_in_another_order_than_the_modalities_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, training=[entry("a")], modality={"0": "FLAIR", "1": "T1w"})
+    assert len(cases(tmp_path, "flair", "t1w")) == 1
+    assert len(cases(tmp_path, "first", "second")) == 1  # names of the task's own
+    for wrong in (("t1w", "flair"), ("other", "flair")):
+        with pytest.raises(ValueError, match=r"channels of .*dataset\.json are flair, t1w, the modalities of the task"):
+            cases(tmp_path, *wrong)
+
+
 def test_folds_validation_and_testing_divide_the_cases(tmp_path: Path) -> None:
     write(tmp_path, training=[entry("a", fold=1), entry("b", fold=0), entry("c")], testing=[entry("t", fold=0)])
     listed = cases(tmp_path)

@@ -59,6 +59,13 @@ def test_the_patient_is_part_of_the_pattern(tree: Tree) -> None:
         datalist("files", root, modalities=["t2w", "adc"], layout={**layout, "t2w": "{case}.mha"})
 
 
+def test_files_of_two_patients_are_no_case(tree: Tree) -> None:
+    root = tree("P1/s1_ct.nii.gz", "P2/s1_seg.nii.gz", "P2/s2_ct.nii.gz")
+    layout = {"ct": "{patient}/{case}_ct.nii.gz", "label": "{patient}/{case}_seg.nii.gz"}
+    with pytest.raises(ContradictionError, match=r"The case s1 has files of 2 patients \(P1, P2\)"):
+        datalist("files", root, modalities=["ct"], layout=layout)
+
+
 def test_a_pattern_may_name_a_dicom_folder_and_one_file_may_be_two_modalities(tree: Tree) -> None:
     root = tree("a/CT/1.dcm", "a/both.nii.gz")
     (item,) = datalist("files", root, modalities=["ct"], layout={"ct": "{case}/CT"})

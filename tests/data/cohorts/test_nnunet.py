@@ -101,6 +101,9 @@ def test_files_that_dataset_json_lists_are_used(dataset: Tree) -> None:
     root = dataset("x/1.nii.gz", "x/2.nii.gz", "y/3.nii.gz", files=[], numTraining=1, dataset={"k": entry})
     (item,) = cases(root)
     assert (item["case_id"], item["pet"], item["label"]) == ("k", str(root / "x/2.nii.gz"), str(root / "y/3.nii.gz"))
+    dataset(files=[], dataset={"k": {**entry, "label": "y/4.nii.gz"}})
+    with pytest.raises(ContradictionError, match=r"y/4\.nii\.gz is missing\. Add it, or remove the case"):
+        cases(root)
     dataset(files=[], dataset={"k": {**entry, "label": "../../out.nii.gz"}})
     with pytest.raises(ValueError, match=r"k: \.\./\.\./out\.nii\.gz leads out of"):
         cases(root)

@@ -172,6 +172,27 @@ def test_the_first_run_exports_the_weights_and_the_next_uses_them(segment: Any, 
     assert own_weights.with_name("model.task.json").read_text() == before
 
 
+@pytest.mark.usefixtures("first_export")
+@pytest.mark.parametrize(("error", "tries"), [(OSError(28, "No space left on device"), 2), (ValueError("no"), 1)])
+def test_an_export_is_tried_again_unless_the_weights_were_refused(
+    error: Exception, tries: int, segment: Any, own_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are files of other weights, which make no difference."""
+    record = own_weights.parent / "model_export" / "export.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "weights_sha256": "0" * 64}))
+    calls = []
+
+    def export(args: Any) -> None:
+        calls.append(args)
+        raise RuntimeError("a config item") from error
+
+    monkeypatch.setattr("scripts.cli.export.run", export)
+    for _ in range(2):
+        code, _, err = segment("--weights", str(own_weights))
+        assert code == 0, err
+    assert len(calls) == tries
+
+
 def test_segmenting_imports_neither_pytorch_nor_monai(weights: Path, phantoms: Any, tmp_path: Path) -> None:
     """In an interpreter of its own: the command line, one case, and a check of a data set's case."""
     images = [word for key in ("ct", "pet", "mr") for word in (f"--{key}", str(phantoms[0][key]))]

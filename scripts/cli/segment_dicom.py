@@ -70,19 +70,9 @@ def segment_study(args: argparse.Namespace) -> None:
         print_command(args, args.study)
         return
     task, output = study_task(args), Path(args.output_dir or DEFAULT_OUTPUT)
-    study = find_series(args.study, task.keywords)
-    if not args.list_series:
-        with hold(output):
-            remove_results(output)
-    chosen = choose(args, task, study, args.study)
+    chosen = choose(args, task, find_series(args.study, task.keywords), args.study)
     if not args.list_series:
         segment_chosen(args, task, chosen, output)
-
-
-def remove_results(output: Path) -> None:
-    """Remove the results of an earlier run, maybe of another patient, before the new study can be refused."""
-    for name in (MASK, MEASURES, *OBJECTS):
-        (output / name).unlink(missing_ok=True)
 
 
 def print_command(args: argparse.Namespace, study: str) -> None:
@@ -144,7 +134,8 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
         )
     uids = [series.uid for series in chosen.values()]
     with hold(output):  # until the last file is written: another study's mask must not come between
-        remove_results(output)
+        for name in (MASK, MEASURES, *OBJECTS):
+            (output / name).unlink(missing_ok=True)  # of an earlier run, maybe of another patient
         with tempfile.TemporaryDirectory(prefix="series-") as links:
             folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}

@@ -28,6 +28,13 @@ bench-env: env
 # phantoms that no network has seen, in one report. Two trainings run at a time, on one thread each.
 demo: env
 	@echo "demo: 10 to 14 minutes on two cores, environment included"
+	@made=$$({ git rev-parse HEAD:scripts HEAD:configs; git diff HEAD -- scripts configs; \
+	    echo '$(DEMO_TEACHER) $(DEMO_STUDENT) $(DEMO_METHOD) $(DEMO_TEST)'; } 2>&1 | cksum); \
+	  if [ -e $(DEMO)/made_with ] && [ "$$made" != "$$(cat $(DEMO)/made_with)" ]; then \
+	    echo "$(DEMO) holds networks of other code or settings. Remove it, or choose another: make demo DEMO=FOLDER"; \
+	    exit 1; \
+	  fi; \
+	  mkdir -p $(DEMO) && echo "$$made" > $(DEMO)/made_with
 	$(RUN) phantom --cases 20 --seed 1 --output-dir $(DEMO)/elsewhere
 	$(RUN) phantom --cases 8 --seed 2 --first 101 --output-dir $(DEMO)/test
 	$(RUN) phantom --cases 8 --seed 3 --first 201 --output-dir $(DEMO)/hospital

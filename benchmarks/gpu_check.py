@@ -36,6 +36,7 @@ from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import write_json
 
 STUDIES = 10_000
+LEAST_DICE = 0.999  # of the masks of CPU and GPU
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,17 +69,17 @@ def candidates(args: argparse.Namespace, folder: Path, cache: Path) -> list[Cand
     ]
 
 
-def _peak_memory(candidate: Candidate, pipe: Connection) -> None:
+def _peak_memory(candidate: Candidate, device: str, pipe: Connection) -> None:
     """Worker process: train an epoch and send the peak memory of the GPU in MiB."""
     bare_trainer(candidate, epochs=1).run()
-    pipe.send(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
+    pipe.send(torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else 0.0)
 
 
-def peak_memory(candidate: Candidate) -> float:
+def peak_memory(candidate: Candidate, device: str) -> float:
     """Peak memory of the GPU in MiB over an epoch, in a process of its own."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_peak_memory, args=(candidate, there))
+    process = context.Process(target=_peak_memory, args=(candidate, device, there))
     process.start()
     there.close()
     try:
@@ -124,7 +125,9 @@ def compare_masks(folder: Path, output: Path, device: str) -> dict[str, Any]:
         masks.append(np.asanyarray(nib.load(mask).dataobj) > 0)  # type: ignore[attr-defined]
     cpu, gpu = masks
     both = int(cpu.sum() + gpu.sum())
-    dice = 2 * int((cpu & gpu).sum()) / both if both else 1.0
+    dice = 2 * int((cpu & gpu).sum()) / both if both else 0.0
+    if dice < LEAST_DICE:
+        raise RuntimeError(f"The masks of CPU and {device} have a Dice of {dice:.4f}, less than {LEAST_DICE}.")
     return {"voxels": int(cpu.sum()), "different_voxels": int((cpu != gpu).sum()), "dice": round(dice, 6)}
 
 
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace) -> str:
     cache_teachers(cache, (*options, "--fold", "0", "--set", "overlap=0"), args.teachers)
     rows = time_candidates(choices, MIN_ROUNDS)
     for row, candidate in zip(rows, choices, strict=True):
-        row["gpu_mib"] = round(peak_memory(candidate))
+        row["gpu_mib"] = round(peak_memory(candidate, args.device))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else args.device
     report = {"device": name, "torch": torch.__version__, "scale": args.scale, "masks": masks, "steps": rows}
     write_json(report, args.json or args.output_dir / "gpu.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import shlex
 import sys
@@ -22,9 +23,11 @@ from tqdm import tqdm
 from scripts.cli.main import main
 from scripts.cli.options import positive_int
 from scripts.distillation.staged_training import FINAL_FILES
+from scripts.utils.atomic_files import write_json
 from scripts.utils.process_pool import end_with_parent
 
 Command = tuple[str, ...]
+COMMANDS = "commands.json"
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,26 @@ class Job:
         evaluations = zip(self.evaluations, others, strict=True)
         return [*training, *(command for name, command in evaluations if not self._evaluated(name))]
 
+    def keep_commands(self) -> None:
+        """Write the commands into the folder, so that a plan of other settings does not take its results."""
+        if self.commands:
+            self.refuse_other_commands()
+            write_json([list(command) for command in self.commands], self.folder / COMMANDS)
+
+    def refuse_other_commands(self) -> None:
+        """Raise ValueError if the folder was made by other commands."""
+        path = self.folder / COMMANDS
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != [list(each) for each in self.commands]:
+            raise ValueError(f"{self.folder} has results of other settings. Remove it, or choose another --output-dir.")
+
     @property
     def done(self) -> bool:
-        """Whether every evaluation exists. A training without evaluations is done when its outputs exist."""
+        """Whether every evaluation exists. A training without evaluations is done when its outputs exist.
+
+        Raises:
+            ValueError: the results are those of other commands.
+        """
+        self.refuse_other_commands()
         return all(map(self._evaluated, self.evaluations)) if self.evaluations else self._trained()
 
     def _trained(self) -> bool:
@@ -129,6 +149,7 @@ def _run_job(job: Job, run_command: Callable[[Sequence[str]], int]) -> None:
     before = log_path.stat().st_size if log_path.is_file() else 0
     with open(log_path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
+            job.keep_commands()
             job.prepare()
             exit_code = next((code for code in map(run_command, job.pending_commands) if code), 0)
             log.flush()

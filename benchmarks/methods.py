@@ -43,5 +43,11 @@ def run(args: argparse.Namespace) -> str:
     )
     if args.dry_run:
         return command_lines(plan.jobs())
-    jobs = plan.jobs() if args.table else compare_methods(plan, args.workers, args.only)
-    return write_comparison(plan, jobs, args.json)
+    jobs, failed = (plan.jobs(), 0) if args.table else compare_methods(plan, args.workers, args.only)
+    table = write_comparison(plan, jobs, args.json)
+    if failed:
+        print(table)
+        raise RuntimeError(
+            f"{failed} run(s) failed. See their log.txt in {plan.output}. To continue, repeat this command."
+        )
+    return table

@@ -149,7 +149,7 @@ def write_threshold_masks(plan: MethodsPlan) -> Iterator[tuple[str, Path]]:
         yield row, folder
 
 
-def compare_methods(plan: MethodsPlan, workers: int, only: Sequence[str] = ()) -> list[Job]:
+def compare_methods(plan: MethodsPlan, workers: int, only: Sequence[str] = ()) -> tuple[list[Job], int]:
     """Train and evaluate everything that is not done yet.
 
     Args:
@@ -158,13 +158,13 @@ def compare_methods(plan: MethodsPlan, workers: int, only: Sequence[str] = ()) -
         only: names of the rows to run, with the rows that they depend on; all rows if it is empty.
 
     Returns:
-        The jobs of these rows, done or not.
+        The jobs of these rows, done or not, and the number of runs that failed.
     """
     jobs = select_jobs(plan.jobs(), only)
-    run_jobs(jobs, workers)
+    failed = len(run_jobs(jobs, workers))
     if "pet" in plan.modalities:
         for row, masks in write_threshold_masks(plan):
             if not (masks.parent / "summary.json").is_file():
                 options = ("--predictions", str(masks), "--output-dir", str(masks.parent), "--name", row)
-                main(["evaluate", *plan.common, *options])
-    return jobs
+                failed += main(["evaluate", *plan.common, *options]) != 0
+    return jobs, failed

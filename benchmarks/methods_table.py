@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, MethodsPlan
 from scripts.data import datalist, fold_split
 from scripts.evaluation.seeds import mean_over_seeds
 from scripts.metrics import METRICS, aggregate, paired_difference, read_rows
+from scripts.metrics.case_rows import FAILURES, filled_value
 from scripts.report.curves import read_curves
 from scripts.utils.atomic_files import atomic_file, write_json, write_text
 from scripts.utils.checksums import sha256
@@ -68,12 +70,18 @@ def table_entry(row: str, trainings: Sequence[Path], evaluations: Sequence[Path]
         "seeds": len(runs),
         "rows": rows,
         "aggregate": aggregate(rows),
-        "dice_per_seed": [round(statistics.fmean(float(r["dice"] or 0.0) for r in run), 3) for run in runs],
-        "missed": sum(r["status"] != "ok" for run in runs for r in run),
+        "dice_per_seed": [round(_mean_dice(run), 3) for run in runs],
+        "missed": sum(r["status"] in FAILURES for run in runs for r in run),
         "term_weights": weights,
         "distilled": any(weights),
         **{key: statistics.median(cost[key] for cost in costs) for key in ("seconds", "step_s", "peak_mib") if costs},
     }
+
+
+def _mean_dice(rows: Sequence[Mapping[str, Any]]) -> float:
+    """With failures as 0, without cases whose reference and mask are both empty."""
+    values = [value for row in rows if (value := filled_value(dict(row), "dice")) is not None]
+    return statistics.fmean(values) if values else math.nan
 
 
 def table_entries(plan: MethodsPlan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -157,7 +165,10 @@ def _write_cases(entries: Sequence[Entry], path: Path) -> None:
     writer.writerow(["network", "case_id", *METRICS])
     for entry in entries:
         name = entry["row"].replace(",", "")
-        writer.writerows([name, row["case_id"], *(f"{row[m]:.4f}" for m in METRICS)] for row in entry["rows"])
+        writer.writerows(
+            [name, row["case_id"], *("" if row[m] is None else f"{row[m]:.4f}" for m in METRICS)]
+            for row in entry["rows"]
+        )
     write_text(text.getvalue(), path)
 
 

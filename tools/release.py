@@ -45,6 +45,7 @@ PARTS = (
     ":(exclude)requirements-label.txt",  # for the environment of MONAI Label, which monai_label/ needs
 )
 README = "README.md"
+CITATION = "CITATION.cff"
 ZOO_FILES = "tools/model_zoo"  # laid out as in the zoo's repository
 LIMIT = 25_000_000  # bytes of one file, from the zoo's CONTRIBUTING.md
 
@@ -79,7 +80,8 @@ def checked_version(root: Path) -> str:
         root: folder of the bundle.
 
     Raises:
-        ValueError: the version is not three numbers, or the metadata, its changelog and the package disagree.
+        ValueError: the version is not three numbers, or the metadata, its changelog, the package and the citation
+            disagree.
     """
     path, package = root / "configs" / "metadata.json", root / "pyproject.toml"
     metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -91,6 +93,9 @@ def checked_version(root: Path) -> str:
         raise ValueError(
             f"{path} has version {version}, but its changelog starts with {newest}. Add an entry for {version}."
         )
+    citation = root / CITATION
+    if citation.is_file() and f"\nversion: {version}\n" not in citation.read_text(encoding="utf-8"):
+        raise ValueError(f"{path} has version {version}, but {citation} has another. Make them equal.")
     if package_version != version:
         raise ValueError(f"{path} has version {version}, but {package} has {package_version}. Make them equal.")
     return version
@@ -116,7 +121,7 @@ def repository_address(root: Path) -> str | None:
     Args:
         root: folder of the bundle.
     """
-    path = root / "CITATION.cff"
+    path = root / CITATION
     found = (
         re.search(r"^repository-code: *[\"']?(https?://[^\s\"']+)", path.read_text("utf-8"), re.MULTILINE)
         if path.is_file()

@@ -10,7 +10,7 @@ from typing import Any
 
 from scripts.evaluation.training_cases import NO, UNKNOWN, YES, training_summary
 from scripts.metrics import METRICS, Row, aggregate, aggregate_regions, filled_value
-from scripts.metrics.case_rows import row_key
+from scripts.metrics.case_rows import region_of, row_key
 from scripts.report.tables import network_name
 
 Run = dict[str, Any]
@@ -68,7 +68,8 @@ def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
         runs: summaries of evaluations, each with its case table as ``rows``.
 
     Returns:
-        The runs; a mean has ``seeds``, their number, and its name says it; ``drawn`` is the run of the first seed.
+        The runs; a mean has ``seeds``, their number, and its name says it; ``drawn`` is the run of the first seed. Its
+        aggregates count the statuses of all seeds, of ``counted`` rows.
     """
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -86,8 +87,11 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> Run:
         "drawn": {**runs[0], "name": _name(runs[0], f"the first of {len(runs)} seeds")},
         "seeds": len(runs),
         "rows": rows,
-        "aggregate": aggregate(rows, seed=seed),
-        "regions": aggregate_regions(rows, seed=seed),
+        "aggregate": _with_counts(aggregate(rows, seed=seed), [run["rows"] for run in runs]),
+        "regions": {
+            region: _with_counts(mean, [[row for row in run["rows"] if region_of(row) == region] for run in runs])
+            for region, mean in aggregate_regions(rows, seed=seed).items()
+        },
         "trained_on": training_summary(rows, seed),
         **{key: _united(key, runs) for key in ("missing", "unreadable")},
         "seconds_per_case": statistics.fmean(seconds) if seconds else None,
@@ -98,6 +102,12 @@ def _name(run: Mapping[str, Any], what: str) -> str:
     """A run's name with an addition, before the modalities that ``evaluate --present`` appends."""
     network = network_name(run)
     return f"{network} ({what}){str(run['name']).removeprefix(network)}"
+
+
+def _with_counts(mean: dict[str, Any], runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """The aggregate of the mean rows, with the counts by status of all runs: a mean hides the failures of one seed."""
+    counts = Counter(row["status"] for rows in runs for row in rows)
+    return {**mean, "counts": {status: counts[status] for status in mean["counts"]}, "counted": sum(map(len, runs))}
 
 
 def _united(key: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -70,12 +70,20 @@ class SurfaceMetrics(CumulativeIterationMetric):
         return [math.nan if values[name] is None else values[name] for name in METRICS]
 
     def aggregate(self, reduction: MetricReduction | str | None = None) -> torch.Tensor:
-        """All values so far, reduced by MONAI's ``do_metric_reduction``, each of the three metrics separately."""
+        """All values so far, reduced by MONAI's ``do_metric_reduction``, each of the three metrics separately.
+
+        What is undefined in every case is NaN; MONAI would give 0, which is the best distance.
+        """
         data = self.get_buffer()
         if not isinstance(data, torch.Tensor):
             raise ValueError("There are no values to aggregate. Call the metric first.")
         kind = reduction or self.reduction
-        return torch.stack([do_metric_reduction(data[..., i], kind)[0] for i in range(len(METRICS))], dim=-1)
+        return torch.stack([_reduced(data[..., i], kind) for i in range(len(METRICS))], dim=-1)
+
+
+def _reduced(values: torch.Tensor, kind: MetricReduction | str) -> torch.Tensor:
+    reduced, defined = do_metric_reduction(values, kind)
+    return reduced.masked_fill(defined == 0, math.nan)
 
 
 def _spacings(spacing: Sequence[float] | None, y_pred: torch.Tensor, y: torch.Tensor) -> list[Sequence[float]]:

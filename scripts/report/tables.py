@@ -254,7 +254,7 @@ def _metric_cells(summary: Mapping[str, Any]) -> list[Cell]:
         defined, worst_filled = (_with_interval(metrics[metric][key], digits) for key in ("defined", "worst_filled"))
         cells.append(_number_cell(defined, *(("with failures", worst_filled) if failures else ())))
     by_status = (f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES[1:] if counts[status])
-    return [*cells, _number_cell(f"{failures} of {summary['n']}", *by_status)]
+    return [*cells, _number_cell(f"{failures} of {summary.get('counted', summary['n'])}", *by_status)]
 
 
 def _failures(summary: Mapping[str, Any]) -> int:

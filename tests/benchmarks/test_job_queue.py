@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_job_waits_for_its_needs_and_finished_commands_are_not_repeated(tmp_pa
     assert repeated == {"third"}
     assert (third / "log.txt").read_text().count("train") == 1  # only its evaluation was missing
     assert (third / "log.txt").read_text().count("evaluate") == 2
+
+
+def test_results_of_other_settings_are_not_taken_for_done(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job")
+    assert run_jobs([job], 1, fake_command) == []
+    assert job.done
+    training, evaluation = job.commands
+    other = replace(job, commands=((*training, "--epochs", "60"), evaluation))
+    with pytest.raises(ValueError, match=r"job has results of other settings\. Remove it, or choose another --output"):
+        run_jobs([other], 1, fake_command)
 
 
 def test_an_interrupted_training_is_resumed(tmp_path: Path) -> None:

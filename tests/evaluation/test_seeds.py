@@ -9,9 +9,10 @@ import pytest
 
 from scripts.evaluation.compare import compare
 from scripts.evaluation.seeds import group_seeds, mean_over_seeds
+from scripts.evaluation.summary_table import markdown_summary
 from scripts.metrics import aggregate, write_rows
 from scripts.report.curves import curve_names
-from scripts.report.tables import network_name
+from scripts.report.tables import network_name, summary_table
 
 
 def row(case: str, dice: float | None, status: str = "ok", distance: float | None = 3.0, **more: Any) -> dict[str, Any]:
@@ -130,3 +131,19 @@ def test_the_pictures_of_a_mean_are_those_of_the_first_seed_and_say_so() -> None
 def test_curves_of_folders_of_one_name_are_told_apart() -> None:
     paths = ["alone/s0/curves.csv", "kd/s0/curves.csv", "kd/s1/curves.csv"]
     assert curve_names(paths) == dict(zip(["alone/s0", "kd/s0", "s1"], paths, strict=True))
+
+
+def test_the_failures_of_all_seeds_are_counted() -> None:
+    runs = []
+    for seed in range(3):
+        rows = [row("a", 0.0, "missed", None) if seed else row("a", 0.8), row("b", 0.9)]
+        runs.append({"name": "s", "rows": rows, "aggregate": aggregate(rows), "parameters": None, "gflops": None})
+    (mean,) = group_seeds(runs)
+    assert (mean["aggregate"]["counts"]["missed"], mean["aggregate"]["counted"]) == (2, 6)
+    assert mean["regions"]["foreground"]["counts"]["missed"] == 2
+    line = markdown_summary([mean]).splitlines()[2]
+    dice, failures = (line.split("|")[i].strip() for i in (2, 5))
+    assert dice.endswith(f"{(0.8 / 3 + 0.9) / 2:.3f} with failures")
+    assert failures == "2"
+    table = summary_table([mean])
+    assert any("2 of 6" in str(cell) for cell in table.rows[0])

@@ -71,6 +71,19 @@ def test_undefined_values_are_nan_and_left_out_of_the_mean() -> None:
     torch.testing.assert_close(metric.aggregate().squeeze(), torch.tensor([0, 2.8, 2.8]))
 
 
+def test_what_is_undefined_in_every_case_is_nan_and_not_the_best_value() -> None:
+    """A network that misses every tumour has no distances."""
+    metric = SurfaceMetrics(spacing=(1, 1, 1))
+    reference = torch.zeros(2, 2, 8, 8, 8)
+    reference[:, 1, 2:5, 2:5, 2:5] = 1
+    metric(torch.zeros_like(reference), reference)
+    for reduction in ("mean", "mean_batch"):
+        dice, hd95, assd = metric.aggregate(reduction).reshape(3).tolist()
+        assert dice == 0
+        assert math.isnan(hd95)
+        assert math.isnan(assd)
+
+
 def test_the_spacing_comes_from_the_call_then_the_metric_then_the_affine() -> None:
     y_pred, y = torch.zeros(2, 1, 1, 6, 6, 6)
     y_pred[0, 0, 1, 1, 1] = y[0, 0, 5, 1, 1] = 1

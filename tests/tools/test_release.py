@@ -151,6 +151,7 @@ def test_the_metadata_the_changelog_and_the_package_have_the_same_version(zoo: P
     assert metadata["version"] == versions[0]
     assert numbers == sorted(set(numbers), reverse=True)
     assert f'\nversion = "{versions[0]}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {versions[0]}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize(

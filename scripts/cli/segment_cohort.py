@@ -39,6 +39,7 @@ from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import error_sentence, root_error
+from scripts.utils.json_files import read_object
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
@@ -78,10 +79,9 @@ def segment_cohort(args: argparse.Namespace) -> None:
     weights = {"weights": args.weights} if args.weights else {}
     overrides = with_trained_settings(args, configs, weights | network_overrides(args))
     if args.dry_run:  # the same masks, one after the other in one process
-        named: dict[str, Any] = {
-            "naming": []
-        }  # as for one case: an image that the list does not name is not looked for
-        run_bundle(args, configs, engine_overrides(args) | with_trained_task(args, configs, overrides) | named)
+        # As for one case, an image that the list does not name is not looked for.
+        dry: dict[str, Any] = with_trained_task(args, configs, overrides) | {"naming": []}
+        run_bundle(args, configs, engine_overrides(args) | dry)
         return
     config = resolved_config(args, configs, engine_overrides(args) | overrides)
     exported_run.export_once(args, config)
@@ -193,7 +193,7 @@ def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: M
     """
     refuse_other_weights(record, checksum)
     plain = json.loads(json.dumps(settings, default=str))
-    earlier = _read_record(record)
+    earlier = read_record(record)
     there = [mask for mask in masks if mask.is_file()]
     if there and "weights_sha256" not in earlier:
         raise ValueError(
@@ -208,17 +208,16 @@ def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: M
     write_json({**earlier, "weights_sha256": checksum, "settings": plain}, record)
 
 
-def _read_record(record: Path) -> dict[str, Any]:
+def read_record(record: Path) -> dict[str, Any]:
     """The record of a folder; empty if there is none, or a damaged one."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        return read_object(record)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _add_to_record(record: Path, more: Mapping[str, Any]) -> None:
-    write_json({**_read_record(record), **more}, record)
+    write_json({**read_record(record), **more}, record)
 
 
 def refuse_other_weights(record: Path, checksum: str) -> None:
@@ -227,10 +226,7 @@ def refuse_other_weights(record: Path, checksum: str) -> None:
     Raises:
         ValueError: it does.
     """
-    try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))["weights_sha256"]
-    except (OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one
-        return
+    earlier = read_record(record).get("weights_sha256", checksum)
     if earlier != checksum:
         raise ValueError(
             f"{record.parent} holds masks of other weights (sha256 {str(earlier)[:12]}, now {checksum[:12]}). "

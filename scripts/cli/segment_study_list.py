@@ -15,6 +15,7 @@ from scripts.cli.segment_cohort import (
     SKIPPED,
     Outcome,
     is_complete,
+    read_record,
     refuse_other_weights,
     report_outcomes,
 )
@@ -29,7 +30,6 @@ from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
-from scripts.utils.json_files import read_object
 from scripts.utils.output_lock import hold
 
 RECORD = "dicom.json"  # what became of each study, in the output folder
@@ -112,10 +112,7 @@ def _with(args: argparse.Namespace, values: dict[str, Any]) -> argparse.Namespac
 
 def _read_record(path: Path) -> dict[str, Any]:
     """What an earlier run recorded of each study; nothing if there is no record, or a damaged one."""
-    try:
-        studies = read_object(path)["studies"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    studies = read_record(path).get("studies")
     return studies if isinstance(studies, dict) else {}
 
 

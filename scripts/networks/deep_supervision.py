@@ -42,8 +42,8 @@ def segmentation_network(network: nn.Module, device: str | torch.device | None =
     Args:
         network: ``B M H W D`` -> one of the outputs of ``output_heads``. Its weights keep their names.
         device: where to move it; by default it stays. Its memory format becomes channels_last_3d. Only group
-            normalisation trains on contiguous tensors, as it always does on a GPU: on a CPU, PyTorch 2.13 takes 4 to 6
-            times as long for its gradients in channels_last_3d, in bfloat16 about 50 times.
+            normalisation trains on contiguous tensors, as it always does on a GPU: on a CPU, PyTorch 2.13 computes its
+            gradients in channels_last_3d several times more slowly.
 
     Returns:
         The network itself.

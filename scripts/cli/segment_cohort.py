@@ -247,10 +247,18 @@ def _is_of_these_images(mask: Path, case: Mapping[str, Any], modalities: Sequenc
     made_of = cases_in_manifest(manifest) if mask.is_file() and manifest.is_file() else None
     if not made_of:
         return False
-    images = [Path(case[key]) for key in modalities if key in case]
-    named = [Path(made_of[0][key]) for key in modalities if key in made_of[0]]
-    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in images)
-    return [path.absolute() for path in images] == [path.absolute() for path in named] and not any(newer)
+    images = {key: Path(path).absolute() for key, path in _images(case, modalities).items()}
+    named = {key: Path(made_of[0][key]).absolute() for key in modalities if key in made_of[0]}
+    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in images.values())
+    return images == named and not any(newer)
+
+
+def _images(case: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, str]:
+    """The image of each modality of a case."""
+    images = {key: case[key] for key in modalities if key in case}
+    if case["image"] not in images.values():  # else another modality stands in for a missing reference
+        images[modalities[0]] = case["image"]
+    return images
 
 
 def is_complete(mask: Path) -> bool:
@@ -274,12 +282,14 @@ def _case_options(
     args: argparse.Namespace, case: Mapping[str, Any], modalities: Sequence[str], mask: Path
 ) -> argparse.Namespace:
     """The options of ``segment`` for one case."""
-    images = {key: case[key] for key in modalities if key in case}
-    if case["image"] not in images.values():  # else another modality stands in for a missing reference
-        images[modalities[0]] = case["image"]
     threads = args.threads or (max(1, usable_cpus() // args.workers) if args.workers > 1 else None)
     of_cohort = {"data_list": None, "output_dir": None, "bids": False, "no_export": True, "threads": threads}
-    own = {**of_cohort, "output": str(mask), "image": [*images.items()], "bbox_mm": case.get("bbox_mm")}
+    own = {
+        **of_cohort,
+        "output": str(mask),
+        "image": [*_images(case, modalities).items()],
+        "bbox_mm": case.get("bbox_mm"),
+    }
     return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})
 
 

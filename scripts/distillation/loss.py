@@ -237,9 +237,9 @@ def _counted(
         student: logits, ``B C H W [D]``.
         teacher: logits of the same shape.
         label: class indices, ``B 1 H W [D]``.
-        voxels_of: of what the loss takes all voxels in any order, the ``batch`` or each ``sample``: it then gets the
-            counted ones only, ``1 C N 1``, and a sample without any is left out. Other losses need the grid: at ignored
-            voxels they get the teacher's logits as those of the student.
+        voxels_of: ``batch`` or ``sample``, if the order of the voxels in a batch or sample does not matter to the loss.
+            It then gets the counted voxels only, as ``1 C N 1``; a sample without any is left out. Empty: the loss
+            needs the grid. It then gets the teacher's logits in the place of the student's at ignored voxels.
     """
     counted = (label != IGNORED)[:, 0]
     if bool(counted.all()):

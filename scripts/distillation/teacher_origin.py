@@ -113,7 +113,7 @@ class OutOfFold(Origin):
 
 
 def _training_ids(name: str, weights: str) -> set[tuple[str, str]]:
-    """The cases and patients that weights were trained on, or weights from which they learned."""
+    """The cases and patients that weights were trained on, and those of the networks that they learned from."""
     record = read_task(weights) or {}
     if not record.get("training_cases"):
         raise ValueError(

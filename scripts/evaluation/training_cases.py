@@ -19,9 +19,9 @@ YES, NO, UNKNOWN = "yes", "no", "unknown"
 def trained_on(weights: str | Path | None, cases: Sequence[Case]) -> tuple[dict[str, str], str]:
     """Find the cases that the weights were trained on.
 
-    A case counts as trained on if the record lists its id or its patient's id, among the cases of the training or
-    among those of weights that it started from or whose network taught it. The record is ``<stem>.task.json`` beside
-    the weights, which every training writes.
+    A case counts as trained on if the record lists its id or its patient's id. The record has the cases of the
+    training, and those of the networks that were learned from: pretrained weights and teachers. It is
+    ``<stem>.task.json`` beside the weights, which every training writes.
 
     Args:
         weights: file of the network's weights; None where they are not known, as for masks made elsewhere.

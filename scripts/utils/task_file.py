@@ -27,7 +27,7 @@ def case_ids(case: Mapping[str, Any]) -> set[tuple[str, str]]:
 
 
 def seen_cases(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The cases of a record that trained its weights, and those that trained weights from which they learned."""
+    """The cases of a record: those of the training, and those of the networks that it learned from."""
     return [*(record.get("training_cases") or ()), *(record.get("inherited_cases") or ())]
 
 

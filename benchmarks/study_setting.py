@@ -74,6 +74,11 @@ class StudySetting:
         """Whether the trainings run on a GPU."""
         return self.device.startswith("cuda")
 
+    @property
+    def fastest_precision(self) -> str:
+        """bfloat16 where the device has instructions for it."""
+        return "bfloat16" if self.gpu or native_bf16() else "float32"
+
     def cases_of(self, folds: Sequence[int]) -> Iterator[dict[str, Any]]:
         patients = {patient for k in folds for patient in self.folds[k]}
         return (case for case in self.cases if str(case["patient_id"]) in patients)
@@ -130,7 +135,7 @@ class StudySetting:
 
         length: dict[str, Any] = {"max_epochs": epochs, "val_interval": epochs + 1, "num_workers": 0}
         length |= {"save_interval": epochs if self.gpu else max(1, epochs // 10)}
-        length |= {"precision": "bfloat16" if self.gpu or native_bf16() else "float32"}
+        length |= {"precision": "bfloat16" if self.gpu else "float32"}  # of all arms, on whichever CPUs they run
 
         notes: dict[str, Any] = {"commit": self.commit, "shortened": self.shorten > 1, "steps": epochs * per_epoch}
         notes |= {"device": self.device, "train_folds": [*train], "unlabelled_folds": [*unlabelled]}

@@ -89,7 +89,7 @@ class StudyShipped(StudyTaught):
     def _final(self) -> StudyJob:
         answers = self.sources(range(FOLDS), lambda fold: self.pair_answers([pair for pair in STAGE_1 if fold in pair]))
         row = StudyRow("shipped", "final", STUDENT, 0, None, 0, STEPS)
-        everyone = {**_student(), "fold": None}  # no patient validates
+        everyone = {**self._student(), "fold": None}  # no patient validates
         job = weights_only(self.taught_job(row, answers, range(FOLDS), lesson=LESSON, student=everyone))
         return replace(job, description=self.results / "shipped.json")
 
@@ -99,8 +99,8 @@ class StudyShipped(StudyTaught):
         row = StudyRow("shipped", "cross_validated", STUDENT, fold, None, 0, STEPS)
         unseen = [pair for pair in STAGE_1 if fold in pair]
         answers = self.sources(train, lambda k: self.pair_answers([pair for pair in unseen if k in pair] or unseen))
-        return self.taught_job(row, answers, train, lesson=LESSON, student=_student(), evaluations=evaluations)
+        return self.taught_job(row, answers, train, lesson=LESSON, student=self._student(), evaluations=evaluations)
 
-
-def _student() -> dict[str, Any]:
-    return {"spacing": SPACING, "patch": LARGEST, "modality_dropout": DROPOUT}
+    def _student(self) -> dict[str, Any]:
+        settings = {"spacing": SPACING, "patch": LARGEST, "modality_dropout": DROPOUT}
+        return {**settings, "precision": self.fastest_precision}

@@ -130,7 +130,7 @@ class StudyTeachers(StudyStudents):
             trained_as: experiment in the training's name.
             modality: the only one that it reads; by default all.
         """
-        settings = dict(TEACHERS[name])
+        settings = {**TEACHERS[name], "precision": self.fastest_precision}
         architecture = settings.pop("architecture")
         sizes = self.sizes(name)
         if self.gpu:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from scripts.cli import exported_run
 from scripts.cli.bundle_run import resolved_config, run_bundle
+from scripts.cli.finished_masks import MANIFEST, SUFFIX, beside
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import measure_case, write_case_measures
 from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
@@ -19,7 +20,7 @@ from scripts.cli.trained_task import images_sentence, with_trained_settings, wit
 if TYPE_CHECKING:
     from scripts.metrics.lesion_measures import Measures
 
-SUFFIX, REPORT = ".nii.gz", ".report.html"
+REPORT = ".report.html"
 
 
 def segment_case(args: argparse.Namespace) -> list[Measures]:
@@ -49,7 +50,7 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         "naming": [],
         "reference": reference,
         "output_dir": str(mask.parent),
-        "manifest_name": f"{case_id}.manifest.json",
+        "manifest_name": f"{case_id}{MANIFEST}",
         "locked": str(mask),
         **engine_overrides(args),
     }
@@ -85,11 +86,6 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
         report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
         print(f"report: {report}")
     return measured
-
-
-def beside(mask: Path, suffix: str) -> Path:
-    """The file of a mask that has its name and another suffix."""
-    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{suffix}")
 
 
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:

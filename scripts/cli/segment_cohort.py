@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,38 +19,38 @@ from tqdm import tqdm
 
 from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
+from scripts.cli.config import Config
+from scripts.cli.finished_masks import (
+    DECISIVE,
+    SUFFIX,
+    add_to_record,
+    beside,
+    has_images,
+    has_suv_values,
+    is_complete,
+    start_record,
+)
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
-from scripts.cli.segment_case import REPORT, SUFFIX, beside, segment_case
+from scripts.cli.segment_case import REPORT, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
 from scripts.data.case_list import datalist
-from scripts.evaluation.records import cases_in_manifest
-from scripts.image_io.checks import LABEL, Rules
-from scripts.image_io.reader import header_of, read_volume
+from scripts.image_io.checks import LABEL
 from scripts.runtime.exported_files import is_exported
 from scripts.runtime.memory_check import SharedMemoryError, share_memory
-from scripts.runtime.task_record import value_differences
-from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import error_sentence, root_error
-from scripts.utils.json_files import read_object
 from scripts.utils.output_lock import hold
 from scripts.utils.process_pool import PROCESS_DIED, run_jobs
 
 SEGMENTED, SKIPPED = "segmented", "already there"
 ALONE = "needs more than its share of the memory"
-MANIFEST = ".manifest.json"
 RECORD = "segment.json"  # in the output folder: what made the masks, and what became of each case
-# Settings that decide about a mask, besides the weights.
-DECISIVE = (
-    *("modalities", "intensity", "spacing", "patch", "overlap", "whole_volume", "labels", "classes", "regions", "head"),
-    *("mask_values", "present", "allow_missing", "checks"),
-)
 # Modules that the processes of the pool share: of a run with exported files, and of monai.bundle.
 MEASURES_MODULE = "scripts.image_io.mask_measures"
 RUNTIME = ["scripts.cli.segment_case", "scripts.runtime.segmenter", "scripts.data.settings_check", MEASURES_MODULE]
@@ -104,22 +103,23 @@ def segment_cohort(args: argparse.Namespace) -> None:
     settings = {key: config[key] for key in DECISIVE if key in config}
     with hold(output):  # a second batch, or the resume of a running one, is refused
         start_record(output / RECORD, masks.values(), sha256(weights_path(args)), settings)
-        _segment_cases(args, cases, masks, modalities, output, bids)
+        _segment_cases(args, cases, masks, config, output, bids)
 
 
 def _segment_cases(
     args: argparse.Namespace,
     cases: Sequence[dict[str, Any]],
     masks: Mapping[str, Path],
-    modalities: Sequence[str],
+    config: Config,
     output: Path,
     bids: BidsTask | None,
 ) -> None:
     """Segment the cases that have no mask, and write the record."""
+    modalities = config["modalities"]
     sources = image_sources(cases, modalities) if bids else {}
     if bids:
         write_dataset_files(output, bids, sources)
-    remaining = [case for case in cases if not _case_is_complete(masks[case["case_id"]], case, modalities, args)]
+    remaining = [case for case in cases if not _is_done(masks[case["case_id"]], case, config, args)]
     outcomes = {case["case_id"]: Outcome(SKIPPED) for case in cases if case not in remaining}
     largest_first = sorted(remaining, key=_image_bytes, reverse=True)  # so that no process ends long after the others
     jobs = {case["case_id"]: _case_options(args, case, modalities, masks[case["case_id"]]) for case in largest_first}
@@ -136,7 +136,7 @@ def _segment_cases(
             for case_id, mask in masks.items()
             if case_id in outcomes
         }
-        _add_to_record(output / RECORD, {"cases": record})
+        add_to_record(output / RECORD, {"cases": record})
     if not args.no_measures:
         done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
         tables = {case_id: beside(mask, MEASURES) for case_id, mask in masks.items() if case_id in done}
@@ -179,78 +179,14 @@ def _mask_paths(
     return masks
 
 
-def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
-    """Write what makes the masks of a folder, before the first of them: a run may be killed at any time.
-
-    Args:
-        record: its file.
-        masks: files that the run is going to write.
-        checksum: sha256 of the weights.
-        settings: that decide about the masks.
-
-    Raises:
-        ValueError: the folder holds masks of other weights or settings, or masks without a record.
-    """
-    refuse_other_weights(record, checksum)
-    plain = json.loads(json.dumps(settings, default=str))
-    earlier = read_record(record)
-    there = [mask for mask in masks if mask.is_file()]
-    if there and "weights_sha256" not in earlier:
-        raise ValueError(
-            f"{record.parent} holds {there[0].name}, but no {record.name} that says which weights made it. Remove the "
-            "masks, or choose another --output-dir."
-        )
-    others = value_differences("settings", earlier["settings"], plain) if there and "settings" in earlier else []
-    if others:
-        raise ValueError(
-            f"{record.parent} holds masks of other settings: {'; '.join(others)}. Choose another --output-dir."
-        )
-    write_json({**earlier, "weights_sha256": checksum, "settings": plain}, record)
-
-
-def read_record(record: Path) -> dict[str, Any]:
-    """The record of a folder; empty if there is none, or a damaged one."""
-    try:
-        return read_object(record)
-    except (OSError, ValueError):
-        return {}
-
-
-def _add_to_record(record: Path, more: Mapping[str, Any]) -> None:
-    write_json({**read_record(record), **more}, record)
-
-
-def refuse_other_weights(record: Path, checksum: str) -> None:
-    """Refuse a folder whose record names other weights.
-
-    Raises:
-        ValueError: it does.
-    """
-    earlier = read_record(record).get("weights_sha256", checksum)
-    if earlier != checksum:
-        raise ValueError(
-            f"{record.parent} holds masks of other weights (sha256 {str(earlier)[:12]}, now {checksum[:12]}). "
-            "Choose another --output-dir."
-        )
-
-
-def _case_is_complete(mask: Path, case: Mapping[str, Any], modalities: Sequence[str], args: argparse.Namespace) -> bool:
-    """Whether the whole mask can be read, was made of the case's images, and what is wanted beside it exists."""
+def _is_done(mask: Path, case: Mapping[str, Any], config: Config, args: argparse.Namespace) -> bool:
+    """Whether the whole mask can be read, was made of the case as it is now, and what is wanted beside it exists."""
     wanted = [*([REPORT] if args.report else []), *([] if args.no_measures else [MEASURES])]
-    is_there = all(beside(mask, suffix).is_file() for suffix in wanted)
-    return is_there and _is_of_these_images(mask, case, modalities) and is_complete(mask)
-
-
-def _is_of_these_images(mask: Path, case: Mapping[str, Any], modalities: Sequence[str]) -> bool:
-    """Whether the manifest beside a mask names the case's images, and none of them is newer than the mask."""
-    manifest = beside(mask, MANIFEST)
-    made_of = cases_in_manifest(manifest) if mask.is_file() and manifest.is_file() else None
-    if not made_of:
+    if not all(beside(mask, suffix).is_file() for suffix in wanted):
         return False
-    images = {key: Path(path).absolute() for key, path in _images(case, modalities).items()}
-    named = {key: Path(made_of[0][key]).absolute() for key in modalities if key in made_of[0]}
-    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in images.values())
-    return images == named and not any(newer)
+    modalities, suv = config["modalities"], {**(config["checks"].get("suv") or {}), **case.get("suv", {})}
+    same_case = has_images(mask, _images(case, modalities), modalities) and has_suv_values(mask, suv)
+    return same_case and is_complete(mask)
 
 
 def _images(case: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, str]:
@@ -259,17 +195,6 @@ def _images(case: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, str
     if case["image"] not in images.values():  # else another modality stands in for a missing reference
         images[modalities[0]] = case["image"]
     return images
-
-
-def is_complete(mask: Path) -> bool:
-    """Whether the whole mask can be read."""
-    if not mask.is_file():
-        return False
-    try:
-        read_volume(header_of(mask, Rules()), Rules())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _image_bytes(case: Mapping[str, Any]) -> int:

@@ -8,11 +8,12 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 
 from scripts.cli.bundle_run import resolved_config
+from scripts.cli.finished_masks import DECISIVE
 from scripts.cli.options import context_configs
 from scripts.cli.segment_case import segment_case
 from scripts.cli.series_table import series_table
@@ -39,13 +40,21 @@ MAX_SEGMENT_BYTES = 2**30  # of these segments, a byte per voxel
 
 
 class StudyTask(NamedTuple):
-    """What a task says of a study: how its series are chosen, and what becomes of the mask's regions."""
+    """What a task says of a study: how its series are chosen, and what becomes of the mask's regions.
+
+    ``settings`` are those that decide about its mask and DICOM objects.
+    """
 
     rules: dict[str, Rule]
     preferences: dict[str, tuple[str, ...]]
     regions: Regions
     properties: Mapping[str, Property]
-    allow_missing: bool = False
+    settings: Mapping[str, Any]
+
+    @property
+    def allow_missing(self) -> bool:
+        """Whether modalities may be missing."""
+        return bool(self.settings["allow_missing"])
 
     @property
     def keywords(self) -> list[str]:
@@ -98,7 +107,8 @@ def study_task(args: argparse.Namespace) -> StudyTask:
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
     wanted = preferences(task["modalities"], task["dicom"])
-    return StudyTask(rules, wanted, regions, properties, bool(task["allow_missing"]))
+    settings = {key: task[key] for key in (*DECISIVE, "dicom", "codes") if key in task}
+    return StudyTask(rules, wanted, regions, properties, settings)
 
 
 def choose(args: argparse.Namespace, task: StudyTask, study: Sequence[Series], name: str) -> dict[str, Series]:

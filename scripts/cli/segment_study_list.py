@@ -9,25 +9,16 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.segment_cohort import (
-    MAX_WARNINGS,
-    SEGMENTED,
-    SKIPPED,
-    Outcome,
-    is_complete,
-    read_record,
-    refuse_other_weights,
-    report_outcomes,
-)
+from scripts.cli.finished_masks import add_to_record, has_suv_values, is_complete, read_record, start_record
+from scripts.cli.segment_cohort import MAX_WARNINGS, SEGMENTED, SKIPPED, Outcome, report_outcomes
 from scripts.cli.segment_dicom import DEFAULT_OUTPUT, MASK, OBJECTS, StudyTask
 from scripts.cli.segment_pacs import segment_one, store, written_objects
-from scripts.cli.suv_options import refuse_values_of_one_patient
+from scripts.cli.suv_options import refuse_values_of_one_patient, suv_values
 from scripts.cli.trained_task import weights_path
 from scripts.data.table_files import TEXT_TABLES, read_rows
 from scripts.image_io.dicomweb import Pacs, is_uid
 from scripts.image_io.dicomweb_errors import PacsError
 from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
-from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
@@ -41,8 +32,8 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
     """Segment the studies of ``args.study_list``, each into a folder named by its UID, and write ``dicom.json``.
 
     Raises:
-        ValueError: the list cannot be read; the folder contains masks of other weights; some studies failed (all others
-            are done); or the server cannot be used at all.
+        ValueError: the list cannot be read; the folder contains masks of other weights or settings; some studies failed
+            (all others are done); or the server cannot be used at all.
     """
     refuse_values_of_one_patient(args, "--study-list")
     if args.series_uid:
@@ -54,17 +45,16 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
             segment_one(_with(args, values), task, pacs, uid, output / uid)
         return
     with hold(output):
-        checksum = sha256(weights_path(args))
-        refuse_other_weights(output / RECORD, checksum)
-        record = _read_record(output / RECORD)
-        write_json({"weights_sha256": checksum, "studies": record}, output / RECORD)  # before the first mask
+        masks = [output / uid / MASK for uid in studies]
+        start_record(output / RECORD, masks, sha256(weights_path(args)), task.settings)
+        record = _studies_of(output / RECORD)
         outcomes = {}
         for number, (uid, values) in enumerate(studies.items(), start=1):
             print(f"study {number} of {len(studies)}: {uid}")
             try:
                 outcomes[uid] = _do_study(_with(args, values), task, pacs, uid, output / uid, record)
             finally:
-                write_json({"weights_sha256": checksum, "studies": record}, output / RECORD)
+                add_to_record(output / RECORD, {"studies": record})
         report_outcomes(outcomes, "studies")
 
 
@@ -110,8 +100,8 @@ def _with(args: argparse.Namespace, values: dict[str, Any]) -> argparse.Namespac
     return argparse.Namespace(**{**vars(args), **values})
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """What an earlier run recorded of each study; nothing if there is no record, or a damaged one."""
+def _studies_of(path: Path) -> dict[str, Any]:
+    """What an earlier run recorded of each study."""
     studies = read_record(path).get("studies")
     return studies if isinstance(studies, dict) else {}
 
@@ -129,7 +119,7 @@ def _do_study(
     logging.getLogger("scripts").addHandler(messages)
     entry, result = record.setdefault(uid, {}), SKIPPED
     try:
-        if not _is_done(args, output, entry):
+        if not _is_done(args, task, output, entry):
             result = INTERRUPTED
             entry.clear()
             chosen = segment_one(args, task, pacs, uid, output)
@@ -164,8 +154,10 @@ def _stored(entry: dict[str, Any]) -> dict[str, str]:
     return stored if isinstance(stored, dict) else dict(zip(entry["objects"], stored, strict=False))
 
 
-def _is_done(args: argparse.Namespace, output: Path, entry: dict[str, Any]) -> bool:
-    """Whether a study was segmented with at least these objects, and all of its files are there."""
+def _is_done(args: argparse.Namespace, task: StudyTask, output: Path, entry: dict[str, Any]) -> bool:
+    """Whether a study was segmented with these values and at least these objects, and all of its files are there."""
     if "objects" not in entry or not set(_wanted(args)) <= set(entry.get("wanted", [])):
         return False
-    return all((output / name).is_file() for name in entry["objects"]) and is_complete(output / MASK)
+    files_exist = all((output / name).is_file() for name in entry["objects"])
+    suv = {**(task.settings["checks"].get("suv") or {}), **suv_values(args)}
+    return files_exist and has_suv_values(output / MASK, suv) and is_complete(output / MASK)

@@ -217,6 +217,15 @@ def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     assert main([*command, str(table()), "--set", "overlap=0.5"]) == 1
     words = "holds masks of other settings: its settings#overlap is 0.25, this run's is 0.5. Choose another --output"
     assert words in capsys.readouterr().err
+    other = tmp_path / "other.csv"  # a case without a mask, in a folder that holds masks of other cases
+    other.write_text(re.sub(r"^PHANTOM_00", "OTHER_", table().read_text(), flags=re.MULTILINE))
+    assert main([*command, str(other), "--set", "overlap=0.5"]) == 1
+    assert words in capsys.readouterr().err
+    os.utime(newer, (time, time))
+    assert main([*command, str(table(pet=newer)), "--allow-missing"]) == 0
+    assert "3 cases: 0 segmented, 3 already there" in capsys.readouterr().out
+    assert main([*command, str(table(pet=newer))]) == 1
+    assert "its settings#allow_missing is True, this run's is False" in capsys.readouterr().err
     (output / "segment.json").unlink()
     assert main([*command, str(table())]) == 1
     assert "holds PHANTOM_001.nii.gz, but no segment.json that says which weights made it" in capsys.readouterr().err
@@ -232,7 +241,7 @@ def test_a_batch_that_is_killed_has_said_which_weights_make_its_masks(
     def kill(record: Path, *_: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(batch, "_add_to_record", kill)  # as SIGKILL: nothing is written afterwards
+    monkeypatch.setattr(batch, "add_to_record", kill)  # as SIGKILL: nothing is written afterwards
     command = ["segment", "--data", "phantom", "--allow-outside", *TINY, "--data-list", str(table())]
     with pytest.raises(Killed):
         main([*command, "--output-dir", str(tmp_path / "masks"), "--weights", weights])

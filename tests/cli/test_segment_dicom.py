@@ -239,7 +239,7 @@ def test_objects_of_an_earlier_run_are_gone_before_a_new_mask_is_made(
 
     monkeypatch.setattr(clinic, "segment_case", segment)
     monkeypatch.setattr(clinic, "series_folders", lambda chosen, links: {key: links for key in chosen})
-    task = clinic.StudyTask({"ct": {}}, {}, {"tumour": [1]}, {})
+    task = clinic.StudyTask({"ct": {}}, {}, {"tumour": [1]}, {}, {"allow_missing": False})
     args = argparse.Namespace(rtstruct=False, sr=False, debug=False)
     with pytest.raises(ValueError, match="a test"):
         clinic.segment_chosen(args, task, {"ct": _series("CT", "1.1")}, tmp_path)

@@ -307,6 +307,17 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
     assert main([*command, "--store", "--allow-missing"]) == 0
     assert "3 studies: 1 segmented, 2 already there, 0 failed" in capsys.readouterr().out
 
+    assert main([*command, "--allow-missing", "--set", "overlap=0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "holds masks of other settings: its settings#overlap is 0.25, this run's is 0.5. Choose another" in error
+    assert main(command) == 1
+    assert "its settings#allow_missing is True, this run's is False" in capsys.readouterr().err
+    table.write_text(table.read_text().replace(",70", ",80"))
+    assert main([*command, "--allow-missing"]) == 0
+    assert "3 studies: 1 segmented, 2 already there, 0 failed" in capsys.readouterr().out
+    manifest = json.loads((output / studies[1] / "mask.manifest.json").read_text())
+    assert manifest["config"]["checks"]["suv"] == {"patient_weight": 80.0}
+
 
 def test_a_server_that_cannot_be_used_ends_the_list(
     pacs: FakePacs, studies: list[str], tiny_student: list[str], tmp_path: Path, capsys: Any

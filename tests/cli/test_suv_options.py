@@ -103,6 +103,7 @@ def test_columns_of_a_table_complete_each_case(
     row = f"{study}/CT,{study}/%s,{study}/MR"
     table.write_text(f"case_id,ct,pet,mr,patient_weight,injected_dose,injection_time\ncomplete,{row % 'PT'},,,\n")
     command = ["segment", "--data-list", str(table), "--allow-outside", "--output-dir", str(output), *tiny_student]
+    command += ["--half-life", "6000"]
     assert main([*command, "--patient-weight", "70"]) == 1
     assert "--patient-weight is the value of one patient. With --data-list" in capsys.readouterr().err
     assert main(command) == 0
@@ -110,11 +111,19 @@ def test_columns_of_a_table_complete_each_case(
         "case_id,ct,pet,mr,patient_weight,injected_dose,injection_time\n"
         f"cleaned,{row % 'cleaned'},70,370000000,10:00:00\n"
     )
-    assert main([*command, "--half-life", "6000"]) == 0
+    assert main(command) == 0
     for name in ("complete", "cleaned"):
         np.testing.assert_array_equal(_mask(output / f"{name}.nii.gz"), expected)
     manifest = json.loads((output / "cleaned.manifest.json").read_text())
     assert manifest["config"]["checks"]["suv"]["injected_dose"] == 370e6
+
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 cases: 0 segmented, 1 already there" in capsys.readouterr().out
+    table.write_text(table.read_text().replace(",70,", ",7,"))
+    assert main(command) == 0
+    assert "1 cases: 1 segmented, 0 already there" in capsys.readouterr().out
+    assert (_mask(output / "cleaned.nii.gz") != expected).any()
 
 
 def test_the_check_of_a_data_set_uses_the_columns(study: Path, tmp_path: Path, capsys: Any) -> None:

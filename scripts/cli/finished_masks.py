@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an earlier run of several cases left in its folder, and whether this run would have made the same masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from scripts.image_io.checks import Rules
+from scripts.image_io.reader import header_of, read_volume
+from scripts.image_io.suv_values import checked_suv_values
+from scripts.runtime.task_record import value_differences
+from scripts.utils.atomic_files import write_json
+from scripts.utils.json_files import read_object
+
+SUFFIX, MANIFEST = ".nii.gz", ".manifest.json"
+# Settings that decide about a mask, besides the weights.
+DECISIVE = (
+    *("modalities", "intensity", "spacing", "patch", "overlap", "whole_volume", "labels", "classes", "regions", "head"),
+    *("mask_values", "present", "allow_missing", "checks"),
+)
+
+
+def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
+    """Write what makes the masks of a folder, before the first of them: a run may be killed at any time.
+
+    Args:
+        record: its file.
+        masks: files that the run is going to write.
+        checksum: sha256 of the weights.
+        settings: that decide about the masks.
+
+    Raises:
+        ValueError: the folder holds masks of other weights or settings, or masks without a record. To allow missing
+            modalities is no other setting: the masks that are there have all of them.
+    """
+    earlier = read_record(record)
+    there = [mask for mask in masks if mask.is_file()]
+    if there and "weights_sha256" not in earlier:
+        raise ValueError(
+            f"{record.parent} holds {there[0].name}, but no {record.name} that says which weights made it. Remove the "
+            "masks, or choose another --output-dir."
+        )
+    now = {"weights_sha256": checksum, "settings": json.loads(json.dumps(settings, default=str))}
+    if there or any(record.parent.rglob(f"*{MANIFEST}")):  # or masks of cases that this run does not have
+        _refuse_another_maker(record.parent, earlier, now)
+    write_json({**earlier, **now}, record)
+
+
+def _refuse_another_maker(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    checksum, made_by = now["weights_sha256"], earlier.get("weights_sha256", now["weights_sha256"])
+    if made_by != checksum:
+        raise ValueError(
+            f"{folder} holds masks of other weights (sha256 {str(made_by)[:12]}, now {checksum[:12]}). Choose another "
+            "--output-dir."
+        )
+    before = dict(earlier.get("settings", now["settings"]))
+    if now["settings"].get("allow_missing"):
+        before["allow_missing"] = True
+    others = value_differences("settings", before, now["settings"])
+    if others:
+        raise ValueError(f"{folder} holds masks of other settings: {'; '.join(others)}. Choose another --output-dir.")
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """The record of a folder; empty if there is none, or a damaged one."""
+    try:
+        return read_object(record)
+    except (OSError, ValueError):
+        return {}
+
+
+def add_to_record(record: Path, more: Mapping[str, Any]) -> None:
+    """Write further entries into the record of a folder."""
+    write_json({**read_record(record), **more}, record)
+
+
+def beside(mask: Path, suffix: str) -> Path:
+    """The file of a mask that has its name and another suffix."""
+    return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{suffix}")
+
+
+def is_complete(mask: Path) -> bool:
+    """Whether the whole mask can be read."""
+    if not mask.is_file():
+        return False
+    try:
+        read_volume(header_of(mask, Rules()), Rules())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def has_images(mask: Path, images: Mapping[str, str], modalities: Iterable[str]) -> bool:
+    """Whether the manifest beside a mask names these images, and none of them is newer than the mask.
+
+    Args:
+        mask: its file.
+        images: modality -> file or folder.
+        modalities: of the task.
+    """
+    cases = read_record(beside(mask, MANIFEST)).get("data")
+    case = cases[0] if isinstance(cases, list) and cases and isinstance(cases[0], dict) else {}
+    now = {key: Path(path).absolute() for key, path in images.items()}
+    named = {key: Path(str(case[key])).absolute() for key in modalities if key in case}
+    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in now.values())
+    return now == named and mask.is_file() and not any(newer)
+
+
+def has_suv_values(mask: Path, values: Mapping[str, Any]) -> bool:
+    """Whether the manifest beside a mask names these values for SUV, see ``scripts.image_io.suv_values``."""
+    config = read_record(beside(mask, MANIFEST)).get("config")
+    checks = config.get("checks") if isinstance(config, dict) else None
+    named = checks.get("suv") if isinstance(checks, dict) else None
+    try:
+        return checked_suv_values(named or {}) == checked_suv_values(values)
+    except (ValueError, AttributeError):
+        return False

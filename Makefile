@@ -27,7 +27,7 @@ bench-env: env
 # teacher, with all four, and with the label in the teacher's place (the control); three seeds each. All are tested on 8
 # phantoms that no network has seen, in one report. Two trainings run at a time, on one thread each.
 demo: env
-	@echo "demo: 10 to 14 minutes on two cores, environment included"
+	@echo "demo: 10 to 15 minutes on two cores, environment included"
 	@made=$$({ git rev-parse HEAD:scripts HEAD:configs; git diff HEAD -- scripts configs; \
 	    echo '$(DEMO_TEACHER) $(DEMO_STUDENT) $(DEMO_METHOD) $(DEMO_TEST)'; } 2>&1 | cksum); \
 	  if [ -e $(DEMO)/made_with ] && [ "$$made" != "$$(cat $(DEMO)/made_with)" ]; then \

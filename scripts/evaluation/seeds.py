@@ -68,8 +68,9 @@ def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
         runs: summaries of evaluations, each with its case table as ``rows``.
 
     Returns:
-        The runs; a mean has ``seeds``, their number, and its name says it; ``drawn`` is the run of the first seed. Its
-        aggregates count the statuses of all seeds, of ``counted`` rows.
+        The runs; a mean has ``seed_dice``, the mean Dice of each seed with failures as 0, and its name says how many
+        these are; ``drawn`` is the run of the first seed. Its aggregates count the statuses of all seeds, of
+        ``counted`` rows.
     """
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -85,7 +86,7 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> Run:
         **runs[0],
         "name": _name(runs[0], f"{len(runs)} seeds"),
         "drawn": {**runs[0], "name": _name(runs[0], f"the first of {len(runs)} seeds")},
-        "seeds": len(runs),
+        "seed_dice": [run["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"] for run in runs],
         "rows": rows,
         "aggregate": _with_counts(aggregate(rows, seed=seed), [run["rows"] for run in runs]),
         "regions": {

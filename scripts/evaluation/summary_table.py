@@ -8,6 +8,7 @@ from typing import Any
 
 from scripts.metrics.aggregates import case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES
+from scripts.report.tables import seeds_text
 from scripts.utils.markdown import interval_text, markdown_table
 
 _HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")
@@ -20,12 +21,13 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
     A metric is shown as mean [95% interval] (number of cases) over the cases where it is defined. Where there are
     failures the mean with failures at their worst value follows, since a network that misses cases can look better
     without them. Where a network was trained on some of the cases its name says so, and a row of the others follows.
-    Where there are several regions, the first row is over all of them, and a row for each follows.
+    Where there are several regions, the first row is over all of them, and a row for each follows. Networks that were
+    trained with several seeds get a column with the mean Dice per seed, see ``group_seeds``.
 
     Args:
         summaries: contents of ``summary.json`` files.
     """
-    rows = []
+    rows: list[list[Any]] = []
     for summary in summaries:
         parameters = None if summary["parameters"] is None else f"{summary['parameters'] / 1e6:.2f} M"
         costs = [None if summary[key] is None else f"{summary[key]:.1f}" for key in ("gflops", "seconds_per_case")]
@@ -36,14 +38,15 @@ def markdown_summary(summaries: Sequence[Mapping[str, Any]]) -> str:
         if cases:
             total = case_count(summary["aggregate"], len(regions))
             name = f"{name} (trained on {len(cases)} of {total} cases)"
-        rows.append([name, *_metric_cells(summary["aggregate"]), parameters, *costs])
+        seeds = seeds_text(summary) or None
+        rows.append([name, *_metric_cells(summary["aggregate"]), parameters, *costs, seeds])
         if len(regions) > 1:
-            names = {region: f"{summary['name']}: {region}" for region in regions}
-            rows += [[names[region], *_metric_cells(each), None, None, None] for region, each in regions.items()]
+            rows += [[f"{summary['name']}: {region}", *_metric_cells(each)] for region, each in regions.items()]
         if unseen:
             name = f"{summary['name']}, {case_count(unseen, len(regions))} unseen cases"
             rows.append([name, *_metric_cells(unseen), parameters, *costs])
-    return markdown_table(_HEAD, rows)
+    head = (*_HEAD, "Dice per seed") if any(map(seeds_text, summaries)) else _HEAD
+    return markdown_table(head, [[*row, *[None] * len(head)][: len(head)] for row in rows])
 
 
 def markdown_differences(runs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scripts.metrics.aggregates import aggregate, case_count, paired_difference
@@ -14,6 +14,7 @@ from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, regio
 Run = Mapping[str, Any]
 
 _MEASURED = ("_ml", "_mm", "_g")  # endings of columns of numbers in the table of measures
+SEEDS_NOTE = "Intervals are over the cases: they do not contain the differences between seeds."
 DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
@@ -68,9 +69,10 @@ def summary_table(runs: Sequence[Run]) -> Table:
         costs = [_number_cell(_format(run.get(key), digits)) for key, _, digits in _COSTS]
         training = run.get("trained_on") or {}
         note = f"trained on {len(training['cases'])} of them" if training.get("cases") else ""
-        rows.append(
-            [_head(run["name"], run["aggregate"], note, _region_count(run)), *_metric_cells(run["aggregate"]), *costs]
-        )
+        dice, *others = _metric_cells(run["aggregate"])
+        if text := seeds_text(run):
+            dice = replace(dice, notes=(*dice.notes, "each seed", text))
+        rows.append([_head(run["name"], run["aggregate"], note, _region_count(run)), dice, *others, *costs])
         if len(regions) > 1:
             blank = [_number_cell("")] * len(_COSTS)
             heads = {region: _head(f"{run['name']}: {region}", each) for region, each in regions.items()}
@@ -82,9 +84,16 @@ def summary_table(runs: Sequence[Run]) -> Table:
     note = "Mean over cases [interval] (number of cases)."
     if any(_failures(run["aggregate"]) for run in runs):
         note = note[:-1] + ": where the metric is defined, and with failures at their worst value."
+    if any(map(seeds_text, runs)):
+        note += f" {SEEDS_NOTE}"
     if any(_region_count(run) > 1 for run in runs):
         note += " The first row of a network is over all regions of all cases, then follows each region."
     return Table("Summary", columns, rows, note)
+
+
+def seeds_text(run: Run) -> str:
+    """The mean Dice of each seed of a network, such as ``0.701, 0.744``; empty for a network of one seed."""
+    return ", ".join(_format(dice, 3) for dice in run.get("seed_dice") or ())
 
 
 def modality_table(runs: Sequence[Run]) -> Table | None:
@@ -137,6 +146,8 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> Table:
         f"Dice minus that of {baseline['name']}: mean over the common cases [interval] (number of cases), with "
         "failures at their worst value."
     )
+    if any(map(seeds_text, runs)):
+        note += f" {SEEDS_NOTE}"
     return Table("Differences", [Column("Network"), Column("Difference in Dice", number=True)], rows, note)
 
 

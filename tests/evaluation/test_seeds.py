@@ -54,11 +54,12 @@ def test_evaluations_of_one_name_are_one_network() -> None:
         )
     ]
     alone, teacher = group_seeds(runs)
-    assert (alone["name"], alone["seeds"], alone["seconds_per_case"]) == ("alone (2 seeds)", 2, 1.5)
+    assert (alone["name"], alone["seconds_per_case"]) == ("alone (2 seeds)", 1.5)
+    assert alone["seed_dice"] == pytest.approx([0.6, 0.8])
     assert alone["aggregate"]["metrics"]["dice"]["defined"]["mean"] == pytest.approx(0.7)
     assert alone["aggregate"]["n_patients"] == 2
     assert teacher["name"] == "teacher"
-    assert "seeds" not in teacher
+    assert "seed_dice" not in teacher
 
 
 def write_evaluation(folder: Path, name: str, values: list[float]) -> str:
@@ -81,6 +82,11 @@ def test_a_report_averages_seeds_on_request_and_compares_with_a_baseline(tmp_pat
     summary, differences = table.split("\n\n")
     assert len(summary.splitlines()) == 2 + 2
     assert "| alone (2 seeds) | 0.700 [" in summary
+    assert summary.splitlines()[0].endswith("| s per case | Dice per seed |")
+    assert summary.splitlines()[2].endswith("| 0.600, 0.800 |")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "0.600, 0.800" in page
+    assert page.count("they do not contain the differences between seeds") == 2
     assert "| network | Dice - that of alone (2 seeds) | cases |" in differences
     # Case a: 0.8 - 0.6, case b: 0.9 - 0.8.
     assert "| distilled (2 seeds) | +0.150 [" in differences

@@ -184,6 +184,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, run_command: Callable[[Sequence[
     while pending or running:
         while (job := _next_ready(pending)) and len(running) < workers:
             pending.remove(job)
+            if job.done:  # by another queue
+                bar.update()
+                continue
             process = context.Process(target=_run_job, args=(job, run_command))
             process.start()
             running[process.sentinel] = (process, job)

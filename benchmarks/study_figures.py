@@ -94,7 +94,7 @@ def draw_hypotheses(results: Sequence[Entry], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 1.1 * len(results) + 1.2), layout="constrained")
     names = [f"{h.name} ({h.experiment}, {h.student})\n{h.arm} - {h.reference}" for h in HYPOTHESES]
     for row, result in enumerate(results):
-        differences = result["differences"]
+        differences = [] if result["untested"] else result["differences"]
         axis.plot(differences, [row + 0.22] * len(differences), "|", color="0.5", markersize=9)
         if result["ci95"]:
             axis.plot(result["ci95"], [row, row], color="black", linewidth=1)

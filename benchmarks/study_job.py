@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from scripts.image_io.checks import LABEL, Rules
 from scripts.image_io.reader import header_of
 from scripts.metrics import image_diagonal_mm, read_rows
 from scripts.training.skip_nonfinite import DIVERGED
-from scripts.utils.atomic_files import write_json
+from scripts.utils.atomic_files import write_bytes, write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import git_commit
 from scripts.utils.tensor_files import load_plain
@@ -117,12 +117,13 @@ class StudyJob(Job):
         preparations: called before the commands.
         notes: further values of the record.
         folders: folder -> what stands for it in the commands of the record.
-        kept: a file that makes this job unnecessary.
+        serves: the files for which the weights of this training are needed; once they all exist, it is not. None of a
+            training that is evaluated itself.
         answers: what a job of the teachers collects instead of an evaluation.
         scored: where the results of the evaluations belong, if there are several.
         trained: the training whose network answers; the record describes it.
         tested: the cases of the tested fold; if the training diverges, each of them counts as failed.
-        description: file that describes a training which is not evaluated.
+        description: file that describes a job without rows.
     """
 
     study_row: StudyRow = field(kw_only=True)
@@ -132,7 +133,7 @@ class StudyJob(Job):
     preparations: tuple[Callable[[], None], ...] = field(default=(), kw_only=True)
     notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     folders: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    kept: Path | None = field(default=None, kw_only=True)
+    serves: tuple[Path, ...] | None = field(default=None, kw_only=True)
     answers: Answers | None = field(default=None, kw_only=True)
     scored: tuple[StudyRow, ...] = field(default=(), kw_only=True)
     trained: StudyJob | None = field(default=None, kw_only=True)
@@ -155,10 +156,12 @@ class StudyJob(Job):
     @property
     def done(self) -> bool:
         """Whether the result is kept, or nothing needs it any more."""
-        if self.kept is not None:
-            return self.kept.is_file() or self._trained()
+        described = self.description is None or self.description.is_file()
+        if self.serves is not None:
+            served = bool(self.serves) and all(path.is_file() for path in self.serves)
+            return served or (self._trained() and described)
         written = not (self.answers and self.answers.teacher) or self.answers.paths[0].is_file()
-        return written and all(self._record(row).is_file() for row in self.rows)
+        return described and written and all(self._record(row).is_file() for row in self.rows)
 
     def typed(self) -> tuple[Command, ...]:
         """The commands, as they are now."""
@@ -181,23 +184,31 @@ class StudyJob(Job):
     def finish(self) -> None:
         """Keep the result, and remove what nobody needs any more."""
         if self.answers is not None:
-            if self.answers.teacher:
-                self.answers.collect(self.folder)
-            for row in self.answers.rows:
-                self._keep(row, self.answers.score(self.folder / row.name, row))
-        elif self.kept is None:
+            self._keep_answers(self.answers)
+        elif self.serves is None:
             for name, row in zip(self.evaluations, self.rows, strict=True):
                 self._keep(row, read_rows(self.folder / name / "cases.csv"))
             for name in ("cache", "predictions", *self.evaluations):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-        elif self.description is not None:
+        if self.description is not None:
             write_json(self._described(self.study_row, []), self.description)
         for state in self.folder.glob("checkpoint*.pt"):
             state.unlink()
 
+    def _keep_answers(self, answers: Answers) -> None:
+        """Keep the scores, then the answers: with these the weights are no longer needed."""
+        final = answers.paths[0]
+        if answers.teacher:
+            answers = replace(answers, paths=(self.folder / final.name,))
+            answers.collect(self.folder)
+        for row in answers.rows:
+            self._keep(row, answers.score(self.folder / row.name, row))
+        if answers.teacher:
+            write_bytes(answers.paths[0].read_bytes(), final)
+
     def keep_failure(self, printed: str) -> bool:
         """Keep a training that has diverged: all of its cases have failed, so that it stays in every table."""
-        if DIVERGED not in printed or not self.tested or self.kept is not None:
+        if DIVERGED not in printed or not self.tested or self.serves is not None:
             return False
         failed = {"status": "error", "dice": None, "hd95_mm": None, "assd_mm": None, "region": ""}
         rows = [

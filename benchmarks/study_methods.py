@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.job_queue import Command
 from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS, other_folds
-from benchmarks.study_students import Lesson
+from benchmarks.study_students import SEEDS, Lesson
 from benchmarks.study_taught import StudyTaught
 from benchmarks.study_teachers import STAGE_1, TEACHER_SCALE, TEACHERS
 
@@ -79,11 +79,24 @@ class StudyMethods(StudyTaught):
         weights = []
         for name in names:
             training, _ = self.pair_teacher(name, pair)
-            weights.append(self.restored(training, [self.answers_path(name, pair)]))
+            pupils = [self.record(row) for row in self._feature_rows(fold) if name in FEATURE_METHODS[row.arm]]
+            weights.append(self.restored(training, [self.answers_path(name, pair)], pupils))
             sizes |= self.sizes(name)
-            options = (*options, "--teacher", f"{name}={TEACHERS[name]['architecture']}={weights[-1].kept}")
-        row = StudyRow("F", method, "0.9M", fold, None, seed, METHOD_STEPS)
+            options = (
+                *options,
+                "--teacher",
+                f"{name}={TEACHERS[name]['architecture']}={weights[-1].folder / 'model.pt'}",
+            )
+        (row,) = (each for each in self._feature_rows(fold) if (each.arm, each.seed) == (method, seed))
         lesson = Lesson(options, sizes, staged=method in STAGED_METHODS)
         train = other_folds(fold)
         job = self.student_job(row, train, lesson, student=STUDENT_OF.get(method))
-        return [*weights, replace(job, needs=(*job.needs, *(each.kept for each in weights if each.kept)))]
+        return [*weights, replace(job, needs=(*job.needs, *(each.folder / "model.pt" for each in weights)))]
+
+    def _feature_rows(self, fold: int) -> list[StudyRow]:
+        """The students of F that are tested on a fold."""
+        return [
+            StudyRow("F", method, "0.9M", fold, None, seed, METHOD_STEPS)
+            for method in FEATURE_METHODS
+            for seed in SEEDS
+        ]

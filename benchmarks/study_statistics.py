@@ -174,8 +174,9 @@ def _untested_reason(hypothesis: Hypothesis, runs: Sequence[Run], reference: Seq
     if not runs or not reference:
         return "an arm has no run"
     for arm, arm_runs in ((hypothesis.arm, runs), (hypothesis.reference, reference)):
-        if gap := missing_runs(arm_runs):
-            return f"{arm} is not complete ({gap})"
+        for distance in sorted({_distance(run) or 0 for run in arm_runs}):
+            if gap := missing_runs([run for run in arm_runs if (_distance(run) or 0) == distance]):
+                return f"{arm} is not complete ({gap})"
     same = {_place(run) for run in runs} == {_place(run) for run in reference}
     return "" if same else "the two arms differ in their pairs of folds or seeds"
 

@@ -18,7 +18,6 @@ from benchmarks.study_statistics import (
     UNTESTED,
     common_runs,
     compare_arms,
-    complete_rounds,
     hypothesis_results,
     mean_with_interval,
     patient_means,
@@ -145,21 +144,20 @@ def _arm_table(experiment: str, arms: Arms) -> str:
 
 def _contrast_table(experiment: str, arms: Arms) -> str:
     """The differences that the question of an experiment needs; empty if there are none."""
-    tested = {(h.experiment, h.student, h.arm, h.reference): h.name for h in HYPOTHESES}
+    hypotheses = {(h.experiment, h.student, h.arm, h.reference) for h in HYPOTHESES}
     rows = []
     for (student, arm), runs in arms.items():
         for reference in _subtracted_arms(experiment, arm):
-            kind = tested.get((experiment, student, arm, reference), "exploratory")
-            compared = [runs, arms.get((student, reference), ())]
-            if kind != "exploratory":
-                compared = complete_rounds(*compared)
-            compared = common_runs(*compared)
+            if (experiment, student, arm, reference) in hypotheses:
+                continue  # see their table, which gives no estimate before the test
+            compared = common_runs(runs, arms.get((student, reference), ()))
             difference = compare_arms(*compared)
             if difference["n"]:
                 run_counts = " and ".join(str(len(each)) for each in compared)
-                value = interval_text(difference, 3, "+")
-                rows.append((student, f"{arm} - {reference}", run_counts, difference["n"], value, kind))
-    return markdown_table(("student", "arms", "runs", "n", "difference in Dice", "kind"), rows) if rows else ""
+                rows.append(
+                    (student, f"{arm} - {reference}", run_counts, difference["n"], interval_text(difference, 3, "+"))
+                )
+    return markdown_table(("student", "arms", "runs", "n", "difference in Dice"), rows) if rows else ""
 
 
 def _hypothesis_table(results: Sequence[Mapping[str, Any]]) -> str:

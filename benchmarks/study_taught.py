@@ -75,8 +75,9 @@ class StudyTaught(StudyTeachers):
         """The answers of a lone student on all patients, given as a teacher gives them."""
         row = replace(alone.study_row, experiment="answers")
         sizes = {"+architectures#student": {"features": STUDENTS[row.student]}}
-        training = self.restored(alone, [alone.record])
-        return [training, self.answering(training, Origin("lone", "student", sizes), row, [], path)]
+        training = self.restored(alone, [alone.record], [path])
+        job = self.answering(training, Origin("lone", "student", sizes), row, [], path)
+        return [training, replace(job, description=path.with_suffix(".json"))]
 
 
 def _teacher_files(folder: Path, name: str) -> tuple[Path, Path]:

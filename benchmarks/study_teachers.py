@@ -84,6 +84,12 @@ class StudyTeachers(StudyStudents):
         verdict = self.verdict
         return tuple(verdict["teachers"]) if verdict else TRIES[0][1]
 
+    @property
+    def recipe(self) -> str:
+        """The name of the recipe that the gate was judged with; before, see ``StudyStudents``."""
+        verdict = self.verdict
+        return str(verdict["recipe"]) if verdict else super().recipe
+
     def judge_gate(self) -> None:
         """Compare the first pair's ensemble with the lone student on the patients of fold 1, if both are known.
 
@@ -141,7 +147,7 @@ class StudyTeachers(StudyStudents):
         training = self.job(
             row, train, [], lambda: command, lambda: {**settings, **sizes}, schedule=True, evaluated=False
         )
-        training = replace(training, kept=path)
+        training = replace(training, serves=(path,))
         origin = Origin(modality or name, f"{architecture}:{modality}" if modality else architecture, sizes)
         return [training, self.answering(training, origin, rows[0], rows, path)]
 
@@ -172,16 +178,17 @@ class StudyTeachers(StudyStudents):
         outputs = (f"{origin.name}/manifest.json",)
         return replace(job, needs=(weights,), outputs=outputs, answers=answers, trained=training)
 
-    def restored(self, training: StudyJob, needs: Sequence[Path]) -> StudyJob:
+    def restored(self, training: StudyJob, needs: Sequence[Path], serves: Sequence[Path]) -> StudyJob:
         """A training whose results are kept, again, if its weights are needed and no longer there.
 
         Args:
             training: its folder gets the weights.
             needs: the results, so that both never run at the same time.
+            serves: the files that are made with the weights.
         """
         trained = training.study_row
         row = replace(trained, experiment="weights", arm=f"{trained.experiment}_{trained.arm}")
-        return replace(weights_only(training), row=row.name, study_row=row, needs=(*training.needs, *needs))
+        return replace(weights_only(training, serves), row=row.name, study_row=row, needs=(*training.needs, *needs))
 
     def ensemble(self, paths: Sequence[Path], rows: Sequence[StudyRow]) -> StudyJob:
         """The scores of the mean answer of several teachers."""
@@ -234,8 +241,6 @@ class StudyTeachers(StudyStudents):
         return self.sources(folds, lambda _: paths)
 
 
-def weights_only(training: StudyJob) -> StudyJob:
-    """A training that is not evaluated and leaves its weights."""
-    return replace(
-        training, kept=training.folder / "model.pt", build=lambda: training.build()[:1], evaluations=(), scored=()
-    )
+def weights_only(training: StudyJob, serves: Sequence[Path] = ()) -> StudyJob:
+    """A training that is not evaluated and leaves its weights, for some files or for good."""
+    return replace(training, serves=tuple(serves), build=lambda: training.build()[:1], evaluations=(), scored=())

@@ -55,9 +55,9 @@ def choose(plan: StudyPlan, best: str) -> None:
         write_record(plan, job.study_row, 0.7 if job.study_row.arm == best else 0.6)
 
 
-def judge(plan: StudyPlan, ensemble: float) -> None:
-    """Judge the gate with this Dice of the ensemble; the lone student has 0.7."""
-    choose(plan, "batch_dice")
+def judge(plan: StudyPlan, ensemble: float, best: str = "batch_dice") -> None:
+    """Judge the gate with this Dice of the ensemble; the lone student of the best recipe has 0.7."""
+    choose(plan, best)
     for job in plan.teacher_jobs(STAGE_1[:1]):
         for row in job.rows if job.answers else ():
             write_record(plan, row, ensemble)

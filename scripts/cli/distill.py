@@ -142,7 +142,8 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         resume = {"resume": True} if (output / "checkpoint.pt").is_file() and not anew else {}
         run_bundle(stage_args, stage_configs, {**stage_overrides, **resume})
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
-    return {**overrides, **start, "max_epochs": epochs - epochs // 2}
+    half = epochs // 2  # of the stage student
+    return {**overrides, **start, "max_epochs": epochs - half, "earlier_epochs": half}
 
 
 def _require_options_of_stages(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ SUFFIX, MANIFEST = ".nii.gz", ".manifest.json"
 # Settings that decide about a mask, besides the weights.
 DECISIVE = (
     *("modalities", "intensity", "spacing", "patch", "overlap", "whole_volume", "labels", "classes", "regions", "head"),
-    *("mask_values", "present", "allow_missing", "checks"),
+    *("mask_values", "present", "allow_missing", "checks", "engine_precision"),
 )
+# Of these, settings that only decide whether a case is accepted. A mask that is there needed none of them.
+ACCEPTING = ("allow_missing", "max_voxels", "replace_nonfinite", "voxel_size")
 
 
 def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
@@ -33,8 +35,8 @@ def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: M
         settings: that decide about the masks.
 
     Raises:
-        ValueError: the folder holds masks of other weights or settings, or masks without a record. To allow missing
-            modalities is no other setting: the masks that are there have all of them.
+        ValueError: the folder holds masks of other weights or settings, or masks without a record. To accept more than
+            before is no other setting, such as cases with missing modalities.
     """
     earlier = read_record(record)
     there = [mask for mask in masks if mask.is_file()]
@@ -56,12 +58,23 @@ def _refuse_another_maker(folder: Path, earlier: Mapping[str, Any], now: Mapping
             f"{folder} holds masks of other weights (sha256 {str(made_by)[:12]}, now {checksum[:12]}). Choose another "
             "--output-dir."
         )
-    before = dict(earlier.get("settings", now["settings"]))
-    if now["settings"].get("allow_missing"):
-        before["allow_missing"] = True
-    others = value_differences("settings", before, now["settings"])
+    settings = now["settings"]
+    before = _with_accepting(earlier.get("settings", settings), settings)
+    if isinstance(before.get("checks"), dict) and isinstance(settings.get("checks"), dict):
+        before["checks"] = _with_accepting(before["checks"], settings["checks"])
+    keys = dict.fromkeys([*before, *settings])
+    others = [each for key in keys for each in value_differences(key, before.get(key), settings.get(key))]
     if others:
-        raise ValueError(f"{folder} holds masks of other settings: {'; '.join(others)}. Choose another --output-dir.")
+        raise ValueError(
+            f"{folder} holds masks of other settings: {'; '.join(others)}. Use the same settings, or choose another "
+            "--output-dir."
+        )
+
+
+def _with_accepting(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of before, with those of ``ACCEPTING`` that were off and are on now; a limit may be any."""
+    added = {key: now[key] for key in ACCEPTING if now.get(key) and (key == "max_voxels" or not before.get(key))}
+    return {**before, **added}
 
 
 def read_record(record: Path) -> dict[str, Any]:
@@ -82,6 +95,11 @@ def beside(mask: Path, suffix: str) -> Path:
     return mask.with_name(f"{mask.name.removesuffix(SUFFIX)}{suffix}")
 
 
+def is_of_mask(path: Path, mask: Path) -> bool:
+    """Whether a file that is made of a mask exists, and is not of an earlier one."""
+    return path.is_file() and mask.is_file() and path.stat().st_mtime >= mask.stat().st_mtime
+
+
 def is_complete(mask: Path) -> bool:
     """Whether the whole mask can be read."""
     if not mask.is_file():
@@ -93,20 +111,29 @@ def is_complete(mask: Path) -> bool:
     return True
 
 
-def has_images(mask: Path, images: Mapping[str, str], modalities: Iterable[str]) -> bool:
+def has_images(
+    mask: Path, images: Mapping[str, str], modalities: Iterable[str], box: Sequence[float] | None = None
+) -> bool:
     """Whether the manifest beside a mask names these images, and none of them is newer than the mask.
 
     Args:
         mask: its file.
-        images: modality -> file or folder.
+        images: modality -> file, or folder of DICOM files.
         modalities: of the task.
+        box: the part of the reference image that the mask covers.
     """
     cases = read_record(beside(mask, MANIFEST)).get("data")
     case = cases[0] if isinstance(cases, list) and cases and isinstance(cases[0], dict) else {}
     now = {key: Path(path).absolute() for key, path in images.items()}
     named = {key: Path(str(case[key])).absolute() for key in modalities if key in case}
-    newer = (path.is_file() and path.stat().st_mtime > mask.stat().st_mtime for path in now.values())
-    return now == named and mask.is_file() and not any(newer)
+    same = now == named and [*(case.get("bbox_mm") or ())] == [*(box or ())]
+    return same and mask.is_file() and not any(_last_change(path) > mask.stat().st_mtime for path in now.values())
+
+
+def _last_change(path: Path) -> float:
+    """When a file was written, or the last file of a folder; 0 where there is none."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
 def has_suv_values(mask: Path, values: Mapping[str, Any]) -> bool:

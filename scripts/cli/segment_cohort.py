@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import multiprocessing
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
@@ -28,6 +29,8 @@ from scripts.cli.finished_masks import (
     has_images,
     has_suv_values,
     is_complete,
+    is_of_mask,
+    read_record,
     start_record,
 )
 from scripts.cli.measure_case import SUFFIX as MEASURES
@@ -131,20 +134,27 @@ def _segment_cases(
                 alone = {case_id: argparse.Namespace(**{**vars(jobs[case_id]), "workers": 1}) for case_id in large}
                 _run_jobs(alone, 1, outcomes)
     finally:
-        record = {
-            case_id: {"mask": str(mask), **outcomes[case_id]._asdict()}
-            for case_id, mask in masks.items()
-            if case_id in outcomes
-        }
-        add_to_record(output / RECORD, {"cases": record})
+        _record_outcomes(output / RECORD, masks, outcomes)
+    done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
     if not args.no_measures:
-        done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
         tables = {case_id: beside(mask, MEASURES) for case_id, mask in masks.items() if case_id in done}
         join_measures(tables, output / "measures.csv")
     if bids:
-        for case in cases:
+        for case in (case for case in cases if case["case_id"] in done):
             describe_mask(masks[case["case_id"]], case, modalities, bids, sources)
     report_outcomes({case_id: outcomes[case_id] for case_id in masks})
+
+
+def _record_outcomes(record: Path, masks: Mapping[str, Path], outcomes: Mapping[str, Outcome]) -> None:
+    """Add the outcomes to the record of the folder; a case that is already there keeps its warnings."""
+    cases = read_record(record).get("cases")
+    cases = dict(cases) if isinstance(cases, dict) else {}
+    for case_id, mask in masks.items():
+        if case_id in outcomes:
+            result, warned = outcomes[case_id]
+            warned = cases.get(case_id, {}).get("warnings", ()) if result == SKIPPED else warned
+            cases[case_id] = {"mask": str(mask), "result": result, "warnings": warned}
+    add_to_record(record, {"cases": cases})
 
 
 def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
@@ -182,10 +192,11 @@ def _mask_paths(
 def _is_done(mask: Path, case: Mapping[str, Any], config: Config, args: argparse.Namespace) -> bool:
     """Whether the whole mask can be read, was made of the case as it is now, and what is wanted beside it exists."""
     wanted = [*([REPORT] if args.report else []), *([] if args.no_measures else [MEASURES])]
-    if not all(beside(mask, suffix).is_file() for suffix in wanted):
+    if not all(is_of_mask(beside(mask, suffix), mask) for suffix in wanted):
         return False
     modalities, suv = config["modalities"], {**(config["checks"].get("suv") or {}), **case.get("suv", {})}
-    same_case = has_images(mask, _images(case, modalities), modalities) and has_suv_values(mask, suv)
+    same_images = has_images(mask, _images(case, modalities), modalities, case.get("bbox_mm"))
+    same_case = same_images and has_suv_values(mask, suv)
     return same_case and is_complete(mask)
 
 
@@ -212,7 +223,7 @@ def _case_options(
     own = {
         **of_cohort,
         "output": str(mask),
-        "image": [*_images(case, modalities).items()],
+        "image": [(key, os.path.abspath(path)) for key, path in _images(case, modalities).items()],
         "bbox_mm": case.get("bbox_mm"),
     }
     return argparse.Namespace(**{**vars(args), **own, **case.get("suv", {})})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,17 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
         start_record(output / RECORD, masks, sha256(weights_path(args)), task.settings)
         record = _studies_of(output / RECORD)
         outcomes = {}
+
+        def save() -> None:
+            add_to_record(output / RECORD, {"studies": record})
+
         for number, (uid, values) in enumerate(studies.items(), start=1):
             print(f"study {number} of {len(studies)}: {uid}")
             try:
-                outcomes[uid] = _do_study(_with(args, values), task, pacs, uid, output / uid, record)
+                entry = record.setdefault(uid, {})
+                outcomes[uid] = _do_study(_with(args, values), task, pacs, uid, output / uid, entry, save)
             finally:
-                add_to_record(output / RECORD, {"studies": record})
+                save()
         report_outcomes(outcomes, "studies")
 
 
@@ -107,9 +113,17 @@ def _studies_of(path: Path) -> dict[str, Any]:
 
 
 def _do_study(
-    args: argparse.Namespace, task: StudyTask, pacs: Pacs, uid: str, output: Path, record: dict[str, Any]
+    args: argparse.Namespace,
+    task: StudyTask,
+    pacs: Pacs,
+    uid: str,
+    output: Path,
+    entry: dict[str, Any],
+    save: Callable[[], None],
 ) -> Outcome:
-    """Segment and store a study, except for what is done; write into ``record`` what became of it.
+    """Segment and store a study, except for what is done; write into its ``entry`` what became of it.
+
+    ``save`` writes the record: the run may be killed after each step.
 
     Raises:
         PacsError: the server cannot be used at all.
@@ -117,15 +131,17 @@ def _do_study(
     messages = BufferingHandler(MAX_WARNINGS)
     messages.setLevel(logging.WARNING)
     logging.getLogger("scripts").addHandler(messages)
-    entry, result = record.setdefault(uid, {}), SKIPPED
+    result = SKIPPED
     try:
         if not _is_done(args, task, output, entry):
             result = INTERRUPTED
             entry.clear()
+            save()
             chosen = segment_one(args, task, pacs, uid, output)
             entry["series"] = {key: series.uid for key, series in chosen.items()}
             entry["objects"] = [path.name for path in written_objects(args, output)]
             entry["wanted"], entry["stored"], result = _wanted(args), {}, SEGMENTED
+            save()
         missing = [path for path in written_objects(args, output) if path.name not in _stored(entry)]
         if args.store and missing:
             uids = store(pacs, uid, missing)

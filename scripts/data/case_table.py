@@ -124,6 +124,10 @@ def _make_item(
     if reference is None:
         raise ValueError(f"{where} names no image. Fill in one of {', '.join(keys)}.")
     item["image"] = reference
+    modalities = [key for key in keys if key not in ("image", "label")]
+    others = [item[key] for key in modalities if key in item]
+    if modalities and modalities[0] not in item and reference not in others and (others or len(modalities) == 1):
+        item[modalities[0]] = reference  # else it is a 4D file of all modalities
     for key in ID_COLUMNS:
         if key in item:
             item[key] = _id_text(item[key], key, where)

@@ -34,12 +34,16 @@ class CaseSampler(DistributedSampler):
         seed: of the permutations.
         rank: index of this process.
         world: number of processes.
+        earlier_epochs: that another training of the same network has had, whose samples are not drawn again.
 
     Raises:
         ValueError: there are cases, but too few for one step.
     """
 
-    def __init__(self, cases: int | Sized, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, cases: int | Sized, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, earlier_epochs: int = 0
+    ) -> None:
+        self.earlier_epochs = earlier_epochs
         self.cases = cases if isinstance(cases, int) else len(cases)
         self.batch_size, self.seed, self.rank, self.world, self.epoch = batch_size, seed, rank, world, 1
         self.steps = self.cases // (batch_size * world)
@@ -53,9 +57,10 @@ class CaseSampler(DistributedSampler):
         return self.steps * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.cases)
+        epoch = self.earlier_epochs + self.epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.cases)
         steps = order[: self.steps * self.world * self.batch_size].reshape(self.steps, self.world, self.batch_size)
-        return iter((self.epoch * self.cases + steps[:, self.rank].ravel()).tolist())
+        return iter((epoch * self.cases + steps[:, self.rank].ravel()).tolist())
 
 
 class SeededDataset(Dataset):

@@ -147,7 +147,9 @@ class DistillationLoss(nn.Module):
         for name, loss in self.losses.items():
             self.logged |= {f"{name}/{key}": value for key, value in getattr(loss, "logged", {}).items()}
         self.logged |= {f"weight/{k}": float(w) for k, w in zip(self.teacher_names, shares.mean(0), strict=True)}
-        nothing = (outputs[LOGITS] * 0.0).sum()
+        # In DistributedDataParallel each parameter must take part in the loss of every step.
+        graph = [value for value in outputs.values() if value.requires_grad] or [outputs[LOGITS]]
+        nothing = sum((value * 0.0).sum() for value in graph)
         return {name: values.get(name, nothing) for name in (SEGMENTATION, *self.losses)}
 
     def _shares(self, outputs: Mapping[str, torch.Tensor], label: torch.Tensor) -> torch.Tensor:

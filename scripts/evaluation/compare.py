@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 
 from scripts.evaluation.masks import MaskCoding
 from scripts.evaluation.overlays import case_overlays
-from scripts.evaluation.records import Case, add_centres, evaluated_cases, evaluated_measures, read_summary
+from scripts.evaluation.records import (
+    Case,
+    add_centres,
+    evaluated_cases,
+    evaluated_measures,
+    masks_folder,
+    read_summary,
+)
 from scripts.evaluation.seeds import group_seeds
 from scripts.evaluation.summary_table import markdown_differences, markdown_summary
 from scripts.evaluation.training_cases import training_notes
@@ -20,6 +28,8 @@ from scripts.report import write_report
 from scripts.report.curves import curve_names, read_curves
 from scripts.utils.atomic_files import write_text
 from scripts.utils.run_manifest import torch_usage, write_manifest
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -74,7 +84,10 @@ def compare(
             raise FileNotFoundError(f"{folder} contains no summary.json. Run `python -m scripts evaluate` first.")
         summary = read_summary(path)
         rows = add_centres(read_rows(Path(folder) / "cases.csv"), [*evaluated_cases(folder), *cases])
-        runs.append({**summary, "rows": rows, "folder": folder})
+        masks = masks_folder(folder, summary)
+        if cases and not Path(masks).is_dir():
+            logger.warning("%s: its masks are not at %s, so none is drawn", folder, masks)
+        runs.append({**summary, "rows": rows, "folder": folder, "predictions": masks})
     if not average_seeds:
         runs = _with_own_names(runs)
     names = [str(run["name"]) for run in runs]

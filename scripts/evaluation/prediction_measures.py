@@ -34,7 +34,7 @@ def measure_prediction(
     if path is None:
         return [], ""
     try:
-        measured = measure_files(path, coding.predicted_regions, image, rules)
+        measured = measure_files(path, coding.predicted_regions, image, rules.of_case(case))
     except (ValueError, OSError) as error:
         problem = str(error)
     if problem and image:

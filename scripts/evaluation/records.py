@@ -81,6 +81,17 @@ def evaluated_measures(folder: str) -> list[Row]:
     return read_measures(path) if path.is_file() else []
 
 
+def masks_folder(folder: str | Path, summary: Mapping[str, Any]) -> str:
+    """The folder of the masks that an evaluation has scored.
+
+    Args:
+        folder: of the evaluation.
+        summary: its ``summary.json``; up to version 0.13 it has the path from the working folder of the evaluation.
+    """
+    path = Path(folder) / summary["predictions"]
+    return str(path if path.is_dir() else summary["predictions"])
+
+
 def _not_an_evaluation(path: Path) -> ValueError:
     return ValueError(f"{path} is damaged or was not written by `evaluate`. Run `evaluate` again.")
 

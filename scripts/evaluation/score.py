@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -143,7 +144,7 @@ def score(
         "without_reference": sorted(str(case["case_id"]) for case in cases if "label" not in case),
         "extra_files": masks.extra,
         "findings": {case_id: texts[case_id] for case_id in sorted(texts) if texts[case_id]},
-        "predictions": str(predictions),
+        "predictions": _relative(predictions, output_dir),
     }
     notes = training_notes([summary])
     _log_warnings(summary, findings, [*masks.hints.values(), *notes])
@@ -156,7 +157,7 @@ def score(
     write_measures(measures, Path(output_dir) / "measures.csv")
     write_rows(rows, Path(output_dir) / "cases.csv")
     write_json(summary, Path(output_dir) / "summary.json")
-    run = {**summary, "rows": add_centres(rows, cases)}
+    run = {**summary, "rows": add_centres(rows, cases), "predictions": predictions}
     write_report(
         Path(output_dir) / "report.html",
         f"Evaluation of {name}",
@@ -278,6 +279,14 @@ def _manifest(output_dir: str, predictions: str, cases: Sequence[Case]) -> dict[
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return manifest
     return write_manifest(output_dir, list(cases), **torch_usage())
+
+
+def _relative(path: str, folder: str) -> str:
+    """A path as seen from a folder, so that both may be moved together; as it is where no such path exists."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive
+        return os.path.abspath(path)
 
 
 def _seconds_per_case(manifest: Mapping[str, Any], cases: Sequence[Case]) -> float | None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from scripts.evaluation.training_cases import NO, UNKNOWN, YES, training_summary
 from scripts.metrics import METRICS, Row, aggregate, aggregate_regions, filled_value
-from scripts.metrics.case_rows import region_of, row_key
+from scripts.metrics.case_rows import row_key
 from scripts.report.tables import network_name
 
 Run = dict[str, Any]
 NAMES_SHOWN = 5  # cases that a sentence names
+_FAILED = {"error": "not scored", "missed": "missed", "false_positive": "false positive"}
+_WORST_FIRST = (*_FAILED, "ok", "true_negative")
 
 
 def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -27,8 +29,8 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
         runs: one sequence of rows per seed, all of the same cases.
 
     Returns:
-        One row per case and region; its status is ``true_negative`` where no seed has a value, else ``ok``. It was
-        trained on if any seed was.
+        One row per case and region, with those of the seeds in ``seeds``. Its status is the worst of them, and
+        ``findings`` counts the failures. It was trained on if any seed was.
 
     Raises:
         ValueError: a case or region is in some of the runs only.
@@ -37,28 +39,30 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
     absent = sorted({" ".join(key) for key, count in counts.items() if count != len(runs)})
     if absent:
         raise ValueError(
-            f"These cases are not in each of the {len(runs)} evaluations once: {', '.join(absent[:NAMES_SHOWN])}"
-            f"{' and more' if len(absent) > NAMES_SHOWN else ''}. Seeds are averaged over the same cases only: give "
-            "evaluations of other cases another --name."
+            f"Seeds are averaged over the same cases only. Missing or repeated in one of the {len(runs)} evaluations, "
+            f"by case and region: {', '.join(absent[:NAMES_SHOWN])}{' and more' if len(absent) > NAMES_SHOWN else ''}. "
+            "Give evaluations of other cases another --name."
         )
     by_key: dict[tuple[str, str], list[Row]] = {}
     for rows in runs:
         for row in rows:
             by_key.setdefault(row_key(row), []).append(row)
-    merged = []
-    for rows in by_key.values():
-        row = dict(rows[0])
-        for metric in METRICS:
-            values = [value for each in rows if (value := filled_value(each, metric)) is not None]
-            row[metric] = statistics.fmean(values) if values else None
-        volumes = [each["volume_ml"] for each in rows if each.get("volume_ml") is not None]
-        row["volume_ml"] = statistics.fmean(volumes) if volumes else None
-        row["status"] = "true_negative" if row["dice"] is None else "ok"
-        row["findings"] = "; ".join(dict.fromkeys(text for each in rows if (text := each.get("findings"))))
-        answers = {each.get("trained_on") for each in rows}
-        row["trained_on"] = YES if YES in answers else NO if answers == {NO} else UNKNOWN
-        merged.append(row)
-    return merged
+    return [_mean_row(rows) for rows in by_key.values()]
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    row: Row = {**rows[0], "seeds": [*rows]}
+    row |= {metric: filled_value(row, metric) for metric in METRICS}
+    volumes = [each["volume_ml"] for each in rows if each.get("volume_ml") is not None]
+    row["volume_ml"] = statistics.fmean(volumes) if volumes else None
+    counts = Counter(each["status"] for each in rows)
+    row["status"] = next(status for status in _WORST_FIRST if counts[status])
+    failures = [f"{_FAILED[status]} in {counts[status]} of {len(rows)} seeds" for status in _FAILED if counts[status]]
+    findings = [text for each in rows if (text := each.get("findings"))]
+    row["findings"] = "; ".join(dict.fromkeys([*failures, *findings]))
+    answers = {each.get("trained_on") for each in rows}
+    row["trained_on"] = YES if YES in answers else NO if answers == {NO} else UNKNOWN
+    return row
 
 
 def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
@@ -69,8 +73,7 @@ def group_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
 
     Returns:
         The runs; a mean has ``seed_dice``, the mean Dice of each seed with failures as 0, and its name says how many
-        these are; ``drawn`` is the run of the first seed. Its aggregates count the statuses of all seeds, of
-        ``counted`` rows.
+        these are; ``drawn`` is the run of the first seed.
     """
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -88,11 +91,8 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> Run:
         "drawn": {**runs[0], "name": _name(runs[0], f"the first of {len(runs)} seeds")},
         "seed_dice": [run["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"] for run in runs],
         "rows": rows,
-        "aggregate": _with_counts(aggregate(rows, seed=seed), [run["rows"] for run in runs]),
-        "regions": {
-            region: _with_counts(mean, [[row for row in run["rows"] if region_of(row) == region] for run in runs])
-            for region, mean in aggregate_regions(rows, seed=seed).items()
-        },
+        "aggregate": aggregate(rows, seed=seed),
+        "regions": aggregate_regions(rows, seed=seed),
         "trained_on": training_summary(rows, seed),
         **{key: _united(key, runs) for key in ("missing", "unreadable")},
         "seconds_per_case": statistics.fmean(seconds) if seconds else None,
@@ -103,12 +103,6 @@ def _name(run: Mapping[str, Any], what: str) -> str:
     """A run's name with an addition, before the modalities that ``evaluate --present`` appends."""
     network = network_name(run)
     return f"{network} ({what}){str(run['name']).removeprefix(network)}"
-
-
-def _with_counts(mean: dict[str, Any], runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """The aggregate of the mean rows, with the counts by status of all runs: a mean hides the failures of one seed."""
-    counts = Counter(row["status"] for rows in runs for row in rows)
-    return {**mean, "counts": {status: counts[status] for status in mean["counts"]}, "counted": sum(map(len, runs))}
 
 
 def _united(key: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.metrics.aggregates import case_count, paired_difference
 from scripts.metrics.case_rows import FAILURES
-from scripts.report.tables import seeds_text
+from scripts.report.tables import bootstrap_settings, seeds_text
 from scripts.utils.markdown import interval_text, markdown_table
 
 _HEAD = ("network", "Dice", "HD95 mm", "ASSD mm", "failures", "parameters", "GFLOPs", "s per case")
@@ -61,15 +61,17 @@ def markdown_differences(runs: Sequence[Mapping[str, Any]], baseline: Mapping[st
     rows = []
     for run in runs:
         if run is not baseline:
-            difference = paired_difference(run["rows"], baseline["rows"], "dice")
-            rows.append((run["name"], interval_text(difference, 3, "+"), difference["n"]))
+            difference = paired_difference(run["rows"], baseline["rows"], "dice", **bootstrap_settings(run))
+            regions = len(run.get("regions") or ())
+            rows.append((run["name"], interval_text(difference, 3, "+"), case_count(difference, regions)))
     return markdown_table(("network", f"Dice - that of {baseline['name']}", "cases"), rows)
 
 
 def _metric_cells(aggregate: Mapping[str, Any]) -> list[Any]:
     counts, metrics = aggregate["counts"], aggregate["metrics"]
     failures = sum(counts[status] for status in FAILURES)
-    return [*(_metric(metrics[name], digits, failures) for name, digits in _DIGITS.items()), failures]
+    cells = [_metric(metrics[name], digits, failures) for name, digits in _DIGITS.items()]
+    return [*cells, f"{failures} of {aggregate['counted']}" if "counted" in aggregate else failures]
 
 
 def _metric(metric: Mapping[str, Any], digits: int, failures: int) -> str:

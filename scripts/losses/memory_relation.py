@@ -113,16 +113,18 @@ class MemoryRelationLoss(nn.Module):
         maps = to_common_grid(student.float(), teacher.detach().float(), self.grid)
         cells_s, cells_t = (unit_vectors(m.flatten(2), dim=1) for m in maps)
         queues = self.queues.setdefault(source, {})
+        for klass, queue in queues.items():
+            queues[klass] = queue.to(cells_t)  # a resumed training reads them on the CPU
         if self.training:
             shares = class_shares(label, maps[0])
             for k, klass in enumerate(occurring_classes(label).tolist()):
                 new = torch.cat([self._entries(c, share) for c, share in zip(cells_t, shares[:, k], strict=True)])
                 new = new[new.isfinite().all(dim=1)]  # a NaN would stay for many steps
-                kept = [queues[int(klass)].to(new)] if int(klass) in queues else []
+                kept = [queues[int(klass)]] if int(klass) in queues else []
                 queues[int(klass)] = torch.cat([*kept, new])[-self.size :]
         if not queues:
             return (student * 0.0).sum()
-        memory = self._draw(queues).to(cells_t)
+        memory = self._draw(queues)
         cosines = (matmul_float32(cells.transpose(1, 2), memory.T) for cells in (cells_s, cells_t))
         log_s, log_t = ((cosine / self.temperature).log_softmax(dim=2) for cosine in cosines)
         return kl_divergence(log_t, log_s, dim=2).mean()

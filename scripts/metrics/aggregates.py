@@ -19,6 +19,7 @@ from scripts.metrics.case_rows import (
     patient_of,
     region_of,
     row_key,
+    seed_rows,
 )
 from scripts.metrics.surface import ASSD_DEFINITION, DICE_DEFINITION, HD95_DEFINITION
 
@@ -52,7 +53,8 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
     Args:
         rows: dicts with ``case_id, dice, hd95_mm, assd_mm, status, diagonal_mm`` and optionally ``patient_id`` (by
             default each case is its own patient) and ``region``; distances and diagonal in mm, ``None`` where
-            undefined.
+            undefined. The mean over several seeds has the row of each in ``seeds``: the statuses of all are counted,
+            and ``counted`` is their number.
         seed: seed of the bootstrap; the order of the rows does not matter.
         resamples: number of bootstrap samples.
         level: coverage of the intervals; their key is ``ci95`` for every level.
@@ -68,7 +70,8 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
     """
     bootstrap = _bootstrap(seed, resamples, level)
     cases = checked_rows(rows)
-    counts = Counter(row["status"] for row in cases)
+    statuses = [each["status"] for row in cases for each in seed_rows(row)]
+    counts = Counter(statuses)
     metrics = {}
     for metric in METRICS:
         defined = [(patient_of(row), defined_value(row, metric)) for row in cases]
@@ -81,6 +84,7 @@ def aggregate(rows: Sequence[Row], seed: int = 0, resamples: int = 2000, level: 
         "n": len(cases),
         "n_patients": len({patient_of(row) for row in cases}),
         "counts": {status: counts[status] for status in STATUSES},
+        **({"counted": len(statuses)} if len(statuses) != len(cases) else {}),
         "metrics": metrics,
         "bootstrap": bootstrap,
         "definitions": {**_DEFINITIONS, "ci95": _interval_definition(bootstrap)},

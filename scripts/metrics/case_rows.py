@@ -6,7 +6,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def _finite(row: Row, name: str) -> float | None:
     return value
 
 
+def seed_rows(row: Row) -> list[Row]:
+    """The rows that an average over seeds was made of, its key ``seeds``; of any other row the row itself."""
+    return row.get("seeds") or [row]
+
+
 def checked_rows(rows: Sequence[Row]) -> list[Row]:
     """Check that the values of every row agree with its status; return the rows sorted by case and region.
 
@@ -107,36 +113,49 @@ def checked_rows(rows: Sequence[Row]) -> list[Row]:
     """
     seen: set[tuple[str, str]] = set()
     for row in rows:
-        name, status = _described(row), row["status"]
         if row_key(row) in seen:
-            raise ValueError(f"{name} is listed twice.")
+            raise ValueError(f"{_described(row)} is listed twice.")
         seen.add(row_key(row))
-        if status not in STATUSES:
-            raise ValueError(f"{name}: unknown status {status!r}, expected one of {STATUSES}.")
-        values = {metric: _finite(row, metric) for metric in METRICS}
-        if status == "ok" and None in values.values():
-            raise ValueError(f"{name}: status ok needs dice, hd95_mm and assd_mm, got {values}.")
-        if status != "ok" and (values["hd95_mm"], values["assd_mm"]) != (None, None):
-            raise ValueError(f"{name}: status {status} has no distances, got {values}.")
-        if status in ("missed", "false_positive") and values["dice"] != 0:
-            raise ValueError(f"{name}: status {status} means dice 0, got {values['dice']}.")
-        if status == "true_negative" and values["dice"] is not None:
-            raise ValueError(f"{name}: status true_negative has no dice, got {values['dice']}.")
-        if status in FAILURES and not (_finite(row, "diagonal_mm") or 0) > 0:
-            raise ValueError(f"{name}: status {status} needs a positive diagonal_mm, its worst value.")
+        for each in seed_rows(row):
+            _check_values(each)
     return sorted(rows, key=row_key)
 
 
+def _check_values(row: Row) -> None:
+    name, status = _described(row), row["status"]
+    if status not in STATUSES:
+        raise ValueError(f"{name}: unknown status {status!r}, expected one of {STATUSES}.")
+    values = {metric: _finite(row, metric) for metric in METRICS}
+    if status == "ok" and None in values.values():
+        raise ValueError(f"{name}: status ok needs dice, hd95_mm and assd_mm, got {values}.")
+    if status != "ok" and (values["hd95_mm"], values["assd_mm"]) != (None, None):
+        raise ValueError(f"{name}: status {status} has no distances, got {values}.")
+    if status in ("missed", "false_positive") and values["dice"] != 0:
+        raise ValueError(f"{name}: status {status} means dice 0, got {values['dice']}.")
+    if status == "true_negative" and values["dice"] is not None:
+        raise ValueError(f"{name}: status true_negative has no dice, got {values['dice']}.")
+    if status in FAILURES and not (_finite(row, "diagonal_mm") or 0) > 0:
+        raise ValueError(f"{name}: status {status} needs a positive diagonal_mm, its worst value.")
+
+
 def defined_value(row: Row, metric: str) -> float | None:
-    """The value of a checked row where the metric is defined, else None."""
-    return None if row["status"] == "error" else row[metric]
+    """The value of a checked row where the metric is defined, else None; see ``filled_value`` for averages."""
+    return _mean(None if each["status"] == "error" else each[metric] for each in seed_rows(row))
 
 
 def filled_value(row: Row, metric: str) -> float | None:
     """The value of a checked row, where a failure counts as Dice 0 and as the image diagonal in mm.
 
-    None for a true_negative, which has neither Dice nor distances.
+    None for a true_negative, which has neither Dice nor distances. The value of an average over seeds is the mean of
+    the seeds that have one.
     """
-    if row["status"] in FAILURES:
-        return 0.0 if metric == "dice" else float(row["diagonal_mm"])
-    return defined_value(row, metric)
+    return _mean(_worst_value(each, metric) if each["status"] in FAILURES else each[metric] for each in seed_rows(row))
+
+
+def _worst_value(row: Row, metric: str) -> float:
+    return 0.0 if metric == "dice" else float(row["diagonal_mm"])
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

@@ -81,8 +81,9 @@ class Teacher(nn.Module):
         layers: ``deep``, ``middle``, ``fine`` -> layer to tap; the others are those of the architecture's file. An
             ensemble has none.
         kind: ``"cnn"`` or ``"transformer"``; by default that of the architecture's file.
-        classes: for each class of the task the network's output, or several that count as one (their probabilities are
-            added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs are the classes.
+        classes: for each class of the task the network's output, or with a softmax several that count as one (their
+            probabilities are added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs
+            are the classes.
         rescale: from the task's input to the network's, ``B m H W D`` -> the same.
         head: of the network, ``"softmax"`` over the classes or ``"sigmoid"``, one channel per region.
         regions: the classes of each channel of a task with a sigmoid head; a network with a softmax then answers with
@@ -123,6 +124,11 @@ class Teacher(nn.Module):
         self.channels = [list(all_modalities).index(modality) for modality in modalities]
         self.layers, self.kind = dict(layers or {}), kind
         self.classes = [[each] if isinstance(each, int) else list(each) for each in classes or ()]
+        if head == "sigmoid" and any(len(outputs) > 1 for outputs in self.classes):
+            raise ValueError(
+                f"several outputs of a sigmoid head count as one region in its classes {list(classes or ())}, and "
+                "their probabilities do not add up. Name one output for each region."
+            )
         self.rescale = rescale or nn.Identity()
         self.regions = regions if head == "softmax" else None  # to convert classes to
         if architecture is not None:

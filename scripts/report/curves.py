@@ -33,13 +33,12 @@ class CurveFigure(NamedTuple):
 
 
 def curve_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each file of curves: that of its folder, or the whole path of the folder where two have one name."""
-    folders = [Path(path).parent for path in paths]
+    """A name for each file of curves: that of its folder, or its path as far as it tells files of one name apart."""
+    folders = [Path(path).absolute().parent for path in paths]
     names = [folder.name for folder in folders]
-    return {
-        name if names.count(name) == 1 else str(folder): path
-        for name, folder, path in zip(names, folders, paths, strict=True)
-    }
+    if len(set(names)) < len(names):
+        names = [str(Path(path).parent) if names.count(n) > 1 else n for path, n in zip(paths, names, strict=True)]
+    return {path if names.count(name) > 1 else name: path for path, name in zip(paths, names, strict=True)}
 
 
 def read_curves(path: str | Path) -> list[Row]:

@@ -14,7 +14,7 @@ from scripts.metrics.case_rows import FAILURES, FOREGROUND, STATUSES, Row, regio
 Run = Mapping[str, Any]
 
 _MEASURED = ("_ml", "_mm", "_g")  # endings of columns of numbers in the table of measures
-SEEDS_NOTE = "Intervals are over the cases: they do not contain the differences between seeds."
+SEEDS_NOTE = "A case has its mean over the seeds. The intervals show how cases vary, not how seeds vary."
 DASH = "\N{EN DASH}"  # where a value is undefined
 # Key, column title, number of decimals.
 _METRICS = (("dice", "Dice", 3), ("hd95_mm", "HD95 mm", 2), ("assd_mm", "ASSD mm", 2))
@@ -81,9 +81,12 @@ def summary_table(runs: Sequence[Run]) -> Table:
             head = _head(f"{run['name']}, unseen cases", unseen, regions=_region_count(run))
             rows.append([head, *_metric_cells(unseen), *costs])
     columns = [Column("Network"), *_metric_columns(), *(Column(title, number=True) for _, title, _ in _COSTS)]
-    note = "Mean over cases [interval] (number of cases)."
+    note = "Mean [interval] (number of values)."
     if any(_failures(run["aggregate"]) for run in runs):
-        note = note[:-1] + ": where the metric is defined, and with failures at their worst value."
+        note += (
+            " First where the metric is defined, then with failures: each counts as Dice 0, or as the diagonal of the "
+            "image."
+        )
     if any(map(seeds_text, runs)):
         note += f" {SEEDS_NOTE}"
     if any(_region_count(run) > 1 for run in runs):
@@ -132,7 +135,7 @@ def _difference_to_most_modalities(run: Run, runs: Sequence[Run]) -> str:
     baseline = max(same_network, key=lambda other: len(other["present"]))
     if len(baseline["present"]) == len(run["present"]):
         return DASH
-    return _with_interval(paired_difference(run["rows"], baseline["rows"], "dice", **_bootstrap_settings(run)), 3)
+    return _with_interval(paired_difference(run["rows"], baseline["rows"], "dice", **bootstrap_settings(run)), 3)
 
 
 def difference_table(runs: Sequence[Run], baseline: Run) -> Table:
@@ -140,11 +143,12 @@ def difference_table(runs: Sequence[Run], baseline: Run) -> Table:
     rows = []
     for run in runs:
         if run is not baseline:
-            difference = paired_difference(run["rows"], baseline["rows"], "dice", **_bootstrap_settings(run))
-            rows.append([_head(run["name"], run["aggregate"]), _number_cell(_with_interval(difference, 3))])
+            difference = paired_difference(run["rows"], baseline["rows"], "dice", **bootstrap_settings(run))
+            head = _head(run["name"], run["aggregate"], regions=_region_count(run))
+            rows.append([head, _number_cell(_with_interval(difference, 3))])
     note = (
-        f"Dice minus that of {baseline['name']}: mean over the common cases [interval] (number of cases), with "
-        "failures at their worst value."
+        f"Dice minus that of {baseline['name']}: mean over the common cases and regions [interval] (number of values), "
+        "with failures at their worst value."
     )
     if any(map(seeds_text, runs)):
         note += f" {SEEDS_NOTE}"
@@ -159,7 +163,7 @@ def centre_table(runs: Sequence[Run]) -> Table | None:
         for centre in [*centres, ""] if centres else []:
             cases = [row for row in run["rows"] if str(row.get("centre") or "") == centre]
             if cases:
-                summary = aggregate(cases, **_bootstrap_settings(run))
+                summary = aggregate(cases, **bootstrap_settings(run))
                 head = _head(centre or "not given", summary, regions=_region_count(run))
                 rows.append([head, Cell(run["name"]), *_metric_cells(summary)])
     if not rows:
@@ -172,7 +176,8 @@ def _region_count(run: Run) -> int:
     return len(run.get("regions") or ())
 
 
-def _bootstrap_settings(run: Run) -> dict[str, Any]:
+def bootstrap_settings(run: Run) -> dict[str, Any]:
+    """Seed, resamples and level of a run's intervals."""
     return {key: run["aggregate"]["bootstrap"][key] for key in ("seed", "resamples", "level")}
 
 

@@ -69,10 +69,11 @@ class SeedEpochs:
 
     Args:
         seed: seed of the run.
+        earlier_epochs: see ``scripts.data.CaseSampler``.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, earlier_epochs: int = 0) -> None:
+        self.seed, self.earlier_epochs = seed, earlier_epochs
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
@@ -80,7 +81,7 @@ class SeedEpochs:
 
     def __call__(self, engine: Any) -> None:
         """Seed the generators."""
-        manual_seed(mixed_seed(self.seed, engine.state.epoch, engine.state.rank))
+        manual_seed(mixed_seed(self.seed, self.earlier_epochs + engine.state.epoch, engine.state.rank))
 
 
 class GradientClipping:

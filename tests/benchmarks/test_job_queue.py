@@ -49,6 +49,20 @@ def test_a_job_waits_for_its_needs_and_finished_commands_are_not_repeated(tmp_pa
     assert (third / "log.txt").read_text().count("evaluate") == 2
 
 
+def test_a_job_that_another_queue_has_done_meanwhile_is_not_run(tmp_path: Path) -> None:
+    first, second = make_job(tmp_path / "first"), make_job(tmp_path / "second")
+
+    def command(arguments: Sequence[str]) -> int:
+        for job in (first, second):  # the other queue does both
+            for each in job.commands:
+                fake_command(each)
+        return fake_command(arguments)
+
+    assert run_jobs([first, second], 1, command) == []
+    assert (first.folder / "log.txt").is_file()
+    assert not (second.folder / "log.txt").exists()
+
+
 def test_results_of_other_settings_are_not_taken_for_done(tmp_path: Path) -> None:
     job = make_job(tmp_path / "job")
     assert run_jobs([job], 1, fake_command) == []

@@ -49,7 +49,7 @@ def run_and_read(plan: StudyPlan, jobs: Iterable[StudyJob]) -> set[str]:
     assert all(job.done for job in chosen)
     found = set()
     for job in chosen:
-        for row in job.rows if job.kept is None else ():
+        for row in job.rows if job.serves is None else ():
             record = json.loads(plan.record(row).read_text())
             assert record["shortened"] is True
             assert {case["patient_id"] for case in record["cases"]} == set(plan.folds[row.fold])

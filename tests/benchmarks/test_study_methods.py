@@ -28,8 +28,8 @@ def test_methods_on_features_have_a_teacher_that_has_not_seen_the_tested_fold(jo
                 each for each in jobs if each.study_row.experiment == "weights" and each.folder == training.folder
             )
             assert restored.typed() == training.typed()
-            assert restored.kept == Path(weights)
-            assert restored.needs[-1] == training.kept  # after the answers, so never beside the first training
+            assert restored.folder / "model.pt" == Path(weights)
+            assert restored.needs[-1:] == training.serves  # after the answers, so never beside the first training
         assert options(command, "--method") == [job.study_row.arm]
         assert "--cache-dir" not in command
     assert kinds.pop("dual") == {"unetr", "dynunet"}

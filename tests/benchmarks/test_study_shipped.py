@@ -23,7 +23,7 @@ FOLD_OF = {patient: k for k, part in enumerate(FOLDS_OF_PATIENTS) for patient in
 
 def pass_gate(plan: StudyShipped) -> None:
     plan.results.mkdir(parents=True, exist_ok=True)
-    verdict = {"final": True, "passed": True, "steps": 4000, "teachers": ["t1", "t2"]}
+    verdict = {"final": True, "passed": True, "steps": 4000, "teachers": ["t1", "t2"], "recipe": "default"}
     (plan.results / "gate.json").write_text(json.dumps(verdict))
 
 
@@ -74,6 +74,14 @@ def test_teachers_of_the_shipped_student_have_not_seen_the_patient_and_never_the
         assert settings(job.typed()[0])["modality_dropout"] == "0.25"
     assert len({row["patient_id"] for row in json.loads((final.folder / "cases.json").read_text())}) == 38
     assert (final.evaluations, len(final.typed()), final.done) == ((), 1, False)
+    (final.folder / "model.pt").touch()  # killed before the rest was written
+    assert not final.done
+    (final.folder / "manifest.json").write_text("{}")
+    assert not final.done
+    assert final.description is not None
+    final.description.parent.mkdir(parents=True, exist_ok=True)
+    final.description.write_text("{}")
+    assert final.done
     for job in validated:
         assert len(job.rows) == 7 + 1
         assert job.rows[-1].arm == "cross_validated@one_pass"

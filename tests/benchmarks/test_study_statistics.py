@@ -179,7 +179,7 @@ def test_a_hypothesis_is_tested_only_on_all_folds_with_two_seeds_and_the_same_ru
     h1 = hypothesis_results([*complete[:-1], *control])[0]
     assert (h1["p"], h1["n"], h1["verdict"]) == (None, 20, "not yet tested")
     assert h1["untested"] == "kd is not complete (fold 4: 1 of 2 seeds)"
-    other_pairs = [{**each, "source_fold": 1} for each in control]
+    other_pairs = [{**each, "source_fold": (each["fold"] + 2) % 5} for each in control]
     assert hypothesis_results([*complete, *other_pairs])[0]["untested"].startswith("the two arms differ")
 
 
@@ -194,6 +194,9 @@ def test_the_second_five_pairs_count_once_they_are_complete_in_both_arms() -> No
         h1 = hypothesis_results(runs)[0]
         assert (h1["untested"], h1["mean"]) == ("", pytest.approx(0.1095))  # 0.1 * (1 + 0.01 * 9.5)
     assert hypothesis_results([*first, *second])[0]["mean"] == pytest.approx(0.219)
+    # Two seeds of each fold, but neither round of five pairs has both.
+    ragged = [run for runs, seed in ((first, 0), (second, 1)) for run in runs if run["seed"] == seed]
+    assert hypothesis_results(ragged)[0]["untested"].startswith("kd is not complete (fold 0: 1 of 2 seeds")
 
 
 def test_compression_needs_fifteen_times_fewer_parameters_and_a_bound_above_the_margin() -> None:

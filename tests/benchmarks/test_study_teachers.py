@@ -7,13 +7,14 @@ import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.study_job import StudyJob
+from benchmarks.study_job import Answers, StudyJob, StudyRow
 from benchmarks.study_plan import StudyPlan
 from benchmarks.study_statistics import patient_means
 from benchmarks.study_teachers import TEACHERS
@@ -79,6 +80,45 @@ def test_the_gate_lengthens_the_teachers_then_widens_the_ensemble_then_goes_on(
     assert len([path for path in taught.needs if path.suffix == ".npz"]) == len(teachers)
     judge(plan, 0.1)
     assert plan.gate == gate
+
+
+def test_weights_are_trained_again_only_while_a_result_needs_them(plan: StudyPlan) -> None:
+    judge(plan, 0.8)
+    jobs = plan.jobs()
+    again = [job for job in jobs if job.study_row.experiment == "weights"]
+    assert len(again) == 10 + 5 * 3
+    results = [path for job in again for path in job.serves or ()]
+    for job in jobs:
+        for row in job.rows if job.serves is None and job.study_row.experiment == "F" else ():
+            assert plan.record(row) in results
+    assert not any(job.done for job in again)
+    for path in results:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert all(job.done for job in again)
+    results[0].unlink()
+    assert [job.done for job in again].count(False) == 1
+
+
+def test_answers_are_kept_after_their_scores(plan: StudyPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the answers are kept, the weights may be gone; so a job killed before the last score must not leave them."""
+    _, answering = plan.pair_teacher("t1", (0, 1))
+    final = plan.answers_path("t1", (0, 1))
+    monkeypatch.setattr(Answers, "collect", lambda answers, _: answers.paths[0].write_bytes(b"answers"))
+    scored: list[StudyRow] = []
+
+    def score(answers: Answers, _: Path, row: StudyRow) -> list[dict[str, Any]]:
+        assert answers.paths[0].read_bytes() == b"answers"
+        assert not final.exists()
+        scored.append(row)
+        return []
+
+    monkeypatch.setattr(Answers, "score", score)
+    answering.folder.mkdir(parents=True)
+    answering.finish()
+    assert scored == [*answering.rows]
+    assert final.read_bytes() == b"answers"
+    assert answering.done
 
 
 def test_the_record_of_a_teachers_answers_describes_its_training(plan: StudyPlan) -> None:

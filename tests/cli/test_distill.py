@@ -64,6 +64,8 @@ def test_stages_that_this_run_would_train_in_the_same_way_are_used_again(
 ) -> None:
     assert gkd() == 0
     assert [name for name, *_ in trained] == [*STAGES, "out"]
+    epochs = {name: (settings["max_epochs"], settings.get("earlier_epochs", 0)) for name, settings, _ in trained}
+    assert (epochs["student"], epochs["out"]) == ((2, 0), (2, 2))  # the student sees no sample twice
     trained.clear()
     assert gkd("--verbose") == 0
     assert [name for name, *_ in trained] == ["out"]

@@ -215,7 +215,7 @@ def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     assert main([*command, str(table(pet=newer))]) == 0
     assert "3 cases: 1 segmented, 2 already there" in capsys.readouterr().out
     assert main([*command, str(table()), "--set", "overlap=0.5"]) == 1
-    words = "holds masks of other settings: its settings#overlap is 0.25, this run's is 0.5. Choose another --output"
+    words = "holds masks of other settings: its overlap is 0.25, this run's is 0.5. Use the same settings, or"
     assert words in capsys.readouterr().err
     other = tmp_path / "other.csv"  # a case without a mask, in a folder that holds masks of other cases
     other.write_text(re.sub(r"^PHANTOM_00", "OTHER_", table().read_text(), flags=re.MULTILINE))
@@ -225,7 +225,7 @@ def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     assert main([*command, str(table(pet=newer)), "--allow-missing"]) == 0
     assert "3 cases: 0 segmented, 3 already there" in capsys.readouterr().out
     assert main([*command, str(table(pet=newer))]) == 1
-    assert "its settings#allow_missing is True, this run's is False" in capsys.readouterr().err
+    assert "its allow_missing is True, this run's is False" in capsys.readouterr().err
     (output / "segment.json").unlink()
     assert main([*command, str(table())]) == 1
     assert "holds PHANTOM_001.nii.gz, but no segment.json that says which weights made it" in capsys.readouterr().err
@@ -299,11 +299,20 @@ def test_a_batch_lists_what_failed_and_goes_on_where_it_was_stopped(
     assert main([*command, str(table())]) == 0
     assert "3 cases: 2 segmented, 1 already there, 0 failed" in capsys.readouterr().out
     assert (output / "PHANTOM_001.nii.gz").stat().st_mtime_ns == kept
-    results = json.loads((output / "segment.json").read_text())["cases"]
+    record = json.loads((output / "segment.json").read_text())
+    results = record["cases"]
     assert [each["result"] for each in results.values()] == ["already there", "segmented", "segmented"]
     assert all(_mask(output / f"PHANTOM_00{k}.nii.gz").ndim == 3 for k in (1, 2, 3))
     rows = read_measures(output / "measures.csv")
     assert [row["case_id"] for row in rows if row["lesion"] == "all"] == ["PHANTOM_001", "PHANTOM_002", "PHANTOM_003"]
+
+    results["PHANTOM_001"]["warnings"] = ["a test"]
+    (output / "segment.json").write_text(json.dumps(record))
+    first = tmp_path / "first.csv"
+    first.write_text("".join(table().read_text().splitlines(keepends=True)[:2]))
+    assert main([*command, str(first)]) == 0
+    again = json.loads((output / "segment.json").read_text())["cases"]
+    assert again == results  # of the other cases, too, and with their warnings
     assert rows == [row for k in (1, 2, 3) for row in read_measures(output / f"PHANTOM_00{k}.measures.csv")]
     for row in rows:
         volume = nib.Nifti1Image.from_filename(output / f"{row['case_id']}.nii.gz")

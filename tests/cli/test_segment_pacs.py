@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from scripts.cli import finished_masks, segment_study_list
 from scripts.cli.main import main
 from scripts.cli.segment_study_list import read_study_list
 from tests.dicom_phantom import MARKER, write_study
@@ -309,14 +311,40 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
 
     assert main([*command, "--allow-missing", "--set", "overlap=0.5"]) == 1
     error = capsys.readouterr().err
-    assert "holds masks of other settings: its settings#overlap is 0.25, this run's is 0.5. Choose another" in error
+    assert "holds masks of other settings: its overlap is 0.25, this run's is 0.5. Use the same settings" in error
     assert main(command) == 1
-    assert "its settings#allow_missing is True, this run's is False" in capsys.readouterr().err
+    assert "its allow_missing is True, this run's is False" in capsys.readouterr().err
     table.write_text(table.read_text().replace(",70", ",80"))
     assert main([*command, "--allow-missing"]) == 0
     assert "3 studies: 1 segmented, 2 already there, 0 failed" in capsys.readouterr().out
     manifest = json.loads((output / studies[1] / "mask.manifest.json").read_text())
     assert manifest["config"]["checks"]["suv"] == {"patient_weight": 80.0}
+
+
+def test_an_object_that_was_not_stored_before_a_kill_is_stored_by_the_next_run(
+    pacs: FakePacs, studies: list[str], tiny_student: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if an earlier object of the study has been stored."""
+    table = tmp_path / "studies.csv"
+    table.write_text(f"study_uid,suv_factor\n{studies[0]},\n")
+    command = ["dicom", "--dicomweb", pacs.url, "--study-list", str(table), "--output-dir", str(tmp_path / "cohort")]
+    command += [*tiny_student, "--store"]
+    assert main(command) == 0
+    (stored,) = (str(each.SOPInstanceUID) for each in _objects(pacs, "SEG"))
+    table.write_text(f"study_uid,suv_factor\n{studies[0]},0.001\n")
+
+    def kill(*_: Any) -> None:  # as SIGKILL: nothing is written afterwards
+        monkeypatch.setattr(segment_study_list, "add_to_record", lambda *_: None)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_study_list, "store", kill)
+        with contextlib.suppress(KeyboardInterrupt):
+            main(command)
+        monkeypatch.setattr(segment_study_list, "add_to_record", finished_masks.add_to_record)
+    assert len(_objects(pacs, "SEG")) == 1
+    assert main(command) == 0
+    assert len({str(each.SOPInstanceUID) for each in _objects(pacs, "SEG")} - {stored}) == 1
 
 
 def test_a_server_that_cannot_be_used_ends_the_list(

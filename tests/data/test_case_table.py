@@ -84,6 +84,23 @@ def test_a_bounding_box_is_six_numbers_and_two_crops_of_an_image_may_be_two_case
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("row", "modalities", "reference"),
+    [
+        ({"image": "a.nii.gz", "pet": "p.nii.gz"}, ["ct", "pet"], "a.nii.gz"),
+        ({"image": "a.nii.gz"}, ["ct"], "a.nii.gz"),
+        ({"image": "p.nii.gz", "pet": "p.nii.gz"}, ["ct", "pet"], None),  # the PET stands in for a missing CT
+        ({"image": "a.nii.gz"}, ["ct", "pet"], None),  # a 4D file of all modalities
+    ],
+)
+def test_an_image_that_is_no_other_modality_is_the_reference(
+    row: dict[str, str], modalities: list[str], reference: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([{"case_id": "A", **row}]))
+    (item,) = read_case_table(tmp_path / "t.json", "", [*modalities, "image", "label"])
+    assert item.get("ct") == (None if reference is None else str(tmp_path / reference))
+
+
 def test_an_image_may_repeat_the_reference_and_two_crops_may_share_all_files(tmp_path: Path) -> None:
     files = {"image": "ct.nii", "ct": "x/../ct.nii", "pet": "pet.nii", "label": "l.nii"}
     boxes = {"A": "0 0 0 1 1 1", "B": "1 1 1 2 2 2", "C": ""}

@@ -127,6 +127,11 @@ def test_a_draw_gives_the_same_sample_after_any_other_draws(data: SeededDataset)
         assert all(torch.equal(a, b) for a, b in zip(first, tensors(data[draw]), strict=True))
 
 
+def test_a_second_training_goes_on_with_the_epochs_of_the_first() -> None:
+    first, second = CaseSampler(10, 3, seed=1), CaseSampler(10, 3, seed=1, earlier_epochs=2)
+    assert [epoch_of(second, epoch) for epoch in (1, 2)] == [epoch_of(first, epoch) for epoch in (3, 4)]
+
+
 def test_other_epochs_cases_and_seeds_give_other_samples(phantoms: list[dict[str, Any]], data: SeededDataset) -> None:
     assert len(data) == 6
     images = [data[epoch * 6 + 1][0]["image"] for epoch in range(1, 6)]

@@ -86,6 +86,18 @@ def test_the_segmentation_loss_is_that_of_the_labelled_samples_and_the_terms_tha
     assert bool(student.weight.grad.isfinite().all())
 
 
+def test_every_output_takes_part_in_the_loss_of_a_batch_without_labels() -> None:
+    """DistributedDataParallel waits for the gradient of each parameter: also of further heads and of adapters."""
+    student, teacher = Net(0), Net(1)
+    loss = DistillationLoss(nn.Identity(), Distiller(student, {"t": teacher}), terms(), unlabelled=True)
+    outputs = Distiller(student, {"t": teacher}).train()(torch.ones(2, 1, 3, 3, 3))
+    extra = {name: torch.ones(2, 3, requires_grad=True) for name in ("logits.1", "student.memory@t")}
+    loss({**outputs, **extra}, torch.full((2, 1, 3, 3, 3), float(UNLABELLED))).backward()
+    for value in extra.values():
+        assert value.grad is not None
+        assert not value.grad.any()
+
+
 def test_what_needs_every_label_is_refused() -> None:
     distiller = Distiller(Net(0), {"t": Net(1)})
     with pytest.raises(ValueError, match="The weighting confidence needs the label of every case"):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from pydicom.uid import generate_uid
 from torch import nn
 
 from scripts.cli.main import main
@@ -21,6 +22,7 @@ from scripts.evaluation.compare import compare
 from scripts.evaluation.records import evaluated_task
 from scripts.evaluation.score import score
 from scripts.metrics.lesion_measures import read_measures
+from tests.dicom_phantom import write_series
 from tests.report_cases import case_html
 
 pytestmark = pytest.mark.usefixtures("fake_git")
@@ -96,6 +98,30 @@ def test_the_measures_are_those_of_the_predictions_on_their_own_grids(
     assert by_case["B_shifted"]["suvmax"] is None
     assert "B_shifted: no uptake is measured" in caplog.text
     assert (by_case["E_empty"]["volume_ml"], by_case["E_empty"]["mtv_ml"]) == (0, 0)
+
+
+def test_the_measures_use_the_values_of_a_case_for_suv(cohort: Any, tmp_path: Path) -> None:
+    """The table says that the PET, stored as 1000 everywhere, is to be multiplied by 0.004."""
+    (case, *_) = cohort
+    write_series(tmp_path / "pet", "PT", np.full(SHAPE, 1000, np.int16), AFFINE, (generate_uid(), generate_uid()), {})
+    case |= {"fdg": str(tmp_path / "pet"), "suv": {"suv_factor": 0.004}}
+    run([case], tmp_path, intensity={"ct": [0, 100], "fdg": [0, 10]}, dicom={"fdg": {"Modality": "PT"}})
+    (row,) = (row for row in read_measures(tmp_path / "out" / "measures.csv") if row["lesion"] == "all")
+    assert [row["suvmax"], row["suvmean"]] == pytest.approx([4.0, 4.0])
+
+
+def test_a_report_from_another_folder_finds_the_masks(
+    cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(cohort, tmp_path, predictions="masks", output_dir="out")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    compare(["../out"], "report", cohort, {"ct": [0, 100]}, labels=[[0], [1]])
+    assert "<h2>Cases</h2>" in Path("report/report.html").read_text()
+    (tmp_path / "masks").rename(tmp_path / "moved")
+    compare(["../out"], "report", cohort, {"ct": [0, 100]}, labels=[[0], [1]])
+    assert "../out: its masks are not at ../masks, so none is drawn" in caplog.text
 
 
 def read_json(path: Path) -> dict[str, Any]:

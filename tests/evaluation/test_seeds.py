@@ -9,10 +9,10 @@ import pytest
 
 from scripts.evaluation.compare import compare
 from scripts.evaluation.seeds import group_seeds, mean_over_seeds
-from scripts.evaluation.summary_table import markdown_summary
-from scripts.metrics import aggregate, write_rows
+from scripts.evaluation.summary_table import markdown_differences, markdown_summary
+from scripts.metrics import aggregate, aggregate_regions, paired_difference, write_rows
 from scripts.report.curves import curve_names
-from scripts.report.tables import network_name, summary_table
+from scripts.report.tables import difference_table, network_name, summary_table
 
 
 def row(case: str, dice: float | None, status: str = "ok", distance: float | None = 3.0, **more: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def test_seeds_are_averaged_per_region() -> None:
 def test_an_empty_mask_of_an_empty_reference_has_no_value() -> None:
     empty, false = row("a", None, "true_negative", None), row("a", 0.0, "false_positive", None)
     assert [(each["dice"], each["status"]) for each in mean_over_seeds([[empty], [empty]])] == [(None, "true_negative")]
-    assert [(each["dice"], each["status"]) for each in mean_over_seeds([[empty], [false]])] == [(0.0, "ok")]
+    assert [(each["dice"], each["status"]) for each in mean_over_seeds([[empty], [false]])] == [(0.0, "false_positive")]
 
 
 def test_evaluations_of_one_name_are_one_network() -> None:
@@ -86,7 +86,7 @@ def test_a_report_averages_seeds_on_request_and_compares_with_a_baseline(tmp_pat
     assert summary.splitlines()[2].endswith("| 0.600, 0.800 |")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "0.600, 0.800" in page
-    assert page.count("they do not contain the differences between seeds") == 2
+    assert page.count("not how seeds vary") == 2
     assert "| network | Dice - that of alone (2 seeds) | cases |" in differences
     # Case a: 0.8 - 0.6, case b: 0.9 - 0.8.
     assert "| distilled (2 seeds) | +0.150 [" in differences
@@ -114,7 +114,9 @@ def test_the_unseen_cases_are_averaged_over_the_seeds_too() -> None:
 @pytest.mark.parametrize(("second", "named"), [(["b", "c"], "a foreground, c foreground"), (["a", "b", "b"], "b")])
 def test_seeds_of_other_cases_are_not_averaged(second: list[str], named: str) -> None:
     runs = [[row(case, 0.5) for case in cases] for cases in (["a", "b"], second)]
-    with pytest.raises(ValueError, match=f"not in each of the 2 evaluations once: {named}.*another --name"):
+    with pytest.raises(
+        ValueError, match=f"repeated in one of the 2 evaluations, by case and region: {named}.*another --name"
+    ):
         mean_over_seeds(runs)
 
 
@@ -134,9 +136,45 @@ def test_the_pictures_of_a_mean_are_those_of_the_first_seed_and_say_so() -> None
     )
 
 
+def test_a_failure_of_one_seed_is_no_defined_distance() -> None:
+    """So that networks of one seed and of several can be compared."""
+    runs = []
+    for status, dice, distance in (("ok", 0.8, 4.0), ("error", None, None)):
+        rows = [row("a", 0.6, distance=2.0, trained_on="yes"), row("b", dice, status, distance, trained_on="no")]
+        runs.append({"name": "s", "rows": rows, "aggregate": aggregate(rows)})
+    (mean,) = group_seeds(runs)
+    distances = mean["aggregate"]["metrics"]["hd95_mm"]
+    assert (distances["defined"]["mean"], distances["worst_filled"]["mean"]) == (3.0, (2 + (4 + 100) / 2) / 2)
+    assert (mean["rows"][1]["status"], mean["rows"][1]["findings"]) == ("error", "not scored in 1 of 2 seeds")
+    unseen = mean["trained_on"]["unseen_aggregate"]
+    assert (unseen["counts"]["error"], unseen["counted"], unseen["n"]) == (1, 2, 1)
+
+
 def test_curves_of_folders_of_one_name_are_told_apart() -> None:
     paths = ["alone/s0/curves.csv", "kd/s0/curves.csv", "kd/s1/curves.csv"]
     assert curve_names(paths) == dict(zip(["alone/s0", "kd/s0", "s1"], paths, strict=True))
+
+
+def test_two_files_of_curves_in_one_folder_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["run/curves.csv", "run/old.csv"]
+    assert curve_names(paths) == dict(zip(paths, paths, strict=True))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert curve_names(["curves.csv"]) == {"here": "curves.csv"}
+
+
+def test_differences_count_cases_and_use_the_bootstrap_of_the_evaluation() -> None:
+    dice = {"alone": [0.5, 0.7, 0.4, 0.9], "kd": [0.9, 0.1, 0.6, 0.7]}
+    runs = []
+    for name, values in dice.items():
+        rows = [row("ab"[i // 2], value, region=("WT", "ET")[i % 2]) for i, value in enumerate(values)]
+        total = aggregate(rows, seed=5, resamples=300, level=0.5)
+        runs.append({"name": name, "rows": rows, "aggregate": total, "regions": aggregate_regions(rows)})
+    line = markdown_differences(runs, runs[0]).splitlines()[-1]
+    expected = paired_difference(runs[1]["rows"], runs[0]["rows"], "dice", seed=5, resamples=300, level=0.5)
+    low, high = expected["ci95"]
+    assert line == f"| kd | {expected['mean']:+.3f} [{low:+.3f}, {high:+.3f}] | 2 |"
+    assert "2 cases, 2 patients, 2 regions" in str(difference_table(runs, runs[0]).rows[0][0])
 
 
 def test_the_failures_of_all_seeds_are_counted() -> None:
@@ -150,6 +188,6 @@ def test_the_failures_of_all_seeds_are_counted() -> None:
     line = markdown_summary([mean]).splitlines()[2]
     dice, failures = (line.split("|")[i].strip() for i in (2, 5))
     assert dice.endswith(f"{(0.8 / 3 + 0.9) / 2:.3f} with failures")
-    assert failures == "2"
+    assert failures == "2 of 6"
     table = summary_table([mean])
     assert any("2 of 6" in str(cell) for cell in table.rows[0])

@@ -162,3 +162,14 @@ def test_a_saved_memory_is_restored_from_a_file_of_plain_values(pair, normal):
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MemoryRelationLoss(**options)
+
+
+def test_every_class_of_a_restored_memory_moves_to_the_features(pair):
+    """A checkpoint is read on the CPU; a batch without a class must not leave its entries there. Here: other types."""
+    loss = MemoryRelationLoss()
+    loss.set_extra_state({"": {klass: torch.eye(4, dtype=torch.float64)[: 2 + klass] for klass in (0, 1)}})
+    loss(*pair, label_of([[0] * 12, [0] * 12]))
+    assert {klass: queue.dtype for klass, queue in loss.queues[""].items()} == dict.fromkeys((0, 1), torch.float32)
+    loss.set_extra_state({"": {0: torch.eye(4, dtype=torch.float64)}})
+    loss.eval()(*pair, LABEL)
+    assert loss.queues[""][0].dtype == torch.float32

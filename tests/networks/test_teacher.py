@@ -92,6 +92,12 @@ def test_an_unknown_or_missing_modality_is_refused(modalities):
         build(modalities=modalities)
 
 
+def test_several_outputs_of_a_sigmoid_head_are_no_region():
+    """Their probabilities do not add up: 0.43 and 0.42 would be 0.59, inside."""
+    with pytest.raises(ValueError, match=r"classes \[\[0, 1\], 2\], and their probabilities do not add up\. Name one"):
+        build(classes=[[0, 1], 2], head="sigmoid")
+
+
 def test_a_state_dict_without_a_key_is_loaded(tmp_path):
     first = build(seed=1)
     torch.save(first.state_dict(), tmp_path / "plain.pt")

@@ -206,7 +206,7 @@ def test_a_run_that_fails_leaves_no_manifest(tmp_path: Path, fake_git: Any) -> N
     assert not (tmp_path / "manifest.json").exists()
 
 
-def drawn(seed: int, rank: int, first: int, history: int) -> dict[int, tuple[float, ...]]:
+def drawn(seed: int, rank: int, first: int, history: int, earlier: int = 0) -> dict[int, tuple[float, ...]]:
     """The first number of every global generator in each epoch up to 3, in a run that starts after ``first`` epochs."""
     found: dict[int, tuple[float, ...]] = {}
 
@@ -217,7 +217,7 @@ def drawn(seed: int, rank: int, first: int, history: int) -> dict[int, tuple[flo
 
     engine: Any = Engine(step)
     engine.add_event_handler(Events.STARTED, lambda: setattr(engine.state, "rank", rank))
-    SeedEpochs(seed).attach(engine)
+    SeedEpochs(seed, earlier).attach(engine)
     if first:
         engine.load_state_dict({"epoch": first, "epoch_length": 2, "max_epochs": 3})
     random.seed(history)
@@ -232,6 +232,7 @@ def test_random_numbers_of_an_epoch_depend_only_on_seed_epoch_and_process() -> N
     assert list(whole) == [1, 2, 3]
     again = drawn(seed=5, rank=0, first=1, history=7)
     assert again == {epoch: whole[epoch] for epoch in (2, 3)}
+    assert drawn(seed=5, rank=0, first=0, history=1, earlier=1)[1] == whole[2]
     others = [*whole.values(), *drawn(5, 1, 0, 1).values(), *drawn(6, 0, 0, 1).values()]
     for generator in zip(*others, strict=True):
         assert len(set(generator)) == len(others)

@@ -82,8 +82,8 @@ class Teacher(nn.Module):
             ensemble has none.
         kind: ``"cnn"`` or ``"transformer"``; by default that of the architecture's file.
         classes: for each class of the task the network's output, or with a softmax several that count as one (their
-            probabilities are added). Outputs that are not named are left out: the rest add up to 1. Default: the outputs
-            are the classes.
+            probabilities are added). Outputs that are not named are left out: the rest add up to 1. By default the
+            outputs are the classes.
         rescale: from the task's input to the network's, ``B m H W D`` -> the same.
         head: of the network, ``"softmax"`` over the classes or ``"sigmoid"``, one channel per region.
         regions: the classes of each channel of a task with a sigmoid head; a network with a softmax then answers with

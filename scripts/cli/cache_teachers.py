@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.cli.bundle_run import Expression, resolved_config, run_bundle
-from scripts.cli.options import Parser, add_common_options, add_teachers_options, context_configs, teachers_overrides
+from scripts.cli.options import Parser, add_common_options, context_configs
+from scripts.cli.teacher_options import add_teachers_options, teachers_overrides
 
 EXAMPLE = (
     "python -m scripts cache-teachers --data sts --dataset-dir DATA --teachers-dir RUNS --output-dir RUNS/cache\n"

@@ -13,13 +13,10 @@ from scripts.cli.config import SEPARATOR, config_names, has_id, merge_configs, r
 from scripts.cli.options import (
     Parser,
     add_common_options,
-    add_teachers_options,
     add_training_options,
     context_configs,
     multi_gpu_configs,
     parse_set,
-    teacher_specs,
-    teachers_overrides,
     training_overrides,
 )
 from scripts.cli.student_options import (
@@ -29,6 +26,7 @@ from scripts.cli.student_options import (
     network_overrides,
     require_own_loss_fits,
 )
+from scripts.cli.teacher_options import add_teachers_options, teacher_specs, teachers_overrides
 
 EXAMPLE = (
     "python -m scripts distill --list\n"

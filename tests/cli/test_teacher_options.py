@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.cli.main import main
-from scripts.cli.options import teacher_specs, teachers_overrides
+from scripts.cli.teacher_options import teacher_specs, teachers_overrides
 
 ALL = ["ct", "pet"]
 

@@ -79,8 +79,9 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
     Raises:
         ValueError: see ``with_trained_settings``, or the network of the record cannot be used (``trained_network``).
     """
+    from scripts.training.record_comparison import network_differences
     from scripts.training.trained_network import trained_network
-    from scripts.training.training_record import network_definition, network_differences
+    from scripts.training.training_record import network_definition
 
     weights = weights_path(args)
     task = read_task(weights)

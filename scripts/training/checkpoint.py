@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from scripts.runtime.task_record import value_differences
 from scripts.training.accumulation import completes_step
-from scripts.training.training_record import differences, write_task
+from scripts.training.record_comparison import differences
+from scripts.training.training_record import write_task
 from scripts.utils.task_file import read_task
 from scripts.utils.tensor_files import is_whole, load_plain, write_atomically
 

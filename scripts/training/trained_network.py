@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from scripts.networks.architecture import architecture_names
-from scripts.training.training_record import class_name
+from scripts.training.record_comparison import class_name
 from scripts.utils.task_file import task_path
 
 

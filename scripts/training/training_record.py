@@ -9,18 +9,15 @@ command, inference compares it with the config, and ``evaluate`` finds training 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from monai.bundle.config_item import ConfigItem
 
 from scripts.data.case_list import Item
-from scripts.networks.architecture import parameters, read_architecture
+from scripts.networks.architecture import read_architecture
 from scripts.networks.teacher_spec import (
     OWN_SETTINGS,
     check_spec,
@@ -29,13 +26,8 @@ from scripts.networks.teacher_spec import (
     spec_files,
     teacher_head,
 )
-from scripts.runtime.task_record import (
-    HEAD,
-    refuse_contradictions,
-    require_same_settings,
-    setting_differences,
-    value_differences,
-)
+from scripts.runtime.task_record import HEAD, refuse_contradictions, require_same_settings, setting_differences
+from scripts.training.record_comparison import listed_names, network_differences, plain_value
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.run_manifest import bundle_version, git_commit, running_parser
@@ -43,15 +35,8 @@ from scripts.utils.task_file import Record, case_ids, read_task, seen_cases, see
 
 logger = logging.getLogger(__name__)
 
-# Of a checkpoint: its schedule is compared by itself, a training may continue in another precision, and what only names
-# files and results changes no training.
-NOT_COMPARED = ("epochs", "precision", "bundle_version", "git_commit", "codes", "dicom", "layout", "mask_values")
-OPTIONAL = ("loss", "teachers_sha256")  # that not every training has
 TEACHER_SETTINGS = ("modalities", "folds", "layers", "kind", "head", *OWN_SETTINGS)  # of a specification
 PARTS = ("checks", "taps", "student_layers")  # items of the config that change what is learned
-# Arguments of networks that change no mask, or only with other shapes of weights, which are refused in any case.
-FREE_ARGUMENTS = re.compile("dropout|^(patch|img_size|weights|sha256)$")
-NAMES_SHOWN = 5  # cases that a sentence names
 
 
 def training_record(
@@ -81,7 +66,7 @@ def training_record(
         ``teachers_sha256``, ``built_on_sha256``, ``training_cases``, ``validation_cases``, ``inherited_cases`` (those
         that trained the teachers or the weights that the training starts from), ``bundle_version`` and ``git_commit``.
     """
-    record = {str(key): _plain(value) for key, value in settings.items()}
+    record = {str(key): plain_value(value) for key, value in settings.items()}
     parser = running_parser()
     if parser is not None:
         record["network"] = network_definition(parser)
@@ -94,7 +79,7 @@ def training_record(
     if teachers:
         record["teacher_names"] = list(teachers)
         record["teachers"] = {
-            name: {key: _plain(spec[key]) for key in TEACHER_SETTINGS if spec.get(key) is not None}
+            name: {key: plain_value(spec[key]) for key in TEACHER_SETTINGS if spec.get(key) is not None}
             for name, spec in teachers.items()
         }
         record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
@@ -119,7 +104,7 @@ def _warn_of_seen(what: str, validation: Sequence[Item], seen: set[tuple[str, st
             what,
             len(known),
             len(validation),
-            _listed(known),
+            listed_names(known),
         )
 
 
@@ -176,54 +161,12 @@ def _resolved(reader: ConfigParser, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_resolved(reader, item) for item in value]
     if not isinstance(value, str) or value[:1] not in ("@", "$"):
-        return _plain(value)
+        return plain_value(value)
     reader["record_value"] = value
     try:
-        return _plain(reader.get_parsed_content("record_value", instantiate=False))
+        return plain_value(reader.get_parsed_content("record_value", instantiate=False))
     except Exception:  # an expression of the config may raise anything where a component is not built
         return value
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it; objects that JSON does not know become text."""
-    if isinstance(value, ConfigItem):
-        value = value.get_config()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Compare the record of a checkpoint with that of a run; a key that the older record does not know is not compared.
-
-    Returns:
-        One clause per difference, such as ``its fold is 0, this run's is 1``.
-    """
-    clauses = []
-    for key in dict.fromkeys([*current, *saved]):
-        known = key in saved and key in current
-        if key in NOT_COMPARED or not (known or key in OPTIONAL):
-            continue
-        one, two = saved.get(key), current.get(key)
-        if key == "network":
-            one, two = _with_sizes(one), _with_sizes(two)
-        clauses += _case_differences(key, one, two) if key.endswith("_cases") else value_differences(key, one, two)
-    return clauses
-
-
-def _case_differences(key: str, saved: Any, current: Any) -> list[str]:
-    name = key.replace("_", " ")
-    one, two = ({tuple(case.items()): case["case_id"] for case in cases} for cases in (saved, current))
-    only_saved, only_current = [one[i] for i in one if i not in two], [two[i] for i in two if i not in one]
-    clauses = [f"its {name} include {_listed(only_saved)}, this run's do not"] if only_saved else []
-    return clauses + ([f"this run's {name} include {_listed(only_current)}, its do not"] if only_current else [])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def write_task(record: Mapping[str, Any], weights: str | Path) -> None:
@@ -251,7 +194,7 @@ def require_same_task(weights: str | Path, settings: Mapping[str, Any], ignore: 
     if task is None:
         return
     network = [] if parser is None else network_differences(task.get("network"), network_definition(parser))
-    require_same_settings(weights, task, _plain(settings), ignore, network)
+    require_same_settings(weights, task, plain_value(settings), ignore, network)
 
 
 def require_same_teachers(
@@ -294,7 +237,7 @@ def require_same_teachers(
             known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
             own = own_settings(spec)
             advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
-            refuse_contradictions(file, setting_differences(known, _plain(used)), ignore, advice)
+            refuse_contradictions(file, setting_differences(known, plain_value(used)), ignore, advice)
             seen |= seen_ids(task)
         _warn_of_seen(f"The teacher {name} was", split[1] if split else (), seen)
 
@@ -307,49 +250,3 @@ def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[s
     if spec.get("classes"):
         used.pop("labels", None)
     return used
-
-
-def network_differences(saved: Any, current: Any) -> list[str]:
-    """Compare two definitions of networks; arguments that are left out have the defaults of the class."""
-    if not (isinstance(saved, dict) and isinstance(current, dict)):
-        both = isinstance(saved, str) and isinstance(current, str)
-        return value_differences("network", saved, current) if both else []
-    names = [str(each.get("_target_")).rsplit(".", 1)[-1] for each in (saved, current)]
-    if names[0] != names[1]:
-        return value_differences("network", *names)
-    defaults = _plain(_defaults(str(current["_target_"])))
-    arguments = [_arguments({**defaults, **each}) for each in (saved, current)]
-    return value_differences("network", *arguments)
-
-
-def class_name(target: str) -> str:
-    """The dotted name of a class: of a name without dots that of ``monai.networks.nets``."""
-    return target if "." in target else f"monai.networks.nets.{target}"
-
-
-def _defaults(target: str) -> dict[str, Any]:
-    """The default arguments of a class, by its dotted name or its name in ``monai.networks.nets``."""
-    found = parameters(target) or {}
-    return {name: each.default for name, each in found.items() if each.default is not inspect.Parameter.empty}
-
-
-def _arguments(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that decide about the mask."""
-    return {
-        key: value
-        for key, value in _with_sizes(definition).items()
-        if not (key[:1] == "_" or FREE_ARGUMENTS.search(key))
-    }
-
-
-def _with_sizes(definition: Any) -> Any:
-    """A definition with all arguments of a teacher's network instead of its ``scale`` and ``options``.
-
-    A record of release 0.8 or earlier has no scale, and its options hold every size.
-    """
-    if not (isinstance(definition, Mapping) and definition.get("architecture")):
-        return definition
-    known, name = dict(definition), str(definition["architecture"])
-    changes = (known.pop("options", None) or {}).get(name) or {}
-    network = read_architecture(name).definition(known.pop("scale", None), changes)
-    return {**_plain({**_defaults(str(network["_target_"])), **network}), **known}

@@ -15,7 +15,8 @@ from monai.bundle import ConfigParser
 
 from scripts.cli.main import main
 from scripts.evaluation.training_cases import trained_on
-from scripts.training.training_record import definition, differences, training_record
+from scripts.training.record_comparison import differences
+from scripts.training.training_record import definition, training_record
 from scripts.utils.checksums import sha256
 from scripts.utils.task_file import read_task, task_path
 

@@ -24,15 +24,13 @@ from scripts.image_io.checks import (
     WARNING,
     Finding,
     Rules,
-    check_all_constant,
     check_headers,
-    check_intensities,
     check_suv_values,
     expected_extra_axes,
-    grids_overlap,
-    same_grid,
 )
+from scripts.image_io.grid_geometry import grids_overlap, same_grid
 from scripts.image_io.headers import Header
+from scripts.image_io.intensity_checks import check_all_constant, check_intensities
 from scripts.image_io.reader import header_of, read_modality
 from scripts.runtime.grids import box_bounds, network_grid, own_grid
 from scripts.runtime.label_values import class_indices

@@ -11,7 +11,7 @@ import numpy as np
 
 from scripts.data.fingerprint import CaseFingerprint
 from scripts.data.patch_plan import MIN_BATCH, PatchPlan, StudentSize, divisor, median_shape, plan_patch
-from scripts.image_io.checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
+from scripts.image_io.intensity_checks import CT_MAX_AIR_HU, PET_MAX_SUV, PET_MIN_SUV
 from scripts.runtime.regions import region_values
 from scripts.utils.values import is_whole
 

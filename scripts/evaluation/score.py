@@ -22,8 +22,9 @@ from scripts.evaluation.prediction_measures import measure_prediction
 from scripts.evaluation.records import Case, add_centres, cases_in_manifest
 from scripts.evaluation.summary_table import markdown_summary
 from scripts.evaluation.training_cases import trained_on, training_notes, training_summary
-from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers, check_mask
+from scripts.image_io.checks import ERROR, LABEL, NOTE, WARNING, Finding, Rules, check_headers
 from scripts.image_io.dicom_rules import pet_modality
+from scripts.image_io.mask_checks import check_mask
 from scripts.image_io.reader import header_of, read_itk
 from scripts.metrics import Row, aggregate, aggregate_regions, image_diagonal_mm, region_metrics, write_rows
 from scripts.metrics.lesion_measures import write_measures

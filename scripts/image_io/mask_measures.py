@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.image_io.checks import Rules, check_intensities
+from scripts.image_io.checks import Rules
 from scripts.image_io.headers import LPS_TO_RAS
+from scripts.image_io.intensity_checks import check_intensities
 from scripts.image_io.reader import read_itk
 from scripts.metrics.lesion_measures import Measures, measure_mask
 from scripts.metrics.lesion_shape import Volume

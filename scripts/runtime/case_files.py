@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from numpy.typing import NDArray
 
-from scripts.image_io.checks import Rules, check_headers, check_images, check_suv_values, report_findings
+from scripts.image_io.checks import Rules, check_headers, check_suv_values, report_findings
 from scripts.image_io.headers import Header
+from scripts.image_io.intensity_checks import check_images
 from scripts.image_io.reader import header_of, read_modality
 
 

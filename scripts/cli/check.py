@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from scripts.data.cohort_check import ERROR, Criteria, check_cohort, findings_table, write_findings
     from scripts.data.settings_check import check_settings
 
-    names = ("spacing", "modalities", "intensity", "labels", "classes", "regions", "ignore", "head", "codes", "dicom")
-    check_settings(**{name: config[name] for name in (*names, "allow_missing", "stacked")})
+    names = (name for name in read_config("train")["settings_check"] if name != "_target_")
+    check_settings(**{name: config[name] for name in names})
     criteria = Criteria(
         config["modalities"],
         config["labels"],

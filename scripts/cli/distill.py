@@ -124,7 +124,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared |= loss_overrides(args)
     if str(config["splits_file"]).startswith("$"):  # the default, which is the folder of each training
-        shared["splits_file"] = str(output_dir / "splits.json")
+        shared |= {"splits_file": str(output_dir / "splits.json"), "named_splits": False}
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
         output = folder / stage.name
         stage_configs = ["train", *context_configs(args), *stage.configs]

@@ -13,7 +13,7 @@ from scripts.cli.bundle_run import resolved_config, run_bundle
 from scripts.cli.finished_masks import MANIFEST, SUFFIX, beside
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import measure_case, write_case_measures
-from scripts.cli.options import context_configs, engine_overrides, image_rules, profile_configs
+from scripts.cli.options import context_configs, engine_overrides, image_rules, parse_set, profile_configs
 from scripts.cli.student_options import network_overrides
 from scripts.cli.trained_task import images_sentence, with_trained_settings, with_trained_task
 
@@ -88,6 +88,15 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     return measured
 
 
+def refuse_other_folder(args: argparse.Namespace) -> None:
+    """Refuse ``--set output_dir``, which would win over the folder of the mask that an option names."""
+    if any(key.removeprefix("+") == "output_dir" for key in parse_set(args.set)):
+        raise ValueError(
+            "--set output_dir cannot be used here. Name one mask with --output, or the folder of several with "
+            "--output-dir."
+        )
+
+
 def named_images(args: argparse.Namespace, modalities: Sequence[str]) -> dict[str, str]:
     """The image of each modality that the options name, in the order of the modalities.
 
@@ -121,6 +130,9 @@ def mask_and_images(
     """
     if not args.output:
         raise ValueError("No output. Name the mask with --output, or several cases with --data-list or --dataset-dir.")
+    if args.output_dir:
+        raise ValueError("--output-dir is the folder of several masks. Remove it: --output names the mask.")
+    refuse_other_folder(args)
     if args.bids:
         raise ValueError("--bids names the masks of several cases. Add --data-list or --dataset-dir, or remove --bids.")
     mask = Path(args.output)

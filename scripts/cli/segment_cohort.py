@@ -36,7 +36,7 @@ from scripts.cli.finished_masks import (
 from scripts.cli.measure_case import SUFFIX as MEASURES
 from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
-from scripts.cli.segment_case import REPORT, segment_case
+from scripts.cli.segment_case import REPORT, refuse_other_folder, segment_case
 from scripts.cli.student_options import network_overrides
 from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
@@ -163,6 +163,7 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
         several = "--data-list" if args.data_list else "--dataset-dir"
         raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
     refuse_values_of_one_patient(args, "--data-list")
+    refuse_other_folder(args)
 
 
 def _mask_paths(

@@ -90,7 +90,7 @@ def print_command(args: argparse.Namespace, study: str) -> None:
     modalities = resolved_config(args, configs, with_trained_settings(args, configs, {}))["modalities"]
     mask = Path(args.output_dir or DEFAULT_OUTPUT) / MASK
     images = [(key, study) for key in modalities]
-    segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask)}))
+    segment_case(argparse.Namespace(**{**vars(args), "image": images, "output": str(mask), "output_dir": None}))
 
 
 def study_task(args: argparse.Namespace) -> StudyTask:

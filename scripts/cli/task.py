@@ -7,6 +7,7 @@ A file is read as data. Its text is never evaluated, and it wins over ``--scale`
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,6 +61,8 @@ def _read_file(path: str) -> Config:
             raise ValueError(f"{path} has the unknown key {key}.{hint}")
     if "cohort" not in task and "layout" not in task:
         raise ValueError(f'{path} has no cohort. Add one, such as "cohort": "files" with a layout.')
+    if isinstance(task.get("splits_file"), str):  # beside the file, from wherever it is used
+        task["splits_file"] = os.path.join(os.path.dirname(os.path.abspath(path)), task["splits_file"])
     return {"cohort": FILES, "naming": [], **task}
 
 

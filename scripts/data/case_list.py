@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,12 @@ def require_folder(root: str | Path, name: str, layout: str) -> Path:
 
     Raises:
         FileNotFoundError: it is not a folder.
+        PermissionError: see ``require_readable``.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"The folder {root} of the data set '{name}' does not exist. Expected: {layout}.")
+    require_readable(root)
     return root
 
 
@@ -140,6 +143,22 @@ def make_item(case_id: str, patient_id: str, files: Mapping[str, Path], label: P
     return item
 
 
+def require_readable(folder: Path) -> None:
+    """Refuse a data set with a folder that cannot be read: its cases would be left out without a word.
+
+    Raises:
+        PermissionError: there is one; the message names it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise PermissionError(
+            f"The folder {error.filename} cannot be read ({error.strerror}). Correct its permissions."
+        )
+
+    for _ in os.walk(folder, onerror=refuse):
+        pass
+
+
 def missing_file(path: object) -> str:
     """The sentence about a file of a case that does not exist."""
     return f"{path} is missing. Add it, or remove the case."
@@ -171,6 +190,12 @@ def check_cases(
         other = first.setdefault(case_id, item)
         if other is not item:
             problems.append(f"Case {case_id} occurs twice, as {other['image']} and {image}. Remove one of them.")
+    owners: dict[str, str] = {}
+    for item, files in cases:
+        for path in {os.path.realpath(path) for path in files.values() if path.is_file()}:
+            owner = owners.setdefault(path, item["case_id"])
+            if owner != item["case_id"]:
+                problems.append(f"{path} is an image of two cases, {owner} and {item['case_id']}. Remove one of them.")
     missing = [[str(path) for path in files.values() if not path.exists()] for _, files in cases]
     without_reference = [item["image"] in paths for (item, _), paths in zip(cases, missing, strict=True)]
     readable = [item for (item, _), lacks in zip(cases, without_reference, strict=True) if not lacks]

@@ -48,7 +48,13 @@ def make_splits(patient_ids: Iterable[str], folds: int = FOLDS, seed: int = 0) -
 
 
 def fold_split(
-    cases: Sequence[Item], fold: int | None = 0, folds: int = FOLDS, seed: int = 0, file: str | Path | None = None
+    cases: Sequence[Item],
+    fold: int | None = 0,
+    folds: int = FOLDS,
+    seed: int = 0,
+    file: str | Path | None = None,
+    named: bool = False,
+    training: bool = True,
 ) -> tuple[list[Item], list[Item]]:
     """Divide the cases into training and validation; validation has the patients of one fold.
 
@@ -64,11 +70,14 @@ def fold_split(
         folds: number of folds, if `file` does not exist.
         seed: of the shuffle, if `file` does not exist.
         file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: read if it exists, else written.
+        named: whether the user named the file: a training then warns if it does not exist.
+        training: whether the run trains: a case must be left for it. Other runs do not write a file that is named.
 
     Raises:
-        ValueError: the fold does not exist or has no case, there are fewer patients than folds, the data set puts a
-            patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients without a
-            case, or does not list patients that have one.
+        FileNotFoundError: the file is named and does not exist, and the run does not train.
+        ValueError: the fold does not exist, has no case or all of them, there are fewer patients than folds, the data
+            set puts a patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients
+            without a case, or does not list patients that have one.
     """
     listed = len(cases)
     cases = [case for case in cases if case.get("partition") != TEST]
@@ -85,6 +94,10 @@ def fold_split(
     path = Path(file) if file else None
     if path is not None and path.is_dir():
         raise ValueError(f"The split file {path} is a folder. Name a JSON file.")
+    if path is not None and named and not path.exists():
+        if not training:
+            raise FileNotFoundError(f"There is no split file at {path}. Check splits_file, or leave it out.")
+        logger.warning("There is no split file at %s: new folds are written there. Check splits_file", path)
     if path is not None and path.is_file():
         splits = _read_splits(path)
         _check_patients(splits, patients, _patients(cases), path)
@@ -97,8 +110,10 @@ def fold_split(
     if path is not None and not path.exists():
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     validation_patients = set(splits[fold])
-    training = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
-    return training, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
+    train = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
+    if training and not train:
+        raise ValueError(f"Fold {fold} holds all patients, so that none is left to train. Give at least two folds.")
+    return train, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
 
 
 def fold_problem(cases: Sequence[Item]) -> str:

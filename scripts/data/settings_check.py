@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from scripts.image_io.checks import MAX_VOXEL_MM, MIN_VOXEL_MM
 from scripts.image_io.dicom_codes import check_codes
 from scripts.image_io.dicom_rules import check_rules
 from scripts.runtime.regions import check_classes, region_values
 from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
+
+MODALITY = re.compile(r"[\w-]+")
+RESERVED = {"image", "label", "case_id", "patient_id", "bbox_mm", "fold", "partition", "suv"}  # columns of a data list
 
 
 class _Rule(NamedTuple):
@@ -27,8 +32,8 @@ def _at_least(least: int) -> _Rule:
 
 def _are_modalities(value: Any) -> bool:
     names = list(value) if is_list(value) else []
-    are_names = bool(names) and all(isinstance(name, str) and name for name in names)
-    return are_names and len(set(names)) == len(names) and not {"image", "label"} & set(names)
+    are_names = bool(names) and all(isinstance(name, str) and MODALITY.fullmatch(name) for name in names)
+    return are_names and len(set(names)) == len(names) and not RESERVED & set(names)
 
 
 def _are_classes(value: Any) -> bool:
@@ -45,7 +50,7 @@ def _are_regions(value: Any) -> bool:
 
 def _are_axes(value: Any) -> bool:
     return (
-        is_list(value) and len(set(value)) == len(value) and all(is_whole(axis) and axis in range(3) for axis in value)
+        is_list(value) and all(is_whole(axis) and axis in range(3) for axis in value) and len(set(value)) == len(value)
     )
 
 
@@ -53,17 +58,26 @@ def _are_angles(value: Any) -> bool:
     return is_list(value) and len(value) == 3 and all(is_number(angle) and 0 <= angle <= 180 for angle in value)
 
 
+def _are_widths(value: Any) -> bool:
+    return is_list(value) and bool(value) and all(is_whole(each) and each >= 1 for each in value)
+
+
 _FLAG = _Rule(lambda value: isinstance(value, bool), "true or false")
 _NOT_NEGATIVE = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 RULES: dict[str, _Rule] = {
-    "spacing": _Rule(lambda value: is_three(value, is_number), "three positive numbers in mm, such as [3, 3, 3]"),
+    "spacing": _Rule(
+        lambda value: is_three(value, is_number) and all(MIN_VOXEL_MM <= each <= MAX_VOXEL_MM for each in value),
+        f"three numbers in mm, from {MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g}, such as [3, 3, 3]",
+    ),
     "patch": _Rule(
         lambda value: is_three(value, is_whole),
         "three positive whole numbers, such as [64, 64, 64]: patches are volumes, not slices",
     ),
     "overlap": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1, such as 0.25"),
     "modalities": _Rule(
-        _are_modalities, 'a list of different names, such as ["ct", "pet"], none of them image or label'
+        _are_modalities,
+        'a list of different names of letters, digits, _ and -, such as ["ct", "pet"]; none of them '
+        f"{', '.join(sorted(RESERVED))}",
     ),
     "labels": _Rule(_are_classes, "a list of the label's values for each class, the background first: [[0], [1, 2]]"),
     "classes": _Rule(
@@ -144,6 +158,10 @@ def check_settings(
         check_rules(settings["modalities"], settings["dicom"])
     if intensity is not None:
         _check_intensity(intensity, settings.get("modalities", ()))
+    if student_features is not None and not _are_widths(student_features):
+        raise ValueError(
+            f"student_features is {_shown(student_features)}. Give the channels of each stage, such as [24, 48, 96]."
+        )
     if student_strides is not None:
         _check_strides(student_strides, student_features)
     if student_norm is not None:
@@ -161,7 +179,9 @@ def _shown(value: Any) -> str:
         return repr(value)
 
 
-def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) -> None:
+def _check_intensity(intensity: Any, modalities: Sequence[str]) -> None:
+    if not isinstance(intensity, Mapping):
+        raise ValueError(f'intensity is {_shown(intensity)}. Give a range per modality, such as {{"ct": [-200, 300]}}.')
     missing = [key for key in modalities if key not in intensity]
     if missing:
         raise ValueError(f"intensity has no entry for {missing}. Every modality needs one.")
@@ -174,7 +194,7 @@ def _check_intensity(intensity: Mapping[str, Any], modalities: Sequence[str]) ->
 
 
 def _check_strides(strides: Any, features: Sequence[int] | None) -> None:
-    stages = len(features or strides)
+    stages = len(features or (strides if is_list(strides) else ()))
     fits = is_list(strides) and len(strides) == stages
     if not fits or not all((is_whole(each) and each >= 1) or is_three(each, is_whole) for each in strides):
         raise ValueError(
@@ -185,8 +205,11 @@ def _check_strides(strides: Any, features: Sequence[int] | None) -> None:
 
 def _check_norm(norm: Any, batch_size: int | None, patch: Sequence[int] | None, divisor: Sequence[int]) -> None:
     """Refuse a normalisation whose statistics would come from too few values."""
-    name = str(norm[0] if is_list(norm) else norm).lower()
     advice = 'student_norm=["group", {"num_groups": 8}]'
+    kind = norm[0] if is_list(norm) and norm else norm
+    if not isinstance(kind, str):
+        raise ValueError(f"student_norm is {_shown(norm)}. Give a name, or a name and its options, such as {advice}.")
+    name = kind.lower()
     if name == "batch" and batch_size == 1:
         raise ValueError(
             "student_norm is batch normalisation, and batch_size is 1: statistics of one patch are not those of the "

@@ -22,8 +22,9 @@ from scripts.data.case_io import to_tensor
 from scripts.data.resampling import resample
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, PredictionFiles
-from scripts.image_io.checks import Rules
+from scripts.image_io.checks import Rules, report_findings
 from scripts.image_io.headers import Affine, Header, read_header
+from scripts.image_io.mask_checks import check_mask
 from scripts.image_io.reader import read_volume
 from scripts.networks.region_logits import region_logits
 from scripts.runtime.label_values import class_indices
@@ -94,6 +95,8 @@ class ImportedAnswers:
                     f"{path} holds {_sizes(shape[-3:])} voxels, but {header.path} {_sizes(header.shape)}. Export the "
                     "probabilities of the whole image, or put the mask on their grid beside them."
                 )
+            findings = check_mask(self.files.header(case), header._replace(shape=header.shape[:3]))
+            report_findings(finding._replace(case_id=str(case["case_id"])) for finding in findings)
             affine, size = self.files.grid(case)
             if not _overlap(np.linalg.solve(header.affine, affine), size, header.shape):
                 raise ValueError(f"{path} shares no space with the images of case {case['case_id']}. Check its affine.")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ def stack_advice(case: Mapping[Any, Any], modalities: Sequence[str]) -> str:
     if len(modalities) > 1 and "image" in case and not any(key in case for key in modalities):
         return " If the image is a 4D file of all modalities, use --set stacked=true."
     return ""
+
+
+def _refuse_same_file(files: Mapping[str, str], item: Mapping[Any, Any]) -> None:
+    """Refuse one file as two modalities; a DICOM folder may hold the series of several.
+
+    Raises:
+        ValueError: two modalities are one file.
+    """
+    first: dict[str, str] = {}
+    for key, path in files.items():
+        if os.path.isfile(path) and (other := first.setdefault(os.path.realpath(path), key)) != key:
+            raise ValueError(
+                f"Case {item.get('case_id')}: {other} and {key} are one file, {path}. Name the file of each."
+            )
 
 
 class GatherModalities:
@@ -100,6 +115,8 @@ class GatherModalities:
         missing_paths = [str(path) for path in files if not path.exists()]
         if missing_paths:
             raise FileNotFoundError(f"Case {item.get('case_id')}: no such file: {', '.join(missing_paths)}.")
+        if not self.stacked:
+            _refuse_same_file({k: str(item[k]) for k in self.modalities if isinstance(item.get(k), str | Path)}, item)
         absent = [k for k in self.used if k not in item]
         if absent and not self.allow_missing:
             raise ValueError(

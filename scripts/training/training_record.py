@@ -26,7 +26,13 @@ from scripts.networks.teacher_spec import (
     spec_files,
     teacher_head,
 )
-from scripts.runtime.task_record import HEAD, refuse_contradictions, require_same_settings, setting_differences
+from scripts.runtime.task_record import (
+    HEAD,
+    refuse_contradictions,
+    require_same_settings,
+    setting_differences,
+    value_differences,
+)
 from scripts.training.record_comparison import listed_names, network_differences, plain_value
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
@@ -234,10 +240,14 @@ def require_same_teachers(
                 used.pop("sigmoid_regions", None)
             if patch and spec.get("architecture") and read_architecture(spec["architecture"]).fixed_patch:
                 used["patch"] = spec.get("patch") or patch
-            known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, not the teacher
+            known = {key: value for key, value in task.items() if key != "modalities"}  # of the image, see below
             own = own_settings(spec)
             advice = f" The specification of {name} has its own {', '.join(own)}." if own else ""
-            refuse_contradictions(file, setting_differences(known, plain_value(used)), ignore, advice)
+            read = task.get("network")
+            read = (read.get("modalities") if isinstance(read, Mapping) else None) or task.get("modalities")
+            clauses = value_differences("modalities", read, list(spec["modalities"])) if read else []
+            clauses += setting_differences(known, plain_value(used))
+            refuse_contradictions(file, clauses, ignore, advice)
             seen |= seen_ids(task)
         _warn_of_seen(f"The teacher {name} was", split[1] if split else (), seen)
 

@@ -26,9 +26,12 @@ def atomic_file(path: str | Path, text: bool = False, check: Callable[[Path], bo
         check: reads the ``.part`` file back and returns whether it holds what was written.
 
     Raises:
-        OSError: the file cannot be written or does not pass ``check``; the message names the file and the cause.
+        OSError: the path is a folder, or the file cannot be written or does not pass ``check``; the message names the
+            file and the cause.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Name a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

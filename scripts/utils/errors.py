@@ -9,8 +9,13 @@ EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 
 
 def root_error(error: BaseException) -> BaseException:
-    """The error below those of MONAI: it wraps errors in RuntimeErrors that only name the config item or transform."""
+    """The error below those of MONAI: it wraps errors in RuntimeErrors that only name the config item or transform.
+
+    The cause of an error of another process is its traceback as text, which is no error of its own.
+    """
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        if type(error.__cause__).__name__ == "_RemoteTraceback":
+            break
         error = error.__cause__
     return error
 
@@ -19,6 +24,8 @@ def error_sentence(error: BaseException) -> str:
     """The message of the ``root_error`` in one line."""
     error = root_error(error)
     text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
+    if isinstance(error, OSError) and error.strerror:
         text = error.strerror  # a sentence of this program; str() would put the system's number before it
+        if error.filename is not None:
+            text = f"{error.filename} cannot be used ({error.strerror}). Check the path and its permissions."
     return " ".join(text.split()) or type(error).__name__

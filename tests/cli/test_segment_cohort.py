@@ -195,6 +195,26 @@ def test_masks_of_other_weights_and_images_are_not_taken_for_done(
     assert "would overwrite the image" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            ["--output", "a.nii.gz", "--ct", "ct.nii.gz", "--output-dir", "out"],
+            "--output-dir is the folder of several m",
+        ),
+        (
+            ["--output", "a.nii.gz", "--ct", "ct.nii.gz", "--set", "output_dir=out"],
+            "--set output_dir cannot be used here",
+        ),
+        (["--data-list", "cases.csv", "--set", "+output_dir=out"], "--set output_dir cannot be used here"),
+    ],
+)
+def test_a_mask_has_one_folder(options: list[str], named: str, weights: str, capsys: Any) -> None:
+    """Otherwise the mask lay in one folder, and another mask of its name was measured."""
+    assert main(["segment", "--data", "phantom", *TINY, "--weights", weights, *options]) == 1
+    assert named in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_here")
 def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     table: Callable[..., Path], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], phantoms: Any

@@ -68,6 +68,27 @@ def test_the_file_is_written_once_and_then_used(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["splits.json"]
 
 
+def test_a_path_that_was_mistyped_does_not_give_other_folds_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "typo.json"
+    with pytest.raises(FileNotFoundError, match=r"There is no split file at .*typo\.json\. Check splits_file"):
+        fold_split(CASES, file=file, named=True, training=False)
+    assert not list(tmp_path.iterdir())
+    fold_split(CASES, file=tmp_path / "default.json")
+    assert not caplog.records
+    fold_split(CASES, file=file, named=True)
+    assert f"There is no split file at {file}: new folds are written there" in caplog.text
+
+
+def test_a_fold_of_all_patients_leaves_none_to_train(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps({"seed": 0, "folds": [PATIENTS]}))
+    with pytest.raises(ValueError, match="Fold 0 holds all patients, so that none is left to train"):
+        fold_split(CASES, file=file)
+    assert len(fold_split(CASES, file=file, training=False)[1]) == len(CASES)
+
+
 def test_a_file_written_by_hand_is_used(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     file.write_text(json.dumps({"name": "mine", "seed": 0, "folds": [PATIENTS[:2], PATIENTS[2:]]}))

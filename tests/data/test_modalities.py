@@ -42,6 +42,16 @@ def test_explicit_keys_suffice_without_a_naming_rule(touch: Any) -> None:
     assert item == {"image": ct, "pet": pet, "label": "l.nii.gz"}  # the data list is not changed
 
 
+def test_one_file_as_two_modalities_is_refused(touch: Any, tmp_path: Path) -> None:
+    ct = touch("a.nii.gz")
+    (tmp_path / "link.nii.gz").symlink_to(ct)
+    for pet in (ct, str(tmp_path / "link.nii.gz")):
+        with pytest.raises(ValueError, match=r"Case a: ct and pet are one file, .*Name the file of each"):
+            GatherModalitiesd(MODALITIES)({"ct": ct, "pet": pet})
+    study = str(tmp_path)  # a folder of DICOM files may hold the series of both
+    assert GatherModalitiesd(MODALITIES)({"ct": study, "pet": study})["pet"] == study
+
+
 @pytest.mark.parametrize("key", ["image", "ct"])
 def test_the_reference_may_be_named_by_its_own_key_or_as_image(touch: Any, key: str) -> None:
     ct = touch("a.nii.gz")

@@ -15,13 +15,17 @@ from scripts.cli.main import main
 from scripts.data import check_settings
 
 SHARED = {
-    "spacing=[0,3,3]": "spacing is [0, 3, 3]. Give three positive numbers in mm",
-    "spacing=[-3,3,3]": "spacing is [-3, 3, 3]. Give three positive numbers in mm",
-    "spacing=[3,3]": "spacing is [3, 3]. Give three positive numbers in mm",
-    "spacing=3": "spacing is 3. Give three positive numbers in mm",
-    "spacing=null": "spacing is null. Give three positive numbers in mm",
-    "spacing=[3,3,NaN]": "spacing is [3, 3, NaN]. Give three positive numbers in mm",
-    "spacing=[3,3,Infinity]": "spacing is [3, 3, Infinity]. Give three positive numbers in mm",
+    "spacing=[0,3,3]": "spacing is [0, 3, 3]. Give three numbers in mm",
+    "spacing=[-3,3,3]": "spacing is [-3, 3, 3]. Give three numbers in mm",
+    "spacing=[0.001,3,3]": "spacing is [0.001, 3, 3]. Give three numbers in mm, from 0.02 to 50",
+    "intensity=5": "intensity is 5. Give a range per modality",
+    'modalities=["case_id"]': 'modalities is ["case_id"]. Give a list of different names of letters, digits, _ and -',
+    'modalities=["t1=1"]': 'modalities is ["t1=1"]. Give a list of different names',
+    "spacing=[3,3]": "spacing is [3, 3]. Give three numbers in mm",
+    "spacing=3": "spacing is 3. Give three numbers in mm",
+    "spacing=null": "spacing is null. Give three numbers in mm",
+    "spacing=[3,3,NaN]": "spacing is [3, 3, NaN]. Give three numbers in mm",
+    "spacing=[3,3,Infinity]": "spacing is [3, 3, Infinity]. Give three numbers in mm",
     "patch=[64,64]": "patch is [64, 64]. Give three positive whole numbers, such as [64, 64, 64]: patches are volumes",
     "patch=[64,64,0]": "patch is [64, 64, 0]. Give three positive whole numbers",
     "patch=[64,64,1.5]": "patch is [64, 64, 1.5]. Give three positive whole numbers",
@@ -40,6 +44,11 @@ SHARED = {
     "fold=0.5": "fold is 0.5. Give the number of a fold, from 0",
 }
 TRAINING = {
+    "student_features=8": "student_features is 8. Give the channels of each stage",
+    'student_features=[8,"a"]': 'student_features is [8, "a"]. Give the channels of each stage',
+    "flips=[[0]]": "flips is [[0]]. Give the axes that may be flipped",
+    "student_norm=[]": "student_norm is []. Give a name, or a name and its options",
+    "student_strides=2": "student_strides is 2. Give a whole number of at least 1, or three of them",
     "batch_size=0": "batch_size is 0. Give a whole number of at least 1",
     "batch_size=-2": "batch_size is -2. Give a whole number of at least 1",
     "batch_size=1.5": "batch_size is 1.5. Give a whole number of at least 1",
@@ -123,7 +132,7 @@ def test_monai_bundle_run_refuses_a_wrong_setting(config: str, tmp_path: Path) -
             dataset_dir=str(tmp_path / "none"),
             spacing=[0, 3, 3],
         )
-    assert re.match(r"spacing is \[0, 3, 3\]\. Give three positive", str(refused.value.__cause__))
+    assert re.match(r"spacing is \[0, 3, 3\]\. Give three numbers", str(refused.value.__cause__))
     assert not (tmp_path / "run").exists()
 
 

@@ -106,6 +106,14 @@ def test_a_cropped_prediction_lies_where_the_mask_beside_it_says(case: Any, fold
         logits(case, folder)
 
 
+def test_a_mask_of_the_images_shape_at_another_place_is_refused(case: Any, folder: Path, write_nifti: Any) -> None:
+    moved = AFFINE.copy()
+    moved[:3, 3] += AFFINE[:3, :3] @ [2, 0, 0]
+    write_nifti(folder / "A.nii.gz", probabilities(case).argmax(0).astype(np.uint8), moved)
+    with pytest.raises(ValueError, match=r"A\.nii\.gz has the shape of .*, but another affine: its voxels lie up to"):
+        answers(case, folder).check([case])
+
+
 @pytest.mark.parametrize("kind", ["probabilities", "logits"])
 def test_4d_images_of_probabilities_or_logits_are_resampled_by_their_own_affine(
     case: Any, folder: Path, write_nifti: Any, kind: str
@@ -183,7 +191,7 @@ def refusals(case: Any, folder: Path, write_nifti: Any) -> dict[str, tuple[Calla
         ),
         "elsewhere": (
             lambda: write_nifti(folder / "A.nii.gz", four, moved),
-            "shares no space with the images of case A",
+            "do not overlap in space. Check that these files belong together",
         ),
         "values": (
             lambda: write_nifti(folder / "A.nii.gz", np.full(SHAPE, 7, np.uint8), AFFINE),

@@ -74,7 +74,9 @@ def test_a_training_keeps_its_record_in_the_checkpoint_and_beside_the_weights(co
     assert read_task(tmp_path / "model.pt") == task
 
 
-def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path: Path) -> None:
+def test_a_distillation_also_keeps_its_terms_and_teachers(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = [*TINY, *DYNUNET, "--dataset-dir", str(cohort)]
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     assert (
@@ -84,6 +86,9 @@ def test_a_distillation_also_keeps_its_terms_and_teachers(cohort: Path, tmp_path
     network = read_task(teacher / "model.pt")["network"]  # type: ignore[index]
     assert network["options"] == {"dynunet": {"filters": [2, 4, 4, 4, 4]}, "uxnet": {}}
     assert (network["architecture"], network["modalities"]) == ("dynunet", ["pet"])
+    wrong = ["distill", *common, "--method", "hinton", "--teacher", f"dynunet:mr={teacher / 'model.pt'}"]
+    assert main([*wrong, "--output-dir", str(tmp_path / "wrong")]) == 1
+    assert "its modalities is ['pet'], this run's is ['mr']" in capsys.readouterr().err
     asked = ["--method", "hinton", "--teacher", f"dynunet:pet={teacher / 'model.pt'}"]
     assert main(["distill", *common, *asked, "--output-dir", str(student)]) == 0
     task: Any = read_task(student / "model.pt")

@@ -49,3 +49,23 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.
         write_text("second", tmp_path / "a.txt")
         first.write(b"first " * 1000)
     assert (tmp_path / "a.txt").read_bytes() == b"first " * 2000
+
+
+def test_a_link_stays_a_link_and_its_target_is_written(tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "a.json", tmp_path / "a.json"
+    target.parent.mkdir()
+    target.write_text("{}")
+    link.symlink_to(target)
+    write_json([1], link)
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == [1]
+
+
+def test_a_folder_or_a_link_to_one_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("folder", "link"):
+        with pytest.raises(IsADirectoryError, match=f"{name} is a folder. Name a file."):
+            write_text("x", tmp_path / name)
+    assert (tmp_path / "link").is_symlink()
+    assert not list((tmp_path / "folder").iterdir())

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +126,26 @@ def test_no_folder_and_no_case_are_named_with_the_patterns(tmp_path: Path) -> No
     for root, message in ((tmp_path / "none", "does not exist"), (tmp_path, "No cases")):
         with pytest.raises(FileNotFoundError, match=rf"{message}.*Expected: \{{case\}}_ct.nii.gz"):
             datalist("files", root, modalities=["ct"], layout={"ct": "{case}_ct.nii.gz"})
+
+
+def test_one_image_of_two_cases_is_refused(tree: Tree) -> None:
+    root = tree("p1/a_t1.nii.gz")
+    (root / "p2").mkdir()
+    (root / "p2" / "b_t1.nii.gz").symlink_to(root / "p1" / "a_t1.nii.gz")
+    with pytest.raises(ValueError, match=r"a_t1\.nii\.gz is an image of two cases, a and b\. Remove one of them"):
+        datalist("files", root, modalities=["t1"], layout={"t1": "{patient}/{case}_t1.nii.gz"})
+
+
+def test_a_folder_that_cannot_be_read_is_named(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cases must not be left out without a word. The superuser may read every folder, so it is simulated."""
+    root = tree("a/a_t1.nii.gz", "b/b_t1.nii.gz")
+    scandir = os.scandir
+
+    def scan(path: Any) -> Any:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PermissionError, match=r"/b cannot be read \(Permission denied\)\. Correct its permissions"):
+        datalist("files", root, modalities=["t1"], layout={"t1": "{case}/{case}_t1.nii.gz"})

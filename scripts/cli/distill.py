@@ -115,8 +115,11 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     teachers = teacher_specs(args, config["modalities"])
     if not teachers:
         raise ValueError("gkd trains a header for each teacher. Name them with --teacher ARCHITECTURE=WEIGHTS.")
+    from scripts.distillation.alignment_training import require_encoder
     from scripts.distillation.staged_training import gkd_stages, is_finished
 
+    if args.network:  # before the first stage
+        require_encoder(build_item(args, ["train", *context_configs(args)], network_overrides(args), "network"))
     epochs = int(config["max_epochs"])
     anew = bool(config["overwrite"]) and not config["resume"]
     output_dir = Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled")  # as in distill.json

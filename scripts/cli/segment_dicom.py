@@ -29,6 +29,7 @@ from scripts.image_io.dicom_writer import Regions, read_slices, without_patient_
 from scripts.image_io.series_preference import preferences
 from scripts.metrics.lesion_measures import Measures
 from scripts.runtime.regions import region_mask_values
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
@@ -150,7 +151,15 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
             folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
             measures = (output.resolve().name, output / MEASURES)
-            measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
+            try:
+                measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
+            except EXPECTED_ERRORS as error:
+                text = error_sentence(error)
+                for key, folder in folders.items():  # the links are about to be removed
+                    text = text.replace(str(folder), f"{chosen[key].folder} ({key}, series {chosen[key].uid})")
+                if args.debug or text == error_sentence(error):
+                    raise
+                raise ValueError(text) from None
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
 

@@ -98,7 +98,8 @@ def _fetched(
         except EXPECTED_ERRORS as error:
             text = error_sentence(error)
             for key, series in local.items():  # the folder that is about to be removed helps nobody
-                text = text.replace(str(series.folder), f"The series {series.uid} ({key})")
+                for named in (f"{series.folder} ({key}, series {series.uid})", str(series.folder)):
+                    text = text.replace(named, f"The series {series.uid} ({key})")
             if args.debug or text == error_sentence(error):
                 raise
             raise ValueError(text) from None

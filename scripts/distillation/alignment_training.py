@@ -17,6 +17,25 @@ from scripts.networks.weights import load_weights
 from scripts.runtime.regions import IGNORED
 
 
+def require_encoder(network: nn.Module) -> None:
+    """Refuse a network without separate encoder and decoder.
+
+    Args:
+        network: a student, or a ``Teacher``.
+
+    Raises:
+        ValueError: it has none; the message says which of the two it is.
+    """
+    inner = getattr(network, "network", network)
+    if hasattr(inner, "encode") and hasattr(inner, "decode"):
+        return
+    name = type(inner).__name__
+    raise ValueError(
+        f"{name} has no separate encoder and decoder, which alignment headers need: "
+        + ("leave out --network." if inner is network else "choose hdenseformer, uxnet or dynunet as the teacher.")
+    )
+
+
 def build_header(network: nn.Module, window: Sequence[int], **options: Any) -> AlignmentHeader:
     """Return a new alignment header for a network's deepest features.
 
@@ -28,12 +47,7 @@ def build_header(network: nn.Module, window: Sequence[int], **options: Any) -> A
     Raises:
         ValueError: the network has no separate encoder and decoder.
     """
-    inner = getattr(network, "network", network)
-    if not (hasattr(inner, "encode") and hasattr(inner, "decode")):
-        raise ValueError(
-            f"{type(inner).__name__} has no separate encoder and decoder, which alignment headers need: choose "
-            "hdenseformer, uxnet or dynunet as the teacher."
-        )
+    require_encoder(network)
     parameter = next(network.parameters())
     training = network.training
     with torch.no_grad():

@@ -161,6 +161,18 @@ def test_a_stage_without_a_record_is_used_with_a_warning(
     assert "autoencoder/model.pt has no record of its data and settings" in caplog.text
 
 
+def test_a_student_without_an_encoder_is_refused_before_the_first_stage(
+    gkd: Callable[..., int], trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = {"_target_": "monai.networks.nets.BasicUNet", "spatial_dims": 3, "in_channels": 3, "out_channels": 2}
+    (tmp_path / "own.json").write_text(json.dumps(network))
+    assert gkd("--network", str(tmp_path / "own.json")) == 1
+    assert trained == []
+    assert "BasicUNet has no separate encoder and decoder, which alignment headers need: leave out --network" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -24,6 +24,7 @@ from scripts.image_io.dicom_rules import series_rules
 from scripts.image_io.dicom_series import SeriesFiles
 from scripts.image_io.dicom_study import Series, choose_series, find_series
 from scripts.metrics.lesion_measures import Measures
+from tests.dicom_phantom import write_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,6 +245,18 @@ def test_objects_of_an_earlier_run_are_gone_before_a_new_mask_is_made(
     with pytest.raises(ValueError, match="a test"):
         clinic.segment_chosen(args, task, {"ct": _series("CT", "1.1")}, tmp_path)
     assert found == [["notes.txt"]]
+
+
+def test_an_error_names_the_folder_of_the_study_and_the_series(
+    phantoms: list[dict[str, Any]], tiny_student: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The series are read through links in a folder that is removed afterwards."""
+    folder = write_study(phantoms[0], tmp_path) / "dicom"
+    sorted(folder.glob("PT_*.dcm"))[5].unlink()
+    assert main(["dicom", "--study", str(folder), "--output-dir", str(tmp_path / "out"), *tiny_student]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder} (pet, series " in error
+    assert "/series-" not in error
 
 
 def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def mask_and_images(
         raise ValueError("--bids names the masks of several cases. Add --data-list or --dataset-dir, or remove --bids.")
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
-        raise ValueError(f"--output {mask} is no NIfTI file name. Use a name that ends in {SUFFIX}.")
+        raise ValueError(f"--output {mask} does not end in {SUFFIX}. Choose such a name.")
     images = named_images(args, modalities)
     if args.stacked:
         images = dict.fromkeys(modalities, args.stacked)

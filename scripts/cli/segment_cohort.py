@@ -161,7 +161,8 @@ def _refuse_options_of_one_case(args: argparse.Namespace) -> None:
     used = [key for key in ("output", "stacked", "profile", "image") if getattr(args, key)]
     if used:
         several = "--data-list" if args.data_list else "--dataset-dir"
-        raise ValueError(f"--{', --'.join(used)} cannot be combined with {several}. Remove them.")
+        names = [f"--{key}" for key in used if key != "image"] + [f"--{key}" for key, _ in args.image or ()]
+        raise ValueError(f"{', '.join(names)} name one case, and {several} several. Remove one or the other.")
     refuse_values_of_one_patient(args, "--data-list")
     refuse_other_folder(args)
 
@@ -178,11 +179,15 @@ def _mask_paths(
     for case in cases:
         name = bids_name(case, modalities, bids) if bids else f"{case['case_id']}{SUFFIX}"
         masks[case["case_id"]] = output / name
-    if len(set(masks.values())) < len(masks):
-        raise ValueError(
-            f"Two cases of {args.data_list or args.dataset_dir} get the same BIDS name, which holds only letters and "
-            "digits. Rename them."
-        )
+    cases_of: dict[Path, list[str]] = {}
+    for case_id, mask in masks.items():
+        cases_of.setdefault(mask, []).append(case_id)
+    for mask, names in cases_of.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} get the same BIDS name, {mask.name}, which holds only letters and digits. Rename "
+                "one of them."
+            )
     images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
     for case_id, mask in masks.items():
         if mask.resolve() in images:

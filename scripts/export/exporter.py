@@ -180,7 +180,12 @@ def comparison_cases(
     cases = []
     for item in write_phantoms(folder / "phantoms", cases=PHANTOMS, seed=PHANTOM_SEED, progress=False):
         # For modalities that the phantom does not have its images are used in turn: each channel needs some image.
-        files = {key: item.get(key, item[MODALITIES[i % len(MODALITIES)]]) for i, key in enumerate(modalities)}
+        files: dict[str, str] = {}
+        for i, key in enumerate(modalities):
+            file = item.get(key) or item[MODALITIES[i % len(MODALITIES)]]
+            if file in files.values():  # one file cannot be two modalities
+                file = shutil.copyfile(file, Path(file).with_name(f"{key}.nii.gz"))
+            files[key] = str(file)
         ids_and_label = {key: item[key] for key in ("case_id", "patient_id", "label")}
         _set_values(Path(item["label"]), labels)
         cases.append({**ids_and_label, **files, "image": files[modalities[0]]})

@@ -98,7 +98,8 @@ class GatherModalities:
         if reference not in data and ("image" not in data or str(data["image"]) in others):
             case = f"Case {data['case_id']}" if "case_id" in data else "A case"
             raise ValueError(
-                f"{case} needs 'image' or '{reference}', the reference modality. It has {sorted(map(str, data))}."
+                f"{case} has no {reference}, the reference modality, and no image in its place. Add it. It has "
+                f"{', '.join(sorted(map(str, data)))}."
             )
         item = dict(data)
         item.setdefault(reference, data.get("image"))

@@ -48,6 +48,8 @@ def acquire(path: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file. Name a folder.") from error
         raise OSError(error.errno, f"{target} cannot be written ({error.strerror}): choose another output.") from error
     prefix = f".{target.name}" if is_mask else ""
     owner_file = folder / f"{prefix}.run.json"

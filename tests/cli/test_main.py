@@ -72,10 +72,8 @@ def test_debug_shows_the_traceback_and_otherwise_one_sentence_is_printed(capsys:
     assert main(command) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert (
-        printed.err == "error: --output /tmp/never/mask.nii is no NIfTI file name. Use a name that ends in .nii.gz.\n"
-    )
-    with pytest.raises(ValueError, match="is no NIfTI file name"):
+    assert printed.err == "error: --output /tmp/never/mask.nii does not end in .nii.gz. Choose such a name.\n"
+    with pytest.raises(ValueError, match="does not end in"):
         main([*command, "--debug"])
 
 

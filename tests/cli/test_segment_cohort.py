@@ -273,10 +273,10 @@ def test_a_batch_that_is_killed_has_said_which_weights_make_its_masks(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output cannot be combined with --data-list"),
-        (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked cannot be combined with --data-list"),
-        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--image cannot be combined with --data-list"),
-        (["--data-list", "c.csv", "--profile"], "--profile cannot be combined with --data-list"),
+        (["--data-list", "c.csv", "--output", "m.nii.gz"], "--output name one case, and --data-list several"),
+        (["--data-list", "c.csv", "--stacked", "s.nii.gz"], "--stacked name one case, and --data-list several"),
+        (["--data-list", "c.csv", "--ct", "s.nii.gz"], "--ct name one case, and --data-list several"),
+        (["--data-list", "c.csv", "--profile"], "--profile name one case, and --data-list several"),
         (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of several cases"),
         (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "is the ct image itself"),

@@ -498,7 +498,7 @@ def test_all_missing_files_and_keys_of_a_cohort_are_named_at_once_by_train_and_e
         message = refusal([*verb, *TINY, "--data-list", incomplete, "--output-dir", out], capsys, out)
         for words in ("Case A", "A/pet.nii", "B/mr.nii", "C/label.nii", "D/ct.nii", "D/pet.nii", "(E: mr)"):
             assert words in message
-        assert "Case F needs 'image' or 'ct'" in message
+        assert "Case F has no ct, the reference modality" in message
         for words in ("A/ct.nii", "B/pet.nii", "C/ct.nii", "E/ct.nii", "D/label.nii"):
             assert words not in message
         assert "Add the files, or remove these cases from the list" in message

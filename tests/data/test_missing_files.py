@@ -126,5 +126,5 @@ def test_a_case_without_the_first_modality_is_written_on_the_next_ones_grid(case
 
 def test_an_image_that_is_another_modality_is_not_the_reference(case: Any) -> None:
     item = {"case_id": "A", "image": case["image"], "ct": case["image"], "mr": case["mr"]}
-    with pytest.raises(ValueError, match="needs 'image' or 'pet', the reference modality"):
+    with pytest.raises(ValueError, match="has no pet, the reference modality"):
         GatherModalitiesd(MODALITIES, allow_missing=True, reference="pet")(item)

@@ -239,7 +239,8 @@ def test_phantom_images_are_used_for_any_modalities(tmp_path: Path, monkeypatch:
     labels = [[5], [2, 7], [9]]
     cases, source = exporter.comparison_cases([[], []], ["t2w", "pet", "adc", "hbv"], tmp_path, labels)
     names = {key: Path(cases[0][key]).name.split("_")[0] for key in ("image", "t2w", "pet", "adc", "hbv")}
-    assert names == {"image": "CT", "t2w": "CT", "pet": "PET", "adc": "MR", "hbv": "CT"}
+    assert names == {"image": "CT", "t2w": "CT", "pet": "PET", "adc": "MR", "hbv": "hbv.nii.gz"}
+    assert Path(cases[0]["hbv"]).read_bytes() == Path(cases[0]["t2w"]).read_bytes()  # a copy: no file is two modalities
     assert "no patients" in source
     assert np.unique(np.asanyarray(nib.load(cases[0]["label"]).dataobj)).tolist() == [2, 5]
 

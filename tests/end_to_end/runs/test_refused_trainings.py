@@ -12,7 +12,7 @@ from scripts.cli.main import main
 
 FILE = "a file"
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "output is a file": (["--output-dir", FILE], "{file} cannot be written (File exists): choose another output."),
+    "output is a file": (["--output-dir", FILE], "{file} is a file. Name a folder."),
     "output below a file": (
         ["--output-dir", f"{FILE}/run"], "{file}/run cannot be written (Not a directory): choose another output."
     ),

@@ -185,8 +185,8 @@ def _mask_paths(
     for mask, names in cases_of.items():
         if len(names) > 1:
             raise ValueError(
-                f"{' and '.join(names)} get the same BIDS name, {mask.name}, which holds only letters and digits. Rename "
-                "one of them."
+                f"{' and '.join(names)} get the same BIDS name, {mask.name}, which holds only letters and digits. "
+                "Rename one of them."
             )
     images = {Path(value).resolve() for case in cases for value in case.values() if isinstance(value, str)}
     for case_id, mask in masks.items():

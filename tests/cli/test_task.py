@@ -57,6 +57,15 @@ def test_a_task_wins_over_the_scale_and_set_over_both() -> None:
     assert merged["cohort"] == "files"
 
 
+def test_the_split_file_of_a_task_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From whichever folder the command is typed."""
+    write(splits_file="folds/mine.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config("train", "--data", "../task.json")["splits_file"] == str(tmp_path / "folds" / "mine.json")
+    assert config("train", "--data", "../task.json", "--set", "splits_file=own.json")["splits_file"] == "own.json"
+
+
 def test_other_labels_come_without_the_classes_and_regions_of_the_task() -> None:
     write()
     merged = config("train", "--data", "task.json", "--set", "labels=[[0],[1,2]]")

@@ -48,7 +48,9 @@ def add_common_options(parser: Parser, output: str = "") -> None:
     group.add_argument("--output-dir", metavar="DIR", help=f"folder for all results{default}")
     group.add_argument("--allow-outside", action="store_true", help="accept paths outside the folder of --data-list")
     group.add_argument("--allow-missing", action="store_true", help="accept cases without some modalities (zeros)")
-    group.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
+    group.add_argument(
+        "--max-voxels", type=positive_int, metavar="N", help="reject images with more voxels (default: 2^30)"
+    )
     group.add_argument("--replace-nonfinite", type=float, metavar="VALUE", help="replace NaN and infinite voxels")
     group.add_argument(
         "--voxel-size",

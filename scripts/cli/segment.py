@@ -82,7 +82,7 @@ def take_images(args: argparse.Namespace, others: list[str]) -> tuple[list[str],
     from scripts.utils.task_file import task_path
 
     modalities = task_of(args)["modalities"]
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m scripts segment", add_help=False, allow_abbrev=False)
     for modality in modalities:
         parser.add_argument(f"--{modality}", dest="image", action="append", type=partial(_named_image, modality))
     unknown, weights = parser.parse_known_args(others, args)[1], weights_path(args)

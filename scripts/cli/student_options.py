@@ -11,9 +11,9 @@ from scripts.cli.bundle_run import Overrides, interpreted
 from scripts.cli.config import SEPARATOR, Config, read_config
 from scripts.cli.options import Parser, parse_set
 from scripts.utils.json_files import read_object
+from scripts.utils.values import TAPS
 
 LAYERS = "layers"  # key of a network's file: tap -> layer, for methods that compare features
-TAPS = ("deep", "middle", "fine")
 OF_EVERY_NETWORK = {"in_channels", "out_channels"}  # ids in the student's definition that are not its own
 
 
@@ -116,19 +116,18 @@ def layers_overrides(args: argparse.Namespace) -> Overrides:
     """The layers of the own network that a distillation taps, from the key ``layers`` of its file."""
     if not args.network:
         return {}
-    layers = _read_network(args)[1]
-    if not isinstance(layers, dict) or not set(layers) <= set(TAPS):
-        raise ValueError(f"{args.network}: layers must name the layer of {', '.join(TAPS)}, or of some of them.")
-    return {f"student_layers#{tap}": layer for tap, layer in layers.items()}
+    return {f"student_layers#{tap}": layer for tap, layer in _read_network(args)[1].items()}
 
 
-def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The definition of ``--network`` and its layers; in the file it stands alone, or under the key ``network``."""
     content = read_object(args.network, "definition of a network")
     definition = content.get("network", content)
     definition = {**definition} if isinstance(definition, dict) else {}
     layers = content.get(LAYERS, {})
     definition.pop(LAYERS, None)
+    if not isinstance(layers, dict) or not set(layers) <= set(TAPS):
+        raise ValueError(f"{args.network}: layers must name the layer of {', '.join(TAPS)}, or of some of them.")
     return _require_class(args.network, definition, "network", "monai.networks.nets.UNet"), layers
 
 

@@ -171,7 +171,7 @@ def chosen_cases(split: Sequence[list[Item]], which: str) -> list[Item]:
 def _read_splits(path: Path) -> list[list[str]]:
     expected = 'Expected JSON such as {"seed": 0, "folds": [["patient 1"], ["patient 2"]]}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"The split file {path} cannot be read ({error}). {expected}.") from error
     folds = content.get("folds") if isinstance(content, dict) else None

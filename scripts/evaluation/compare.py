@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,9 +76,13 @@ def compare(
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: a file of an evaluation is damaged, or no evaluation has the name ``baseline``.
+        ValueError: a file of an evaluation is damaged, an evaluation is named twice, or no evaluation has the name
+            ``baseline``.
     """
     runs = []
+    twice = [folder for folder, count in Counter(map(os.path.realpath, evaluations)).items() if count > 1]
+    if twice:
+        raise ValueError(f"The evaluation {twice[0]} is named twice. Keep one.")
     for folder in evaluations:
         path = Path(folder) / "summary.json"
         if not path.is_file():

@@ -13,7 +13,7 @@ from torch import nn
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
 from scripts.utils.task_file import read_task, task_path
-from scripts.utils.values import HEADS, is_list, is_number, is_range, is_three, is_whole
+from scripts.utils.values import HEADS, TAPS, is_list, is_number, is_range, is_three, is_whole
 
 # Exactly one of them says what answers.
 ORIGINS = ("architecture", "network", "bundle", "label", "predictions", "nnunet")
@@ -133,7 +133,7 @@ def check_spec(name: str, spec: Spec) -> None:
 def _check_own_settings(name: str, spec: Spec) -> None:
     for key, is_right, form in (
         ("head", HEADS.__contains__, " or ".join(HEADS)),
-        ("layers", _is_layers, 'an object such as {"middle": "decoder.1"}'),
+        ("layers", _is_layers, f'an object such as {{"middle": "decoder.1"}}, with keys of {", ".join(TAPS)}'),
         ("classes", _is_classes, "its outputs for each class of the task, such as [0, 1] or [[0, 2], 1], each once"),
         ("out_channels", lambda value: is_whole(value) and value > 0, "a whole number of at least 1"),
         ("spacing", lambda value: is_three(value, is_number), "three sizes in mm, such as [1.5, 1.5, 2]"),
@@ -167,7 +167,8 @@ def _items(name: str, intensity: Any) -> list[tuple[str, Any]]:
 
 
 def _is_layers(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(text, str) and text for text in value.values())
+    is_object = isinstance(value, Mapping) and set(value) <= set(TAPS)
+    return is_object and all(isinstance(text, str) and text for text in value.values())
 
 
 def _is_classes(value: Any) -> bool:

@@ -42,10 +42,17 @@ def curve_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def read_curves(path: str | Path) -> list[Row]:
-    """Read a ``curves.csv``: one row per epoch; an empty cell is None."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
+    """Read a ``curves.csv``: one row per epoch; an empty cell is None.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
+        return [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} holds no learning curves. Name the curves.csv of a training.") from None
 
 
 def curve_figures(curves: Mapping[str, Rows]) -> list[CurveFigure]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 HEADS = ("softmax", "sigmoid")  # of a network: over the classes, or one channel per region
+TAPS = ("deep", "middle", "fine")  # of a network's features, each with a layer
 
 
 def is_number(value: Any) -> bool:

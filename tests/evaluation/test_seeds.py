@@ -11,7 +11,7 @@ from scripts.evaluation.compare import compare
 from scripts.evaluation.seeds import group_seeds, mean_over_seeds
 from scripts.evaluation.summary_table import markdown_differences, markdown_summary
 from scripts.metrics import aggregate, aggregate_regions, paired_difference, write_rows
-from scripts.report.curves import curve_names
+from scripts.report.curves import curve_names, read_curves
 from scripts.report.tables import difference_table, network_name, summary_table
 
 
@@ -91,8 +91,16 @@ def test_a_report_averages_seeds_on_request_and_compares_with_a_baseline(tmp_pat
     # Case a: 0.8 - 0.6, case b: 0.9 - 0.8.
     assert "| distilled (2 seeds) | +0.150 [" in differences
     assert len(compare(folders, str(tmp_path / "out")).splitlines()) == 2 + 4
+    with pytest.raises(ValueError, match=r"kd1 is named twice\. Keep one"):
+        compare([*folders, folders[-1]], str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"No evaluation is named nothing\. Choose one of alone"):
         compare(folders, str(tmp_path / "out"), baseline="nothing")
+
+
+def test_a_table_without_epochs_holds_no_curves(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_text("case_id,dice\nC01,0.5\n")
+    with pytest.raises(ValueError, match=r"cases\.csv holds no learning curves\. Name the curves\.csv of a training"):
+        read_curves(tmp_path / "cases.csv")
 
 
 def test_the_unseen_cases_are_averaged_over_the_seeds_too() -> None:

@@ -32,6 +32,7 @@ TASK: dict[str, Any] = {
         ),
         ({"modalities": []}, "names no modalities"),
         ({"kind": "rnn"}, "The teacher one is of the kind 'rnn'"),
+        ({"layers": {"deeep": "a"}}, r"Write an object such as .*, with keys of deep, middle, fine"),
         ({"layers": ["a"]}, r"The teacher one has the layers \['a'\]\. Write an object"),
         ({"classes": [0, 0]}, r"The teacher one has the classes \[0, 0\]"),
         ({"classes": [0, []]}, r"The teacher one has the classes \[0, \[\]\]"),

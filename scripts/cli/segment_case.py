@@ -137,7 +137,7 @@ def mask_and_images(
         raise ValueError("--bids names the masks of several cases. Add --data-list or --dataset-dir, or remove --bids.")
     mask = Path(args.output)
     if not mask.name.endswith(SUFFIX) or mask.name == SUFFIX:
-        raise ValueError(f"--output {mask} does not end in {SUFFIX}. Choose such a name.")
+        raise ValueError(f"--output {mask} is no name of a mask. Use one that ends in {SUFFIX}, such as mask{SUFFIX}.")
     images = named_images(args, modalities)
     if args.stacked:
         images = dict.fromkeys(modalities, args.stacked)

@@ -136,7 +136,7 @@ def _segment_images(args: argparse.Namespace, task: Mapping[str, Any], folder: P
         raise ValueError("A modality is named twice. Keep one image of each.")
     output = Path(args.output)
     if not output.name.endswith(".nii.gz"):
-        raise ValueError(f"--output {output} does not end in .nii.gz. Choose such a name.")
+        raise ValueError(f"--output {output} is no name of a mask. Use one that ends in .nii.gz, such as mask.nii.gz.")
     if any(Path(path).resolve() == output.resolve() for path in given.values()):
         raise ValueError(f"--output {output} is one of the images. Choose another file name.")
     images = {key: given[key] for key in task["modalities"] if key in given}

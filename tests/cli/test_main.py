@@ -72,8 +72,9 @@ def test_debug_shows_the_traceback_and_otherwise_one_sentence_is_printed(capsys:
     assert main(command) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "error: --output /tmp/never/mask.nii does not end in .nii.gz. Choose such a name.\n"
-    with pytest.raises(ValueError, match="does not end in"):
+    named = "--output /tmp/never/mask.nii is no name of a mask. Use one that ends in .nii.gz, such as mask.nii.gz."
+    assert printed.err == f"error: {named}\n"
+    with pytest.raises(ValueError, match="is no name of a mask"):
         main([*command, "--debug"])
 
 

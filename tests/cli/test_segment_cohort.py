@@ -280,7 +280,7 @@ def test_a_batch_that_is_killed_has_said_which_weights_make_its_masks(
         (["--ct", "c.nii.gz", "--output", "m.nii.gz", "--bids"], "--bids names the masks of several cases"),
         (["--ct", "c.nii.gz", "--output", "c.nii.gz"], "--output c.nii.gz is the ct image itself"),
         (["--ct", "c.nii.gz", "--output", "x/../c.nii.gz"], "is the ct image itself"),
-        (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "Use a name that ends in .nii.gz"),
+        (["--ct", "c.nii.gz", "--output", "x/.nii.gz"], "is no name of a mask. Use one that ends in .nii.gz"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

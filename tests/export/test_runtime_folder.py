@@ -176,7 +176,7 @@ REFUSED = {
         1,
         "no such file: a.nii.gz",
     ),
-    "another name": (["--ct", "a.nii.gz", "--output", "m.nii"], 1, "--output m.nii does not end in .nii.gz."),
+    "another name": (["--ct", "a.nii.gz", "--output", "m.nii"], 1, "--output m.nii is no name of a mask."),
     "an image": (["--ct", "a.nii.gz", "--output", "a.nii.gz"], 1, "--output a.nii.gz is one of the images."),
     "the reference": (["--pet", "a.nii.gz", "--output", "m.nii.gz"], 1, "Missing images: --ct, --mr."),
     "no study": (["--input", "none", "--output-dir", "out"], 1, "There is no folder none."),

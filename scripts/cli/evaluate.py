@@ -129,7 +129,7 @@ def score_masks(args: argparse.Namespace, configs: Sequence[str], overrides: Ove
         config["layout"],
     )
     if config["fold"] is not None:
-        cases = fold_split(cases, config["fold"], file=config["splits_file"], named=True, training=False)[1]
+        cases = fold_split(cases, config["fold"], file=config["splits_file"], training=False)[1]
     texts = {key: str(text) for key, text in config["score"].items() if key != "_target_"}  # "@KEY"
     settings: dict[str, Any] = {key: config.get(text[1:]) for key, text in texts.items()}
     settings |= {

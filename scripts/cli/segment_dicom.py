@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,17 +152,30 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
             folders = series_folders(chosen, Path(links))
             own = {"image": [*folders.items()], "output": str(mask), "output_dir": None, "series_uid": uids}
             measures = (output.resolve().name, output / MEASURES)
-            try:
+            with series_named(folders, chosen, args.debug):
                 measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
-            except EXPECTED_ERRORS as error:
-                text = error_sentence(error)
-                for key, folder in folders.items():  # the links are about to be removed
-                    text = text.replace(str(folder), f"{chosen[key].folder} ({key}, series {chosen[key].uid})")
-                if args.debug or text == error_sentence(error):
-                    raise
-                raise ValueError(text) from None
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
+
+
+@contextmanager
+def series_named(folders: Mapping[str, str | Path], chosen: Mapping[str, Series], debug: bool) -> Iterator[None]:
+    """Let the errors of a block name series by their UIDs, and not by folders that are about to be removed.
+
+    Args:
+        folders: of each modality's files.
+        chosen: the series of each.
+        debug: let the errors through as they are.
+    """
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        text = error_sentence(error)
+        for key, folder in folders.items():
+            text = text.replace(str(folder), f"The series {chosen[key].uid} ({key})")
+        if debug or text == error_sentence(error):
+            raise
+        raise ValueError(text) from None
 
 
 def write_dicom(

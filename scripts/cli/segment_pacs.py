@@ -18,13 +18,13 @@ from scripts.cli.segment_dicom import (
     choose,
     print_command,
     segment_chosen,
+    series_named,
     study_task,
 )
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
 from scripts.image_io.dicom_study import Series
 from scripts.image_io.dicomweb import Pacs
-from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
 
 IMAGES = ".images-"  # folder of the fetched images, while they are needed
@@ -93,16 +93,8 @@ def _fetched(
             count = pacs.fetch_series(study, series.uid, Path(images) / key)
             print(f"fetched {key}: {count} objects in {time.monotonic() - start:.1f} s")
             local[key] = series._replace(folder=Path(images) / key)
-        try:
+        with series_named({key: series.folder for key, series in local.items()}, chosen, args.debug):
             yield local
-        except EXPECTED_ERRORS as error:
-            text = error_sentence(error)
-            for key, series in local.items():  # the folder that is about to be removed helps nobody
-                for named in (f"{series.folder} ({key}, series {series.uid})", str(series.folder)):
-                    text = text.replace(named, f"The series {series.uid} ({key})")
-            if args.debug or text == error_sentence(error):
-                raise
-            raise ValueError(text) from None
 
 
 def written_objects(args: argparse.Namespace, output: Path) -> list[Path]:

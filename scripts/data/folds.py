@@ -70,11 +70,11 @@ def fold_split(
         folds: number of folds, if `file` does not exist.
         seed: of the shuffle, if `file` does not exist.
         file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: read if it exists, else written.
-        named: whether the user named the file: a training then warns if it does not exist.
-        training: whether the run trains: a case must be left for it. Other runs do not write a file that is named.
+        named: whether the user named the file: a training then warns before it writes it.
+        training: whether the run trains: a case must be left for it. Other runs need the file, if they name one.
 
     Raises:
-        FileNotFoundError: the file is named and does not exist, and the run does not train.
+        FileNotFoundError: the file does not exist, and the run does not train.
         ValueError: the fold does not exist, has no case or all of them, there are fewer patients than folds, the data
             set puts a patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients
             without a case, or does not list patients that have one.
@@ -94,9 +94,9 @@ def fold_split(
     path = Path(file) if file else None
     if path is not None and path.is_dir():
         raise ValueError(f"The split file {path} is a folder. Name a JSON file.")
-    if path is not None and named and not path.exists():
-        if not training:
-            raise FileNotFoundError(f"There is no split file at {path}. Check splits_file, or leave it out.")
+    if path is not None and not path.exists() and not training:
+        raise FileNotFoundError(f"There is no split file at {path}. Check splits_file, or leave it out.")
+    if path is not None and not path.exists() and named:
         logger.warning("There is no split file at %s: new folds are written there. Check splits_file", path)
     if path is not None and path.is_file():
         splits = _read_splits(path)

@@ -73,7 +73,7 @@ def test_a_path_that_was_mistyped_does_not_give_other_folds_without_a_word(
 ) -> None:
     file = tmp_path / "typo.json"
     with pytest.raises(FileNotFoundError, match=r"There is no split file at .*typo\.json\. Check splits_file"):
-        fold_split(CASES, file=file, named=True, training=False)
+        fold_split(CASES, file=file, training=False)
     assert not list(tmp_path.iterdir())
     fold_split(CASES, file=tmp_path / "default.json")
     assert not caplog.records

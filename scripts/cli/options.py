@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from typing import Any
 
 from scripts.cli.config import config_names
@@ -28,6 +29,13 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small, use at least 1")
     return number
+
+
+def device_name(text: str) -> str:
+    """An option's device; whether the machine has it is seen when it is used."""
+    if re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d+)?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} is no device, use cpu, cuda, cuda:1, mps or xpu")
 
 
 def add_common_options(parser: Parser, output: str = "") -> None:
@@ -62,7 +70,9 @@ def add_common_options(parser: Parser, output: str = "") -> None:
     )
     group = parser.add_argument_group("run")
     group.add_argument("--scale", choices=config_names("scale"), help=SCALES)
-    group.add_argument("--device", help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
+    group.add_argument(
+        "--device", type=device_name, help="such as cpu or cuda:0 (default: the first GPU, or the CPU)"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
     group.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")

@@ -16,6 +16,7 @@ from scripts.cli.options import (
 )
 from scripts.cli.student_options import add_network_option
 from scripts.cli.suv_options import add_suv_options
+from scripts.cli.task import is_file
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"
@@ -96,12 +97,23 @@ def _named_image(modality: str, path: str) -> tuple[str, str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Segment."""
-    if args.data_list or (args.dataset_dir and not (args.output or args.image or args.stacked)):
+    """Segment.
+
+    Raises:
+        ValueError: ``--workers`` for one case.
+    """
+    # A task file of one case may need the data set for its classes (scripts.cli.task).
+    of_task = is_file(args.data) and (args.output or args.image or args.stacked)
+    if args.data_list or (args.dataset_dir and not of_task):
         from scripts.cli.segment_cohort import segment_cohort
 
         segment_cohort(args)
-    else:
-        from scripts.cli.segment_case import segment_case
+        return
+    if args.workers:
+        raise ValueError(
+            "--workers is how many cases are segmented at a time. Add --data-list or --dataset-dir, or remove it "
+            "(--threads sets the threads of one case)."
+        )
+    from scripts.cli.segment_case import segment_case
 
-        segment_case(args)
+    segment_case(args)

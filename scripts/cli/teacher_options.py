@@ -102,9 +102,15 @@ def teachers_overrides(args: argparse.Namespace, modalities: list[str]) -> dict[
     """The config overrides of ``--teachers-dir`` and ``--teacher``.
 
     Raises:
-        ValueError: see ``teacher_specs``, or no teacher is named, and the default teachers need other modalities.
+        ValueError: see ``teacher_specs``; both are named; or no teacher is named, and the default teachers need other
+            modalities.
     """
     specs = teacher_specs(args, modalities)
+    if specs and args.teachers_dir:
+        raise ValueError(
+            f"--teachers-dir holds the weights of the default teachers, and {', '.join(specs)} replace them. Remove "
+            "--teachers-dir, or name each teacher with its weights."
+        )
     named = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
     if not specs and not named & {"teachers", "teacher_specs"}:
         defaults = read_config("distill")["teacher_specs"].values()

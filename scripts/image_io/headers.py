@@ -177,8 +177,11 @@ def _read_start(path: Path) -> bytes:
     """The first bytes of a file, unpacked.
 
     Raises:
-        ValueError: the file is empty, text, a Git LFS pointer or a damaged gzip stream.
+        ValueError: the path is a pipe, socket or device, or the file is empty, text, a Git LFS pointer or a damaged
+            gzip stream.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
+        raise ValueError(f"{path} is a pipe, socket or device, not a file. Give the path of the image.")
     with open(path, "rb") as file:
         raw = file.read(1 << 16)
     if not raw:

@@ -63,8 +63,8 @@ def training_record(
         teachers: name -> ``weights``, a file or None for random weights. No teacher is built here, because that would
             draw random numbers before the student does.
         built_on: name -> file of further weights that the training needs, ``""`` for random weights.
-        pretrained: file of the weights that the training starts from; ``""`` for random weights. A warning names the
-            validation cases that trained them.
+        pretrained: file of the weights that the training starts from; ``""`` for random weights. Warnings name the
+            validation cases that trained them, and other input.
 
     Returns:
         The settings, ``network``, ``segmentation_loss``, ``loss`` (method and terms, if it is another loss),
@@ -91,7 +91,9 @@ def training_record(
         record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
     if pretrained:
         built_on = {**(built_on or {}), "pretrained": pretrained}
-        _warn_of_seen(f"The weights {pretrained} were", split[1], seen_ids(read_task(pretrained) or {}))
+        start = read_task(pretrained) or {}
+        _warn_of_seen(f"The weights {pretrained} were", split[1], seen_ids(start))
+        _warn_of_other_input(pretrained, start, record)
     if built_on:
         record["built_on_sha256"] = {name: _checksum({"weights": file}) for name, file in built_on.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
@@ -112,6 +114,13 @@ def _warn_of_seen(what: str, validation: Sequence[Item], seen: set[tuple[str, st
             len(validation),
             listed_names(known),
         )
+
+
+def _warn_of_other_input(weights: str, start: Record, record: Record) -> None:
+    """Warn where the weights that a training starts from were trained on other modalities or intensities."""
+    clauses = setting_differences(start, {key: record[key] for key in ("modalities", "intensity") if key in record})
+    if clauses:
+        logger.warning("The weights %s were trained on other input: %s.", weights, "; ".join(clauses))
 
 
 def _checksum(spec: Mapping[str, Any]) -> str | None:

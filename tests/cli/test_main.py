@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,32 @@ def test_the_sentence_of_a_wrapped_error_is_that_of_its_cause() -> None:
         fail()
     assert error_sentence(caught.value) == "two lines"
     assert error_sentence(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("option", "definition", "words"),
+    [
+        ("--network", {"_target_": "UNet", "spatial_dims": 3}, "monai.networks.nets.unet.UNet cannot be built: "),
+        ("--segmentation-loss", {"_target_": "DiceLoss", "reduction": "x"}, "monai.losses.dice.DiceLoss"),
+    ],
+)
+def test_an_own_class_that_cannot_be_built_is_named(
+    option: str, definition: dict[str, Any], words: str, cohort: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(definition))
+    command = ["train", "--data", "phantom", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "out")]
+    assert main([*command, option, str(path), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert error.endswith(". Correct its arguments where it is named.")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "0", "cuda:x"])
+def test_a_device_that_does_not_exist_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--device", name])
+    assert f"{name} is no device, use cpu, cuda" in capsys.readouterr().err
 
 
 def test_the_console_entry_point_is_the_same_program() -> None:

@@ -85,6 +85,14 @@ def test_a_teacher_that_is_no_teacher_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("verb", ["distill", "cache-teachers"])
+def test_a_folder_of_the_default_teachers_beside_others_is_refused(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--teachers-dir", "T", "--teacher", "unetr=random", "--dry-run"]) == 1
+    assert "--teachers-dir holds the weights of the default teachers, and unetr replace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["distill", "cache-teachers"])
 def test_a_task_without_the_modalities_of_the_default_teachers_asks_for_teachers(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

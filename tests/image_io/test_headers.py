@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -227,3 +228,10 @@ def test_two_origins_are_refused(second: str, metaimage: Any) -> None:
 def test_an_unknown_choice_of_voxel_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--voxel-size is 'qform'\. Choose affine or pixdim\."):
         Rules(voxel_size="qform")
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz", "ct.mha", "ct.nrrd"])
+def test_a_pipe_is_refused_instead_of_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="is a pipe, socket or device, not a file"):
+        read_header(tmp_path / name)

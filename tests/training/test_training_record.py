@@ -170,6 +170,19 @@ def test_the_record_names_the_cases_of_all_networks_that_this_one_learned_from(
     assert trained_on(third / "model.pt", cases) == ({"other study": "yes", "PHANTOM_007": "no"}, "")
 
 
+def test_pretrained_weights_of_other_input_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = tmp_path / "model.pt"
+    ranges = {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]}
+    task_path(weights).write_text(json.dumps({"modalities": ["ct", "pet"], "intensity": ranges}))
+    for modalities, of_pet in ((["ct", "pet"], [0, 10]), (["pet", "ct"], [0, 10]), (["ct", "pet"], [0, 20])):
+        settings = {"modalities": modalities, "intensity": {**ranges, "pet": of_pet}}
+        training_record([[], []], settings, pretrained=str(weights))
+    order = "its modalities is ['ct', 'pet'], this run's is ['pet', 'ct']"
+    pet = "its intensity#pet is [0, 10], this run's is [0, 20]"
+    expected = [f"The weights {weights} were trained on other input: {clause}." for clause in (order, pet)]
+    assert [record.getMessage() for record in caplog.records] == expected
+
+
 def test_other_checks_teachers_or_their_order_are_another_training(tiny_bundle: Any, tmp_path: Path) -> None:
     specs = {name: {"architecture": "dynunet", "modalities": ["pet"]} for name in ("a", "b")}
     changed = {"b": specs["b"], "a": {**specs["a"], "modalities": ["ct"]}}

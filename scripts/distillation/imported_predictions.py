@@ -23,7 +23,8 @@ from scripts.data.resampling import resample
 from scripts.distillation.teacher_cache import LOGITS
 from scripts.distillation.teacher_origin import Case, PredictionFiles
 from scripts.image_io.checks import Rules, report_findings
-from scripts.image_io.headers import Affine, Header, read_header
+from scripts.image_io.header_reader import read_header
+from scripts.image_io.headers import Affine, Header
 from scripts.image_io.mask_checks import check_mask
 from scripts.image_io.reader import read_volume
 from scripts.networks.region_logits import region_logits

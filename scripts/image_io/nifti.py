@@ -18,7 +18,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.image_io.headers import VOXEL_TYPES, Header, nifti_header_size, read_header, short_message
+from scripts.image_io.header_reader import nifti_header_size, read_header
+from scripts.image_io.headers import VOXEL_TYPES, Header, short_message
 from scripts.utils.atomic_files import write_bytes
 
 COMPRESSION = 1  # the lowest level already makes masks a hundred times smaller

@@ -15,7 +15,8 @@ from scripts.image_io.checks import Rules
 from scripts.image_io.dicom_enhanced import is_enhanced, read_enhanced_voxels
 from scripts.image_io.dicom_series import is_pet, read_series_header
 from scripts.image_io.dicom_suv import series_suv_factor
-from scripts.image_io.headers import LPS_TO_RAS, METAIMAGE, NIFTI, VOXEL_TYPES, Header, read_header
+from scripts.image_io.header_reader import read_header
+from scripts.image_io.headers import LPS_TO_RAS, METAIMAGE, NIFTI, VOXEL_TYPES, Header
 from scripts.image_io.metaimage import check_metaimage_voxels
 from scripts.image_io.nifti import read_nifti
 from scripts.image_io.nrrd import NRRD, read_nrrd_voxels

@@ -111,7 +111,8 @@ def test_an_own_class_that_cannot_be_built_is_named(
     command = ["train", "--data", "phantom", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "out")]
     assert main([*command, option, str(path), "--device", "cpu"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and words in error
+    assert error.startswith("error: ")
+    assert words in error
     assert error.endswith(". Correct its arguments where it is named.")
 
 

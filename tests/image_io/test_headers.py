@@ -16,7 +16,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from scripts.image_io.checks import Rules, check_headers
-from scripts.image_io.headers import Header, read_header
+from scripts.image_io.header_reader import read_header
+from scripts.image_io.headers import Header
 from scripts.image_io.reader import read_itk
 
 SHAPE = (6, 5, 4)

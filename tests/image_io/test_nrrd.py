@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from scripts.image_io.checks import Rules
-from scripts.image_io.headers import read_header
+from scripts.image_io.header_reader import read_header
 from scripts.image_io.reader import header_of, read_itk, read_volume
 
 VOXELS = np.arange(24, dtype=np.int16).reshape(2, 3, 4)  # z y x

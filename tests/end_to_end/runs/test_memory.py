@@ -17,7 +17,7 @@ import pytest
 
 import scripts.image_io.reader
 from scripts.cli.main import main
-from scripts.image_io.headers import read_header
+from scripts.image_io.header_reader import read_header
 from scripts.runtime import memory_check as memory
 
 GIB = 2**30

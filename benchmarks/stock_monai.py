@@ -11,7 +11,7 @@ from monai import transforms as mt
 from torch import nn
 
 from scripts.data.modalities import GatherModalitiesd, StackModalitiesd
-from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_loading import load_teachers
 
 
 def _normalisation(key: str, rule: Sequence[float] | str) -> mt.Transform:

@@ -15,7 +15,7 @@ from scripts.distillation.own_grid import OwnGrid
 from scripts.distillation.teacher_answers import ALL_AXES, Inferer, NetworkAnswers
 from scripts.distillation.teacher_cache_writer import Answers
 from scripts.distillation.teacher_origin import NNUNetFolder, PredictionFiles, origin_of
-from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_loading import load_teachers
 from scripts.networks.teacher_spec import check_spec, spec_files
 
 
@@ -38,7 +38,7 @@ def load_answers(
     """Build what answers in the place of each teacher of a cache.
 
     Args:
-        specs: name of a teacher -> its specification, see ``scripts.networks.teacher.load_teachers``.
+        specs: name of a teacher -> its specification, see ``scripts.networks.teacher_loading.load_teachers``.
         preprocessing: the training pipeline.
         labels: per class the values of a label file.
         inferer, taps, attention_power, tta, flips: see ``NetworkAnswers``.
@@ -47,7 +47,7 @@ def load_answers(
         smooth: see ``ImportedAnswers``.
         own: name of a teacher -> its own input, where it has one.
         regions: the classes of each channel of a task with a sigmoid head.
-        common: further arguments of ``scripts.networks.teacher.load_teachers``.
+        common: further arguments of ``scripts.networks.teacher_loading.load_teachers``.
     """
     answers: dict[str, Answers] = {}
     channels = len(regions or labels)

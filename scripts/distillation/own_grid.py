@@ -20,7 +20,7 @@ from monai.utils import convert_to_tensor
 from scripts.data.resampling import resample
 from scripts.data.training_set import Pipeline
 from scripts.networks.own_intensity import Rule
-from scripts.networks.teacher import own_input
+from scripts.networks.teacher_loading import own_input
 
 Case = Mapping[str, Any]
 

@@ -24,7 +24,7 @@ def origin_of(name: str, spec: Mapping[str, Any], out_of_fold: bool = False) -> 
 
     Args:
         name: of the teacher, for errors.
-        spec: its specification, which ``scripts.networks.teacher.check_spec`` has checked.
+        spec: its specification, which ``scripts.networks.teacher_spec.check_spec`` has checked.
         out_of_fold: see ``OutOfFold``.
     """
     if spec.get("predictions"):

@@ -18,7 +18,7 @@ import torch
 from scripts.cli.main import main
 from scripts.distillation.nnunet_teacher import _require_same_outputs
 from scripts.distillation.teacher_origin import NNUNetFolder
-from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_loading import load_teachers
 from scripts.networks.teacher_spec import check_spec
 from scripts.report.curves import read_curves
 

@@ -13,7 +13,8 @@ import torch
 from monai.networks.nets import SegResNet
 
 from scripts.cli.main import main
-from scripts.networks.teacher import Teacher, join_checksums
+from scripts.networks.teacher import Teacher
+from scripts.networks.teacher_spec import join_checksums
 from scripts.report.curves import read_curves
 from scripts.utils.checksums import sha256
 

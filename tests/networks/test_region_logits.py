@@ -14,7 +14,8 @@ from torch import nn
 from scripts.networks.ensemble import Ensemble
 from scripts.networks.label_teacher import LabelTeacher
 from scripts.networks.region_logits import region_logits
-from scripts.networks.teacher import Teacher, load_teachers
+from scripts.networks.teacher import Teacher
+from scripts.networks.teacher_loading import load_teachers
 from scripts.networks.teacher_spec import teacher_head
 
 NESTED = [[1, 2, 3], [1, 3], [3]]

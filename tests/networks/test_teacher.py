@@ -15,7 +15,8 @@ import torch
 
 from scripts.networks import Student
 from scripts.networks.label_teacher import LabelTeacher
-from scripts.networks.teacher import Teacher, load_teachers
+from scripts.networks.teacher import Teacher
+from scripts.networks.teacher_loading import load_teachers
 from scripts.utils.checksums import sha256
 
 OPTIONS: dict[str, dict[str, Any]] = {

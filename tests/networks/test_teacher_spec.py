@@ -12,7 +12,8 @@ from torch import nn
 
 from scripts.distillation.distiller import Distiller
 from scripts.networks.own_intensity import Rescale
-from scripts.networks.teacher import Teacher, TeacherLike, load_teachers
+from scripts.networks.teacher import Teacher, TeacherLike
+from scripts.networks.teacher_loading import load_teachers
 from scripts.networks.teacher_spec import check_spec, teacher_identity
 
 SPEC: dict[str, Any] = {"architecture": "segresnet", "modalities": ["ct", "pet"]}

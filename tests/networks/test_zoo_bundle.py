@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.networks.nets import UNet
 
-from scripts.networks.teacher import load_teachers
+from scripts.networks.teacher_loading import load_teachers
 from scripts.networks.zoo_bundle import bundle_network, bundle_weights
 from scripts.utils.checksums import sha256
 

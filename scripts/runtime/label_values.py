@@ -53,8 +53,9 @@ def class_indices(
     # dict.fromkeys, because unique() lists every NaN
     unknown = list(dict.fromkeys(f"{value:.7g}" for value in np.unique(values[~known]).tolist()))
     is_other = bool(others) and bool(np.isin(values, [value for members in others for value in members]).all())
+    named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
     raise ValueError(
-        f"{source} contains the values {', '.join(unknown[:5])}, which are not in the data set's mapping "
-        f"{[list(members) for members in labels]}. "
-        + (hint if is_other else "Correct the file or the config's `labels` (or `ignore`).")
+        f"{source} contains {'the value' if len(unknown) == 1 else 'the values'} {named}, which the task's labels "
+        f"{[list(members) for members in labels]} do not name. "
+        + (hint if is_other else "Correct the file, or `labels` (or `ignore`) of the task.")
     )

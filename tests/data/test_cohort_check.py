@@ -69,7 +69,7 @@ def faulty(cohort: Path, tmp_path: Path) -> Path:
 EXPECTED = {  # level, case, file, words
     ("error", "PHANTOM_001", "pet", "PET_image.nii.gz: 1 of"),
     ("error", "PHANTOM_001", "mr", "MR_T1_image.nii.gz is truncated or damaged"),
-    ("error", "PHANTOM_002", "label", "CT_mask.nii.gz contains the values 7"),
+    ("error", "PHANTOM_002", "label", "CT_mask.nii.gz contains the value 7"),
     ("warning", "PHANTOM_002", "mr", "(mr) is constant: every voxel is 5"),
     ("error", "PHANTOM_003", "", "pet is absent. Add it, or allow it with --allow-missing"),
     ("error", "PHANTOM_003", "mr", "is a Git LFS pointer"),
@@ -294,7 +294,7 @@ def test_all_findings_of_a_data_set_of_nnunet_are_listed_at_once(
     assert "contradicts the task's labels: only the task has the value(s) 5." in whole
     assert "numTraining 4, but there are 3 cases" in whole
     assert "labelsTr/x.nii.gz has no image" in whole
-    assert "contains the values 4, which are not in" in found["error", "a"]
+    assert "contains the value 4, which the task's labels" in found["error", "a"]
     assert "pet is absent" in found.pop(("error", "a"))
     assert "b_0001.nii.gz lies on another grid, which nnU-Net itself would refuse" in found.pop(("warning", "b"))
     assert "labelsTr/c.nii.gz lies on the grid of none of the case's images" in found.pop(("warning", "c"))

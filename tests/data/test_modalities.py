@@ -207,14 +207,14 @@ def test_ignored_voxels_get_an_index_of_their_own_in_every_voxel_type(dtype: tor
     mapped = MapLabelsd("label", [[0], [1]], ignore=9)({"label": label})["label"]
     assert mapped.flatten().tolist() == [0, 1, 254, 1, 254]
     assert mapped.meta["filename_or_obj"] == "folder/label.nii.gz"
-    with pytest.raises(ValueError, match=r"contains the values 9, which.*`labels` \(or `ignore`\)"):
+    with pytest.raises(ValueError, match=r"contains the value 9, which.*`labels` \(or `ignore`\)"):
         MapLabelsd("label", [[0], [1]])({"label": label})
 
 
 @pytest.mark.parametrize(("value", "shown"), [(255, "255"), (-1, "-1"), (0.9999, "0.9999"), (float("nan"), "nan")])
 def test_any_other_label_value_is_refused_with_file_and_value(value: float, shown: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"^folder/label\.nii\.gz contains the values {shown}, which.*Correct the file"
+        ValueError, match=rf"^folder/label\.nii\.gz contains the value {shown}, which.*Correct the file"
     ):
         MapLabelsd("label", [[0], [1]])({"label": label_of([0.0, 1, value, value])})
 

@@ -195,7 +195,7 @@ def refusals(case: Any, folder: Path, write_nifti: Any) -> dict[str, tuple[Calla
         ),
         "values": (
             lambda: write_nifti(folder / "A.nii.gz", np.full(SHAPE, 7, np.uint8), AFFINE),
-            "contains the values 7, which are not in the data set's mapping",
+            "contains the value 7, which the task's labels",
         ),
     }
 

@@ -120,7 +120,7 @@ def test_ignored_voxels_count_in_neither_mask(scored: Any) -> None:
 
 def test_the_ignored_value_is_unknown_where_nothing_is_ignored(scored: Any) -> None:
     label = np.where(tumour() == 1, 9, tumour())
-    with pytest.raises(ValueError, match=r"label\.nii\.gz contains the values 9, which are not in"):
+    with pytest.raises(ValueError, match=r"label\.nii\.gz contains the value 9, which the task's labels"):
         scored({"a": (label, tumour())})
 
 
@@ -138,7 +138,7 @@ def test_masks_of_class_indices_are_scored_by_index(scored: Any) -> None:
     [
         ("file", 3, r'These are class indices: set "mask_values": "index"'),
         ("index", 4, r'These are values of the label files: set "mask_values": "file"'),
-        ("file", 7, r"Correct the file or the config's `labels` \(or `ignore`\)"),
+        ("file", 7, r"Correct the file, or `labels` \(or `ignore`\) of the task"),
     ],
 )
 def test_unknown_values_are_an_error_of_every_region_and_name_the_other_setting(
@@ -151,7 +151,8 @@ def test_unknown_values_are_an_error_of_every_region_and_name_the_other_setting(
         row = rows["a", name]
         assert (row["status"], row["dice"], row["volume_ml"]) == ("error", None, None)
         assert row["reference_volume_ml"] == rows["b", name]["reference_volume_ml"]
-        assert re.search(rf"a\.nii\.gz contains the values {value}, which are not in .*{words}$", row["findings"])
+        unknown = rf"a\.nii\.gz contains the value {value}, which the task's labels .* do not name\. .*{words}$"
+        assert re.search(unknown, row["findings"])
         assert rows["b", name]["status"] == "ok"
 
 

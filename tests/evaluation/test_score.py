@@ -242,7 +242,7 @@ def test_a_folder_of_masks_that_does_not_exist_is_named(cohort: Any, tmp_path: P
 
 def test_unknown_values_of_a_reference_are_refused_with_the_path(cohort: Any, tmp_path: Path, write_nifti: Any) -> None:
     write_nifti(Path(cohort[0]["label"]), cube() * 7, AFFINE)
-    with pytest.raises(ValueError, match=r"label\.nii\.gz contains the values 7, which"):
+    with pytest.raises(ValueError, match=r"label\.nii\.gz contains the value 7, which"):
         run(cohort[:2], tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -257,7 +257,7 @@ def test_unknown_values_of_a_mask_count_its_case_as_an_error(
     rows = read(tmp_path / "out" / "cases.csv")
     assert [rows[name]["status"] for name in rows] == ["error", "ok"]
     assert [rows["A_same"][key] for key in ("dice", "hd95_mm", "assd_mm", "volume_ml")] == [""] * 4
-    assert f"A_same.nii.gz contains the values {value:.7g}, which are not in" in rows["A_same"]["findings"]
+    assert f"A_same.nii.gz contains the value {value:.7g}, which the task's labels" in rows["A_same"]["findings"]
     assert rows["A_same"]["findings"] in caplog.text
     assert summary["unreadable"] == [f"{rows['A_same']['findings']}."]
     assert summary["aggregate"]["metrics"]["dice"]["worst_filled"]["mean"] == 0.375  # of 0 and 0.75

@@ -127,10 +127,10 @@ def test_slope_and_intercept_are_applied_once_and_the_mask_has_none(
 
 
 LABELS = [
-    ("255", _put(255), "contains the values 255, which"),
-    ("-1", _put(-1), "contains the values -1, which"),
-    ("0.9999", _put(0.9999), "contains the values 0.9999, which"),
-    ("NaN", _put(np.nan, np.nan), "contains the values nan, which"),
+    ("255", _put(255), "contains the value 255, which"),
+    ("-1", _put(-1), "contains the value -1, which"),
+    ("0.9999", _put(0.9999), "contains the value 0.9999, which"),
+    ("NaN", _put(np.nan, np.nan), "contains the value nan, which"),
     ("2 to 5", _put(2, 3, 4, 5), "contains the values 2, 3, 4, 5, which"),
 ]
 BAD_LABELS = pytest.mark.parametrize(("change", "words"), [c[1:] for c in LABELS], ids=[c[0] for c in LABELS])
@@ -195,7 +195,7 @@ def test_float64_labels_of_the_data_sets_mapping_are_accepted(
     assert outcome.code == 0, outcome.err
     change_voxels(cases["A"]["label"], lambda voxels: voxels * 3)
     errors = [each for each in check(cases, "--data", "picai22").findings if each["level"] == "error"]
-    assert ["contains the values 6, which" in each["what"] for each in errors] == [True]
+    assert ["contains the value 6, which" in each["what"] for each in errors] == [True]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

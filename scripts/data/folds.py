@@ -15,6 +15,10 @@ from scripts.utils.file_names import nfc
 logger = logging.getLogger(__name__)
 
 CASES = ("training", "validation", "all")
+ADVICE = {  # where there are no such cases
+    "training": "The validation fold holds all patients. Choose another fold, or give at least two.",
+    "validation": "Choose another fold, or other cases (--cases).",
+}
 FOLDS = 5
 
 
@@ -71,11 +75,11 @@ def fold_split(
         seed: of the shuffle, if `file` does not exist.
         file: JSON `{"name"?, "seed", "folds": [[patient ids], ...]}`: read if it exists, else written.
         named: whether the user named the file: a training then warns before it writes it.
-        training: whether the run trains: a case must be left for it. Other runs need the file, if they name one.
+        training: whether the run trains, or prepares a training. Other runs need the file, if they name one.
 
     Raises:
         FileNotFoundError: the file does not exist, and the run does not train.
-        ValueError: the fold does not exist, has no case or all of them, there are fewer patients than folds, the data
+        ValueError: the fold does not exist or has no case, there are fewer patients than folds, the data
             set puts a patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients
             without a case, or does not list patients that have one.
     """
@@ -111,8 +115,6 @@ def fold_split(
         write_text(json.dumps({"seed": seed, "folds": splits}, indent=1) + "\n", path)
     validation_patients = set(splits[fold])
     train = [case for case in cases if nfc(str(case["patient_id"])) not in validation_patients]
-    if training and not train:
-        raise ValueError(f"Fold {fold} holds all patients, so that none is left to train. Give at least two folds.")
     return train, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
 
 
@@ -164,7 +166,7 @@ def chosen_cases(split: Sequence[list[Item]], which: str) -> list[Item]:
         raise ValueError(f"Unknown cases {which!r}: choose one of {', '.join(CASES)}.")
     cases = [case for name, part in zip(CASES, split, strict=False) for case in part if which in (name, "all")]
     if not cases and any(split):
-        raise ValueError(f"The split has no {which} cases. Choose another --cases or --fold.")
+        raise ValueError(f"The split has no {which} cases. {ADVICE[which]}")
     return cases
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from scripts.cli.main import main
 from scripts.data.folds import chosen_cases, fold_split, make_splits
 
 # 23 patients; every fourth has two studies, as in PI-CAI
@@ -81,12 +82,21 @@ def test_a_path_that_was_mistyped_does_not_give_other_folds_without_a_word(
     assert f"There is no split file at {file}: new folds are written there" in caplog.text
 
 
-def test_a_fold_of_all_patients_leaves_none_to_train(tmp_path: Path) -> None:
+def test_a_fold_of_all_patients_leaves_none_to_train_but_all_to_be_answered_for(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "splits.json"
     file.write_text(json.dumps({"seed": 0, "folds": [PATIENTS]}))
-    with pytest.raises(ValueError, match="Fold 0 holds all patients, so that none is left to train"):
-        fold_split(CASES, file=file)
-    assert len(fold_split(CASES, file=file, training=False)[1]) == len(CASES)
+    split = fold_split(CASES, file=file)
+    assert [len(part) for part in split] == [0, len(CASES)]
+    assert chosen_cases(split, "all") == chosen_cases(split, "validation") == split[1]
+    with pytest.raises(ValueError, match="no training cases. The validation fold holds all patients"):
+        chosen_cases(split, "training")
+    names = [f"PHANTOM_{number:03d}" for number in range(1, 7)]
+    file.write_text(json.dumps({"seed": 0, "folds": [names]}))
+    command = ["train", "--data", "phantom", "--dataset-dir", str(cohort), "--device", "cpu", "--set"]
+    assert main([*command, f"splits_file={file}", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "The validation fold holds all patients. Choose another fold" in capsys.readouterr().err
 
 
 def test_a_file_written_by_hand_is_used(tmp_path: Path) -> None:
@@ -210,7 +220,7 @@ def test_the_chosen_cases_are_training_validation_or_all() -> None:
     assert chosen_cases(split, "validation") == split[1]
     assert chosen_cases(split, "all") == [*split[0], *split[1]]
     assert chosen_cases(([], []), "training") == []
-    with pytest.raises(ValueError, match=r"The split has no validation cases\. Choose another --cases or --fold"):
+    with pytest.raises(ValueError, match=r"The split has no validation cases\. Choose another fold, or other cases"):
         chosen_cases((split[0], []), "validation")
     with pytest.raises(ValueError, match=r"Unknown cases 'some': choose one of training, validation, all"):
         chosen_cases(split, "some")

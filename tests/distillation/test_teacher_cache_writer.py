@@ -412,6 +412,12 @@ def test_the_command_writes_the_requested_outputs_and_refuses_in_one_sentence(
         == len(phantoms)
         > len([case for fold in training for case in fold])
     )
+    names = sorted(manifest(folder, "dynunet_pet")["cases"])
+    (tmp_path / "one.json").write_text(json.dumps({"seed": 0, "folds": [names]}))  # nobody trains
+    one_fold = [*arguments[:-4], *arguments[-2:], "--set", f"splits_file={tmp_path / 'one.json'}"]
+    one_fold += ["--output-dir", str(tmp_path / "other")]
+    assert main([*one_fold, "--cases", "all", "--fold", "0"]) == 0
+    assert sorted(manifest(tmp_path / "other", "dynunet_pet")["cases"]) == names
     assert main([*arguments, "--set", "spacing=[14,12,12]"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(

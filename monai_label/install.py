@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.cli.bundle_run import protected
+from scripts.cli.bundle_run import protected, trusted_classes
 from scripts.cli.config import read_config, set_value
 from scripts.cli.main import build_parser
 from scripts.cli.trained_task import SETTINGS, task_of
@@ -145,7 +145,7 @@ def trained_definition(weights: Path) -> dict[str, Any]:
         ValueError: the record is damaged, or its network cannot be used.
     """
     task = read_task(weights) or {}
-    return {"network_def": trained_network(task["network"], weights)} if "network" in task else {}
+    return {"network_def": trusted_classes(trained_network(task["network"], weights))} if "network" in task else {}
 
 
 def study_layout(modalities: Sequence[str]) -> dict[str, str]:

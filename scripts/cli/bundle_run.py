@@ -23,6 +23,7 @@ from scripts.cli.options import MULTI_GPU, common_overrides, parse_set
 from scripts.cli.task import UNNAMED, file_settings, require_complete
 
 Overrides = dict[str, Any]
+TARGET = "_target_"  # MONAI calls what it names
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that MONAI's command line reads as text
 _SPECIAL = re.compile(r"[$@%#]")  # characters that MONAI interprets in a config's text
 
@@ -49,10 +50,21 @@ def literal(text: str) -> str:
     return "$" + _SPECIAL.sub(lambda match: f"\\x{ord(match[0]):02x}", ascii(text))
 
 
+def trusted_classes(value: Any) -> Any:
+    """Settings whose ``_target_`` may name code; all other text in them stays data."""
+    if isinstance(value, Mapping):
+        trusted = {key: trusted_classes(item) for key, item in value.items()}
+        return {**trusted, TARGET: Expression(literal(str(value[TARGET])))} if TARGET in value else trusted
+    return [trusted_classes(item) for item in value] if isinstance(value, list) else value
+
+
 def protected(value: Any) -> Any:
     """A config override in which every text is escaped by ``literal``, unless it is an ``Expression``.
 
     ``None`` becomes the expression ``$None``, because ``monai.bundle run`` drops overrides that are None.
+
+    Raises:
+        ValueError: data hold a ``_target_``, which MONAI would call.
     """
     if value is None:
         return "$None"
@@ -61,6 +73,11 @@ def protected(value: Any) -> Any:
     if isinstance(value, str):
         return literal(value)
     if isinstance(value, Mapping):
+        if TARGET in value and not isinstance(value[TARGET], Expression):
+            raise ValueError(
+                f"The settings hold the class {value[TARGET]!r}, which would run code. Descriptions of tasks and "
+                "records beside weights are data: remove it there. Name a network by --network, other classes by --set."
+            )
         return {key: protected(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [protected(item) for item in value]

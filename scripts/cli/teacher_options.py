@@ -8,6 +8,7 @@ import os
 import re
 from typing import Any
 
+from scripts.cli.bundle_run import trusted_classes
 from scripts.cli.config import SEPARATOR, config_names, read_config
 from scripts.cli.options import Parser, parse_set
 from scripts.utils.json_files import read_object
@@ -54,7 +55,7 @@ def teacher_specs(args: argparse.Namespace, modalities: list[str]) -> dict[str, 
         name, spec = _teacher_spec(text, modalities)
         if name in specs:
             raise ValueError(f"Two teachers are named {name}. Give each a name: --teacher NAME=ARCHITECTURE=WEIGHTS.")
-        specs[name] = spec if spec.get("label") else {"modalities": modalities, **spec}
+        specs[name] = spec if spec.get("label") else {"modalities": modalities, **trusted_classes(spec)}
     return specs
 
 
@@ -68,7 +69,7 @@ def _teacher_spec(text: str, modalities: list[str]) -> tuple[str, dict[str, Any]
     if rest.endswith(".json"):
         return first, read_object(rest, "specification of a teacher")
     second, equals, weights = rest.partition("=")
-    if equals and re.fullmatch(r"(\w+|.+\.json)(:[\w+]+)?", second):
+    if equals and re.fullmatch(r"(\w+|.+\.json)(:[\w+-]+)?", second):
         name, network = first, second
     else:
         name, network, weights = "", first, rest

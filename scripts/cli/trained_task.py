@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts import bundle_root
-from scripts.cli.bundle_run import Overrides, config_parser, resolved_config
+from scripts.cli.bundle_run import Overrides, config_parser, resolved_config, trusted_classes
 from scripts.cli.config import SEPARATOR, Config, read_config
 from scripts.cli.options import context_configs, parse_set
 from scripts.cli.task import UNNAMED, file_settings, is_file
@@ -89,7 +89,7 @@ def with_trained_task(args: argparse.Namespace, configs: Sequence[str], override
         return overrides
     used = _settings_of_run(args, task, configs, overrides)
     if not names_network(args, overrides) and isinstance(task.get("network"), dict):
-        network = trained_network(task["network"], weights)
+        network = trusted_classes(trained_network(task["network"], weights))
         current = network_definition(config_parser(args, configs, {**used, **overrides}))
         if network["_target_"] != current.get("_target_") or network_differences(network, current):
             used["network_def"] = network

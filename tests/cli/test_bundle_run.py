@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
 from scripts.cli import bundle_run
-from scripts.cli.bundle_run import Expression, interpreted, literal, protected, shell_word
+from scripts.cli.bundle_run import Expression, interpreted, literal, protected, shell_word, trusted_classes
 from scripts.cli.main import main
 from scripts.networks import Student
 
@@ -61,6 +61,16 @@ def test_any_text_reaches_the_workflow_as_it_is(text: str) -> None:
 def test_a_pasted_line_gives_the_same_values(value: Any) -> None:
     (word,) = shlex.split(shell_word(protected(value)))
     assert DefaultParseValue(word) == protected(value)
+
+
+@pytest.mark.parametrize("value", [{"_target_": "os.getcwd"}, {"a": [{"_target_": "os.getcwd", "x": 1}]}])
+def test_a_class_in_data_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"The settings hold the class 'os\.getcwd', which would run code"):
+        protected(value)
+    assert parsed(interpreted({"_target_": "str", "object": 3})) == "3"
+    assert parsed(trusted_classes({"_target_": "str", "object": "@secret"})) == "@secret"
+    with pytest.raises(ModuleNotFoundError, match=r"\$os\.getcwd"):
+        parsed(trusted_classes({"_target_": "$os.getcwd"}))
 
 
 def test_expressions_of_the_program_and_of_set_are_interpreted() -> None:
@@ -196,7 +206,8 @@ def test_every_override_is_protected_unless_it_is_marked(
     commands: list[list[str]] = [
         ["train", "--volumes-dir", CODE, "--pretrained", CODE],
         ["teacher", "--architecture", "unetr", "--modalities", "ct"],
-        ["distill", "--teachers-dir", CODE, "--teacher", f"unetr:ct={CODE}", "--cache-dir", CODE],
+        ["distill", "--teachers-dir", CODE, "--cache-dir", CODE],
+        ["distill", "--teacher", f"unetr:ct={CODE}"],
         ["cache-teachers", "--teachers-dir", CODE],
         ["evaluate", "--predictions", CODE, "--name", CODE, "--curves", CODE],
         ["evaluate", "--weights", CODE],
@@ -222,8 +233,8 @@ def test_no_override_is_built_from_text_of_data() -> None:
                 names = {alias.name for alias in node.names}
                 assert "run" not in names or path.name == "bundle_run.py"
     marked = [argument for _, argument in calls if not argument.startswith(("'", '"'))]
-    # The value of --set, which is the user's own, and the device, as a quoted literal.
-    assert sorted(marked) == ["f'$torch.device({args.device!r})'", "value"]
+    # The value of --set, which is the user's own; the device and the name of a class, as literals.
+    assert sorted(marked) == ["f'$torch.device({args.device!r})'", "literal(str(value[TARGET]))", "value"]
 
 
 TRAININGS = {
@@ -246,3 +257,21 @@ def test_a_training_says_where_its_weights_are(
         main([command[0], "--help"])
     default = folder.replace("ct_mr", "MODALITIES")
     assert f"folder for all results (default: {default} in" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("of_task", [True, False])
+def test_a_class_in_a_task_or_in_the_record_of_weights_does_not_run(
+    of_task: bool, arguments: list[str], cohort: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = {"codes": {"_target_": "os.mkdir", "path": str(here / "RAN")}}
+    if of_task:
+        task = {"cohort": "phantom", "modalities": ["ct"], "labels": [[0], [1]], "intensity": {"ct": [-200, 300]}}
+        (here / "task.json").write_text(json.dumps({**task, "spacing": [12, 12, 12], "patch": [16, 16, 16], **code}))
+        command = ["train", "--data", "task.json", "--dataset-dir", str(cohort), "--output-dir", "out"]
+    else:
+        shutil.copy(arguments[-1], here / "w.pt")
+        (here / "w.task.json").write_text(json.dumps(code))
+        command = [arguments[0], *arguments[3:-1], "w.pt", *images(cohort / "PHANTOM_001"), "--output", "m.nii.gz"]
+    assert main(command) == 1
+    assert "hold the class 'os.mkdir', which would run code" in capsys.readouterr().err
+    assert not (here / "RAN").exists()

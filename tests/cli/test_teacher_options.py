@@ -49,6 +49,14 @@ def test_a_teacher_in_one_word(text: str, name: str, spec: dict[str, Any]) -> No
     assert specs(text) == {name: spec}
 
 
+def test_a_modality_may_have_a_hyphen() -> None:
+    args = argparse.Namespace(teacher=["big=dynunet:t1-ce+t1=W.pt", "nn=nnunet:t1-ce=F"])
+    assert teacher_specs(args, ["t1", "t1-ce"]) == {
+        "big": {"architecture": "dynunet", "weights": "W.pt", "modalities": ["t1-ce", "t1"]},
+        "nn": {"nnunet": "F", "modalities": ["t1-ce"]},
+    }
+
+
 def test_two_teachers_of_one_architecture_both_count() -> None:
     found = specs("one=unetr=a.pt", "two=unetr=b.pt", "unetr:ct=c.pt")
     assert {name: spec["weights"] for name, spec in found.items()} == {"one": "a.pt", "two": "b.pt", "unetr_ct": "c.pt"}

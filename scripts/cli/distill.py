@@ -25,6 +25,7 @@ from scripts.cli.student_options import (
     loss_overrides,
     network_overrides,
     require_own_loss_fits,
+    student_ids,
 )
 from scripts.cli.teacher_options import add_teachers_options, teacher_specs, teachers_overrides
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     require_own_loss_fits(args, config)
     overrides = {**student, **layers_overrides(args), **teachers_overrides(args, config["modalities"])}
     if STAGED_METHOD in methods:
-        overrides = _train_stages(args, config, overrides)
+        overrides = _train_stages(args, config, configs, overrides)
     if args.cache_dir:
         overrides["cache_dir"] = args.cache_dir
     if args.balance is not None:
@@ -105,11 +106,20 @@ def method_list() -> str:
     return "\n".join(lines)
 
 
-def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: Overrides) -> Overrides:
+def _train_stages(
+    args: argparse.Namespace, config: dict[str, Any], configs: list[str], overrides: Overrides
+) -> Overrides:
     """Train the stages of gkd that are not finished; returns the overrides of the distillation itself.
 
+    Args:
+        args: parsed options.
+        config: the merged config of the distillation.
+        configs: their names.
+        overrides: of the distillation, without those of its stages.
+
     Raises:
-        ValueError: an option that gkd cannot follow, or a finished stage of other data, settings or weights.
+        ValueError: an option that gkd cannot follow, a teacher that it cannot use, or a finished stage of other data,
+            settings or weights.
     """
     _require_options_of_stages(args)
     teachers = teacher_specs(args, config["modalities"])
@@ -120,12 +130,18 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
 
     if args.network:  # before the first stage
         require_encoder(build_item(args, ["train", *context_configs(args)], network_overrides(args), "network"))
+    if not args.dry_run:
+        _require_usable_teachers(args, configs, overrides)
     epochs = int(config["max_epochs"])
     anew = bool(config["overwrite"]) and not config["resume"]
     output_dir = Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled")  # as in distill.json
     folder = Path(args.stages_dir or output_dir / "stages")
     shared = {key: value for key, value in training_overrides(args).items() if key not in ("max_epochs", "resume")}
     shared |= loss_overrides(args)
+    # Methods beside gkd may need the student otherwise, and its weights go on from stage to stage.
+    of_methods = {key for name in configs if name.startswith("methods/") for key in read_config(name)}
+    student = {key: config[key] for key in sorted(of_methods & student_ids())}
+    student |= network_overrides(args)
     if str(config["splits_file"]).startswith("$"):  # the default, which is the folder of each training
         shared |= {"splits_file": str(output_dir / "splits.json"), "named_splits": False}
     for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
@@ -133,7 +149,7 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
         stage_configs = ["train", *context_configs(args), *stage.configs]
         own = {"output_dir": str(output), "set": _stage_settings(args.set, stage_configs)}
         stage_args = argparse.Namespace(**{**vars(args), **own})
-        network = network_overrides(args) if stage.of_student else {}
+        network = student if stage.of_student else {}
         stage_overrides = {**shared, **network, **stage.overrides}
         if is_finished(output) and not anew:
             if not args.dry_run:
@@ -145,6 +161,18 @@ def _train_stages(args: argparse.Namespace, config: dict[str, Any], overrides: O
     start = {"pretrained": str(folder / "student" / "model.pt"), "headers_dir": str(folder)}
     half = epochs // 2  # of the stage student
     return {**overrides, **start, "max_epochs": epochs - half, "earlier_epochs": half}
+
+
+def _require_usable_teachers(args: argparse.Namespace, configs: list[str], overrides: Overrides) -> None:
+    """Refuse teachers that the last stage could not use, before the first one.
+
+    Raises:
+        ValueError: there is such a teacher.
+    """
+    from scripts.distillation.alignment_training import require_encoder
+
+    for teacher in build_item(args, configs, overrides, "teachers").values():
+        require_encoder(teacher)
 
 
 def _require_options_of_stages(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import argparse
 import pydoc
 from typing import Any
 
-from scripts.cli.bundle_run import Overrides, interpreted
+from scripts.cli.bundle_run import TARGET, Overrides, interpreted
 from scripts.cli.config import SEPARATOR, Config, read_config
 from scripts.cli.options import Parser, parse_set
 from scripts.utils.json_files import read_object
@@ -122,7 +122,7 @@ def layers_overrides(args: argparse.Namespace) -> Overrides:
 def _read_network(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The definition of ``--network`` and its layers; in the file it stands alone, or under the key ``network``."""
     content = read_object(args.network, "definition of a network")
-    definition = content.get("network", content)
+    definition = content if TARGET in content else content.get("network", content)  # a class may have this argument
     definition = {**definition} if isinstance(definition, dict) else {}
     layers = content.get(LAYERS, {})
     definition.pop(LAYERS, None)

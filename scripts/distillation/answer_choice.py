@@ -16,7 +16,7 @@ from scripts.distillation.teacher_answers import ALL_AXES, Inferer, NetworkAnswe
 from scripts.distillation.teacher_cache_writer import Answers
 from scripts.distillation.teacher_origin import NNUNetFolder, PredictionFiles, origin_of
 from scripts.networks.teacher_loading import load_teachers
-from scripts.networks.teacher_spec import check_spec, spec_files
+from scripts.networks.teacher_spec import check_spec, spec_channels, spec_files
 
 
 def load_answers(
@@ -33,6 +33,8 @@ def load_answers(
     own: Mapping[str, OwnGrid] | None = None,
     regions: Sequence[Sequence[int]] | None = None,
     flips: Sequence[int] = ALL_AXES,
+    *,
+    all_modalities: Sequence[str],
     **common: Any,
 ) -> dict[str, Answers]:
     """Build what answers in the place of each teacher of a cache.
@@ -47,6 +49,7 @@ def load_answers(
         smooth: see ``ImportedAnswers``.
         own: name of a teacher -> its own input, where it has one.
         regions: the classes of each channel of a task with a sigmoid head.
+        all_modalities: the modalities of the image, in the order of its channels.
         common: further arguments of ``scripts.networks.teacher_loading.load_teachers``.
     """
     answers: dict[str, Answers] = {}
@@ -55,6 +58,8 @@ def load_answers(
         check_spec(name, spec)
         by_fold = out_of_fold and not spec.get("label")
         origin = origin_of(name, spec, by_fold)
+        if not spec.get("label"):
+            spec_channels(name, spec, all_modalities)
         if isinstance(origin, PredictionFiles):
             answers[name] = ImportedAnswers(origin, preprocessing.files, labels, smooth, regions, spec.get("head"))
             continue
@@ -64,7 +69,13 @@ def load_answers(
         # Out of fold, every weights file is a network of its own; else several are one network, an ensemble.
         parts = [{**spec, "weights": file} for file in spec_files(spec)] if by_fold else [spec]
         load = partial(
-            load_teachers, out_channels=channels, regions=regions, classes=len(labels), cached=True, **common
+            load_teachers,
+            out_channels=channels,
+            all_modalities=all_modalities,
+            regions=regions,
+            classes=len(labels),
+            cached=True,
+            **common,
         )
         answers[name] = NetworkAnswers(
             name,

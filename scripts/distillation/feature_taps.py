@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from scripts.networks.architecture import STUDENT, architecture_names, read_architecture
+from scripts.networks.student import Student
 
 Layers = str | Sequence[str] | None
 
@@ -87,6 +88,7 @@ def tap_layers(
     taps: Mapping[str, Mapping[str, Any]],
     student: Mapping[str, Layers],
     teachers: Mapping[str, nn.Module],
+    network: nn.Module,
 ) -> dict[str, dict[str, Layers]]:
     """Find the layers of every tap that the terms use.
 
@@ -97,8 +99,10 @@ def tap_layers(
         terms: name -> ``tap``: the name of a layer (``deep``, ``middle``, ``fine``), or of one of ``taps``.
         taps: tap name -> ``layer``: which layer it takes of every network; ``student``: the student's layers instead,
             several if an adapter fuses them; ``kind``: the only kind of teacher that it applies to.
-        student: the student's layers that differ from those of configs/teachers/student.json.
+        student: the student's layers; those that it leaves out are, for the included student, those of
+            configs/teachers/student.json.
         teachers: name -> teacher; a cached one and the label have no layers of their own.
+        network: the student.
 
     Returns:
         Tap name -> network (``student`` or a teacher's name) -> layer; None for a teacher that the tap leaves out. A
@@ -107,7 +111,7 @@ def tap_layers(
     Raises:
         ValueError: a network that a tap needs names no such layer, or no teacher has the tap's kind.
     """
-    own = {**read_architecture(STUDENT).layers, **student}
+    own = {**(read_architecture(STUDENT).layers if isinstance(network, Student) else {}), **student}
     networks = {name: each for name, each in teachers.items() if hasattr(each, "layers")}
     known = {*taps, *own, *(layer for each in networks.values() for layer in each.layers)}  # type: ignore[union-attr]
     used = [term["tap"] for term in terms.values() if term["tap"] in known]

@@ -192,11 +192,8 @@ class DistillationLoss(nn.Module):
                 parts = zip(student.split(1, dim=1), teacher.split(1, dim=1), strict=True)
             else:
                 parts = zip([student], [teacher], strict=True)
-            values = [
-                loss(*pair, *extra)
-                for one, other in parts
-                for pair in _counted(one, other, label, getattr(self.losses[name], "voxels_of", ""))
-            ]
+            voxels_of = getattr(self.losses[name], "voxels_of", "")
+            values = [loss(*pair) for one, other in parts for pair in _counted([one, other, *extra], label, voxels_of)]
             return torch.stack(values).mean() if values else (student * 0.0).sum()
 
         return compare
@@ -230,14 +227,12 @@ class DistillationLoss(nn.Module):
         return temperature * p.clamp_min(1e-12).log(), available
 
 
-def _counted(
-    student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor, voxels_of: str
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The logits without what the label ignores, as the parts whose losses are averaged.
+def _counted(tensors: Sequence[torch.Tensor], label: torch.Tensor, voxels_of: str) -> list[tuple[torch.Tensor, ...]]:
+    """The input of a loss without what the label ignores, as the parts whose losses are averaged.
 
     Args:
-        student: logits, ``B C H W [D]``.
-        teacher: logits of the same shape.
+        tensors: the student's logits ``B C H W [D]``, the teacher's of the same shape and, if the loss needs it, the
+            label.
         label: class indices, ``B 1 H W [D]``.
         voxels_of: ``batch`` or ``sample``, if the order of the voxels in a batch or sample does not matter to the loss.
             It then gets the counted voxels only, as ``1 C N 1``; a sample without any is left out. Empty: the loss
@@ -245,14 +240,15 @@ def _counted(
     """
     counted = (label != IGNORED)[:, 0]
     if bool(counted.all()):
-        return [(student, teacher)]
+        return [tuple(tensors)]
     if not voxels_of:
-        return [(torch.where(counted[:, None], student, teacher.detach()), teacher)]
+        student, teacher, *extra = tensors
+        return [(torch.where(counted[:, None], student, teacher.detach()), teacher, *extra)]
     size = len(counted) if voxels_of == "batch" else 1
-    groups = zip(student.split(size), teacher.split(size), counted.split(size), strict=True)
+    groups = zip(counted.split(size), *(each.split(size) for each in tensors), strict=True)
     return [
-        tuple(logits.movedim(1, -1)[where].T[None, ..., None] for logits in (one, other))
-        for one, other, where in groups
+        tuple(each.movedim(1, -1)[where].T[None, ..., None] for each in group)
+        for where, *group in groups
         if bool(where.any())
     ]
 

@@ -74,12 +74,17 @@ def gkd_stages(
                 f"gkd needs for each teacher an architecture, one weights file and no settings of its own; {name} has "
                 "others."
             )
+        if not spec.get("weights"):
+            raise ValueError(
+                f"The teacher {name} has random weights, others in each stage of gkd: its header would belong to "
+                "another network. Give it weights."
+            )
         overrides = {
             "max_epochs": half,
             "architecture": spec["architecture"],
             "teacher_modalities": spec["modalities"],
             "teacher_head": teacher_head(name, spec, head),
-            "weights": spec.get("weights") or "",
+            "weights": spec["weights"],
             "autoencoder": autoencoder,
         }
         stages.append(Stage(f"header_{name}", ("teacher", "stages/header"), overrides))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from scripts.distillation.teacher_origin import Case, Origin, origin_of
 from scripts.networks.label_teacher import LabelTeacher
-from scripts.networks.teacher_spec import IDENTITY, check_spec
+from scripts.networks.teacher_spec import IDENTITY, check_spec, spec_channels
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import load_plain
 
@@ -95,7 +95,7 @@ def cached_teachers(
         expected = {**origin.identity, "weights_sha256": origin.sha256, "regions": regions}
         for key in dict.fromkeys([*expected, *(f"own_{key}" for key in IDENTITY)]):
             require_same(manifest, name, key, expected.get(key))
-        used = [list(channels).index(m) for m in spec["modalities"]]
+        used = spec_channels(name, spec, channels)
         power = manifest.get("attention_power", 2.0)  # version 0.8 wrote none
         teachers[name] = CachedTeacher(used, manifest["outputs"], origin.sha256, power, origin)
     return teachers

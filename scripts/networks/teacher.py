@@ -44,7 +44,10 @@ class TeacherLike(Protocol):
     sha256: str | None
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Segment an image ``B M H W D`` with all modalities of the task; returns logits ``B classes H W D``."""
+        """Segment an image ``B M H W D`` with all modalities of the task; returns logits ``B classes H W D``.
+
+        With a sigmoid head the logits are those of the task's regions, ``B regions H W D``.
+        """
 
 
 class Teacher(nn.Module):

@@ -148,7 +148,8 @@ def _build(
         spec.get("out_channels") or out_channels,
         patch,
         architecture=spec.get("architecture"),
-        network=bundle_network(spec["bundle"]) if spec.get("bundle") else spec.get("network"),
+        # A copy: the teachers of the folds are made of one specification, each with its own weights.
+        network=bundle_network(spec["bundle"]) if spec.get("bundle") else copy.deepcopy(spec.get("network")),
         scale=scale,
         options=options,
         weights=spec_files(spec),

@@ -42,6 +42,21 @@ def spec_files(spec: Spec) -> list[str]:
     return weight_files(spec.get("weights"))
 
 
+def spec_channels(name: str, spec: Spec, all_modalities: Sequence[str]) -> list[int]:
+    """The indices of a teacher's modalities among the image's channels.
+
+    Raises:
+        ValueError: the image has no such modality.
+    """
+    unknown = [each for each in spec["modalities"] if each not in all_modalities]
+    if unknown:
+        raise ValueError(
+            f"The teacher {name} reads {unknown[0]}, which is no modality of the task. Its modalities must be one or "
+            f"more of {', '.join(all_modalities)}."
+        )
+    return [list(all_modalities).index(each) for each in spec["modalities"]]
+
+
 def join_checksums(digests: Sequence[str]) -> str | None:
     """The checksum of a teacher: that of its file, or the sha256 of the checksums of an ensemble's files in order."""
     if len(digests) < 2:

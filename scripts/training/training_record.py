@@ -262,10 +262,10 @@ def require_same_teachers(
 
 
 def _own_or_task(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a teacher is used with: its own or the task's; no labels beside own classes."""
+    """The settings that a teacher is used with: its own or the task's; no labels and regions beside own classes."""
     own = {key: spec[key] for key in ("modalities", "spacing") if spec.get(key)}
     intensity = {**settings.get("intensity", {}), **(spec.get("intensity") or {})}
     used = {**settings, **own, "intensity": intensity}
     if spec.get("classes"):
-        used.pop("labels", None)
+        used = {key: value for key, value in used.items() if key not in ("labels", "sigmoid_regions")}
     return used

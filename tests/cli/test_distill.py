@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.cli import distill
 from scripts.cli.bundle_run import build_item
 from scripts.cli.main import main
+from scripts.networks.teacher import Teacher
 from scripts.training.training_record import write_task
 
 STAGES = ["autoencoder", "student", "header_student", "header_dynunet"]
@@ -42,6 +44,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
 
     for name in ("run_bundle", "run_training"):
         monkeypatch.setattr(distill, name, run)
+    monkeypatch.setattr(distill, "_require_usable_teachers", lambda *_: None)  # its weights are none
     return runs
 
 
@@ -196,3 +199,32 @@ def test_settings_of_the_distillation_do_not_reach_its_stages(gkd: Callable[...,
     shared = ["learning_rate=0.01", '+architectures#dynunet={"filters": [2, 4]}']
     assert gkd(*(word for pair in (*distillation, *shared) for word in ("--set", pair))) == 0
     assert [pairs for *_, pairs in trained] == [shared] * len(STAGES) + [[*distillation, *shared]]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("unetr:ct={}", "UNETR has no separate encoder and decoder, which alignment headers need: choose hdenseformer"),
+        ("dynunet=nowhere.pt", "No weights at nowhere.pt"),
+    ],
+)
+def test_a_teacher_that_gkd_cannot_use_is_refused_before_the_first_stage(
+    teacher: str, words: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"unetr": {"hidden_size": 12, "mlp_dim": 24, "num_heads": 2, "feature_size": 4}}
+    made = Teacher(["ct"], ["ct", "pet", "mr"], 2, [16, 16, 16], "unetr", options=small)
+    torch.save(made.state_dict(), tmp_path / "teacher.pt")
+    command = ["distill", "--data", "phantom", "--dataset-dir", str(cohort), "--output-dir", str(tmp_path / "out")]
+    command += ["--set", "patch=[16,16,16]", "--set", f"architectures={json.dumps(small)}", "--device", "cpu"]
+    command += ["--method", "gkd", "--teacher", teacher.format(tmp_path / "teacher.pt"), "--epochs", "2"]
+    assert main(command) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_the_stages_of_the_student_have_what_another_method_adds_to_it(
+    gkd: Callable[..., int], trained: Trained
+) -> None:
+    assert gkd("--method", "dual") == 0
+    added = {name: settings.get("selective_fusion") for name, settings, _ in trained}
+    assert added == {**dict.fromkeys(STAGES), "student": True, "header_student": True, "out": None}

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from scripts.cli.main import main
-from scripts.cli.student_options import student_ids
+from scripts.cli.student_options import network_overrides, student_ids
 
 
 @pytest.fixture
@@ -50,3 +51,13 @@ def test_settings_of_the_student_are_refused_for_a_teacher_unless_their_name_say
 def test_other_settings_and_the_included_student_are_accepted(unet: str) -> None:
     assert main(["train", "--dataset-dir", "x", "--network", unet, "--set", "learning_rate=0.1", "--dry-run"]) == 0
     assert main(["train", "--dataset-dir", "x", "--set", "modality_dropout=0.3", "--dry-run"]) == 0
+
+
+def test_a_class_may_have_an_argument_called_network(tmp_path: Path) -> None:
+    """Only in a file without a class of its own is ``network`` the definition."""
+    inner = {"_target_": "monai.networks.nets.UNet", "spatial_dims": 3}
+    outer = {"_target_": "scripts.networks.teacher.Teacher", "modalities": ["ct"], "network": inner}
+    for content, expected in ((outer, outer), ({"network": inner}, inner)):
+        (tmp_path / "own.json").write_text(json.dumps(content))
+        overrides = network_overrides(argparse.Namespace(network=str(tmp_path / "own.json"), set=[]))
+        assert overrides == {"network_def": expected}

@@ -201,3 +201,29 @@ def test_teachers_of_regions_are_weighted_by_their_counted_voxels(mode: str) -> 
     e = np.exp(measured if mode == "confidence" else -measured)
     share = e / e.sum(1, keepdims=True)
     np.testing.assert_allclose(weights.numpy(), 1 - share if mode == "confidence" else share, atol=1e-5)
+
+
+class LabelledDistance(nn.Module):
+    """The mean squared difference at the voxels of class 1; the order of the voxels does not matter."""
+
+    def __init__(self, voxels_of: str) -> None:
+        super().__init__()
+        self.voxels_of = voxels_of
+
+    def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        inside = label == 1
+        return ((student - teacher).square() * inside).sum() / (inside.sum() * student.shape[1])
+
+
+@pytest.mark.parametrize("voxels_of", ["batch", "sample"])
+def test_the_label_of_a_loss_is_reduced_with_its_logits(voxels_of: str) -> None:
+    distiller = Distiller(Net(4, 0), {"a": Net(4, 1)})
+    term = {"tap": "logits", "weight": 1.0, "loss": LabelledDistance(voxels_of)}
+    loss, label = DistillationLoss(SegmentationLoss(), distiller, {"own": term}), labels()
+    found = outputs(logits(4, 5), available=((True,), (True,)))
+    value = loss.terms(found, label)["own"].numpy()
+    error = (found["logits"] - found["a.logits"]).square().mean(dim=1, keepdim=True).numpy()
+    inside = (label == 1).numpy()
+    means = [error[i : i + 1][inside[i : i + 1]].mean() for i in range(2)]
+    expected = error[inside].mean() if voxels_of == "batch" else np.mean(means)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -177,7 +177,10 @@ def _arguments(cohort: Path, output: Path) -> list[str]:
 def test_gkd_trains_its_stages_first_and_keeps_them(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["distill", "--method", "gkd", "--teacher", "dynunet=random", *_arguments(cohort, tmp_path)]
+    teachers = compose("hinton", dataset_dir=str(cohort)).get_parsed_content("teachers")
+    torch.save(teachers["cnn"].state_dict(), tmp_path / "teacher.pt")
+    teacher = ["--teacher", f"dynunet={tmp_path / 'teacher.pt'}"]
+    arguments = ["distill", "--method", "gkd", *teacher, *_arguments(cohort, tmp_path)]
     assert main(arguments) == 0
     stages = sorted(path.parent.name for path in (tmp_path / "stages").glob("*/model.pt"))
     assert stages == ["autoencoder", "header_dynunet", "header_student", "student"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import UNet
 
 from scripts.cli.main import main
 from scripts.data import preprocessing
@@ -144,3 +145,41 @@ def test_runs_that_say_too_little_are_refused(runs: list[Path], call: Any, tmp_p
     shutil.copy(runs[0] / "model.pt", tmp_path / "model.pt")
     code, printed = call(*cache, "--out-of-fold", tmp_path)
     assert "model.task.json names no architecture of a teacher. Give the folder of a run of `teacher`" in printed
+
+
+def test_a_network_of_the_users_own_has_the_weights_of_each_run(
+    call: Any, phantoms: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """All members come from one definition, as FILE.json gives it."""
+    (tmp_path / "splits.json").write_text(json.dumps({"seed": 0, "folds": [IDS[:1], IDS[1:]]}))
+    definition = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": [4, 8]}
+    definition["strides"] = [2]
+    files = []
+    for seed, left_out in enumerate(LEFT_OUT):
+        torch.manual_seed(seed)
+        files.append(tmp_path / f"{seed}.pt")
+        torch.save(_unet(definition).state_dict(), files[-1])
+        cases = [{"case_id": each, "patient_id": each} for each in IDS[1:] if each not in left_out]
+        files[-1].with_suffix(".task.json").write_text(json.dumps({"training_cases": cases}))
+    spec = {"network": definition, "modalities": ["pet"], "weights": [str(file) for file in files]}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    teacher = ["--teacher", f"mine={tmp_path / 'spec.json'}", "--out-of-fold"]
+    code, printed = call("cache-teachers", "--output-dir", tmp_path / "cache", *teacher)
+    assert code == 0, printed
+    kept = {case: torch.load(tmp_path / "cache" / "mine" / f"{case}.pt", weights_only=True) for case in IDS[1:5]}
+    pipeline = preprocessing(
+        ["ct", "pet", "mr"], {"ct": [-200, 300], "pet": [0, 10], "mr": [0, 1200]}, [12, 12, 12], "train",
+        labels=[[0], [1]], patch=[32, 32, 32],
+    )  # fmt: skip
+    inferer = SlidingWindowInferer([32, 32, 32], overlap=0.5, mode="gaussian")
+    for case in phantoms[1:5]:
+        (member,) = [number for number, left_out in enumerate(LEFT_OUT) if case["case_id"] in left_out]
+        network = _unet(definition)
+        network.load_state_dict(torch.load(files[member], weights_only=True))
+        with torch.no_grad():
+            expected = inferer(pipeline.prepare(case)["pet"][None], network.eval())[0]
+        torch.testing.assert_close(kept[case["case_id"]]["logits"].float(), expected, atol=5e-3, rtol=0)
+
+
+def _unet(definition: dict[str, Any]) -> Any:
+    return UNet(**{key: value for key, value in definition.items() if key != "_target_"})

@@ -11,12 +11,12 @@ from scripts.distillation.staged_training import gkd_stages, is_finished
 
 TEACHERS = {
     "one": {"architecture": "hdenseformer", "modalities": ["ct", "pet"], "weights": "one.pt"},
-    "two": {"architecture": "dynunet", "modalities": ["pet"], "weights": None},
+    "two": {"architecture": "dynunet", "modalities": ["pet"], "weights": "two.pt"},
 }
 
 
 def test_each_stage_builds_on_weights_that_an_earlier_one_writes() -> None:
-    folder, written = Path("stages"), {"one.pt", ""}
+    folder, written = Path("stages"), {"one.pt", "two.pt", ""}
     stages = gkd_stages(folder, TEACHERS, epochs=20)
     assert [stage.name for stage in stages] == ["autoencoder", "student", "header_student", "header_one", "header_two"]
     for stage in stages:
@@ -39,6 +39,8 @@ def test_a_single_epoch_is_refused() -> None:
 def test_a_teacher_that_cannot_be_used_is_refused_before_any_stage() -> None:
     with pytest.raises(ValueError, match=r"No teacher can be named 'v1\.2"):
         gkd_stages(Path("s"), {"v1.2": TEACHERS["one"]}, 20)
+    with pytest.raises(ValueError, match="The teacher one has random weights, others in each stage of gkd"):
+        gkd_stages(Path("s"), {"one": {**TEACHERS["one"], "weights": None}}, 20)
     with pytest.raises(ValueError, match="has the unknown key 'weigths'"):
         gkd_stages(Path("s"), {"one": {**TEACHERS["one"], "weigths": "two.pt"}}, 20)
 

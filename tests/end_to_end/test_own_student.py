@@ -242,6 +242,19 @@ def test_a_wrong_network_is_refused_before_anything_is_read_or_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_that_names_no_layers_is_asked_for_them(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not tapped at layers of the included student, whose names it may have by chance."""
+    unet = json.loads((here / "student.json").read_text())
+    (tmp_path / "net.json").write_text(json.dumps({key: value for key, value in unet.items() if key != "layers"}))
+    command = ["distill", "--data", "phantom", *TINY, "--network", str(tmp_path / "net.json"), "--method", "hint"]
+    command += ["--teacher", "segresnet=random", "--dataset-dir", str(here / "DATA")]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 1
+    sentence = "The student names no layer 'middle'. Name it under \"layers\" in the file of --network"
+    assert sentence in capsys.readouterr().err
+
+
 def test_an_unknown_argument_of_a_loss_is_refused_with_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,7 +197,7 @@ def test_tracking_without_mlflow_ends_in_one_sentence(
 
 
 def test_every_stage_of_gkd_is_tracked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--method", "gkd", "--teacher", "unetr=random", "--tracking", "mlflow", "--dry-run"]
+    options = ["--method", "gkd", "--teacher", "unetr=W.pt", "--tracking", "mlflow", "--dry-run"]
     assert main(["distill", *options, "--output-dir", str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert len(lines) > 1

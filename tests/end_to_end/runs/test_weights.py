@@ -160,9 +160,12 @@ def test_headers_and_autoencoder_of_gkd_are_loaded_as_safely(
     if stage == "header_dynunet_pet":
         _plain_header(stages / "header_student" / "model.pt")
     bad = spoil(kind, stages / stage / "model.pt")
+    options = {"dynunet": {"filters": [2, 4, 4, 4, 4]}}
+    teacher = Teacher(["pet"], ["ct", "pet", "mr"], 2, [32, 32, 32], "dynunet", options=options)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     error = refused(
         *line("distill", "--epochs", 2, "--set", "val_interval=100", *BIG, "--method", "gkd",
-              "--teacher", f"{TEACHER}=random", "--stages-dir", stages)
+              "--teacher", f"{TEACHER}={tmp_path / 'teacher.pt'}", "--stages-dir", stages)
     )  # fmt: skip
     assert str(bad) in error
     assert WORDS[kind] in error

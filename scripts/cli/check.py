@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         config["modalities"],
         config["labels"],
         image_rules(config),
-        config.get("naming", ()),
+        () if config["data_list"] else config.get("naming", ()),
         config["allow_missing"],
         config["stacked"],
         config["intensity"],

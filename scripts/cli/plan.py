@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.config import Config, read_config
+from scripts.cli.config import SEPARATOR, Config, read_config
 from scripts.cli.options import (
     Parser,
     add_common_options,
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
     check_settings(**stated, student_features=features)
     cases, problems = _cases(args, config)
     background = [*given.get("labels", [[0]])[0], *([given["ignore"]] if given.get("ignore") is not None else [])]
-    source = Source(given["modalities"], image_rules(config), config.get("naming", ()), config["stacked"], background)
+    naming = () if config["data_list"] else config.get("naming", ())
+    source = Source(given["modalities"], image_rules(config), naming, config["stacked"], background)
     fingerprint = fingerprint_cohort(cases, source, args.workers)
     readable = [case for case in fingerprint if not case.problem]
     if not readable:
@@ -107,9 +108,15 @@ def _task(args: argparse.Namespace) -> tuple[Config, Config]:
     A file's settings are fixed, and those of ``--set``. The settings of a named data set are only compared.
 
     Raises:
-        ValueError: it names no modalities.
+        ValueError: it names no modalities, or ``--set`` a part of a setting.
     """
     ids = ("cohort", *REQUIRED, *IDENTITY, *PLANNED)
+    for key in parse_set(args.set):
+        setting, separator, _ = key.removeprefix("+").partition(SEPARATOR)
+        if separator and setting in ids:
+            raise ValueError(
+                f"--set {key}: plan reads whole settings. Give --set {setting}=JSON, or write it into the task."
+            )
     chosen = {key: value for key, value in parse_set(args.set).items() if key in ids}
     if is_file(args.data):
         given = fixed = {**file_settings(args), **chosen}

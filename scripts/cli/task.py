@@ -63,6 +63,7 @@ def _read_file(path: str) -> Config:
         raise ValueError(f'{path} has no cohort. Add one, such as "cohort": "files" with a layout.')
     if isinstance(task.get("splits_file"), str):  # beside the file, from wherever it is used
         task["splits_file"] = os.path.join(os.path.dirname(os.path.abspath(path)), task["splits_file"])
+    task = {key: value for key, value in task.items() if value is not None or key not in REQUIRED}
     return {"cohort": FILES, "naming": [], **task}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,11 @@ def require_readable(folder: Path) -> None:
         pass
 
 
+def is_file_name(case_id: str) -> bool:
+    """Whether an id can name a file: masks are named by it, and must not lie in other folders."""
+    return not re.search(r"[/\\\0]", case_id) and case_id[:1] not in ("", ".")
+
+
 def missing_file(path: object) -> str:
     """The sentence about a file of a case that does not exist."""
     return f"{path} is missing. Add it, or remove the case."
@@ -179,7 +185,8 @@ def check_cases(
     Raises:
         FileNotFoundError: no case, or a case without its reference modality. The message names every missing image file
             of the cohort. Other modalities may be absent.
-        ValueError: two cases have the same id, or there are other problems. The message names all of them.
+        ValueError: two cases have the same id, an id is no name of a file, or there are other problems. The message
+            names all of them.
     """
     if not cases and not problems:
         raise FileNotFoundError(f"No cases of the data set '{name}' found in {root}. Expected: {layout}.")
@@ -187,6 +194,10 @@ def check_cases(
     first: dict[str, Item] = {}
     for item, _ in cases:
         case_id, image = item["case_id"], item["image"]
+        if not is_file_name(case_id):
+            problems.append(
+                f"The id {case_id!r} of the case of {image} cannot be a file name. Remove / and \\ from it."
+            )
         other = first.setdefault(case_id, item)
         if other is not item:
             problems.append(f"Case {case_id} occurs twice, as {other['image']} and {image}. Remove one of them.")

@@ -13,6 +13,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from scripts.evaluation.mask_files import find_masks
 from scripts.evaluation.masks import MaskCoding, predicted_classes, read_on_grid, reference_classes
+from scripts.evaluation.records import modality_images
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import read_itk
 from scripts.metrics import Row
@@ -80,7 +81,7 @@ def case_overlays(
         else:
             reference, prediction = (sitk.GetArrayFromImage(image) > 0 for image in (label, mask))
         regions = coding.region_classes if coding else {}
-        images = {key: (str(case[key]), 0) for key in intensity if key in case}
+        images = modality_images(case, list(intensity), rules)
         overlay = load_overlay(
             case_id, images, label, prediction, reference, intensity, rules.of_case(case), source, given, regions
         )

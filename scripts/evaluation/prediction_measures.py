@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scripts.evaluation.masks import MaskCoding
-from scripts.evaluation.records import Case
+from scripts.evaluation.records import Case, modality_images
 from scripts.image_io.checks import Rules
 from scripts.image_io.mask_measures import measure_files
 from scripts.metrics.lesion_measures import Row, measure_rows
 
 
 def measure_prediction(
-    case: Case, paths: Mapping[str, Path], coding: MaskCoding, rules: Rules, pet: str | None
+    case: Case, paths: Mapping[str, Path], coding: MaskCoding, rules: Rules, modalities: Sequence[str], pet: str | None
 ) -> tuple[list[Row], str]:
     """The rows of a case in the table of measures.
 
@@ -23,18 +23,20 @@ def measure_prediction(
         paths: the masks by case.
         coding: what the values of the masks mean.
         rules: which files are accepted.
-        pet: the modality that is a PET, if the task has one.
+        modalities: of the task.
+        pet: that of them which is a PET, if there is one.
 
     Returns:
         The rows, none where the mask is missing or cannot be read; and why they have no uptake although the case has a
         PET, else empty.
     """
-    case_id, image = str(case["case_id"]), case.get(pet or "")
-    path, problem, measured = paths.get(case_id), "", []
+    case_id, path, problem, measured = str(case["case_id"]), paths.get(str(case["case_id"])), "", []
     if path is None:
         return [], ""
+    image, position = modality_images(case, modalities, rules).get(pet or "", (None, 0))
+    channel = None if pet in case else position  # of a 4D file
     try:
-        measured = measure_files(path, coding.predicted_regions, image, rules.of_case(case))
+        measured = measure_files(path, coding.predicted_regions, image, rules.of_case(case), channel)
     except (ValueError, OSError) as error:
         problem = str(error)
     if problem and image:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.summary_table import markdown_summary
+from scripts.image_io.checks import Rules
+from scripts.image_io.reader import header_of
 from scripts.metrics import Row
 from scripts.metrics.lesion_measures import read_measures
 from scripts.report.tables import summary_table
@@ -16,6 +18,19 @@ from scripts.report.tables import summary_table
 Case = Mapping[str, Any]
 
 _TASK = ("cohort", "layout", "modalities", "intensity", "labels", "classes", "regions", "ignore", "mask_values")
+
+
+def modality_images(case: Case, modalities: Sequence[str], rules: Rules) -> dict[str, tuple[str, int]]:
+    """The file of each modality of a case, and its channel there: 0 of its own file, or that of one 4D file of all."""
+    own = {key: (str(case[key]), 0) for key in modalities if key in case}
+    if own or "image" not in case:
+        return own
+    try:
+        shape = header_of(case["image"], rules).shape
+    except (ValueError, OSError):
+        return {}
+    is_stacked = len(shape) == 4 and shape[3] == len(modalities)
+    return {key: (str(case["image"]), channel) for channel, key in enumerate(modalities)} if is_stacked else {}
 
 
 def evaluated_cases(folder: str) -> list[Case]:

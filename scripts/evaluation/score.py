@@ -121,7 +121,9 @@ def score(
     work = partial(score_case, paths=masks.paths, coding=coding, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases)), initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
-        measured = list(pool.map(partial(measure_prediction, **work.keywords, pet=pet), scored_cases))
+        measured = list(
+            pool.map(partial(measure_prediction, **work.keywords, modalities=list(intensity), pet=pet), scored_cases)
+        )
     rows = [row for case_rows, _, _ in results for row in case_rows]
     by_case = dict(zip(case_ids, results, strict=True))
     problems = {case_id: problem for case_id, (_, problem, _) in by_case.items() if problem}

@@ -153,10 +153,15 @@ def check_classes(
         head: ``"softmax"`` over the classes, or ``"sigmoid"``, one channel per region.
 
     Raises:
-        ValueError: a value is listed twice; a region has an unknown value, the background, or only some values of a
-            class; two regions are equal; the names do not fit; the regions of a sigmoid head are in the wrong order.
+        ValueError: there are too many classes; a value is listed twice; a region has an unknown value, the background,
+            or only some values of a class; two regions are equal; the names do not fit; the regions of a sigmoid head
+            are in the wrong order.
     """
     owners = _owners(labels)
+    if len(labels) > IGNORED:
+        raise ValueError(
+            f"labels has {len(labels)} classes. At most {IGNORED} are possible: a mask has a byte per voxel."
+        )
     if ignore is not None and ignore in owners:
         raise ValueError(f"ignore is {ignore:g}, which labels lists in class {owners[ignore]}. Remove it from labels.")
     if classes is not None and (len(classes) != len(labels) or len(set(classes)) != len(classes)):

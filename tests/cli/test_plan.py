@@ -182,6 +182,11 @@ def test_cases_that_cannot_be_read_are_named(ct: Path, tmp_path: Path, capsys: p
         ({"cohort": "bids"}, ["--dataset-dir", "."], "names no modalities"),
         ({"layout": LAYOUT, "spacing": [1, 1]}, ["--dataset-dir", "."], "spacing is [1, 1]"),
         ({"layout": LAYOUT, "intensity": {"ct": [5, 1]}}, ["--dataset-dir", "CT"], 'intensity["ct"] is [5, 1]'),
+        (
+            {"layout": LAYOUT},
+            ["--dataset-dir", "CT", "--set", "intensity#ct=[-1,1]"],
+            "--set intensity#ct: plan reads whole settings",
+        ),
         ({"layout": {"ct": "{case}/no.nii.gz"}}, ["--dataset-dir", "CT"], "No cases"),
         ({"layout": {"ct": "{case}/seg.nii.gz"}}, ["--dataset-dir", "CT"], "The task has no labels"),
     ],

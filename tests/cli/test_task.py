@@ -184,3 +184,9 @@ def test_a_task_without_weights_asks_for_them(verb: str, capsys: pytest.CaptureF
     assert "its modalities is ['ct', 'pet', 'mr'], this run's is ['t1']" in error
     assert error.endswith("These are the shipped weights. Name yours with --weights FILE.\n")
     assert "ignore_task" not in error
+
+
+@pytest.mark.parametrize("key", ["intensity", "labels", "patch"])
+def test_null_says_nothing(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(**{key: None})
+    assert f"task.json has no {key}. Add it" in refused(capsys, "train", "--data", "task.json", "--dataset-dir", ".")

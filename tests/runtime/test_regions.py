@@ -54,6 +54,7 @@ def test_masks_hold_the_first_value_of_a_class_or_its_index():
     ("settings", "message"),
     [
         ({"labels": [[0], [1, 2, 4], [1, 4], [4]]}, "value 1 in classes 1 and 2.*regions"),
+        ({"labels": [[value] for value in range(255)]}, "labels has 255 classes. At most 254 are possible"),
         ({"labels": BRATS, "ignore": 4}, "ignore is 4, which labels lists in class 3"),
         ({"labels": BRATS, "classes": ["background", "a"]}, "labels has 4 classes"),
         ({"labels": BRATS, "classes": ["background", "a", "a", "b"]}, "one name of its own"),

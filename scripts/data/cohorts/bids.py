@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.data.case_list import Item, check_cases, make_item, require_folder, require_patterns
+from scripts.data.case_list import Item, check_cases, make_item, missing_file, require_folder, require_patterns
 from scripts.image_io.checks import LABEL
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], _
                 )
         files = {key: found[key][0] if key in found else _expected(root, case, layout[key]) for key in modalities}
         label = found[LABEL][0] if LABEL in found else None
+        if label is not None and not label.exists():
+            problems.append(missing_file(label))
         cases.append((make_item(case.id, case.subject, files, label), files))
     return check_cases(cases, root, "bids", LAYOUT, problems)
 
@@ -95,7 +97,7 @@ def _matches(
     cases = set()
     for path in map(root.joinpath, sorted(glob.iglob(where, root_dir=root, recursive=True))):
         name = NAME.fullmatch(path.name)
-        if name and path.is_file():
+        if name and (path.is_file() or path.is_symlink()):  # a link to nothing is a missing file
             case = _Case(name["subject"], name["session"])
             cases.add(case)
             literal = {key: len(p.replace("*", "")) for key, p in layout.items() if fnmatchcase(name["rest"], p)}

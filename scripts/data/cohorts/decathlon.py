@@ -71,7 +71,10 @@ def datalist(root: Path, modalities: Sequence[str], layout: Mapping[str, str], a
     cases: list[tuple[Item, dict[str, Path]]] = []
     for name, entry, where in entries:
         try:
-            cases.append((_item(entry, where, path.parent, modalities, allow_outside, name), {}))
+            item = _item(entry, where, path.parent, modalities, allow_outside, name)
+            images = {key: Path(item[key]) for key in ("image", *modalities) if key in item}
+            # Missing files are named later, with those of other keys.
+            cases.append((item, {key: file for key, file in images.items() if file.exists()}))
         except ValueError as error:
             problems.append(str(error))
     return check_cases(cases, path, "decathlon", LAYOUT, problems)

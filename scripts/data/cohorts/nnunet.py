@@ -21,6 +21,7 @@ from typing import Any
 from scripts.data.case_list import TEST, Item, check_cases, make_item, missing_file, refuse_unknown_keys, require_folder
 from scripts.data.case_table import path_inside
 from scripts.data.cohorts.nnunet_task import DATASET_JSON, channel_modalities, modality_key
+from scripts.utils.file_names import nfc
 from scripts.utils.json_files import read_json, read_object
 from scripts.utils.values import is_list
 
@@ -124,8 +125,8 @@ def _found(
                 f"{path} is channel {int(name[2])}, but {DATASET_JSON} names {channels}. Correct one of them."
             )
         else:
-            images.setdefault(name[1], {})[int(name[2])] = path
-    labels = {path.name.removesuffix(ending): path for path in _files(root / f"labels{part}", ending)}
+            images.setdefault(nfc(name[1]), {})[int(name[2])] = path
+    labels = {nfc(path.name.removesuffix(ending)): path for path in _files(root / f"labels{part}", ending)}
     problems += [f"{labels[case]} has no image. Add it, or remove the label." for case in labels if case not in images]
     return images, labels
 
@@ -149,11 +150,11 @@ def _listed(stated: Any, root: Path, allow_outside: bool, path: Path) -> tuple[d
         label = entry.get("label") if isinstance(entry, Mapping) else None
         if not is_list(texts) or not all(isinstance(text, str) for text in (*texts, label or "")):  # type: ignore[misc]
             raise ValueError(f'{where}: expected {{"images": ["FILE", ...], "label": "FILE"}}. Correct the entry.')
-        images[str(case)] = {
+        images[nfc(str(case))] = {
             index: Path(path_inside(text, root, allow_outside, where)) for index, text in enumerate(texts or ())
         }
         if label:
-            labels[str(case)] = Path(path_inside(label, root, allow_outside, where))
+            labels[nfc(str(case))] = Path(path_inside(label, root, allow_outside, where))
     return images, labels
 
 
@@ -174,7 +175,7 @@ def _read_folds(path: Path, cases: set[str]) -> dict[str, int]:
         raise ValueError(f"{path} is no list of folds. {expected}.")
     folds: dict[str, int] = {}
     for number, fold in enumerate(content):
-        validation, training = set(map(str, fold["val"])), set(map(str, fold["train"]))
+        validation, training = ({nfc(str(case)) for case in fold[part]} for part in ("val", "train"))
         unknown = sorted((validation | training) - cases)
         if unknown:
             raise ValueError(f"{path}: fold {number} has the case {unknown[0]}, which has no image. {expected}.")

@@ -76,3 +76,16 @@ def test_a_wrong_layout_and_an_empty_folder_are_one_sentence(tmp_path: Path) -> 
         datalist("bids", tmp_path, modalities=["t1"], layout={})
     with pytest.raises(FileNotFoundError, match=r"No cases of the data set 'bids'.*Expected: sub-X"):
         datalist("bids", tmp_path, modalities=["t1"], layout={"t1": "T1w"})
+
+
+@pytest.mark.parametrize(
+    "missing", ["sub-2/anat/sub-2_T1w.nii", "derivatives/m/sub-2/anat/sub-2_label-tumour_mask.nii"]
+)
+def test_links_to_nothing_are_missing_files(missing: str, tree: Tree) -> None:
+    """As a data set of git-annex holds them before its files are fetched."""
+    files = [f"sub-{n}/anat/sub-{n}_T1w.nii" for n in (1, 2)]
+    root = tree(*files, *(f"derivatives/m/sub-{n}/anat/sub-{n}_label-tumour_mask.nii" for n in (1, 2)))
+    (root / missing).unlink()
+    (root / missing).symlink_to("nowhere.nii")
+    with pytest.raises((IncompleteError, ContradictionError), match=missing):
+        datalist("bids", root, modalities=["t1"], layout={key: LAYOUT[key] for key in ("t1", "label")})

@@ -203,3 +203,18 @@ def test_nnunet_and_a_data_list_of_the_same_files_are_the_same_cases_and_the_sam
         assert (training_cases, validation) == fold_split(of_monai, fold)
         assert [case["case_id"] for case in validation] == splits[fold]["val"]
         assert [case["case_id"] for case in training_cases] == splits[fold]["train"]
+
+
+@pytest.mark.parametrize("case_id", ["../x", "/x", "a/b", "a\\b", ".hidden"])
+def test_an_id_that_would_lead_out_of_a_folder_is_refused(case_id: str, tmp_path: Path) -> None:
+    with pytest.raises(ContradictionError, match="cannot be a file name"):
+        cases(write(tmp_path, training=[entry("a", case_id=case_id)]))
+
+
+def test_one_image_in_two_cases_is_refused_with_both(tmp_path: Path) -> None:
+    """As two raters of one image would be listed: one of them would validate what the other trains."""
+    (tmp_path / "a.nii.gz").touch()
+    two = [{"image": "a.nii.gz", "label": f"a_r{rater}.nii.gz", "case_id": f"a_r{rater}"} for rater in (1, 2)]
+    for modalities in (["ct"], ["ct", "pet"]):  # an own file, or one 4D file of all modalities
+        with pytest.raises(ContradictionError, match=r"a\.nii\.gz is an image of two cases, a_r1 and a_r2\."):
+            cases(write(tmp_path, training=two), *modalities)

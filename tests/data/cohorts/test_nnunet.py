@@ -170,3 +170,12 @@ def test_an_empty_data_set_a_layout_and_no_dataset_json_are_one_sentence(dataset
         cases(root, layout={"ct": "0000"})
     with pytest.raises(FileNotFoundError, match=r"There is no dataset\.json"):
         cases(tmp_path)
+
+
+def test_names_are_the_same_in_either_form_of_unicode(dataset: Tree) -> None:
+    composed, decomposed = "M\u00fcller", "Mu\u0308ller"
+    files = [f"imagesTr/{decomposed}_0000.nii.gz", f"imagesTr/{composed}_0001.nii.gz", f"labelsTr/{composed}.nii.gz"]
+    root = dataset(files=[*files, "imagesTr/b_0000.nii.gz", "imagesTr/b_0001.nii.gz"], numTraining=2)
+    splits(root, (["b"], [decomposed]), ([composed], ["b"]))
+    (item,) = [item for item in cases(root) if item["case_id"] == composed]
+    assert (item["fold"], Path(item["label"]).name) == (0, f"{composed}.nii.gz")

@@ -7,7 +7,7 @@ import argparse
 
 from scripts.cli.options import Parser, add_common_options, add_engine_options, add_export_option, add_weights_option
 from scripts.cli.student_options import add_network_option
-from scripts.cli.suv_options import add_suv_options
+from scripts.runtime.suv_options import add_suv_options
 
 EXAMPLE = (
     "python -m scripts dicom --study STUDY --output-dir OUT --rtstruct --sr\n"

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
-from scripts.cli.exported_run import require_trained_settings
+from scripts.cli.config import read_config
+from scripts.cli.exported_run import READ, require_trained_settings, unread_setting
 from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
@@ -52,12 +53,15 @@ def _write_runtime(args: argparse.Namespace, configs: list[str], overrides: Over
     """Export the weights for OpenVINO where that has not been done, and write the runtime folder.
 
     Raises:
-        ValueError: a setting contradicts the weights, the export failed, or the folder holds other files.
+        ValueError: a setting needs MONAI, or contradicts the weights; the export failed; the folder holds other files.
     """
     from scripts.export.runtime_folder import write_runtime_folder
     from scripts.runtime.engines import UnavailableError
     from scripts.runtime.exported_files import read_export
 
+    unread = unread_setting(args, {*READ, *read_config("export")})
+    if unread:
+        raise ValueError(f"{unread} needs monai.bundle run, without which the runtime folder segments. Remove it.")
     weights = weights_path(args)
     inference = ["inference", *context_configs(args)]
     config = resolved_config(args, inference, with_trained_settings(args, inference, {}))

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.cli.config import SEPARATOR
+from scripts.cli.options import parse_set
 from scripts.image_io.checks import Rules
 from scripts.image_io.reader import header_of, read_volume
 from scripts.image_io.suv_values import checked_suv_values
@@ -23,6 +26,21 @@ DECISIVE = (
 )
 # Of these, settings that only decide whether a case is accepted. A mask that is there needed none of them.
 ACCEPTING = ("allow_missing", "max_voxels", "replace_nonfinite", "voxel_size")
+# Ids that change no mask, or whose effect is compared by itself.
+HARMLESS = {*DECISIVE, "weights", "cohort", "layout", "dataset_dir", "data_list", "allow_outside", "threads", "seed"}
+HARMLESS |= {"memory_gib", "engine", "ignore_task"}
+
+
+def decisive_settings(args: argparse.Namespace, config: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """The settings of a run that decide about its masks: ``DECISIVE``, others by name, and what ``--set`` replaces.
+
+    Args:
+        args: parsed options.
+        config: the merged configs with all overrides.
+        others: further ids.
+    """
+    replaced = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
+    return {key: config[key] for key in (*DECISIVE, *others, *sorted(replaced - HARMLESS)) if key in config}
 
 
 def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
@@ -73,8 +91,16 @@ def _refuse_another_maker(folder: Path, earlier: Mapping[str, Any], now: Mapping
 
 def _with_accepting(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of before, with those of ``ACCEPTING`` that were off and are on now; a limit may be any."""
-    added = {key: now[key] for key in ACCEPTING if now.get(key) and (key == "max_voxels" or not before.get(key))}
+    added = {
+        key: now[key]
+        for key in ACCEPTING
+        if not _is_off(now.get(key)) and (key == "max_voxels" or _is_off(before.get(key)))
+    }
     return {**before, **added}
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False  # 0 is a value for NaN
 
 
 def read_record(record: Path) -> dict[str, Any]:

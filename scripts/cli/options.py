@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from scripts.cli.config import config_names
-from scripts.cli.suv_options import suv_values
 from scripts.cli.task import is_file, task_name
+from scripts.runtime.suv_options import suv_values
 from scripts.utils.task_file import read_task
 
 Parser = argparse.ArgumentParser
@@ -70,7 +70,11 @@ def add_common_options(parser: Parser, output: str = "") -> None:
     )
     group = parser.add_argument_group("run")
     group.add_argument("--scale", choices=config_names("scale"), help=SCALES)
-    group.add_argument("--device", type=device_name, help="such as cpu or cuda:0 (default: the first GPU, or the CPU)")
+    group.add_argument(
+        "--device",
+        type=device_name,
+        help="such as cpu or cuda:0 (default: the first GPU, or the CPU, where exported files run in any case)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")
     group.add_argument("--set", action="append", default=[], metavar="ID=VALUE", help="override any config id")

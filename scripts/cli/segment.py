@@ -15,8 +15,8 @@ from scripts.cli.options import (
     positive_int,
 )
 from scripts.cli.student_options import add_network_option
-from scripts.cli.suv_options import add_suv_options
 from scripts.cli.task import is_file
+from scripts.runtime.suv_options import add_suv_options
 
 EXAMPLE = (
     "python -m scripts segment --ct ct.nii.gz --pet pet_suv.nii.gz --mr mr_t1.nii.gz --output mask.nii.gz\n"

@@ -70,20 +70,23 @@ def segment_case(args: argparse.Namespace) -> list[Measures]:
     if args.dry_run:
         return []
     print(f"mask: {mask}")
+    stacked, modalities = bool(config["stacked"]), config["modalities"]
+    if stacked:
+        images = dict.fromkeys(modalities, images[reference])
     name, table = args.measures or (case_id, beside(mask, MEASURES))
     for path in (table, beside(mask, REPORT)):
         path.unlink(missing_ok=True)  # of an earlier mask
     measured, rows = [], []
     if not args.no_measures:
-        measured = measure_case(mask, images, bool(args.stacked), config)
+        measured = measure_case(mask, images, stacked, config)
         rows = write_case_measures(name, table, measured)
     if args.report:
         from scripts.report.mask_report import write_mask_report
         from scripts.runtime.regions import region_mask_values
 
         regions = region_mask_values(*(config[key] for key in ("labels", "classes", "regions", "mask_values")))
-        rules, intensity = image_rules(config), config["intensity"]
-        report = write_mask_report(mask, images, bool(args.stacked), rules, intensity, regions, rows)
+        rules, intensity = image_rules(config), {key: config["intensity"][key] for key in modalities}
+        report = write_mask_report(mask, images, stacked, rules, intensity, regions, rows)
         print(f"report: {report}")
     return measured
 

@@ -22,10 +22,10 @@ from scripts.cli import exported_run
 from scripts.cli.bundle_run import build_item, resolved_config, run_bundle
 from scripts.cli.config import Config
 from scripts.cli.finished_masks import (
-    DECISIVE,
     SUFFIX,
     add_to_record,
     beside,
+    decisive_settings,
     has_images,
     has_suv_values,
     is_complete,
@@ -38,13 +38,13 @@ from scripts.cli.measure_case import join_measures
 from scripts.cli.options import context_configs, engine_overrides, profile_configs
 from scripts.cli.segment_case import REPORT, refuse_other_folder, segment_case
 from scripts.cli.student_options import network_overrides
-from scripts.cli.suv_options import refuse_values_of_one_patient
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.data.bids import BidsTask, bids_name, bids_task, describe_mask, image_sources, write_dataset_files
 from scripts.data.case_list import datalist
 from scripts.image_io.checks import LABEL
 from scripts.runtime.exported_files import is_exported
 from scripts.runtime.memory_check import SharedMemoryError, share_memory
+from scripts.runtime.suv_options import refuse_values_of_one_patient
 from scripts.utils.checksums import sha256
 from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import error_sentence, root_error
@@ -103,7 +103,7 @@ def segment_cohort(args: argparse.Namespace) -> None:
     )
     bids = bids_task(config) if args.bids else None
     masks = _mask_paths(args, cases, modalities, output, bids)
-    settings = {key: config[key] for key in DECISIVE if key in config}
+    settings = decisive_settings(args, config)
     with hold(output):  # a second batch, or the resume of a running one, is refused
         start_record(output / RECORD, masks.values(), sha256(weights_path(args)), settings)
         _segment_cases(args, cases, masks, config, output, bids)
@@ -136,7 +136,9 @@ def _segment_cases(
     finally:
         _record_outcomes(output / RECORD, masks, outcomes)
     done = [case_id for case_id, outcome in outcomes.items() if outcome.result in (SEGMENTED, SKIPPED)]
-    if not args.no_measures:
+    if args.no_measures:
+        (output / "measures.csv").unlink(missing_ok=True)  # of earlier masks
+    else:
         tables = {case_id: beside(mask, MEASURES) for case_id, mask in masks.items() if case_id in done}
         join_measures(tables, output / "measures.csv")
     if bids:
@@ -209,7 +211,8 @@ def _is_done(mask: Path, case: Mapping[str, Any], config: Config, args: argparse
 def _images(case: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, str]:
     """The image of each modality of a case."""
     images = {key: case[key] for key in modalities if key in case}
-    if case["image"] not in images.values():  # else another modality stands in for a missing reference
+    # Else another modality stands in for a missing reference.
+    if modalities[0] not in images and case["image"] not in images.values():
         images[modalities[0]] = case["image"]
     return images
 

@@ -6,16 +6,15 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
 
 from scripts.cli.bundle_run import resolved_config
-from scripts.cli.finished_masks import DECISIVE
-from scripts.cli.options import context_configs
+from scripts.cli.finished_masks import decisive_settings
+from scripts.cli.options import context_configs, engine_overrides
 from scripts.cli.segment_case import segment_case
 from scripts.cli.series_table import series_table
 from scripts.cli.trained_task import with_trained_settings
@@ -25,12 +24,18 @@ from scripts.image_io.dicom_rtstruct import write_rtstruct
 from scripts.image_io.dicom_rules import Rule, series_rules
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_sr import write_sr
-from scripts.image_io.dicom_study import Series, choose_series, find_series, require_series, series_folders
+from scripts.image_io.dicom_study import (
+    Series,
+    choose_series,
+    find_series,
+    require_series,
+    series_folders,
+    series_named,
+)
 from scripts.image_io.dicom_writer import Regions, read_slices, without_patient_data, write_seg
 from scripts.image_io.series_preference import preferences
 from scripts.metrics.lesion_measures import Measures
 from scripts.runtime.regions import region_mask_values
-from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
 from scripts.utils.run_manifest import code_version
 
@@ -104,12 +109,12 @@ def study_task(args: argparse.Namespace) -> StudyTask:
     for name in ("pydicom", "highdicom"):
         dicom_package(name)
     configs = ["inference", *context_configs(args)]
-    task = resolved_config(args, configs, with_trained_settings(args, configs, {}))
+    task = resolved_config(args, configs, with_trained_settings(args, configs, engine_overrides(args)))
     rules = series_rules(task["modalities"], task["dicom"])
     regions = region_mask_values(task["labels"], task["classes"], task["regions"], task["mask_values"])
     properties = segment_properties(regions, task["codes"])
     wanted = preferences(task["modalities"], task["dicom"])
-    settings = {key: task[key] for key in (*DECISIVE, "dicom", "codes") if key in task}
+    settings = decisive_settings(args, task, "dicom", "codes")
     return StudyTask(rules, wanted, regions, properties, settings)
 
 
@@ -156,26 +161,6 @@ def segment_chosen(args: argparse.Namespace, task: StudyTask, chosen: Mapping[st
                 measured = segment_case(argparse.Namespace(**{**vars(args), **own, "measures": measures}))
         report = measured if args.sr else None
         write_dicom(mask, reference, regions, properties, output, args.rtstruct, args.debug, report)
-
-
-@contextmanager
-def series_named(folders: Mapping[str, str | Path], chosen: Mapping[str, Series], debug: bool) -> Iterator[None]:
-    """Let the errors of a block name series by their UIDs, and not by folders that are about to be removed.
-
-    Args:
-        folders: of each modality's files.
-        chosen: the series of each.
-        debug: let the errors through as they are.
-    """
-    try:
-        yield
-    except EXPECTED_ERRORS as error:
-        text = error_sentence(error)
-        for key, folder in folders.items():
-            text = text.replace(str(folder), f"The series {chosen[key].uid} ({key})")
-        if debug or text == error_sentence(error):
-            raise
-        raise ValueError(text) from None
 
 
 def write_dicom(

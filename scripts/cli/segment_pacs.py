@@ -18,12 +18,11 @@ from scripts.cli.segment_dicom import (
     choose,
     print_command,
     segment_chosen,
-    series_named,
     study_task,
 )
 from scripts.image_io.checks import DICOM_MODALITIES
 from scripts.image_io.dicom_rules import matches
-from scripts.image_io.dicom_study import Series
+from scripts.image_io.dicom_study import Series, series_named
 from scripts.image_io.dicomweb import Pacs
 from scripts.utils.output_lock import hold
 
@@ -93,7 +92,7 @@ def _fetched(
             count = pacs.fetch_series(study, series.uid, Path(images) / key)
             print(f"fetched {key}: {count} objects in {time.monotonic() - start:.1f} s")
             local[key] = series._replace(folder=Path(images) / key)
-        with series_named({key: series.folder for key, series in local.items()}, chosen, args.debug):
+        with series_named({key: series.folder.absolute() for key, series in local.items()}, chosen, args.debug):
             yield local
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from scripts.cli.finished_masks import add_to_record, has_suv_values, is_complet
 from scripts.cli.segment_cohort import MAX_WARNINGS, SEGMENTED, SKIPPED, Outcome, report_outcomes
 from scripts.cli.segment_dicom import DEFAULT_OUTPUT, MASK, OBJECTS, StudyTask
 from scripts.cli.segment_pacs import segment_one, store, written_objects
-from scripts.cli.suv_options import refuse_values_of_one_patient, suv_values
 from scripts.cli.trained_task import weights_path
 from scripts.data.table_files import TEXT_TABLES, read_rows
 from scripts.image_io.dicomweb import Pacs, is_uid
 from scripts.image_io.dicomweb_errors import PacsError
 from scripts.image_io.suv_values import QUANTITIES, checked_suv_values
+from scripts.runtime.suv_options import refuse_values_of_one_patient, suv_values
 from scripts.utils.checksums import sha256
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 from scripts.utils.output_lock import hold
@@ -42,8 +42,7 @@ def segment_studies(args: argparse.Namespace, task: StudyTask, pacs: Pacs) -> No
     studies = read_study_list(Path(args.study_list))
     output = Path(args.output_dir or DEFAULT_OUTPUT)
     if args.list_series:
-        for uid, values in studies.items():
-            segment_one(_with(args, values), task, pacs, uid, output / uid)
+        _list_series(args, task, pacs, studies, output)
         return
     with hold(output):
         masks = [output / uid / MASK for uid in studies]
@@ -104,6 +103,29 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 def _with(args: argparse.Namespace, values: dict[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **values})
+
+
+def _list_series(
+    args: argparse.Namespace, task: StudyTask, pacs: Pacs, studies: Mapping[str, dict[str, Any]], output: Path
+) -> None:
+    """Print the series of each study.
+
+    Raises:
+        ValueError: some studies cannot be segmented; the others are listed, too.
+        PacsError: the server cannot be used at all.
+    """
+    failed = {}
+    for number, (uid, values) in enumerate(studies.items(), start=1):
+        print(f"study {number} of {len(studies)}: {uid}")
+        try:
+            segment_one(_with(args, values), task, pacs, uid, output / uid)
+        except EXPECTED_ERRORS as error:
+            if args.debug or (isinstance(error, PacsError) and error.fatal):
+                raise
+            failed[uid] = error_sentence(error)
+    if failed:
+        listed = "; ".join(f"{uid}: {sentence}" for uid, sentence in failed.items())
+        raise ValueError(f"{len(failed)} of {len(studies)} studies cannot be segmented. {listed}")
 
 
 def _studies_of(path: Path) -> dict[str, Any]:

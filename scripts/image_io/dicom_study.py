@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from scripts.image_io.dicom_rules import Rule, element_texts, matches, rule_text
 from scripts.image_io.dicom_series import series_files
 from scripts.image_io.dicom_structure import read_structure
 from scripts.image_io.series_preference import KEYWORDS, PREFER, narrow
+from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
 TAGS = (
     *("Modality", "SeriesInstanceUID", "PatientID", "FrameOfReferenceUID", "SeriesDescription", "Rows", "ImageType"),
@@ -273,6 +276,9 @@ def series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
     Args:
         chosen: series by modality.
         links: an empty folder, for the links.
+
+    Returns:
+        Modality -> absolute path of its folder.
     """
     counts = Counter(series.folder for series in chosen.values())
     folders = {}
@@ -286,5 +292,29 @@ def series_folders(chosen: Mapping[str, Series], links: Path) -> dict[str, str]:
             for number, file in enumerate(files.heads):
                 (folder / f"{number:05d}").symlink_to(Path(file).resolve())
             print(f"{key}: series {series.uid} of {series.folder}")
-        folders[key] = str(folder)
+        folders[key] = str(folder.absolute())
     return folders
+
+
+@contextmanager
+def series_named(
+    folders: Mapping[str, str | Path], chosen: Mapping[str, Series], debug: bool = False
+) -> Iterator[None]:
+    """Let the errors of a block name series by their UIDs, and not by folders that are about to be removed.
+
+    Args:
+        folders: of each modality's files, absolute.
+        chosen: the series of each.
+        debug: let the errors through as they are.
+    """
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        text = error_sentence(error)
+        names = {str(folder): f"The series {chosen[key].uid} ({key})" for key, folder in folders.items()}
+        longest_first = "|".join(re.escape(folder) for folder in sorted(names, key=len, reverse=True))
+        # Not the beginning of another folder's name.
+        named = re.sub(rf"(?<![\w./-])({longest_first})(?![\w-])(?!\.\w)", lambda match: names[match[1]], text)
+        if debug or named == text:
+            raise
+        raise ValueError(named) from None

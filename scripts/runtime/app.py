@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.runtime.suv_options import add_suv_options, suv_values
 from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
@@ -57,6 +58,8 @@ def build_parser(modalities: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--voxel-size", choices=("affine", "pixdim"), help="to believe where a header contradicts itself"
     )
+    parser.add_argument("--max-voxels", type=int, metavar="N", help="reject images with more voxels (default: 2^30)")
+    add_suv_options(parser)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     return parser
 
@@ -166,8 +169,9 @@ def segment(
     from scripts.runtime.segmenter import Settings, segment_item
 
     threads = args.threads or usable_cpus()
-    limits = {"replace_nonfinite": args.replace_nonfinite, "voxel_size": args.voxel_size}
-    rules = Rules(series_uids=args.series_uid or (), **limits)
+    limits = {key: vars(args)[key] for key in ("replace_nonfinite", "voxel_size", "max_voxels")}
+    limits = {key: value for key, value in limits.items() if value is not None}
+    rules = Rules(series_uids=args.series_uid or (), suv=suv_values(args), **limits)
     taken = {key: task[key] for key in Settings.__dataclass_fields__ if key in task}
     of_run = {"rules": rules, "threads": threads, "reference": next(iter(images)), "allow_missing": args.allow_missing}
     of_run |= {"naming": []}  # an image that is not named is not looked for
@@ -192,7 +196,7 @@ def _start_engine(folder: Path, task: Mapping[str, Any], threads: int) -> Any:
 def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Path, source: str, target: str) -> None:
     """Segment the study in a folder: ``mask.nii.gz``, and ``seg.dcm`` where highdicom is installed."""
     from scripts.image_io.dicom_rules import series_rules
-    from scripts.image_io.dicom_study import choose_series, find_series, require_series, series_folders
+    from scripts.image_io.dicom_study import choose_series, find_series, require_series, series_folders, series_named
     from scripts.image_io.series_preference import preferences
 
     rules = series_rules(task["modalities"], task["dicom"])
@@ -206,7 +210,8 @@ def _segment_study(args: argparse.Namespace, task: Mapping[str, Any], folder: Pa
     with tempfile.TemporaryDirectory(prefix="series-") as links:
         folders = series_folders(chosen, Path(links))
         of_study = argparse.Namespace(**{**vars(args), "series_uid": [series.uid for series in chosen.values()]})
-        segment(of_study, task, folder, folders, mask)
+        with series_named(folders, chosen):
+            segment(of_study, task, folder, folders, mask)
     if importlib.util.find_spec("highdicom") is None:
         print(f"{SEG} was not written, because highdicom is not installed.")
         return

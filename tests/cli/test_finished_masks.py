@@ -82,7 +82,7 @@ def settings(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "advised", [{"allow_missing": True}, {"max_voxels": 5}, {"replace_nonfinite": 0.5}, {"voxel_size": "affine"}]
+    "advised", [{"allow_missing": True}, {"max_voxels": 5}, {"replace_nonfinite": 0.0}, {"voxel_size": "affine"}]
 )
 def test_what_accepts_more_cases_may_be_added_but_not_taken_away(mask: Path, advised: dict[str, Any]) -> None:
     """The errors of failed cases advise these options."""
@@ -110,6 +110,6 @@ def test_settings_that_change_a_mask_are_refused(mask: Path, changed: dict[str, 
 
 def test_another_value_for_nan_is_another_setting(mask: Path) -> None:
     record = mask.parent / "segment.json"
-    record.write_text(json.dumps({"weights_sha256": "1", "settings": settings(replace_nonfinite=1.0)}))
-    with pytest.raises(ValueError, match=r"replace_nonfinite is 1\.0, this run's is 2\.0"):
+    record.write_text(json.dumps({"weights_sha256": "1", "settings": settings(replace_nonfinite=0.0)}))
+    with pytest.raises(ValueError, match=r"replace_nonfinite is 0\.0, this run's is 2\.0"):
         start_record(record, [mask], "1", settings(replace_nonfinite=2.0))

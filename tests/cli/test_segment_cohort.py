@@ -161,6 +161,8 @@ def test_a_mask_without_its_measures_is_not_complete_unless_none_are_wanted(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 cases")]
     assert [line.partition(": ")[2][:11] for line in lines] == ["3 segmented", "0 segmented", "3 segmented"]
     assert len(list(output.glob("*measures.csv"))) == 4
+    assert main([*command, "--no-measures"]) == 0
+    assert not (output / "measures.csv").exists()  # it may be of earlier masks
 
 
 @pytest.mark.usefixtures("_here")
@@ -237,6 +239,9 @@ def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     assert main([*command, str(table()), "--set", "overlap=0.5"]) == 1
     words = "holds masks of other settings: its overlap is 0.25, this run's is 0.5. Use the same settings, or"
     assert words in capsys.readouterr().err
+    inferer = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 32], "mode": "constant"}
+    assert main([*command, str(table()), "--set", f"inferer={json.dumps(inferer)}"]) == 1
+    assert "holds masks of other settings: its inferer is none" in capsys.readouterr().err
     other = tmp_path / "other.csv"  # a case without a mask, in a folder that holds masks of other cases
     other.write_text(re.sub(r"^PHANTOM_00", "OTHER_", table().read_text(), flags=re.MULTILINE))
     assert main([*command, str(other), "--set", "overlap=0.5"]) == 1
@@ -392,3 +397,25 @@ def test_a_batch_is_named_as_bids_derivatives(table: Callable[..., Path], weight
     for path in output.rglob("[!.]*"):
         known = named.fullmatch(path.name) or any(fnmatch(path.name, pattern) for pattern in ignored)
         assert path.is_dir() or known, path
+
+
+def test_the_column_of_the_reference_wins_over_the_column_image() -> None:
+    """As in check, train and evaluate; ``image`` stands in for a reference that is absent."""
+    case = {"image": "other.nii.gz", "ct": "ct.nii.gz", "pet": "pet.nii.gz"}
+    assert batch._images(case, ["ct", "pet"]) == {"ct": "ct.nii.gz", "pet": "pet.nii.gz"}
+    del case["ct"]
+    assert batch._images(case, ["ct", "pet"]) == {"ct": "other.nii.gz", "pet": "pet.nii.gz"}
+
+
+@pytest.mark.parametrize("verb", ["check", "evaluate"])
+def test_images_that_a_table_does_not_name_are_not_looked_for(
+    verb: str, phantoms: Any, tiny_student: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lie beside the CT under the names of the data set."""
+    (tmp_path / "t.csv").write_text(f"case_id,ct,label\nA,{phantoms[0]['ct']},{phantoms[0]['label']}\n")
+    command = [verb, "--data", "phantom", "--data-list", str(tmp_path / "t.csv"), "--allow-outside"]
+    command += tiny_student if verb == "evaluate" else []
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    words = "pet, mr is absent" if verb == "check" else "Modalities are absent (A: pet; A: mr)"
+    assert words in printed.out + printed.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,7 +23,7 @@ from scripts.cli import segment_dicom as clinic
 from scripts.cli.main import main
 from scripts.image_io.dicom_rules import series_rules
 from scripts.image_io.dicom_series import SeriesFiles
-from scripts.image_io.dicom_study import Series, choose_series, find_series
+from scripts.image_io.dicom_study import Series, choose_series, find_series, series_named
 from scripts.metrics.lesion_measures import Measures
 from tests.dicom_phantom import write_study
 
@@ -258,6 +259,22 @@ def test_an_error_names_the_series(
     uid = pydicom.dcmread(next(folder.glob("PT_*.dcm"))).SeriesInstanceUID
     assert f"The series {uid} (pet)" in error
     assert "/series-" not in error
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "expected"),
+    [
+        (["t1", "t1ce"], "/links/t1ce has missing slices.", "The series 1.1 (t1ce) has missing slices."),
+        (["t1", "t1ce"], "/links/t1/00003 is damaged.", "The series 1.0 (t1)/00003 is damaged."),
+        (["t1", "t1ce"], "/links/t1 and /links/t1ce", "The series 1.0 (t1) and The series 1.1 (t1ce)"),
+        (["t1"], "/links/t1 old has, /links/t1.old too", "The series 1.0 (t1) old has, /links/t1.old too"),
+    ],
+)
+def test_a_series_is_named_by_its_own_folder_only(names: list[str], text: str, expected: str) -> None:
+    folders = {name: f"/links/{name}" for name in names}
+    chosen = {name: _series("MR", f"1.{number}") for number, name in enumerate(names)}
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"), series_named(folders, chosen):
+        raise ValueError(text)
 
 
 def test_a_table_of_cases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,6 +312,8 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
     assert main([*command, "--allow-missing", "--set", "overlap=0.5"]) == 1
     error = capsys.readouterr().err
     assert "holds masks of other settings: its overlap is 0.25, this run's is 0.5. Use the same settings" in error
+    assert main([*command, "--allow-missing", "--precision", "fp32"]) == 1
+    assert "its engine_precision is auto, this run's is fp32" in capsys.readouterr().err
     assert main(command) == 1
     assert "its allow_missing is True, this run's is False" in capsys.readouterr().err
     table.write_text(table.read_text().replace(",70", ",80"))
@@ -319,6 +321,24 @@ def test_a_list_of_studies_is_done_and_gone_on_with(
     assert "3 studies: 1 segmented, 2 already there, 0 failed" in capsys.readouterr().out
     manifest = json.loads((output / studies[1] / "mask.manifest.json").read_text())
     assert manifest["config"]["checks"]["suv"] == {"patient_weight": 80.0}
+
+
+def test_the_series_of_every_study_of_a_list_are_listed(
+    pacs: FakePacs, studies: list[str], tiny_student: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "studies.txt").write_text("\n".join([studies[2], studies[0]]))  # the first has no PET
+    command = ["dicom", "--dicomweb", pacs.url, "--study-list", str(tmp_path / "studies.txt"), "--list-series"]
+    assert main([*command, "--output-dir", str(tmp_path / "out"), *tiny_student]) == 1
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("study ")] == [
+        f"study 1 of 2: {studies[2]}",
+        f"study 2 of 2: {studies[0]}",
+    ]
+    assert err.endswith(
+        f"error: 1 of 2 studies cannot be segmented. {studies[2]}: The study {studies[2]} has no series for pet "
+        "(Modality PT). Add it, use --allow-missing, or correct the rules in the task's dicom.\n"
+    )
+    assert not pacs.fetched()
 
 
 def test_an_object_that_was_not_stored_before_a_kill_is_stored_by_the_next_run(

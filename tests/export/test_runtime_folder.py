@@ -15,6 +15,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 from scripts.cli.main import main
@@ -108,6 +109,24 @@ def test_a_study_goes_in_and_a_segmentation_comes_out(folder: Path, phantoms: An
     ran = run(folder, **container, **platform)
     assert ran.returncode == 0, ran.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mask.nii.gz", "seg.dcm"}
+
+
+def test_a_pet_without_weight_is_named_by_its_series_and_segmented_with_the_option(
+    folder: Path, phantoms: Any, run: Any, tmp_path: Path
+) -> None:
+    study = write_study(phantoms[0], tmp_path / "study") / "dicom"
+    for path in study.glob("PT_*.dcm"):
+        head = pydicom.dcmread(path)
+        del head.PatientWeight
+        head.save_as(path)
+    options = ["--input", study, "--output-dir", tmp_path / "out"]
+    ran = run(folder, *options)
+    assert ran.returncode == 1
+    series = f"The series {head.SeriesInstanceUID} (pet)"
+    assert f"{series} has no PatientWeight, which SUV requires. Give --patient-weight" in ran.stderr
+    ran = run(folder, *options, "--patient-weight", "70")
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out" / "mask.nii.gz").is_file()
 
 
 def test_every_case_of_a_batch_of_kaapana_is_segmented(folder: Path, phantoms: Any, run: Any, tmp_path: Path) -> None:
@@ -210,6 +229,7 @@ def test_a_folder_with_other_files_is_not_written_into(weights: Path, tmp_path: 
 
 OTHER_TASK = {
     "spacing": (["--set", "spacing=[1,1,1]"], "its spacing is [8, 8, 8], this run's is [1, 1, 1]"),
+    "inferer": (["--set", "overlap=0.5", "--set", 'inferer={"a": 1}'], "--set inferer needs monai.bundle run"),
     "data set": (["--data", "hecktor21"], "its modalities is ['ct', 'pet', 'mr'], this run's is ['ct', 'pet']"),
 }
 

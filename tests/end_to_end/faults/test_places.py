@@ -227,6 +227,18 @@ def test_a_4d_file_of_all_modalities_gives_the_same_mask_as_three_files(common: 
     np.testing.assert_array_equal(first.affine, second.affine)
 
 
+def test_measures_and_report_are_the_same_however_a_4d_file_is_named(common: Any, segment: Any) -> None:
+    path = common[1](3, "all.nii.gz")
+    named = segment({}, "--stacked", path, "--report", name="option")
+    by_set = segment({"ct": path}, "--set", "stacked=true", "--report", name="set")
+    assert (named.code, by_set.code) == (0, 0), by_set.err
+    tables = [Path(str(each.mask).replace(".nii.gz", ".measures.csv")).read_text() for each in (named, by_set)]
+    assert tables[0].replace("option,", "set,") == tables[1]
+    assert all(row["suv_max"] for row in csv.DictReader(tables[1].splitlines()))
+    page = Path(str(by_set.mask).replace(".nii.gz", ".report.html")).read_text()
+    assert "Segmented without" not in page
+
+
 @pytest.mark.parametrize(("number", "sizes"), [(2, "24 x 20 x 16 x 2"), (4, "24 x 20 x 16 x 4"), (1, "24 x 20 x 16")])
 def test_a_4d_file_of_another_number_of_volumes_is_refused(
     number: int, sizes: str, common: Any, segment: Any, assert_refused: Any

@@ -8,6 +8,7 @@ Example: python -m benchmarks study --dataset-dir DATA --output-dir runs/study
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from fnmatch import filter as filter_names
 from pathlib import Path
@@ -48,7 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--commit", default="", help="commit of the code, where it is not a git checkout")
     parser.add_argument(
-        "--shipped", action="store_true", help="train the weights that are shipped, once the study is done"
+        "--shipped",
+        action="store_true",
+        help="train the weights that are shipped, once the teachers of stage 1 have answered",
     )
     parser.add_argument("--costs", action="store_true", help="only measure the networks' costs, on an idle machine")
     parser.add_argument("--table", action="store_true", help="run nothing, only write tables, figures and statistics")
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> str:
     )
     if args.dry_run:
         return "\n".join(f"{'done' if job.done else 'open'}  {job.study_row.name}" for job in chosen(plan, args.only))
+    require_one_device(plan)
     while True:  # the verdict of the gate brings more jobs
         plan.judge_gate()
         known = plan.verdict
@@ -91,6 +95,21 @@ def run(args: argparse.Namespace) -> str:
     jobs = chosen(plan, args.only)
     done = sum(job.done for job in jobs)
     return f"{done} of {len(jobs)} jobs are done, {len(failed)} failed or wait for others. Gate: {plan.gate or 'open'}."
+
+
+def require_one_device(plan: StudyPlan | StudyShipped) -> None:
+    """Refuse to go on with results of a CPU on a GPU, or the reverse: all arms of a comparison need one precision.
+
+    Raises:
+        ValueError: there are such results.
+    """
+    for path in sorted((plan.results / "jobs").glob("*.json")):
+        device = str(json.loads(path.read_text(encoding="utf-8"))["device"])
+        if (device != "cpu") != plan.gpu:
+            raise ValueError(
+                f"{path} was made on {device}. On another kind of device precision and teachers differ. Choose an "
+                "empty folder by --results."
+            )
 
 
 def chosen(plan: StudyPlan | StudyShipped, patterns: Sequence[str]) -> list[StudyJob]:

@@ -13,6 +13,7 @@ from benchmarks.study_records import Run
 from benchmarks.study_statistics import (
     COMPRESSION,
     MARGIN,
+    SEEDS,
     allows_compression,
     compare_arms,
     mean_with_interval,
@@ -28,6 +29,8 @@ TEACHERS = "teachers"  # the arm with the teachers' ensemble
 
 def compression_section(arms: Arms, costs: Sequence[Cost], folder: Path) -> str:
     """Compare the students of experiment C with the teachers, and draw ``dice_by_size.png`` if costs are measured.
+
+    The figure shows the arms that are complete.
 
     Args:
         arms: (student, arm) -> runs of experiment C.
@@ -49,11 +52,10 @@ def compression_section(arms: Arms, costs: Sequence[Cost], folder: Path) -> str:
         parts += [markdown_table(COST_COLUMNS, [[cost[key] for key in COST_COLUMNS] for cost in costs]), conditions]
     else:
         parts.append("The costs are not yet measured.")
-    means = {name: patient_means(runs) for name, runs in arms.items()}
     entries = [
-        {"student": student, "arm": arm, "dice": mean_with_interval(values)}
-        for (student, arm), values in means.items()
-        if values
+        {"student": student, "arm": arm, "dice": mean_with_interval(patient_means(runs))}
+        for (student, arm), runs in arms.items()
+        if not missing_runs(runs, seeds=1 if arm == TEACHERS else SEEDS)  # other arms have other patients
     ]
     ensemble = next((entry for entry in entries if entry["arm"] == TEACHERS), None)
     if draw_dice_by_size(entries, matched, ensemble, folder / "dice_by_size.png"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,6 +55,7 @@ class StudySetting:
     cases: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_dir", os.path.abspath(self.dataset_dir))  # is named DATA in the records
         cases = datalist(self.data, self.dataset_dir)
         object.__setattr__(self, "cases", cases)
         object.__setattr__(self, "folds", make_splits((str(case["patient_id"]) for case in cases), FOLDS, seed=0))

@@ -40,7 +40,7 @@ class RandomSizes:
         smallest: voxels per axis that a patch has at least.
         cell: sizes are multiples of this many voxels, and the smallest one.
 
-    The sizes come from PyTorch's generator, so that a resumed training draws other ones.
+    The sizes come from PyTorch's generator, which is seeded at the start of each epoch.
     """
 
     def __init__(self, prepare: Callable[..., Any], smallest: int = SMALLEST, cell: int = CELL) -> None:

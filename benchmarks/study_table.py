@@ -11,7 +11,7 @@ from benchmarks.missing_modalities import subsets
 from benchmarks.study_compression import TEACHERS, Arms, compression_section
 from benchmarks.study_costs import read_costs, write_costs
 from benchmarks.study_figures import draw_hypotheses
-from benchmarks.study_records import Run, diverged_runs, failed_cases, read_runs, same_length, write_cases
+from benchmarks.study_records import Run, diverged_runs, failed_cases, read_runs, run_name, same_length, write_cases
 from benchmarks.study_statistics import (
     HYPOTHESES,
     MARGIN,
@@ -181,7 +181,9 @@ def _origin_table(runs: Sequence[Run]) -> str:
         if not own:
             continue
         texts = [", ".join(sorted({str(run[key]) for run in own})) for key in ("commit", "device", "processor")]
-        rows.append((experiment, len(own), *texts, f"{sum(run['seconds'] or 0 for run in own) / 3600:.1f}"))
+        # One training may leave several runs: of both folds of a pair, or of every subset of modalities.
+        trainings = {"".join(run.get("commands", [])[:1]) or run_name(run): run["seconds"] or 0 for run in own}
+        rows.append((experiment, len(own), *texts, f"{sum(trainings.values()) / 3600:.1f}"))
     return markdown_table(("experiment", "runs", "commits", "devices", "processors", "training hours"), rows)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.study_job import StudyJob, StudyRow
 from benchmarks.study_setting import FOLDS
 from benchmarks.study_teachers import STAGE_1, STAGE_2
 from scripts.cli.config import has_id, merge_configs
+from scripts.data.folds import chosen_cases, fold_split
 from tests.study_jobs import FOLDS_OF_PATIENTS, data_folds, judge, new_plan, options, seen_folds, settings
 
 ALL = set(range(FOLDS))
@@ -183,6 +185,29 @@ def test_every_setting_of_a_job_is_an_id_of_the_configs(jobs: list[StudyJob]) ->
     assert {"segmentation_loss#batch", "student_features"} <= keys
     unknown = [key for key in keys if not key.startswith(("+", "loss#", "teacher_specs")) and not has_id(known, key)]
     assert unknown == []
+
+
+def test_every_command_finds_its_cases_in_the_split_of_its_job(
+    jobs: list[StudyJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teachers' split is one fold of all patients: nobody trains, and all are answered for."""
+    monkeypatch.setattr(study_taught, "write_predictions", lambda *_: None)
+    found: dict[str, set[int]] = {}
+    for job in jobs:
+        if not job.typed() or job.study_row.seed or job.study_row.fold:
+            continue
+        job.prepare()
+        command = job.typed()[0]
+        rows = json.loads((job.folder / "cases.json").read_text())
+        cases = [{**row, "label": row.get("label", "")} for row in rows]
+        fold = settings(command).get("fold", *options(command, "--fold"))
+        which = "all" if command[0] == "cache-teachers" else "training"
+        chosen = chosen_cases(fold_split(cases, int(fold), file=job.folder / "splits.json"), which)
+        found.setdefault(f"{job.study_row.experiment} {command[0]}", set()).add(len(chosen))
+    assert found["A cache-teachers"] == {38}
+    assert found["teachers teacher"] == {22, 23}
+    assert found["C train"] == found["C distill"] == {30}
+    assert found["B1 distill"] == {8}
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -15,6 +15,7 @@ import torch
 from matplotlib.image import imread
 
 import benchmarks.study as study_command
+import benchmarks.study_compression as study_compression
 from benchmarks.study_compression import matching_costs
 from benchmarks.study_costs import ENSEMBLE, ENSEMBLE_MEMBERS, measure_costs, read_costs, study_networks
 from benchmarks.study_records import read_runs
@@ -123,6 +124,23 @@ def test_the_page_answers_each_experiment(study: Path) -> None:
     )
     assert "| 0.2M | control | 10 | -0.104 [" in compression
     assert "| B1 | 30 | abc | cpu | a CPU | 0.3 |" in section(page, "Where the runs were made")
+
+
+@pytest.mark.benchmarks
+def test_a_training_with_several_results_counts_once_and_an_unfinished_arm_is_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(study_compression, "draw_dice_by_size", lambda entries, *_: bool(drawn.extend(entries)))
+    write_arm(tmp_path, "C", "alone", 0.0, student="0.2M", steps=2000)
+    write_job(tmp_path, "C", "kd_in_sample", [0.9, 0.9], student="0.2M", steps=2000)  # one fold, one seed
+    for fold, source in ((0, 1), (1, 0)):  # both folds of a pair, by one training of an hour
+        more = {"student": ENSEMBLE, "seconds": 3600.0, "commands": ["the training", f"score {fold}"]}
+        write_job(tmp_path, "A", "t1", [0.5, 0.6], fold=fold, source_fold=source, **more)
+    write_cost_file(tmp_path)
+    page = write_study(tmp_path)
+    assert "| A | 2 | abc | cpu | a CPU | 1.0 |" in page
+    assert [(entry["student"], entry["arm"]) for entry in drawn] == [("0.2M", "alone")]
 
 
 @pytest.mark.benchmarks
@@ -285,3 +303,13 @@ def test_a_trial_has_folders_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
         study_command.run(parser.parse_args([*where, "--shorten", shorten, "--dry-run"]))
     assert [each["results"] for each in made] == [tmp_path / "results", tmp_path / "results" / "trial"]
     assert [each["output"] for each in made] == [tmp_path / "runs", tmp_path / "runs" / "trial"]
+
+
+def test_results_of_another_kind_of_device_are_refused(tmp_path: Path) -> None:
+    plan = argparse.Namespace(results=tmp_path, gpu=True)
+    study_command.require_one_device(plan)
+    write_job(tmp_path, "B1", "alone", [0.5], device="NVIDIA H100")
+    study_command.require_one_device(plan)
+    write_job(tmp_path, "B1", "control", [0.5])
+    with pytest.raises(ValueError, match=r"B1_control\S* was made on cpu\. On another kind of device"):
+        study_command.require_one_device(plan)

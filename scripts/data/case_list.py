@@ -203,10 +203,15 @@ def check_cases(
             problems.append(f"Case {case_id} occurs twice, as {other['image']} and {image}. Remove one of them.")
     owners: dict[str, str] = {}
     for item, files in cases:
-        for path in {os.path.realpath(path) for path in files.values() if path.is_file()}:
-            owner = owners.setdefault(path, item["case_id"])
-            if owner != item["case_id"]:
-                problems.append(f"{path} is an image of two cases, {owner} and {item['case_id']}. Remove one of them.")
+        case_id, label = item["case_id"], os.path.realpath(item["label"]) if "label" in item else None
+        images = {os.path.realpath(path) for path in files.values() if path.is_file()}
+        if label in images:
+            problems.append(f"Case {case_id} has {label} as image and as label. Name the file of each.")
+        for path in images | ({label} if label else set()):
+            owner = owners.setdefault(path, case_id)
+            if owner != case_id:
+                kind = "a label" if path == label else "an image"
+                problems.append(f"{path} is {kind} of two cases, {owner} and {case_id}. Remove one of them.")
     missing = [[str(path) for path in files.values() if not path.exists()] for _, files in cases]
     without_reference = [item["image"] in paths for (item, _), paths in zip(cases, missing, strict=True)]
     readable = [item for (item, _), lacks in zip(cases, without_reference, strict=True) if not lacks]

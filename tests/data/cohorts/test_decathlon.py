@@ -119,9 +119,9 @@ def test_one_image_of_several_modalities_needs_stacked(tmp_path: Path) -> None:
 
 
 def test_test_cases_need_no_label(tmp_path: Path) -> None:
-    for name in ("a", "t"):
+    for name in ("a", "a_mask", "t"):
         (tmp_path / f"{name}.nii.gz").touch()
-    training = [{"image": "a.nii.gz", "label": "a.nii.gz"}]
+    training = [{"image": "a.nii.gz", "label": "a_mask.nii.gz"}]
     require_cases(cases(write(tmp_path, training=training, test=["t.nii.gz"])), tmp_path, ["ct"], labelled=True)
     with pytest.raises(ValueError, match=r"Labels are absent \(t\)"):
         require_cases(cases(write(tmp_path, training=[*training, "t.nii.gz"])), tmp_path, ["ct"], labelled=True)
@@ -218,3 +218,13 @@ def test_one_image_in_two_cases_is_refused_with_both(tmp_path: Path) -> None:
     for modalities in (["ct"], ["ct", "pet"]):  # an own file, or one 4D file of all modalities
         with pytest.raises(ContradictionError, match=r"a\.nii\.gz is an image of two cases, a_r1 and a_r2\."):
             cases(write(tmp_path, training=two), *modalities)
+
+
+def test_one_file_as_image_and_label_or_as_the_label_of_two_cases_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", "mask"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(ContradictionError, match=r"Case a has \S+a\.nii\.gz as image and as label\."):
+        cases(write(tmp_path, training=[{"image": "a.nii.gz", "label": "a.nii.gz"}]))
+    shared = [{"image": f"{name}.nii.gz", "label": "mask.nii.gz"} for name in ("a", "b")]
+    with pytest.raises(ContradictionError, match=r"mask\.nii\.gz is a label of two cases, a and b\."):
+        cases(write(tmp_path, training=shared))

@@ -234,7 +234,7 @@ def test_measures_and_report_are_the_same_however_a_4d_file_is_named(common: Any
     assert (named.code, by_set.code) == (0, 0), by_set.err
     tables = [Path(str(each.mask).replace(".nii.gz", ".measures.csv")).read_text() for each in (named, by_set)]
     assert tables[0].replace("option,", "set,") == tables[1]
-    assert all(row["suv_max"] for row in csv.DictReader(tables[1].splitlines()))
+    assert all(row["suvmax"] for row in csv.DictReader(tables[1].splitlines()))
     page = Path(str(by_set.mask).replace(".nii.gz", ".report.html")).read_text()
     assert "Segmented without" not in page
 

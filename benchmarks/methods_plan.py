@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from benchmarks.job_queue import Command, Job, run_jobs, select_jobs
+from scripts.cli.distill import STAGED_METHOD
 from scripts.cli.main import main
 from scripts.data import datalist, fold_split
 
@@ -76,8 +77,9 @@ class MethodsPlan:
             ]
             jobs.append(self._plain("student with selective fusion", seed, self.epochs, extra=_student_options("dual")))
             jobs.append(self._distilled("teachformer, two Transformers", seed, ("teachformer",), TRANSFORMER_TEACHERS))
+        with_random = [method for method in self.methods if method != STAGED_METHOD]  # which needs trained teachers
         for seed in self.seeds:
-            for method in self.methods:
+            for method in with_random:
                 row = f"{method}, random teachers"
                 jobs.append(self._distilled(row, seed, (method,), _teachers(method), random=True))
         return jobs

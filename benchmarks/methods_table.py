@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.job_queue import Job
 from benchmarks.methods_plan import ALONE, PET_THRESHOLDS, MethodsPlan
@@ -106,12 +107,20 @@ def table_entries(plan: MethodsPlan, jobs: Sequence[Job]) -> list[dict[str, Any]
         for seed, folder in zip(seeds.get(ALONE, []), folders.get(ALONE, []), strict=True)
     }
     for entry in entries:
-        if alone and entry["row"] != ALONE:
-            # A student is compared with the same seeds of the student alone. Teachers and thresholds share no seed
-            # with it and are compared with all seeds.
-            own_seeds = [] if entry["row"].startswith("teacher ") else seeds.get(entry["row"], [])
-            rows = mean_over_seeds([alone[seed] for seed in (own_seeds or alone) if seed in alone])
-            entry["difference"] = {m: paired_difference(entry["rows"], rows, m) for m in METRICS}
+        row = entry["row"]
+        if not alone or row == ALONE:
+            continue
+        rows, reference = entry["rows"], mean_over_seeds([*alone.values()])
+        if row in seeds and not row.startswith("teacher "):  # teachers and thresholds share no seed with the student
+            common = {
+                seed: read_rows(folder / "eval" / "cases.csv")
+                for seed, folder in zip(seeds[row], folders[row], strict=True)
+                if seed in alone
+            }
+            if not common:
+                continue
+            rows, reference = mean_over_seeds([*common.values()]), mean_over_seeds([alone[seed] for seed in common])
+        entry["difference"] = {m: paired_difference(rows, reference, m) for m in METRICS}
     return entries
 
 
@@ -140,12 +149,12 @@ def write_figure(entries: Sequence[Entry], path: Path) -> None:
     for i, entry in enumerate(rows):
         colour = "tab:red" if entry["row"] == ALONE else "tab:blue" if entry["distilled"] else "tab:gray"
         summary = entry["aggregate"]["metrics"]["dice"]["worst_filled"]
-        left.plot(summary["ci95"], [i, i], color=colour)
+        _draw_interval(left, summary["ci95"], i, colour)
         left.plot(entry["dice_per_seed"], [i] * len(entry["dice_per_seed"]), ".", color=colour, alpha=0.5)
         left.plot(summary["mean"], i, "o", color=colour)
         if "difference" in entry:
             difference = entry["difference"]["dice"]
-            right.plot(difference["ci95"], [i, i], color=colour)
+            _draw_interval(right, difference["ci95"], i, colour)
             right.plot(difference["mean"], i, "o", color=colour)
     left.set_yticks(range(len(rows)), [entry["row"] for entry in rows])
     left.set_xlabel("Dice: mean, 95% interval over patients, seeds")
@@ -156,6 +165,12 @@ def write_figure(entries: Sequence[Entry], path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+
+
+def _draw_interval(axis: Axes, interval: Sequence[float] | None, row: int, colour: str) -> None:
+    """Draw an interval, which a single patient has not."""
+    if interval is not None:
+        axis.plot(interval, [row, row], color=colour)
 
 
 def _write_cases(entries: Sequence[Entry], path: Path) -> None:

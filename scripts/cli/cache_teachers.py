@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.cli.bundle_run import Expression, resolved_config, run_bundle
+from scripts.cli.config import config_names
 from scripts.cli.options import Parser, add_common_options, context_configs
 from scripts.cli.teacher_options import add_teachers_options, teachers_overrides
 
@@ -95,6 +96,11 @@ def _teacher_of_runs(runs: Sequence[str], name: str | None) -> str:
             raise ValueError(
                 f"{task_path(file)} names no architecture of a teacher. Give the folder of a run of `teacher`, or name "
                 "network and weights by --teacher NAME=FILE.json --out-of-fold."
+            )
+        if network["architecture"] not in config_names("teachers"):
+            raise ValueError(
+                f"{task_path(file)} names the architecture {network['architecture']}, a file that is trusted like "
+                "code. Name it yourself: --teacher NAME=FILE.json=WEIGHTS,WEIGHTS --out-of-fold."
             )
         kinds[f"{network['architecture']}:{'+'.join(network['modalities'])}"] = network["architecture"]
     if len(kinds) > 1:

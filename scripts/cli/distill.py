@@ -130,8 +130,6 @@ def _train_stages(
 
     if args.network:  # before the first stage
         require_encoder(build_item(args, ["train", *context_configs(args)], network_overrides(args), "network"))
-    if not args.dry_run:
-        _require_usable_teachers(args, configs, overrides)
     epochs = int(config["max_epochs"])
     anew = bool(config["overwrite"]) and not config["resume"]
     output_dir = Path(args.output_dir or Path(bundle_root()) / "runs" / "distilled")  # as in distill.json
@@ -144,7 +142,10 @@ def _train_stages(
     student |= network_overrides(args)
     if str(config["splits_file"]).startswith("$"):  # the default, which is the folder of each training
         shared |= {"splits_file": str(output_dir / "splits.json"), "named_splits": False}
-    for stage in gkd_stages(folder, teachers, epochs, str(config["head"])):
+    stages = gkd_stages(folder, teachers, epochs, str(config["head"]))
+    if not args.dry_run:
+        _require_usable_teachers(args, configs, overrides)
+    for stage in stages:
         output = folder / stage.name
         stage_configs = ["train", *context_configs(args), *stage.configs]
         own = {"output_dir": str(output), "set": _stage_settings(args.set, stage_configs)}

@@ -6,15 +6,18 @@ from __future__ import annotations
 import argparse
 
 from scripts.cli.bundle_run import Overrides, resolved_config, run_bundle
-from scripts.cli.config import read_config
-from scripts.cli.exported_run import READ, require_trained_settings, unread_setting
-from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs
+from scripts.cli.config import SEPARATOR
+from scripts.cli.exported_run import require_trained_settings
+from scripts.cli.options import Parser, add_common_options, add_weights_option, context_configs, parse_set
 from scripts.cli.student_options import add_network_option, network_overrides
 from scripts.cli.trained_task import weights_path, with_trained_settings, with_trained_task
 from scripts.export import FORMATS
 from scripts.runtime import EXPORT_PRECISIONS
 from scripts.utils.errors import error_sentence
 
+# Ids of inference that a runtime folder does not keep.
+NOT_KEPT = ("inferer", "predictor", "preprocessing", "postprocessing", "naming", "reference", "allow_missing", "checks")
+NOT_KEPT += ("engine", "engine_precision")
 EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 
 
@@ -53,15 +56,19 @@ def _write_runtime(args: argparse.Namespace, configs: list[str], overrides: Over
     """Export the weights for OpenVINO where that has not been done, and write the runtime folder.
 
     Raises:
-        ValueError: a setting needs MONAI, or contradicts the weights; the export failed; the folder holds other files.
+        ValueError: a setting would have no effect, or contradicts the weights; the export failed; the folder holds
+            other files.
     """
     from scripts.export.runtime_folder import write_runtime_folder
     from scripts.runtime.engines import UnavailableError
     from scripts.runtime.exported_files import read_export
 
-    unread = unread_setting(args, {*READ, *read_config("export")})
-    if unread:
-        raise ValueError(f"{unread} needs monai.bundle run, without which the runtime folder segments. Remove it.")
+    for key in parse_set(args.set):
+        if key.removeprefix("+").partition(SEPARATOR)[0] in NOT_KEPT:
+            raise ValueError(
+                f"--set {key} would have no effect: the program of the runtime folder decides it itself. Remove it, "
+                "and give the program its own options."
+            )
     weights = weights_path(args)
     inference = ["inference", *context_configs(args)]
     config = resolved_config(args, inference, with_trained_settings(args, inference, {}))

@@ -28,7 +28,8 @@ DECISIVE = (
 ACCEPTING = ("allow_missing", "max_voxels", "replace_nonfinite", "voxel_size")
 # Ids that change no mask, or whose effect is compared by itself.
 HARMLESS = {*DECISIVE, "weights", "cohort", "layout", "dataset_dir", "data_list", "allow_outside", "threads", "seed"}
-HARMLESS |= {"memory_gib", "engine", "ignore_task"}
+HARMLESS |= {"engine", "device", "ignore_task", "splits_file", "fold", "naming"}
+REPLACED = "set"  # in the record: the other ids that --set replaces; up to 0.14.0 it does not say
 
 
 def decisive_settings(args: argparse.Namespace, config: Mapping[str, Any], *others: str) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def decisive_settings(args: argparse.Namespace, config: Mapping[str, Any], *othe
         config: the merged configs with all overrides.
         others: further ids.
     """
-    replaced = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)}
-    return {key: config[key] for key in (*DECISIVE, *others, *sorted(replaced - HARMLESS)) if key in config}
+    replaced = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)} - HARMLESS
+    settings = {key: config[key] for key in (*DECISIVE, *others) if key in config}
+    return {**settings, REPLACED: {key: config[key] for key in sorted(replaced) if key in config}}
 
 
 def start_record(record: Path, masks: Iterable[Path], checksum: str, settings: Mapping[str, Any]) -> None:
@@ -80,6 +82,7 @@ def _refuse_another_maker(folder: Path, earlier: Mapping[str, Any], now: Mapping
     before = _with_accepting(earlier.get("settings", settings), settings)
     if isinstance(before.get("checks"), dict) and isinstance(settings.get("checks"), dict):
         before["checks"] = _with_accepting(before["checks"], settings["checks"])
+    before.setdefault(REPLACED, settings.get(REPLACED))
     keys = dict.fromkeys([*before, *settings])
     others = [each for key in keys for each in value_differences(key, before.get(key), settings.get(key))]
     if others:

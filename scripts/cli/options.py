@@ -73,7 +73,7 @@ def add_common_options(parser: Parser, output: str = "") -> None:
     group.add_argument(
         "--device",
         type=device_name,
-        help="such as cpu or cuda:0 (default: the first GPU, or the CPU, where exported files run in any case)",
+        help="such as cpu or cuda:0 (default: the first GPU, or the CPU; exported files always run on the CPU)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of weights and augmentation (default: 0)")

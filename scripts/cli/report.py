@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         args.evaluations,
         output,
         cases,
-        config["intensity"],
+        {key: config["intensity"][key] for key in config["modalities"]},  # channels of a 4D file have this order
         args.curves,
         args.title,
         config["labels"],

@@ -53,6 +53,10 @@ def file_settings(args: argparse.Namespace) -> Config:
 
 def _read_file(path: str) -> Config:
     task = read_object(path, "description of a task")
+    # Null says nothing of what must be said.
+    task = {
+        key: value for key, value in task.items() if value is not None or key not in (*REQUIRED, "cohort", "layout")
+    }
     known = {**read_config("train"), **read_config("inference")}
     for key in task:
         if key not in known:
@@ -63,7 +67,6 @@ def _read_file(path: str) -> Config:
         raise ValueError(f'{path} has no cohort. Add one, such as "cohort": "files" with a layout.')
     if isinstance(task.get("splits_file"), str):  # beside the file, from wherever it is used
         task["splits_file"] = os.path.join(os.path.dirname(os.path.abspath(path)), task["splits_file"])
-    task = {key: value for key, value in task.items() if value is not None or key not in REQUIRED}
     return {"cohort": FILES, "naming": [], **task}
 
 

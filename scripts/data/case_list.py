@@ -196,17 +196,20 @@ def check_cases(
         case_id, image = item["case_id"], item["image"]
         if not is_file_name(case_id):
             problems.append(
-                f"The id {case_id!r} of the case of {image} cannot be a file name. Remove / and \\ from it."
+                f"The id {case_id!r} of the case of {image} cannot be a file name: it holds / or \\, or begins with "
+                "a dot."
             )
         other = first.setdefault(case_id, item)
         if other is not item:
             problems.append(f"Case {case_id} occurs twice, as {other['image']} and {image}. Remove one of them.")
     owners: dict[str, str] = {}
     for item, files in cases:
-        case_id, label = item["case_id"], os.path.realpath(item["label"]) if "label" in item else None
+        case_id, label = item["case_id"], item.get("label")
         images = {os.path.realpath(path) for path in files.values() if path.is_file()}
-        if label in images:
+        if label and os.path.realpath(label) in images:
             problems.append(f"Case {case_id} has {label} as image and as label. Name the file of each.")
+        if label:  # two labels may be links to one, as of two empty masks in git-annex
+            label = os.path.join(os.path.realpath(os.path.dirname(label)), os.path.basename(label))
         for path in images | ({label} if label else set()):
             owner = owners.setdefault(path, case_id)
             if owner != case_id:

@@ -76,13 +76,15 @@ def compare(
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: a file of an evaluation is damaged, an evaluation is named twice, or no evaluation has the name
-            ``baseline``.
+        ValueError: a file of an evaluation is damaged, an evaluation is named twice or is the output folder, or none
+            has the name ``baseline``.
     """
     runs = []
     twice = [folder for folder, count in Counter(map(os.path.realpath, evaluations)).items() if count > 1]
     if twice:
         raise ValueError(f"The evaluation {twice[0]} is named twice. Keep one.")
+    if os.path.realpath(output_dir) in map(os.path.realpath, evaluations):
+        raise ValueError(f"{output_dir} is an evaluation, whose page would be replaced. Choose another --output-dir.")
     for folder in evaluations:
         path = Path(folder) / "summary.json"
         if not path.is_file():
@@ -105,6 +107,7 @@ def compare(
     shown = max(runs, key=lambda run: len(run.get("present") or intensity))
     coding = MaskCoding(labels, regions, ignore, mask_values) if labels else None
     reference = runs[names.index(baseline)] if baseline else None
+    named = {"network": shown["name"]} if len(runs) > 1 else {}  # whose masks are measured
     table = "\n\n".join([markdown_summary(runs), *([markdown_differences(runs, reference)] if reference else [])])
     write_report(
         Path(output_dir) / "report.html",
@@ -116,7 +119,7 @@ def compare(
         training_notes(runs),
         reference,
         single_file,
-        evaluated_measures(shown["folder"]),
+        [{**named, **row} for row in evaluated_measures(shown["folder"])],
     )
     write_text(table + "\n", Path(output_dir) / "table.md")
     return table

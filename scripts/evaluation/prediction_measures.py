@@ -15,7 +15,7 @@ from scripts.metrics.lesion_measures import Row, measure_rows
 
 def measure_prediction(
     case: Case, paths: Mapping[str, Path], coding: MaskCoding, rules: Rules, modalities: Sequence[str], pet: str | None
-) -> tuple[list[Row], str]:
+) -> tuple[list[Row], list[str]]:
     """The rows of a case in the table of measures.
 
     Args:
@@ -27,21 +27,21 @@ def measure_prediction(
         pet: that of them which is a PET, if there is one.
 
     Returns:
-        The rows, none where the mask is missing or cannot be read; and why they have no uptake although the case has a
-        PET, else empty.
+        The rows, none where the mask is missing or cannot be read; and sentences about what is not measured or unusual.
     """
-    case_id, path, problem, measured = str(case["case_id"]), paths.get(str(case["case_id"])), "", []
+    case_id, path = str(case["case_id"]), paths.get(str(case["case_id"]))
     if path is None:
-        return [], ""
+        return [], []
     image, position = modality_images(case, modalities, rules).get(pet or "", (None, 0))
     channel = None if pet in case else position  # of a 4D file
+    rules, texts, measured = rules.of_case(case), [], []
     try:
-        measured = measure_files(path, coding.predicted_regions, image, rules.of_case(case), channel)
+        measured = measure_files(path, coding.predicted_regions, image, rules, channel, texts)
     except (ValueError, OSError) as error:
-        problem = str(error)
-    if problem and image:
+        texts = [f"no uptake is measured: {error}" if image else f"it is not measured: {error}"]
+    if texts and image and not measured:
         try:
-            measured = measure_files(path, coding.predicted_regions)
-        except (ValueError, OSError):
-            problem = ""  # the mask itself, of which its score tells
-    return measure_rows(case_id, measured), problem if image else ""
+            measured = measure_files(path, coding.predicted_regions, rules=rules)
+        except (ValueError, OSError) as error:
+            texts = [f"it is not measured: {error}"]  # because of the mask itself
+    return measure_rows(case_id, measured), texts

@@ -107,7 +107,7 @@ def score(
         raise ValueError(f"None of the {len(cases)} cases has a reference mask. Scoring needs a `label` per case.")
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"Folder of masks not found: {predictions}. Check --predictions.")
-    intensity = {key: intensity[key] for key in (intensity if modalities is None else modalities)}
+    intensity = {key: intensity[key] for key in (intensity if modalities is None else modalities)}  # in their order
     used = modalities_used(list(intensity), present)
     if len(used) < len(intensity):
         name = f"{name} ({', '.join(used)} only)"
@@ -121,9 +121,9 @@ def score(
     work = partial(score_case, paths=masks.paths, coding=coding, rules=checks or Rules())
     with ProcessPoolExecutor(min(workers, len(scored_cases)), initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(work, scored_cases), total=len(scored_cases), desc="scoring", unit="case"))
-        measured = list(
-            pool.map(partial(measure_prediction, **work.keywords, modalities=list(intensity), pet=pet), scored_cases)
-        )
+        scorable = [case for case, (_, problem, _) in zip(scored_cases, results, strict=True) if not problem]
+        measure = partial(measure_prediction, **work.keywords, modalities=list(intensity), pet=pet)
+        measured = list(pool.map(measure, scorable))
     rows = [row for case_rows, _, _ in results for row in case_rows]
     by_case = dict(zip(case_ids, results, strict=True))
     problems = {case_id: problem for case_id, (_, problem, _) in by_case.items() if problem}
@@ -153,9 +153,9 @@ def score(
     _log_warnings(summary, findings, [*masks.hints.values(), *notes])
     if trained_unknown:
         logger.info("%s", trained_unknown)
-    for case_id, (_, problem) in zip(case_ids, measured, strict=True):
-        if problem:
-            logger.warning("%s: no uptake is measured: %s", case_id, problem)
+    for case, (_, texts) in zip(scorable, measured, strict=True):
+        for text in texts:
+            logger.warning("%s: %s", case["case_id"], text)
     measures = [row for case_rows, _ in measured for row in case_rows]
     write_measures(measures, Path(output_dir) / "measures.csv")
     write_rows(rows, Path(output_dir) / "cases.csv")

@@ -62,8 +62,7 @@ def markdown_differences(runs: Sequence[Mapping[str, Any]], baseline: Mapping[st
     for run in runs:
         if run is not baseline:
             difference = paired_difference(run["rows"], baseline["rows"], "dice", **bootstrap_settings(run))
-            regions = len(run.get("regions") or ())
-            rows.append((run["name"], interval_text(difference, 3, "+"), case_count(difference, regions)))
+            rows.append((run["name"], interval_text(difference, 3, "+"), difference["n_cases"]))
     return markdown_table(("network", f"Dice - that of {baseline['name']}", "cases"), rows)
 
 

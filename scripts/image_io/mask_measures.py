@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from scripts.image_io.checks import Rules
+from scripts.image_io.checks import ERROR, WARNING, Rules
 from scripts.image_io.headers import LPS_TO_RAS
 from scripts.image_io.intensity_checks import check_intensities
 from scripts.image_io.reader import read_itk
@@ -23,6 +23,7 @@ def measure_files(
     pet: str | Path | None = None,
     rules: Rules | None = None,
     channel: int | None = None,
+    warnings: list[str] | None = None,
 ) -> list[Measures]:
     """Measure a mask on its own grid, and its uptake in a PET on that of the PET.
 
@@ -32,17 +33,22 @@ def measure_files(
         pet: file in SUV, or folder of a DICOM series, which is converted to SUV.
         rules: which files are accepted; by default all.
         channel: of the PET in a 4D file.
+        warnings: gets what is unusual about the values of the PET.
 
     Raises:
-        ValueError: a file cannot be read.
+        ValueError: a file cannot be read, or the PET holds NaN and ``rules`` replace none.
         OSError: likewise.
     """
-    image = None
+    image, rules = None, rules or Rules()
     if pet is not None:
-        rules = rules or Rules()
         image = volume_of(read_itk(pet, rules, channel))
-        check_intensities(image.voxels, str(pet), "pet", rules)  # replaces NaN and infinite voxels, as for the network
-    return measure_mask(volume_of(read_itk(mask, Rules())), regions, image)
+        # As for the network, this replaces NaN and infinite voxels.
+        findings = check_intensities(image.voxels, str(pet), "pet", rules)
+        if errors := [finding.what for finding in findings if finding.level == ERROR]:
+            raise ValueError(" ".join(errors))
+        if warnings is not None:
+            warnings += [finding.what for finding in findings if finding.level == WARNING]
+    return measure_mask(volume_of(read_itk(mask, rules)), regions, image)
 
 
 def volume_of(image: sitk.Image) -> Volume:

@@ -122,7 +122,8 @@ def paired_difference(
     never has a difference; ``n_undefined`` is the number of pairs without a difference.
 
     Returns:
-        ``{"metric", "n", "n_patients", "mean", "ci95", "worst_filled", "n_undefined", "n_unpaired", "bootstrap"}``.
+        ``{"metric", "n", "n_patients", "mean", "ci95", "n_cases", "worst_filled", "n_undefined", "n_unpaired",
+        "bootstrap"}``; ``n_cases`` counts a case once, however many of its regions have a difference.
 
     Raises:
         ValueError: as `aggregate`; also an unknown metric, or a case with two different patients.
@@ -133,16 +134,19 @@ def paired_difference(
     a, b = ({row_key(row): row for row in checked_rows(rows)} for rows in (rows_a, rows_b))
     value_of = filled_value if worst_filled else defined_value
     pairs: list[tuple[str, float | None]] = []
+    compared = set()
     for key in sorted(a.keys() & b.keys()):
         patient, other = patient_of(a[key]), patient_of(b[key])
         if patient != other:
             raise ValueError(f"case {key[0]!r} belongs to patient {patient!r} and to patient {other!r}.")
         left, right = (value_of(rows[key], metric) for rows in (a, b))
         pairs.append((patient, None if left is None or right is None else left - right))
+        compared |= {key[0]} if pairs[-1][1] is not None else set()
     summary = _summary(pairs, seed, resamples, level)
     return {
         "metric": metric,
         **{key: summary[key] for key in ("n", "n_patients", "mean", "ci95")},
+        "n_cases": len(compared),
         "worst_filled": worst_filled,
         "n_undefined": len(pairs) - summary["n"],
         "n_unpaired": len(a.keys() ^ b.keys()),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.report.differences import Differences, mask_differences
+from scripts.report.differences import Differences, mask_differences, region_sets
 from scripts.report.display import FUSION, fused_pair, is_pet, presets
 from scripts.report.overlay import OUTLINES, Overlay, Volumes, to_view, view_affine, viewing_orientation
 from scripts.report.slice_viewer import Outline, PlaneView, outlines_of, plane_views
@@ -85,7 +85,10 @@ def case_view(
     windows = {modality: overlay.window(modality) for modality in images}
     differences = None
     if "reference" in masks:
-        differences = mask_differences(masks["prediction"], masks["reference"], step.tolist(), overlay.has_regions)
+        values = masks
+        if overlay.has_regions:
+            values = {name: region_sets(mask, overlay.regions) for name, mask in masks.items()}
+        differences = mask_differences(values["prediction"], values["reference"], step.tolist(), overlay.has_regions)
     try:
         planes = plane_views(overlay, element_id, masks, images, step, windows)
     except ImportError:

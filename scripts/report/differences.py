@@ -6,7 +6,7 @@ The page states the rule, which is ``RULE``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ MISSED, EXTRA, BORDER, WRONG_REGION = "missed part", "extra part", "border", "wr
 RULE = (
     "A voxel that only one mask holds counts as border if it lies within {tolerance} of the other mask; else as a "
     "missed part (only in the reference) or as an extra part (only in the prediction). A voxel that both masks hold "
-    "with different values is in a wrong region. The reason is the kind with the largest volume."
+    "in different regions is in a wrong region. The reason is the kind with the largest volume."
 )
 
 
@@ -91,6 +91,24 @@ def mask_differences(
     deepest = np.argwhere(depth > depth.max() - 1e-6)
     index = deepest[np.square(deepest - deepest.mean(axis=0)).sum(axis=1).argmin()] - 1
     return Differences(volumes, tuple(int(i) for i in index + corner), near)
+
+
+def region_sets(mask: NDArray[Any], regions: Mapping[str, Sequence[float]]) -> NDArray[np.int32]:
+    """Number the sets of regions to which voxels belong: values of the same regions are no difference.
+
+    Args:
+        mask: with the values of the regions.
+        regions: name -> values.
+
+    Returns:
+        Equal numbers for equal sets; 0 where no region is.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    found = np.zeros(np.shape(mask), dtype=np.int32)
+    for value in dict.fromkeys(value for values in regions.values() for value in values):
+        members = tuple(index for index, values in enumerate(regions.values()) if value in values)
+        found[mask == value] = numbers.setdefault(members, len(numbers) + 1)
+    return found
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[tuple[int, ...], tuple[slice, ...]]:

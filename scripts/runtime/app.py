@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.runtime.suv_options import add_suv_options, suv_values
+from scripts.image_io.suv_values import option
+from scripts.runtime.suv_options import add_suv_options, suv_values, values_of_one_patient
 from scripts.utils.cpus import usable_cpus
 from scripts.utils.errors import EXPECTED_ERRORS, error_sentence
 
@@ -111,13 +112,14 @@ def _studies(args: argparse.Namespace) -> list[tuple[str, str]]:
 
     Raises:
         OSError: Kaapana's folder of the batch is missing, or holds no case.
-        ValueError: an output folder is named for a batch.
+        ValueError: an output folder, or a value of one patient, is given for a batch.
     """
     if args.input:
         return [(args.input, args.output_dir or "")]
     studies = [] if args.image else _platform_folders()
-    if args.output_dir and len(studies) > 1:
-        raise ValueError(f"--output-dir is one folder, but the batch has {len(studies)} cases. Leave it out.")
+    of_one_case = ["--output-dir"] if args.output_dir else [option(key) for key in values_of_one_patient(args)]
+    if of_one_case and len(studies) > 1:
+        raise ValueError(f"{of_one_case[0]} is for one case, but the batch has {len(studies)}. Leave it out.")
     return [(source, args.output_dir or target) for source, target in studies]
 
 

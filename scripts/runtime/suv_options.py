@@ -28,6 +28,11 @@ def suv_values(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def values_of_one_patient(args: argparse.Namespace) -> list[str]:
+    """The keys of the given values that differ between patients."""
+    return [key for key in suv_values(args) if key not in OF_ANY_PATIENT]
+
+
 def refuse_values_of_one_patient(args: argparse.Namespace, table: str) -> None:
     """Refuse options of one patient for a table of many.
 
@@ -38,7 +43,7 @@ def refuse_values_of_one_patient(args: argparse.Namespace, table: str) -> None:
     Raises:
         ValueError: there is such an option.
     """
-    used = [key for key in suv_values(args) if key not in OF_ANY_PATIENT]
+    used = values_of_one_patient(args)
     if used:
         raise ValueError(
             f"{option(used[0])} is the value of one patient. With {table}, give it to each row: column {used[0]}."

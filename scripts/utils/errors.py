@@ -9,7 +9,8 @@ import re
 # bug of the program and keeps its traceback.
 EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 
-_NOT_BUILT = re.compile(r"Failed to instantiate component '([\w.]+)'")  # MONAI's error about a config item
+# MONAI's error about a config item; the functions of this program name what is wrong themselves.
+_NOT_BUILT = re.compile(r"Failed to instantiate component '(?!scripts\.)([\w.]+)'")
 
 
 def root_error(error: BaseException) -> BaseException:

@@ -241,7 +241,7 @@ def test_only_masks_of_the_same_images_and_settings_are_taken_for_done(
     assert words in capsys.readouterr().err
     inferer = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 32], "mode": "constant"}
     assert main([*command, str(table()), "--set", f"inferer={json.dumps(inferer)}"]) == 1
-    assert "holds masks of other settings: its inferer is none" in capsys.readouterr().err
+    assert "holds masks of other settings: its set#inferer is none" in capsys.readouterr().err
     other = tmp_path / "other.csv"  # a case without a mask, in a folder that holds masks of other cases
     other.write_text(re.sub(r"^PHANTOM_00", "OTHER_", table().read_text(), flags=re.MULTILINE))
     assert main([*command, str(other), "--set", "overlap=0.5"]) == 1

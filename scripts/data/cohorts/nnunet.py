@@ -125,7 +125,10 @@ def _found(
                 f"{path} is channel {int(name[2])}, but {DATASET_JSON} names {channels}. Correct one of them."
             )
         else:
-            images.setdefault(nfc(name[1]), {})[int(name[2])] = path
+            of_case, channel = images.setdefault(nfc(name[1]), {}), int(name[2])
+            if channel in of_case:  # the names differ in their form of Unicode only
+                problems.append(f"{of_case[channel]} and {path} have the same name. Remove one of them.")
+            of_case[channel] = path
     labels = {nfc(path.name.removesuffix(ending)): path for path in _files(root / f"labels{part}", ending)}
     problems += [f"{labels[case]} has no image. Add it, or remove the label." for case in labels if case not in images]
     return images, labels

@@ -105,9 +105,10 @@ class Cases {
       if (!globalThis.niivue) await loadScript(this.reading.dataset.viewer, document.getElementById("part-viewer")?.textContent);
       this.viewer ??= new Viewer(root);
       const volumes = await loadPart(`${choice.id}-volumes`, choice.dataset.volumes);
-      if (this.index !== index) return;
-      await this.viewer.show(scene, volumes);
-      stills.hidden = true;
+      // One after the other: two that load at the same time would mix their images.
+      this.shown = (this.shown ?? Promise.resolve()).catch(() => {}).then(() => this.index === index && this.viewer.show(scene, volumes));
+      await this.shown;
+      if (this.index === index) stills.hidden = true;
     } catch (error) {
       this.withoutViewer = true;
       root.hidden = true;

@@ -60,6 +60,7 @@ class Review extends EventTarget {
     let review = null;
     try { review = JSON.parse(await file.text()); } catch { /* told below */ }
     if (review?.format !== REVIEW_FORMAT || !Array.isArray(review.cases)) return this.tell(`${file.name} is no review of this format.`);
+    if (!this.saved) return this.tell(`${file.name} is not loaded: save the decisions of this page first.`);
     const unknown = [], changed = [];
     for (const read of review.cases) {
       const entry = this.entries.find(each => each.case_id === read.case_id);

@@ -191,19 +191,18 @@ class Viewer {
     const origin = canvas(0, 0), right = canvas(1, 0), top = canvas(0, 1);
     const point = (u, v) => [origin[0] + u * (right[0] - origin[0]) + v * (top[0] - origin[0]), origin[1] + u * (right[1] - origin[1]) + v * (top[1] - origin[1])];
     context.lineWidth = 2 * dpr;
-    context.lineCap = "round";
     for (const outline of this.scene.part.outlines) {
       if (this.scene.isHidden(outline.mask, outline.region)) continue;
       const inside = this.insideOf(outline, axis, across, up, slice);
       context.beginPath();
-      for (const [a, b] of contour(inside, this.shape[across], this.shape[up])) {
-        context.moveTo(...point(...a));
-        context.lineTo(...point(...b));
+      for (const [first, ...others] of joined(contour(inside, this.shape[across], this.shape[up]))) {
+        context.moveTo(...point(...first));
+        for (const next of others) context.lineTo(...point(...next));
       }
       context.globalAlpha = this.scene.opacity;
       context.strokeStyle = outline.colour;
-      context.setLineDash([]);
-      if (outline.dashed) context.lineWidth = dpr;
+      context.lineCap = outline.dashed ? "butt" : "round";
+      context.setLineDash(outline.dashed ? [6 * dpr, 4 * dpr] : []);
       context.stroke();
     }
     context.globalAlpha = 1;
@@ -273,4 +272,20 @@ function* contour(inside, width, height) {
       }
     }
   }
+}
+
+// Short lines with common ends as long ones, on which dashes do not begin anew at every voxel.
+function joined(segments) {
+  const key = ([u, v]) => `${u},${v}`, left = new Set(segments), ends = new Map(), lines = [];
+  for (const segment of left) for (const end of segment) ends.set(key(end), [...ends.get(key(end)) ?? [], segment]);
+  for (const first of left) {
+    left.delete(first);
+    const line = [...first];
+    for (let next; next = ends.get(key(line.at(-1))).find(segment => left.has(segment));) {
+      left.delete(next);
+      line.push(key(next[0]) === key(line.at(-1)) ? next[1] : next[0]);
+    }
+    lines.push(line);
+  }
+  return lines;
 }

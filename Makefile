@@ -1,5 +1,6 @@
-# Every target builds .venv first where it is missing; nothing but Python >= 3.11 is needed.
+# `make demo`, `make test` and most others build .venv first where it is missing. They need Python >= 3.11 with venv, and git.
 PYTHON ?= python3
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PY := .venv/bin/python
 RUN := $(PY) -W ignore -m scripts
 DEMO ?= runs/demo
@@ -12,7 +13,8 @@ DEMO_TEST := $(DEMO_TASK) --dataset-dir $(DEMO)/test --set overlap=0.25
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@.venv/bin/python -c '$(NEW_ENOUGH)' 2> /dev/null || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
@@ -107,12 +109,14 @@ LABEL ?= runs/label
 LABEL_PORT ?= 8000
 LABEL_STUDIES ?= $(LABEL)/studies
 LABEL_PY := .venv-label/bin/python
+SPACE := $(subst ,, )
+LABEL_CONSTRAINT := file://$(subst $(SPACE),%20,$(CURDIR))/requirements-label.txt  # a list: its items hold no spaces
 
 label-env: .venv-label/ready
 .venv-label/ready: requirements-label.txt
 	$(PYTHON) -m venv .venv-label
 	$(LABEL_PY) -m pip install -q --disable-pip-version-check torch==2.13.0
-	PIP_CONSTRAINT=$(CURDIR)/requirements-label.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/requirements-label.txt \
+	PIP_CONSTRAINT=$(LABEL_CONSTRAINT) PIP_BUILD_CONSTRAINT=$(LABEL_CONSTRAINT) \
 	  $(LABEL_PY) -m pip install -q --disable-pip-version-check -r requirements-label.txt
 	touch $@
 
@@ -197,8 +201,9 @@ lint: env
 type: env
 	.venv/bin/mypy
 
+# Results stay: they are in runs/.
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf build *.egg-info
 
 # Write the zip for the MONAI model zoo, runs/release/<bundle>_v<version>.zip, and what goes with it. Needs a checkout without changes.
 release: env

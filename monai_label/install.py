@@ -28,15 +28,17 @@ from scripts.utils.task_file import read_task, task_path
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "distilled_segmentation"
 COPIED = ("configs", "scripts", "LICENSE")
+AUGMENTATION = ("flips", "rotation")  # of the training, which a further one follows
 PHANTOM_FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}
 # MONAI Label reads one inference config and one training config. It sets data and epochs by fixed ids.
+STRICT = {"_target_": "scripts.networks.weights.strict_network", "network": "@student"}  # MONAI Label is not strict
 OVERRIDES: dict[str, dict[str, Any]] = {
     "inference": {
         # Options that viewers show. A case without some modality is refused, unless a request sets allow_missing.
         "displayable_configs": {"allow_missing": False},
         "allow_missing": "@displayable_configs#allow_missing",
-        # As the bundle itself prepares it. In another memory format masks differ by rounding.
-        "network_def": {"_target_": "scripts.networks.deep_supervision.segmentation_network", "network": "@student"},
+        # As the bundle itself prepares it: in another memory format masks differ by rounding.
+        "network_def": {"_target_": "scripts.networks.deep_supervision.segmentation_network", "network": STRICT},
         # MONAI Label writes masks itself. They get the values of the label files, so that a corrected mask is a label.
         "postprocessing": {"_target_": "Compose", "transforms": "$[*@masks.transforms, @label_values]"},
         "label_values": {
@@ -48,6 +50,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "train": {
+        "network_def": STRICT,
+        # The weights of the app are trained further. Their record says which cases they know.
+        "record#pretrained": "$@final_weights if os.path.isfile(@final_weights) else ''",
         "output_dir": "$os.path.join(@bundle_root, 'runs', 'label')",
         "final_weights": "$os.path.join(@bundle_root, 'models', 'model.pt')",  # the next inference uses them
         # The server runs one training at a time. A lock would be held until the server ends.
@@ -113,9 +118,11 @@ def install_bundle(app: Path, weights: Path) -> Path:
     elif sha256(target) != sha256(weights):
         print(f"The app keeps its weights {target}. Remove them to serve {weights}.")
     task, network = trained_task(target), trained_definition(target)
-    naming = [study_layout(task["modalities"])]
+    naming, record = [study_layout(task["modalities"])], read_task(target) or {}
     for name, overrides in OVERRIDES.items():
-        config = {**read_config(name), **protected({**task, **network, "naming": naming})}
+        known = read_config(name)
+        augmentation = {key: record[key] for key in AUGMENTATION if key in record and key in known}
+        config = {**known, **protected({**task, **network, **augmentation, "naming": naming})}
         config |= {key: config[wrapped] for key, wrapped in WRAPPED.items() if wrapped in overrides}
         for key, value in overrides.items():
             set_value(config, key, value)

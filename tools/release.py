@@ -39,7 +39,8 @@ PARTS = (
     "scripts",
     "CHANGELOG.md",
     "LICENSE",
-    # For ``pip install ".[dicom]"`` in the unpacked bundle.
+    "SECURITY.md",
+    # For ``pip install -e ".[dicom]"`` in the unpacked bundle.
     "pyproject.toml",
     "requirements*.txt",
     ":(exclude)requirements-label.txt",  # for the environment of MONAI Label, which monai_label/ needs

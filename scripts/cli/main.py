@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0, or 1 after an error (one sentence on stderr). Wrong options exit with 2.
+        The exit code: 0, 1 after an error (one sentence on stderr), or 130 after Ctrl-C. Wrong options exit with 2.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["benchmark"]:
@@ -146,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

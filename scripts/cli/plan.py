@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     from scripts.data.fingerprint import Source, fingerprint_cohort
+    from scripts.data.folds import smallest_training
     from scripts.data.plan_warnings import plan_warnings
     from scripts.data.planner import plan_task
     from scripts.data.settings_check import check_settings
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     readable = [case for case in fingerprint if not case.problem]
     if not readable:
         raise ValueError(f"No case could be read. {fingerprint[0].problem}")
-    proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args))
+    training = smallest_training(cases, given.get("splits_file"))
+    proposals = plan_task(readable, fixed, features, full_features, _memory_gib(args), training)
     task = {**{each.name: each.value for each in proposals if each.value is not None}, **fixed}
     task = {key: task[key] for key in (*fixed, *task) if key not in IDENTITY or _is_stated(task[key])}
     if isinstance(fixed.get("intensity"), Mapping):  # some modalities may be given, the others proposed

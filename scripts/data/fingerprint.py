@@ -40,12 +40,14 @@ class ModalityValues:
         sample: values of voxels drawn with replacement: from the foreground, or, in a case without one, from all that
             are not 0.
         kind: DICOM's ``CT``, ``PT`` or ``MR``; empty for other formats.
+        of_foreground: whether the sample is of the foreground.
     """
 
     low: float
     high: float
     sample: Array
     kind: str = ""
+    of_foreground: bool = True
 
 
 @dataclass(frozen=True)
@@ -202,4 +204,4 @@ def _image_values(
         if filled.size:
             sample = volume[np.unravel_index(rng.choice(filled, source.samples), volume.shape)]
     sample = sample.astype(np.float32)
-    return ModalityValues(low, high, sample[np.isfinite(sample)], header.modality)
+    return ModalityValues(low, high, sample[np.isfinite(sample)], header.modality, points is not None)

@@ -118,6 +118,21 @@ def fold_split(
     return train, [case for case in labelled if nfc(str(case["patient_id"])) in validation_patients]
 
 
+def smallest_training(cases: Sequence[Item], file: str | Path | None = None) -> int:
+    """The number of training cases of the fold that has the fewest, at least 1.
+
+    Args:
+        cases: as for ``fold_split``, without those of the partition `TEST`.
+        file: of the folds, if there is one.
+    """
+    labelled = [case for case in cases if case.get("label")] or cases
+    splits = _read_splits(Path(file)) if file and Path(file).is_file() else _own_folds(labelled)
+    if not splits:
+        patients = _patients(labelled)
+        splits = [[patient] for patient in patients] if too_few_patients(patients) else make_splits(patients)
+    return max(1, min(sum(nfc(str(case["patient_id"])) not in part for case in cases) for part in splits))
+
+
 def fold_problem(cases: Sequence[Item]) -> str:
     """Why the labelled cases of a data set cannot be divided into folds, as a sentence; empty if they can.
 

@@ -119,6 +119,7 @@ def plan_patch(
     patch: Sequence[int] | None = None,
     strides: Strides | None = None,
     batch: int | None = None,
+    training: int | None = None,
 ) -> PatchPlan:
     """The largest patch of which a batch fits in the memory, and the largest batch of it.
 
@@ -132,8 +133,10 @@ def plan_patch(
         size: of the student.
         gib: memory of a step in GiB.
         patch, strides, batch: fixed ones; by default they are chosen.
+        training: number of training cases; by default those of one of five folds.
     """
-    stages, least = len(size.features), batch or min(MIN_BATCH, trained_cases(len(shapes)))
+    training = training or trained_cases(len(shapes))
+    stages, least = len(size.features), batch or min(MIN_BATCH, training)
     median = median_shape(shapes)
     if patch:
         chosen, steps = list(patch), strides or _dividing(patch, spacing, stages)
@@ -149,7 +152,7 @@ def plan_patch(
     if not batch:
         fitting = int(gib * GIB // training_bytes(chosen, 1, steps, size))
         covered = round(COVERED * sum(math.prod(shape) for shape in shapes) / math.prod(chosen))
-        batch = min(max(least, min(fitting, covered)), trained_cases(len(shapes)))
+        batch = min(max(least, min(fitting, covered)), training)
     return PatchPlan(chosen, steps, batch, training_bytes(chosen, batch, steps, size) / GIB)
 
 

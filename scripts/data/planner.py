@@ -36,7 +36,12 @@ class Proposal(NamedTuple):
 
 
 def plan_task(
-    cases: Sequence[CaseFingerprint], task: Mapping[str, Any], features: Sequence[int], full_features: int, gib: float
+    cases: Sequence[CaseFingerprint],
+    task: Mapping[str, Any],
+    features: Sequence[int],
+    full_features: int,
+    gib: float,
+    training: int | None = None,
 ) -> list[Proposal]:
     """Propose every setting, in an order in which each depends on earlier ones only.
 
@@ -45,6 +50,7 @@ def plan_task(
         task: settings that are fixed: ``modalities``, and any other. What depends on a fixed setting follows it.
         features, full_features: of the student.
         gib: memory of a training step in GiB.
+        training: number of training cases; by default those of one of five folds.
 
     Raises:
         ValueError: the task has no labels, and no case has a label file with a foreground.
@@ -60,9 +66,9 @@ def plan_task(
     shapes = grid_shapes(cases, spacing)
     channels = len(region_values(labels, None, task.get("regions"))) if task.get("head") == "sigmoid" else len(labels)
     student = StudentSize(len(task["modalities"]), channels, features, full_features)
-    proposals += plan_training(spacing, shapes, student, gib, task)
+    proposals += plan_training(spacing, shapes, student, gib, task, training)
     names = [*(task.get("classes") or ()), *(task.get("regions") or ())]
-    return [*proposals, plan_flips(names), plan_rotation(spacing), plan_mask_values()]
+    return [*proposals, plan_flips(names), plan_rotation(spacing), plan_mask_values(labels)]
 
 
 def plan_labels(cases: Sequence[CaseFingerprint], ignore: float | None = None) -> Proposal:
@@ -115,7 +121,12 @@ def grid_shapes(cases: Sequence[CaseFingerprint], spacing: Sequence[float]) -> l
 
 
 def plan_training(
-    spacing: Sequence[float], shapes: Sequence[Sequence[int]], student: StudentSize, gib: float, task: Mapping[str, Any]
+    spacing: Sequence[float],
+    shapes: Sequence[Sequence[int]],
+    student: StudentSize,
+    gib: float,
+    task: Mapping[str, Any],
+    training: int | None = None,
 ) -> list[Proposal]:
     """Patch, strides of the student and batch size.
 
@@ -125,12 +136,13 @@ def plan_training(
         student: its size.
         gib: memory of a step in GiB.
         task: settings that are fixed.
+        training: see ``plan_task``.
     """
     patch, batch = task.get("patch"), task.get("batch_size")
     given = task.get("student_strides")
     strides = given and [[step] * 3 if is_whole(step) else list(step) for step in given]
-    free = plan_patch(spacing, shapes, student, gib, None, strides, batch)
-    plan = plan_patch(spacing, shapes, student, gib, patch, strides, batch)
+    free = plan_patch(spacing, shapes, student, gib, None, strides, batch, training)
+    plan = plan_patch(spacing, shapes, student, gib, patch, strides, batch, training)
     uniform = all(step == [2, 2, 2] for step in plan.strides)
     steps = [2 if step == [2, 2, 2] else step for step in plan.strides]
     halved = (
@@ -177,14 +189,16 @@ def modality_intensity(key: str, cases: Sequence[CaseFingerprint]) -> tuple[list
     images = [case.values[key] for case in cases if key in case.values]
     if not images:
         return "zscore", "no case has it"
-    sample = np.concatenate([image.sample for image in images])
+    # Cases without a foreground tell nothing about it, unless no case has one.
+    of_foreground = [image for image in images if image.of_foreground]
+    sample = np.concatenate([image.sample for image in of_foreground or images])
     low = float(np.median([image.low for image in images]))
     kinds, words = {image.kind for image in images}, set(_words(key))
     named_pet = bool(words & PET_NAMES) or kinds == {"PT"}
     named_ct = not named_pet and (bool(words & CT_NAMES) or kinds == {"CT"})
     if not sample.size or sample.min() == sample.max():
         return "zscore", "its foreground is constant"
-    where = "the foreground" if any(case.volumes for case in cases) else "voxels that are not 0 (no labels)"
+    where = "the foreground" if of_foreground else "voxels that are not 0 (no foreground)"
     start, end = (float(n) for n in np.percentile(sample, [LOW, HIGH]))
     if named_ct or (not named_pet and low <= CT_AIR_HU):
         why = "its name or header says CT" if named_ct else f"values from {low:.0f} on are HU"
@@ -217,8 +231,10 @@ def plan_rotation(spacing: Sequence[float]) -> Proposal:
     return Proposal("rotation", [ROTATION] * 3, "voxels are about as long along all axes")
 
 
-def plan_mask_values() -> Proposal:
-    """Written masks have the values of the label files."""
+def plan_mask_values(labels: Sequence[Sequence[float]]) -> Proposal:
+    """Written masks have the values of the label files, where these are whole numbers."""
+    if not all(float(value).is_integer() for values in labels for value in values):
+        return Proposal("mask_values", "index", "the label files have values that a mask of integers cannot hold")
     return Proposal("mask_values", "file", "written masks then have the values of the label files")
 
 

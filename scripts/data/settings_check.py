@@ -64,6 +64,7 @@ def _are_widths(value: Any) -> bool:
 
 _FLAG = _Rule(lambda value: isinstance(value, bool), "true or false")
 _NOT_NEGATIVE = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+PRECISIONS = ("float32", "bfloat16", "float16")  # of a training
 RULES: dict[str, _Rule] = {
     "spacing": _Rule(
         lambda value: is_three(value, is_number) and all(MIN_VOXEL_MM <= each <= MAX_VOXEL_MM for each in value),
@@ -100,6 +101,9 @@ RULES: dict[str, _Rule] = {
     "memory_gib": _Rule(lambda value: is_number(value) and value > 0, "a positive number of GiB"),
     "ema": _Rule(lambda value: is_number(value) and 0 <= value < 1, "the decay of the average, from 0 to below 1"),
     "modality_dropout": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a probability from 0 to below 1"),
+    "precision": _Rule(
+        lambda value: isinstance(value, str) and (value in PRECISIONS or value.startswith("$")), " or ".join(PRECISIONS)
+    ),
     "fold": _Rule(
         lambda value: value is None or (is_whole(value) and value >= 0), "the number of a fold, from 0, or null"
     ),

@@ -120,8 +120,8 @@ class Volumes(Dataset):
         transform: the pipeline; its cached teacher predictions, if any, are checked first.
         folder: store the volumes in files in this folder, and map them into memory: a sample reads little more than its
             patch, and a cohort may be larger than memory. If empty, the volumes stay in memory. A file is reused if the
-            sizes and modification times of the case's files (at any path) and the pipeline's settings are the same. A
-            damaged file is written again. With several processes, each writes its share.
+            sizes and modification times of the case's files (at any path) and the pipeline's settings are the same. An
+            incomplete file is written again; flipped bits are not found. With several processes, each writes its share.
         workers: threads for preprocessing.
     """
 

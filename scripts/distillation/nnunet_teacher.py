@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained nnU-Net in a teacher's place: its own preprocessing, windows and resampling; its folds are averaged.
 
-It needs the package nnunetv2 (``pip install ".[nnunet]"``). nnU-Net loads its checkpoints by unpickling, which can
+It needs the package nnunetv2 (``pip install -e ".[nnunet]"``). nnU-Net loads its checkpoints by unpickling, which can
 run code. Here they pass through ``load_plain``, and the predictor gets tensors and plain values only.
 """
 
@@ -138,7 +138,8 @@ def _load_predictor(origin: NNUNetFolder, device: torch.device) -> Any:
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     except ImportError as error:
         raise ValueError(
-            f'The teacher {origin.name} is an nnU-Net, and nnunetv2 >= 2.8 is not installed: pip install ".[nnunet]".'
+            f"The teacher {origin.name} is an nnU-Net, and nnunetv2 >= 2.8 is not installed: "
+            'pip install -e ".[nnunet]".'
         ) from error
     names = ("dataset.json", "plans.json")
     dataset, plans = (read_json(origin.folder / name, f"{name} of a finished nnU-Net training") for name in names)

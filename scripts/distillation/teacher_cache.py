@@ -101,6 +101,16 @@ def cached_teachers(
     return teachers
 
 
+def cache_settings(folder: str, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How the answers of a cache were made, for the record of a training: the manifests without their cases.
+
+    A teacher without a manifest, which ``cached_teachers`` refuses, is left out.
+    """
+    paths = {name: Path(folder) / name / "manifest.json" for name in specs}
+    found = {name: read_manifest(Path(folder), name) for name, path in paths.items() if path.is_file()}
+    return {name: {key: value for key, value in each.items() if key != "cases"} for name, each in found.items()}
+
+
 def read_manifest(folder: Path, teacher: str) -> dict[str, Any]:
     """Read the manifest of a teacher's cache.
 

@@ -30,7 +30,7 @@ from scripts.inference.engines import ExportedEngine
 from scripts.networks.weights import load_weights
 from scripts.runtime import EXPORT_PRECISIONS
 from scripts.runtime.engines import ONNXRuntimeEngine, OpenVINOEngine, cpu_has_bf16, import_optional
-from scripts.runtime.exported_files import PROBE, RECORD, export_folder, kept_logits, probe_image, probe_sizes
+from scripts.runtime.exported_files import PROBE, RECORD, export_folder, kept_logits, probe_image, small_probe
 from scripts.utils.atomic_files import write_json
 from scripts.utils.checksums import sha256
 from scripts.utils.markdown import markdown_table
@@ -66,6 +66,7 @@ def export(
     threads: int = 0,
     regions: Sequence[Sequence[int]] | None = None,
     labels: Sequence[Sequence[float]] = ((0,), (1,)),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> dict[str, Any]:
     """Convert a network, compare each model with PyTorch on whole cases, and write those that pass.
 
@@ -88,6 +89,7 @@ def export(
         threads: number of CPU threads; 0 takes PyTorch's setting.
         regions: the classes of each channel of a sigmoid head; None for a softmax over the classes.
         labels: per class the values of label files, which those of phantoms get.
+        spacing: of the task in mm; phantoms of a fine one are made smaller.
 
     Returns:
         The contents of ``export.json``.
@@ -106,10 +108,11 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / "export"
         folder.mkdir()
-        cases, source = comparison_cases(split, modalities, Path(temporary), labels)
+        cases, source = comparison_cases(split, modalities, Path(temporary), labels, spacing)
         engines = _convert(plain, folder, len(modalities), window, formats, precisions, threads)
         if "int8" in precisions and "openvino" in formats:
-            training = _volumes(split[0][:CALIBRATION_CASES], preprocessing, "calibrating")
+            labelled = [case for case in split[0] if "label" in case]  # the preprocessing needs the label
+            training = _volumes(labelled[:CALIBRATION_CASES], preprocessing, "calibrating")
             engines["openvino int8"] = _quantise(folder, training, window, threads)
         comparisons = compare_engines(plain, engines, _volumes(cases, preprocessing), inferer, len(cases), regions)
         figures = {name: comparison.figures() for name, comparison in comparisons.items()}
@@ -130,7 +133,7 @@ def export(
         if any(name.endswith("fp32") for name in refused):
             raise ValueError(f"Nothing was written: {_refusals(refused)}.")
         _remove_refused(folder, record["models"])
-        record["probe"] = _write_probe(plain, len(modalities), window, folder / PROBE)
+        record |= _write_probe(plain, len(modalities), window, folder / PROBE)
         write_json(record, folder / RECORD)
         _replace(folder, target)
     print(f"exported: {target}")
@@ -156,7 +159,11 @@ def _check_options(formats: Sequence[str], precisions: Sequence[str], split: Seq
 
 
 def comparison_cases(
-    split: Sequence[Sequence[Case]], modalities: Sequence[str], folder: Path, labels: Sequence[Sequence[float]]
+    split: Sequence[Sequence[Case]],
+    modalities: Sequence[str],
+    folder: Path,
+    labels: Sequence[Sequence[float]],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[list[Case], str]:
     """The cases to compare on: validation cases, or phantoms where there is no data set.
 
@@ -165,6 +172,7 @@ def comparison_cases(
         modalities: the image's channels.
         folder: phantoms are written here.
         labels: per class the values of label files; the phantoms' have those of the first two classes.
+        spacing: of the task in mm. Below 1 mm the phantoms are made smaller, so that they have no more voxels.
 
     Returns:
         The cases, and what they are, for the record.
@@ -179,6 +187,8 @@ def comparison_cases(
         return cases, "validation cases"
     cases = []
     for item in write_phantoms(folder / "phantoms", cases=PHANTOMS, seed=PHANTOM_SEED, progress=False):
+        for key in ("label", *MODALITIES):
+            _scale(Path(item[key]), min(1.0, *spacing))
         # For modalities that the phantom does not have its images are used in turn: each channel needs some image.
         files: dict[str, str] = {}
         for i, key in enumerate(modalities):
@@ -190,6 +200,14 @@ def comparison_cases(
         _set_values(Path(item["label"]), labels)
         cases.append({**ids_and_label, **files, "image": files[modalities[0]]})
     return cases, f"phantoms of seed {PHANTOM_SEED}, no patients (--dataset-dir was not given)"
+
+
+def _scale(path: Path, factor: float) -> None:
+    """Make the grid of a file smaller in mm by a factor."""
+    if factor < 1:
+        image = nib.Nifti1Image.from_filename(path)
+        affine = np.diag([factor, factor, factor, 1]) @ image.affine
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), path)  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _set_values(mask: Path, labels: Sequence[Sequence[float]]) -> None:
@@ -259,15 +277,24 @@ def divisor_of(network: nn.Module) -> list[int]:
     return [divisor] * 3 if isinstance(divisor, int) else list(divisor)
 
 
-def _write_probe(network: nn.Module, channels: int, window: Sequence[int], path: Path) -> str:
-    """Write PyTorch's logits of the probes, which every engine is compared with on every machine; the sha256."""
-    with torch.no_grad():
-        logits: dict[str, Any] = {
-            name: kept_logits(network(torch.from_numpy(probe_image(channels, size))).numpy())
-            for name, size in probe_sizes(window).items()
-        }
-    np.savez_compressed(path, **logits)
-    return sha256(path)
+def _write_probe(network: nn.Module, channels: int, window: Sequence[int], path: Path) -> dict[str, Any]:
+    """Write PyTorch's logits of the probes, which every engine is compared with on every machine.
+
+    Returns:
+        The entries of the record: the sha256, and the size of the small probe.
+    """
+
+    def answer(size: Sequence[int]) -> Any:
+        with torch.no_grad():
+            return kept_logits(network(torch.from_numpy(probe_image(channels, size))).numpy())
+
+    small, answers = small_probe(window), {"window": answer(window)}
+    try:
+        answers["small"] = answer(small)
+    except (RuntimeError, ValueError, AssertionError):  # a network that runs on larger images only, or on one size
+        small, answers["small"] = tuple(window), answers["window"]
+    np.savez_compressed(path, **answers)
+    return {"probe": sha256(path), "probe_size": list(small)}
 
 
 def _entry(folder: Path, name: str, figures: Figures) -> dict[str, Any]:

@@ -27,6 +27,6 @@ def dicom_package(module: str) -> Any:
     except ImportError as error:
         if error.name != package:  # a dependency of the package, or one of its libraries
             raise ValueError(f"{PIP_NAMES[package]} cannot be loaded ({error}). Install what is missing.") from error
-        raise ValueError(f'{PIP_NAMES[package]} is not installed. Run: pip install ".[dicom]".') from error
+        raise ValueError(f'{PIP_NAMES[package]} is not installed. Run: pip install -e ".[dicom]".') from error
     logging.getLogger(package).setLevel(logging.ERROR)
     return imported

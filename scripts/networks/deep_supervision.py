@@ -52,7 +52,18 @@ def segmentation_network(network: nn.Module, device: str | torch.device | None =
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(_contiguous)
-    return network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+    return channels_last(network.to(device))
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Store the weights of 3D convolutions in channels_last_3d, in place; returns the network.
+
+    ``network.to(memory_format=...)`` fails where a weight has four dimensions, as of a 2D convolution.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.dim() == 5:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
+    return network
 
 
 def _select_heads(network: nn.Module, inputs: Any, output: Output) -> Output:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scripts.networks.architecture import changes_of, read_architecture
-from scripts.networks.deep_supervision import first_output
+from scripts.networks.deep_supervision import output_heads
 from scripts.networks.ensemble import Ensemble
 from scripts.networks.region_logits import Regions, region_logits
 from scripts.networks.teacher_spec import join_checksums, weight_files
@@ -141,10 +141,16 @@ class Teacher(nn.Module):
             self.network, self.layers = Ensemble(members, head == "sigmoid"), {}  # their mean has no features
         self.sha256 = join_checksums(digests)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Segment an image ``B M H W D``; returns logits ``B C H W D``, one channel per class or region of the task."""
+    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Segment an image ``B M H W D``; returns logits ``B C H W D``, one channel per class or region of the task.
+
+        In train() a network with several heads (deep supervision) gives a list of logits, the full resolution first.
+        """
         image = self._own_input(image)
-        return self._task_logits(first_output(self.network(image), image))
+        heads = output_heads(self.network(image), image)
+        if self.training and len(heads) > 1:
+            return [self._task_logits(head) for head in heads]
+        return self._task_logits(heads[0])
 
     def encode(self, image: torch.Tensor) -> Sequence[torch.Tensor]:
         """Encode an image ``B M H W D``; returns features from shallow to deep.

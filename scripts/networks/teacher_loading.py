@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from scripts.networks.architecture import architecture_names
+from scripts.networks.architecture import architecture_names, read_architecture
 from scripts.networks.label_teacher import LabelTeacher
 from scripts.networks.network_check import check_network
 from scripts.networks.own_intensity import Rescale, Rule, can_rescale, differing_rules
@@ -18,6 +18,7 @@ from scripts.networks.region_logits import Regions
 from scripts.networks.teacher import Teacher
 from scripts.networks.teacher_spec import CACHED_ONLY, Spec, check_spec, spec_files, teacher_head
 from scripts.networks.zoo_bundle import bundle_network
+from scripts.utils.task_file import read_task
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,11 @@ def load_teachers(
             logger.info("teacher %s: the label itself", name)
             continue
         own_patch = spec.get("patch") or patch
+        built_patch = spec.get("patch") or _trained_patch(spec) or patch
         rescale = _own_windows(spec, patch, intensity or {}, spacing)
         try:
             teacher = _build(
-                spec, outputs[name], all_modalities, own_patch, scale, options, rescale, heads[name], regions
+                spec, outputs[name], all_modalities, built_patch, scale, options, rescale, heads[name], regions
             )
             if spec.get("architecture") in architecture_names():
                 _require_patch(teacher, len(spec["modalities"]), spec.get("out_channels") or outputs[name], own_patch)
@@ -92,6 +94,18 @@ def load_teachers(
         origin = f"sha256 {teacher.sha256}" if teacher.sha256 else "random weights"
         logger.info("teacher %s: %s, %s", name, type(teacher.network).__name__, origin)
     return teachers
+
+
+def _trained_patch(spec: Spec) -> Sequence[int] | None:
+    """The patch that decided how deep a trained network is, where its architecture takes other patches, too."""
+    architecture, files = spec.get("architecture"), spec_files(spec)
+    if not architecture or not files:
+        return None
+    definition = read_architecture(architecture)
+    if "patch" not in definition.network or definition.fixed_patch:
+        return None
+    trained: Sequence[int] | None = (read_task(files[0]) or {}).get("patch")
+    return trained
 
 
 def _require_patch(teacher: Teacher, in_channels: int, out_channels: int, patch: Sequence[int]) -> None:

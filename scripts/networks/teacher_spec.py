@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.networks.architecture import did_you_mean, require_kind
 from scripts.networks.zoo_bundle import bundle_weights
+from scripts.utils.checksums import sha256
 from scripts.utils.task_file import read_task, task_path
 from scripts.utils.values import HEADS, TAPS, is_list, is_number, is_range, is_three, is_whole
 
@@ -55,6 +56,26 @@ def spec_channels(name: str, spec: Spec, all_modalities: Sequence[str]) -> list[
             f"more of {', '.join(all_modalities)}."
         )
     return [list(all_modalities).index(each) for each in spec["modalities"]]
+
+
+def spec_checksum(spec: Spec) -> str | None:
+    """What identifies the answers of a teacher; None for random weights, and where a file is missing.
+
+    It is the checksum of the weights, for an nnU-Net that of its checkpoints, and for predictions one of the names and
+    sizes of the files, which are too many to be read.
+    """
+    if spec.get("predictions"):
+        files = sorted(path for path in Path(spec["predictions"]).glob("*") if path.is_file())
+        listed = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+        return hashlib.sha256(listed.encode()).hexdigest() if files else None
+    paths = (
+        [str(path) for path in sorted(Path(spec["nnunet"]).glob("fold_*/checkpoint_final.pth"))]
+        if spec.get("nnunet")
+        else spec_files(spec)
+    )
+    if not all(Path(path).is_file() for path in paths):
+        return None  # a missing file is refused where it is loaded
+    return join_checksums([sha256(path) for path in paths])
 
 
 def join_checksums(digests: Sequence[str]) -> str | None:

@@ -154,6 +154,26 @@ def require_finite(path: str | Path, weights: Mapping[str, Any]) -> None:
         )
 
 
+def strict_network(network: nn.Module) -> nn.Module:
+    """Let a network load weights strictly whatever its caller asks for, in place.
+
+    MONAI Label asks for ``strict=False``, and would silently run an untrained network where no name matches.
+
+    Returns:
+        The network itself, of a subclass of its class with the same name.
+    """
+
+    def load_state_dict(
+        self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        return super(strict_class, self).load_state_dict(state_dict, strict=True, assign=assign)
+
+    kind = type(network)
+    strict_class = type(kind.__name__, (kind,), {"load_state_dict": load_state_dict, "__module__": kind.__module__})
+    network.__class__ = strict_class
+    return network
+
+
 class WeightsLoader:
     """Handler that loads weights strictly when the engine starts.
 

@@ -38,7 +38,7 @@ def import_optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnavailableError(f'{name} is not installed: pip install ".[fast]".') from error
+        raise UnavailableError(f'{name} is not installed: pip install -e ".[fast]".') from error
 
 
 def _format_shape(shape: Any) -> str:

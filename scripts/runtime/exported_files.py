@@ -148,9 +148,9 @@ def probe_image(channels: int, size: Sequence[int]) -> NDArray[np.float32]:
     return np.random.RandomState(0).random_sample((1, channels, *size)).astype(np.float32)  # frozen by NumPy's policy
 
 
-def probe_sizes(window: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The sizes of the probes: a small one for engines of any size, and the window for others."""
-    return {"small": tuple(min(PROBE_SIZE, length) for length in window), "window": tuple(window)}
+def small_probe(window: Sequence[int]) -> tuple[int, ...]:
+    """The size of the probe of engines for any size; that of others is the window."""
+    return tuple(min(PROBE_SIZE, length) for length in window)
 
 
 def kept_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -177,7 +177,7 @@ def check_probe(engine: NumpyEngine, folder: Path, record: Mapping[str, Any], ad
     require_files(folder, {PROBE: record["probe"]}, advice)
     with np.load(folder / PROBE) as stored:
         expected = stored["small" if engine.window is None else "window"]
-    size = probe_sizes(engine.window or record["window"])["small" if engine.window is None else "window"]
+    size = engine.window or record.get("probe_size") or small_probe(record["window"])  # up to 0.14.0 it is not named
     logits = kept_logits(engine(probe_image(len(record["modalities"]), size)))
     difference = float(np.abs(logits - expected).max() / max(1.0, float(np.abs(expected).max())))
     if not difference <= TOLERANCES[engine.description.split()[-1]]:

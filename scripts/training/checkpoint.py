@@ -170,7 +170,7 @@ class TrainingCheckpoint:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
-        self.average = average
+        self.average, self.scale = average, None
         if average is not None:
             self.objects["average"] = average
         self.previous = _previous(self.path)
@@ -179,7 +179,7 @@ class TrainingCheckpoint:
 
     def attach(self, engine: Any) -> None:
         """Register with a trainer."""
-        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.STARTED, self.start)
         if self.average is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.update_average)
         if engine.state.rank == 0:  # MONAI's workflows set their rank
@@ -188,8 +188,17 @@ class TrainingCheckpoint:
 
     def update_average(self, engine: Any) -> None:
         """Update the average of the weights if the optimizer has changed them."""
-        if self.average is not None and completes_step(engine) and not getattr(engine.state, "skipped", False):
+        if self.average is None or not completes_step(engine) or getattr(engine.state, "skipped", False):
+            return
+        scale, before = _scale(engine), self.scale
+        self.scale = scale
+        if scale is None or before is None or scale >= before:  # else the scaler of float16 has skipped the step
             self.average.update_parameters(self.objects["model"])
+
+    def start(self, engine: Any) -> None:
+        """Load the state, see ``load``, and note the scale of float16."""
+        self.load(engine)
+        self.scale = _scale(engine)
 
     def load(self, engine: Any) -> None:
         """Restore every object and the trainer's epoch if ``resume`` is set and a state exists.
@@ -263,6 +272,12 @@ class TrainingCheckpoint:
         write_atomically(network.state_dict(), self.weights)
         if self.record:
             write_task(self.record, self.weights)
+
+
+def _scale(engine: Any) -> float | None:
+    """The scale of the gradients in float16; it decreases where a step is skipped."""
+    scaler = getattr(engine, "scaler", None)
+    return float(scaler.get_scale()) if scaler else None
 
 
 def _epoch_note(state: Any) -> str:

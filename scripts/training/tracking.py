@@ -152,7 +152,7 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
 def require_mlflow() -> None:
     """Raise a RuntimeError that says what to install if MLflow is missing."""
     if find_spec("mlflow") is None:
-        raise RuntimeError('MLflow is not installed: run pip install ".[mlflow]", or omit --tracking.')
+        raise RuntimeError('MLflow is not installed: run pip install -e ".[mlflow]", or omit --tracking.')
 
 
 class LossOnly:

@@ -21,8 +21,8 @@ from scripts.networks.architecture import read_architecture
 from scripts.networks.teacher_spec import (
     OWN_SETTINGS,
     check_spec,
-    join_checksums,
     own_settings,
+    spec_checksum,
     spec_files,
     teacher_head,
 )
@@ -88,14 +88,14 @@ def training_record(
             name: {key: plain_value(spec[key]) for key in TEACHER_SETTINGS if spec.get(key) is not None}
             for name, spec in teachers.items()
         }
-        record["teachers_sha256"] = {name: _checksum(spec) for name, spec in teachers.items()}
+        record["teachers_sha256"] = {name: spec_checksum(spec) for name, spec in teachers.items()}
     if pretrained:
         built_on = {**(built_on or {}), "pretrained": pretrained}
         start = read_task(pretrained) or {}
         _warn_of_seen(f"The weights {pretrained} were", split[1], seen_ids(start))
         _warn_of_other_input(pretrained, start, record)
     if built_on:
-        record["built_on_sha256"] = {name: _checksum({"weights": file}) for name, file in built_on.items()}
+        record["built_on_sha256"] = {name: spec_checksum({"weights": file}) for name, file in built_on.items()}
     record["training_cases"], record["validation_cases"] = (_case_ids(cases) for cases in split)
     files = [pretrained] * bool(pretrained) + [file for spec in (teachers or {}).values() for file in spec_files(spec)]
     inherited = {case["case_id"]: case for file in files for case in seen_cases(read_task(file) or {})}
@@ -123,17 +123,11 @@ def _warn_of_other_input(weights: str, start: Record, record: Record) -> None:
         logger.warning("The weights %s were trained on other input: %s.", weights, "; ".join(clauses))
 
 
-def _checksum(spec: Mapping[str, Any]) -> str | None:
-    files = spec_files(spec)
-    if not all(Path(file).is_file() for file in files):
-        return None  # load_weights refuses a missing file
-    return join_checksums([sha256(file) for file in files])
-
-
 def _case_ids(cases: Sequence[Item]) -> list[dict[str, str]]:
     ids = []
     for case in cases:
-        case_id = str(case.get("case_id") or Path(str(case.get("image", ""))).name)  # MONAI Label gives no ids
+        # MONAI Label gives no ids. Elsewhere a case without one is named in the same way.
+        case_id = str(case.get("case_id") or Path(str(case.get("image", ""))).name.split(".")[0])
         ids.append({"case_id": case_id, "patient_id": str(case.get("patient_id", case_id))})
     return sorted(ids, key=lambda item: item["case_id"])
 
@@ -156,11 +150,15 @@ def definition(parser: ConfigParser, key: str) -> Any:
     return _resolved(reader, reader.get(key))
 
 
+PREPARED = (".segmentation_network", ".strict_network")  # functions that return the network that they are given
+
+
 def network_definition(parser: ConfigParser) -> Any:
     """The definition of ``network_def``; where that prepares a network (``segmentation_network``), of this network."""
     found = definition(parser, "network_def")
-    is_prepared = isinstance(found, dict) and str(found.get("_target_")).endswith(".segmentation_network")
-    return found["network"] if is_prepared else found
+    while isinstance(found, dict) and str(found.get("_target_")).endswith(PREPARED):
+        found = found["network"]
+    return found
 
 
 def _copied(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.cli.main import main
-from scripts.data.folds import chosen_cases, fold_split, make_splits
+from scripts.data.folds import chosen_cases, fold_split, make_splits, smallest_training
 
 # 23 patients; every fourth has two studies, as in PI-CAI
 CASES: list[dict[str, Any]] = [
@@ -224,3 +224,13 @@ def test_the_chosen_cases_are_training_validation_or_all() -> None:
         chosen_cases((split[0], []), "validation")
     with pytest.raises(ValueError, match=r"Unknown cases 'some': choose one of training, validation, all"):
         chosen_cases(split, "some")
+
+
+def test_the_smallest_training_set_is_that_of_the_fold_with_most_cases(tmp_path: Path) -> None:
+    cases = [own(f"v{number}", fold=0) for number in range(16)] + [own(f"t{number}") for number in range(4)]
+    assert smallest_training(cases) == 4
+    assert smallest_training(CASES) == min(len(fold_split(CASES, fold)[0]) for fold in range(5))
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps({"seed": 0, "folds": [PATIENTS[:20], PATIENTS[20:]]}))
+    assert smallest_training(CASES, file) == len(fold_split(CASES, 0, file=file)[0])
+    assert smallest_training([own("a"), own("b"), own("c")]) == 2  # too few for five folds: one validates

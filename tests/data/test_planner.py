@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scripts.data.planner import (
     plan_flips,
     plan_intensity,
     plan_labels,
+    plan_mask_values,
     plan_rotation,
     plan_spacing,
     plan_task,
@@ -144,7 +146,8 @@ def test_intensity_by_name_header_and_values(key: str, image: ModalityValues, ex
 def test_reasons_say_what_is_odd() -> None:
     assert "no value is that of air" in modality_intensity("ct", [case(values={"ct": values([1, 50], 0)})])[1]
     assert "Bq/ml" in modality_intensity("pet", [case(values={"pet": values([1, 9000], 0)})])[1]
-    assert "no labels" in modality_intensity("ct", [case(volumes=None)])[1]
+    unlabelled = replace(values([1, 50], -1000), of_foreground=False)
+    assert "no foreground" in modality_intensity("ct", [case(values={"ct": unlabelled})])[1]
     assert modality_intensity("mr", [case()]) == ("zscore", "no case has it")
 
 
@@ -179,3 +182,21 @@ def test_sides_are_not_flipped(name: str, sided: bool) -> None:
 )
 def test_thick_slices_are_turned_in_plane_only(spacing: tuple[float, ...], angles: list[int]) -> None:
     assert plan_rotation(spacing).value == angles
+
+
+def test_cases_without_a_foreground_tell_nothing_about_it_where_others_have_one() -> None:
+    """The air of a CT without a lesion must not widen the range."""
+    lesion = ModalityValues(-1024.0, 900.0, np.array([20.0, 60.0], dtype=np.float32), "CT")
+    empty = ModalityValues(-1024.0, 900.0, np.array([-1024.0, 900.0], dtype=np.float32), "CT", of_foreground=False)
+    cases = [CaseFingerprint(name, (9, 9, 9), (1, 1, 1), {"ct": each}) for name, each in (("a", lesion), ("b", empty))]
+    value, reason = modality_intensity("ct", cases)
+    assert value == [20, 60]
+    assert reason == "its name or header says CT: percentiles 0.5 to 99.5 of the foreground"
+    value, reason = modality_intensity("ct", cases[1:])
+    assert value[0] < -900
+    assert reason.endswith("of voxels that are not 0 (no foreground)")
+
+
+def test_labels_that_are_no_whole_numbers_are_written_as_indices() -> None:
+    assert plan_mask_values([[0], [0.5]]).value == "index"
+    assert plan_mask_values([[0], [1.0]]).value == "file"

@@ -25,6 +25,7 @@ from scripts.cli.main import main
 from scripts.data import postprocessing, preprocessing
 from scripts.networks.weights import load_weights
 from scripts.report.curves import read_curves
+from scripts.utils.task_file import task_path
 
 PAGE = Path(__file__).parents[2] / "docs" / "how_to" / "own_student.md"
 FILES = {"ct": "CT_image.nii.gz", "pet": "PET_image.nii.gz", "mr": "MR_T1_image.nii.gz"}
@@ -175,15 +176,26 @@ def test_monai_label_serves_the_network_and_the_settings_of_the_weights(
     student: tuple[str, Path], tmp_path: Path
 ) -> None:
     name, folder = student
-    bundle = install_bundle(tmp_path / "app", folder / "RUNS" / "student" / "model.pt")
+    weights = tmp_path / "model.pt"
+    shutil.copy(folder / "RUNS" / "student" / "model.pt", weights)
+    record = json.loads((folder / "RUNS" / "student" / "model.task.json").read_text())
+    task_path(weights).write_text(json.dumps({**record, "flips": [1, 2]}))  # sides matter
+    bundle = install_bundle(tmp_path / "app", weights)
     for config in ("inference", "train"):
         parser = ConfigParser()
         parser.read_config(str(bundle / "configs" / f"{config}.json"))
         parser.config.update({"bundle_root": str(bundle)})  # as MONAI Label does
         network = parser.get_parsed_content("network_def")
-        assert type(network) is type(BUILT[name]())
+        assert isinstance(network, type(BUILT[name]()))
+        with pytest.raises(RuntimeError, match="Missing key"):
+            network.load_state_dict({}, strict=False)  # as MONAI Label loads weights
         assert (parser["spacing"], parser["patch"]) == (SPACING, PATCH)
     load_weights(network, bundle / "models" / "model.pt")
+    assert parser["flips"] == [1, 2]  # of the training
+    parser["split"] = [[{"image": "new.nii.gz", "label": "new.nii.gz"}], []]
+    trained = parser.get_parsed_content("record")
+    assert trained["training_cases"] == [{"case_id": "new", "patient_id": "new"}]
+    assert trained["inherited_cases"] == record["training_cases"]
 
 
 def test_a_table_and_a_report_need_no_data_set_either(

@@ -66,6 +66,9 @@ def evaluate(
             rows = {row["case_id"]: row for row in csv.DictReader(file)}
         assert (rows["P1"]["status"], float(rows["P1"]["dice"]), rows["P1"]["findings"]) == ("ok", 1.0, "")
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        with open(tmp_path / "out" / "measures.csv", newline="") as file:
+            measured = {row["case_id"] for row in csv.DictReader(file)}
+        assert measured == {case for case, row in rows.items() if row["status"] != "error"}
         return Result(code, rows["P2"], summary, (tmp_path / "out" / "report.html").read_text(), caplog.text)
 
     return run

@@ -488,3 +488,10 @@ def test_a_setting_that_is_none_is_none_in_a_report(tmp_path: Path) -> None:
     config = {"labels": [[0], [2]], "regions": "$None", "classes": "$None"}
     (tmp_path / "manifest.json").write_text(json.dumps({"config": config}))
     assert evaluated_task(str(tmp_path)) == {"labels": [[0], [2]], "regions": None, "classes": None}
+
+
+def test_a_report_is_not_written_into_an_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"is an evaluation, whose page would be replaced\. Choose another --output-dir"
+    ):
+        compare([str(tmp_path), str(tmp_path / "b")], f"{tmp_path}/.")

@@ -17,8 +17,10 @@ from torch import nn
 
 from scripts.cli.main import main
 from scripts.export import converters, exporter
+from scripts.export.exporter import _write_probe, comparison_cases
 from scripts.export.parity import Comparison, compare_engines, gate_failures, mean_of_defined
 from scripts.networks import Student
+from scripts.runtime.exported_files import probe_image
 from scripts.utils.checksums import sha256
 
 pytest.importorskip("openvino")
@@ -249,9 +251,9 @@ def test_phantom_images_are_used_for_any_modalities(tmp_path: Path, monkeypatch:
     ("arguments", "absent", "words"),
     [
         (["--precisions", "int8"], "", "int8 is calibrated on training cases"),
-        (["--formats", "openvino"], "openvino", 'openvino is not installed: pip install ".[fast]"'),
-        (["--formats", "onnx"], "onnxscript", 'onnxscript is not installed: pip install ".[fast]"'),
-        (["--precisions", "int8"], "nncf", 'nncf is not installed: pip install ".[fast]"'),
+        (["--formats", "openvino"], "openvino", 'openvino is not installed: pip install -e ".[fast]"'),
+        (["--formats", "onnx"], "onnxscript", 'onnxscript is not installed: pip install -e ".[fast]"'),
+        (["--precisions", "int8"], "nncf", 'nncf is not installed: pip install -e ".[fast]"'),
     ],
 )
 def test_an_impossible_export_is_refused_before_anything_is_written(
@@ -364,3 +366,27 @@ def test_patches_are_reproducible_and_every_second_one_contains_foreground() -> 
 def test_the_shipped_weights_pass_the_float32_and_bf16_gates_on_patients(require_data: Any, tmp_path: Path) -> None:
     arguments = ["export", "--data", "sts", "--dataset-dir", str(require_data("sts")), "--output-dir", str(tmp_path)]
     assert main([*arguments, "--threads", "1", "--device", "cpu", "--precisions", "fp32", "bf16"]) == 0
+
+
+def test_a_network_that_runs_on_its_window_only_gets_a_probe_of_that_size(tmp_path: Path) -> None:
+    class OfOneSize(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            if image.shape[2:] != (40, 40, 40):
+                raise ValueError("another size")
+            return 2 * image
+
+    entries = _write_probe(OfOneSize(), 1, [40, 40, 40], tmp_path / "probe.npz")
+    assert entries["probe_size"] == [40, 40, 40]
+    with np.load(tmp_path / "probe.npz") as stored:
+        expected = 2 * probe_image(1, [40, 40, 40])[..., ::2, ::2, ::2]
+        np.testing.assert_array_equal(stored["small"], expected)
+    assert _write_probe(nn.Identity(), 1, [40, 40, 40], tmp_path / "other.npz")["probe_size"] == [32, 32, 32]
+
+
+def test_phantoms_of_a_fine_spacing_have_no_more_voxels(tmp_path: Path) -> None:
+    cases, _ = comparison_cases([[], []], ["ct"], tmp_path, [[0], [1]], spacing=[0.2, 0.3, 0.5])
+    sizes = [nib.Nifti1Image.from_filename(cases[0][key]).header.get_zooms() for key in ("ct", "label")]
+    plain, _ = comparison_cases([[], []], ["ct"], tmp_path / "plain", [[0], [1]])
+    for key, size in zip(("ct", "label"), sizes, strict=True):
+        expected = np.array(nib.Nifti1Image.from_filename(plain[0][key]).header.get_zooms())
+        np.testing.assert_allclose(size, 0.2 * expected, rtol=1e-5)

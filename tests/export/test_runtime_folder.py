@@ -150,9 +150,11 @@ def test_one_folder_for_a_batch_of_several_cases_is_refused(folder: Path, run: A
     for name in ("1", "2"):
         (tmp_path / "batch" / name / "a").mkdir(parents=True)
     platform = {"WORKFLOW_DIR": str(tmp_path), "BATCH_NAME": "batch", "OPERATOR_IN_DIR": "a", "OPERATOR_OUT_DIR": "b"}
+    ran = run(folder, "--patient-weight", "70", **platform)
+    assert "error: --patient-weight is for one case, but the batch has 2. Leave it out." in ran.stderr
     ran = run(folder, "--output-dir", tmp_path / "out", **platform)
     assert ran.returncode == 1
-    assert ran.stderr == "error: --output-dir is one folder, but the batch has 2 cases. Leave it out.\n"
+    assert ran.stderr == "error: --output-dir is for one case, but the batch has 2. Leave it out.\n"
 
 
 def test_an_image_that_is_not_named_is_not_used(

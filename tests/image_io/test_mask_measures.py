@@ -73,3 +73,16 @@ def test_nonfinite_voxels_of_a_pet_are_replaced_as_for_the_network(tmp_path: Pat
     files = save(mask, np.eye(4), tmp_path / "m.nii.gz"), save(pet, np.eye(4), tmp_path / "pet.nii.gz")
     region, _ = measure_files(files[0], {"tumour": [1]}, files[1], Rules(replace_nonfinite=0.0))
     assert (region.uptake.suvmax, region.uptake.suvmean) == pytest.approx((9, (62 * 5 + 9) / 64))
+
+
+def test_a_pet_in_another_unit_is_told_and_nan_is_refused(tmp_path: Path):
+    mask, pet = np.ones((4, 4, 4), dtype=np.uint8), np.full((4, 4, 4), 9000.0, dtype=np.float32)
+    pet[0] = 0
+    files = save(mask, np.eye(4), tmp_path / "m.nii.gz"), save(pet, np.eye(4), tmp_path / "pet.nii.gz")
+    warnings: list[str] = []
+    measure_files(files[0], {"tumour": [1]}, files[1], warnings=warnings)
+    assert [text.endswith("above any plausible SUV: is it in Bq/ml?") for text in warnings] == [True]
+    pet[1] = np.nan
+    save(pet, np.eye(4), files[1])
+    with pytest.raises(ValueError, match="16 of 64 voxels are NaN or infinite"):
+        measure_files(files[0], {"tumour": [1]}, files[1])

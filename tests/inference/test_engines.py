@@ -264,7 +264,7 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
     student: Student, files: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UnavailableError, match=rf'{name} is not installed: pip install "\.\[fast\]"'):
+    with pytest.raises(UnavailableError, match=rf'{name} is not installed: pip install -e "\.\[fast\]"'):
         choose_engine(name, "auto", files / "model.pt", student)
     if name == "openvino":
         assert choose_engine("auto", "auto", files / "model.pt", student).description == "torch fp32"

@@ -333,3 +333,12 @@ def test_a_foreign_or_truncated_table_is_refused(tmp_path, text, message) -> Non
     path.write_text(text.replace("HEADER", ",".join(COLUMNS)), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_rows(path)
+
+
+def test_a_difference_counts_each_case_once_also_where_some_regions_have_none() -> None:
+    empty = {"dice": None, "hd95_mm": None, "assd_mm": None, "status": "true_negative", "diagonal_mm": 9.0}
+    full = {"dice": 0.5, "hd95_mm": 1.0, "assd_mm": 1.0, "status": "ok", "diagonal_mm": 9.0}
+    rows = [{"case_id": case, "region": region, **(empty if (case, region) in {("a", "ET"), ("b", "ET")} else full)}
+            for case in "abc" for region in ("WT", "TC", "ET")]  # fmt: skip
+    result = paired_difference(rows, rows, "dice")
+    assert (result["n"], result["n_cases"]) == (7, 3)

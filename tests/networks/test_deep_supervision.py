@@ -135,3 +135,29 @@ def test_no_teacher_may_have_the_name_of_the_outputs() -> None:
     teacher = Teacher(["a", "b"], ["a", "b"], 2, SIZE, network=make("one"))
     with pytest.raises(ValueError, match="no teacher 'student' or 'logits'"):
         Distiller(make("one"), {"logits": teacher})
+
+
+class Heads(nn.Module):
+    """Two heads, and a weight of four dimensions as a 2D convolution has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full, self.coarse = nn.Conv3d(1, 2, 1), nn.Conv3d(1, 2, 1)
+        self.scale = nn.Parameter(torch.ones(1, 1, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [self.full(image) * self.scale, self.coarse(image[..., ::2, ::2, ::2])]
+
+
+def test_a_teacher_is_trained_at_every_head_and_answers_with_the_first() -> None:
+    teacher = Teacher(["ct"], ["ct"], 2, [4, 4, 4], network=Heads())
+    image = torch.rand(1, 1, 4, 4, 4)
+    heads = teacher.train()(image)
+    assert [tuple(head.shape) for head in heads] == [(1, 2, 4, 4, 4), (1, 2, 2, 2, 2)]
+    torch.testing.assert_close(teacher.eval()(image), heads[0])
+
+
+def test_a_network_may_have_weights_of_four_dimensions() -> None:
+    network = segmentation_network(Heads()).eval()
+    assert network.full.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert tuple(network(torch.rand(1, 1, 4, 4, 4)).shape) == (1, 2, 4, 4, 4)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from scripts.networks import Student
-from scripts.networks.weights import WeightsLoader, load_weights
+from scripts.networks.weights import WeightsLoader, load_weights, strict_network
 from scripts.utils.checksums import sha256
 from scripts.utils.tensor_files import write_atomically
 
@@ -240,3 +241,18 @@ def test_a_whole_module_is_not_unpickled(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 1), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"is not a file of plain weights\. .* Save the state_dict\(\) of the network"):
         load_weights(nn.Linear(2, 1), tmp_path / "model.pt")
+
+
+def test_a_strict_network_refuses_weights_that_do_not_fit_whatever_its_caller_asks_for() -> None:
+    """MONAI Label asks for strict=False."""
+    network = strict_network(nn.Linear(2, 2))
+    own = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict({"other": torch.zeros(1)}, strict=False)
+    network.load_state_dict({name: value + 1 for name, value in own.items()})
+    assert all(torch.equal(value, own[name] + 1) for name, value in network.state_dict().items())
+    assert isinstance(network, nn.Linear)
+    assert type(network).__name__ == "Linear"
+    copied = copy.deepcopy(network)
+    copied.load_state_dict(own)
+    assert not torch.equal(copied.weight, network.weight)  # of its own, not of the first

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.report.differences import mask_differences, tolerance_mm
+from scripts.report.differences import mask_differences, region_sets, tolerance_mm
 
 MM = (2.0, 1.0, 1.0)
 VOXEL_ML = 2.0 / 1000
@@ -69,3 +69,15 @@ def test_other_values_are_a_wrong_region_only_where_values_matter() -> None:
 def test_the_tolerance_is_3_mm_or_the_longest_side_of_a_voxel() -> None:
     assert tolerance_mm((1, 1, 1)) == 3
     assert tolerance_mm((1, 5, 2)) == 5
+
+
+def test_values_of_the_same_regions_are_no_difference() -> None:
+    """Oedema as necrosis: both are the whole tumour only."""
+    regions = {"WT": [1, 2, 4], "ET": [4]}
+    reference, prediction = np.zeros((3, 3, 3)), np.zeros((3, 3, 3))
+    reference[1], prediction[1] = 2, 1
+    reference[1, 1, 1], prediction[1, 1, 1] = 4, 1
+    sets = [region_sets(mask, regions) for mask in (prediction, reference)]
+    found = mask_differences(*sets, MM, values_matter=True)
+    assert found.volumes_ml == {"wrong region": pytest.approx(np.prod(MM) / 1000)}
+    assert sets[0].max() == 1

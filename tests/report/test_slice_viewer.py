@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -242,3 +245,21 @@ def test_text_reaches_a_contrast_of_4_5_on_every_background(scheme: int) -> None
         if contrast(*(colours[name] for name in pair)) < 4.5
     } == {}
     assert contrast(colours["accent"], colours["paper"]) >= 3  # enough for lines and buttons
+
+
+def test_the_viewer_joins_the_border_of_a_mask_to_closed_lines() -> None:
+    """By Node.js: two squares of 2 x 1 and 1 x 1 voxels, which touch at a corner, have a line each."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    script = (
+        (TEMPLATES / "viewer.js").read_text()
+        + """
+        const voxels = new Set(["1,1", "2,1", "3,2"]), inside = (u, v) => voxels.has(`${u},${v}`);
+        console.log(JSON.stringify(joined(contour(inside, 6, 6))));
+    """
+    )
+    lines = json.loads(subprocess.run([node, "-e", script], capture_output=True, text=True, check=True).stdout)
+    assert sorted(len(line) for line in lines) == [5, 7]  # an edge of each border voxel's side, and the first again
+    assert all(line[0] == line[-1] for line in lines)
+    assert all(abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1 for line in lines for a, b in itertools.pairwise(line))

@@ -188,7 +188,10 @@ def files_containing(folder: Path, marker: str) -> list[str]:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("No module named 'highdicom'", name="highdicom"), 'is not installed. Run: pip install -e "'),
+        (
+            ModuleNotFoundError("No module named 'highdicom'", name="highdicom"),
+            'is not installed. Run: pip install -e "',
+        ),
         (ImportError("libz.so: cannot open", name="PIL"), r"cannot be loaded \(libz\.so: cannot open\)\. Install"),
     ],
     ids=["package", "library"],

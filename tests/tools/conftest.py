@@ -21,6 +21,7 @@ COPIED = (
     "CHANGELOG.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "pyproject.toml",
     ".gitignore",
 )

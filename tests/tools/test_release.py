@@ -72,7 +72,7 @@ def test_the_zip_is_one_folder_with_the_name_of_the_bundle(zipped: Path, zoo: Pa
     [
         "LICENSE", "configs/metadata.json", "configs/inference.json", "configs/train.json", "configs/logging.conf",
         "models/model.pt", "models/model.pt.sha256", "docs/README.md", "docs/data_license.txt", "scripts/__init__.py",
-        "models/model.task.json",
+        "models/model.task.json", "SECURITY.md",
     ],
 )  # fmt: skip
 def test_the_zip_has_every_file_that_the_zoo_requires(zoo: Path, name: str) -> None:

@@ -24,7 +24,7 @@ def small(tmp_path: Path, commit: Callable[[Path], Path]) -> Path:
     root = tmp_path / "small"
     for name in ("configs", "docs", "models", "scripts"):
         (root / name).mkdir(parents=True)
-    for name in ("docs/README.md", "scripts/__init__.py", "CHANGELOG.md", "requirements.txt"):
+    for name in ("docs/README.md", "scripts/__init__.py", "CHANGELOG.md", "SECURITY.md", "requirements.txt"):
         (root / name).touch()
     (root / "README.md").write_text("# Title\n\nSee [the card](docs/README.md#top) and [how](tests/README.md).\n")
     (root / "configs/metadata.json").write_text('{"version": "1.2.3", "changelog": {"1.2.3": "b", "1.2.2": "a"}}')

@@ -16,8 +16,10 @@ from scripts.runtime import EXPORT_PRECISIONS
 from scripts.utils.errors import error_sentence
 
 # Ids of inference that a runtime folder does not keep.
-NOT_KEPT = ("inferer", "predictor", "preprocessing", "postprocessing", "naming", "reference", "allow_missing", "checks")
-NOT_KEPT += ("engine", "engine_precision")
+NOT_KEPT = (
+    *("inferer", "predictor", "preprocessing", "postprocessing", "naming", "reference", "allow_missing", "checks"),
+    *("engine", "engine_precision"),
+)
 EXAMPLE = "python -m scripts export --data sts --dataset-dir DATA"
 
 

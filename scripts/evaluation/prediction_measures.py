@@ -34,7 +34,8 @@ def measure_prediction(
         return [], []
     image, position = modality_images(case, modalities, rules).get(pet or "", (None, 0))
     channel = None if pet in case else position  # of a 4D file
-    rules, texts, measured = rules.of_case(case), [], []
+    rules, measured = rules.of_case(case), []
+    texts: list[str] = []
     try:
         measured = measure_files(path, coding.predicted_regions, image, rules, channel, texts)
     except (ValueError, OSError) as error:

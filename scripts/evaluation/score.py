@@ -153,8 +153,8 @@ def score(
     _log_warnings(summary, findings, [*masks.hints.values(), *notes])
     if trained_unknown:
         logger.info("%s", trained_unknown)
-    for case, (_, texts) in zip(scorable, measured, strict=True):
-        for text in texts:
+    for case, (_, unmeasured) in zip(scorable, measured, strict=True):
+        for text in unmeasured:
             logger.warning("%s: %s", case["case_id"], text)
     measures = [row for case_rows, _ in measured for row in case_rows]
     write_measures(measures, Path(output_dir) / "measures.csv")

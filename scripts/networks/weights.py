@@ -162,13 +162,11 @@ def strict_network(network: nn.Module) -> nn.Module:
     Returns:
         The network itself, of a subclass of its class with the same name.
     """
-
-    def load_state_dict(
-        self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        return super(strict_class, self).load_state_dict(state_dict, strict=True, assign=assign)
-
     kind = type(network)
+
+    def load_state_dict(self: nn.Module, state_dict: State, strict: bool = True, assign: bool = False) -> Any:
+        return kind.load_state_dict(self, state_dict, strict=True, assign=assign)
+
     strict_class = type(kind.__name__, (kind,), {"load_state_dict": load_state_dict, "__module__": kind.__module__})
     network.__class__ = strict_class
     return network

@@ -170,7 +170,8 @@ class TrainingCheckpoint:
         if "model" not in objects:
             raise ValueError(f"objects must contain the network as 'model', got {sorted(objects)}.")
         self.path, self.weights, self.objects = Path(path), Path(weights), dict(objects)
-        self.average, self.scale = average, None
+        self.average = average
+        self.scale: float | None = None
         if average is not None:
             self.objects["average"] = average
         self.previous = _previous(self.path)

@@ -1,6 +1,6 @@
 # `make demo`, `make test` and most others build .venv first where it is missing. They need Python >= 3.11 with venv, and git.
 PYTHON ?= python3
-NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+NEW_ENOUGH := sys; sys.exit(sys.version_info < (3, 11))
 PY := .venv/bin/python
 RUN := $(PY) -W ignore -m scripts
 DEMO ?= runs/demo
@@ -13,8 +13,8 @@ DEMO_TEST := $(DEMO_TASK) --dataset-dir $(DEMO)/test --set overlap=0.25
 
 env: .venv/ready
 .venv/ready: pyproject.toml requirements.txt requirements-dev.txt requirements-fast.txt requirements-dicom.txt
-	@$(PYTHON) -c '$(NEW_ENOUGH)' || { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@.venv/bin/python -c '$(NEW_ENOUGH)' 2> /dev/null || $(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -c 'import $(NEW_ENOUGH)' || { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@.venv/bin/python -c 'import pip, $(NEW_ENOUGH)' 2> /dev/null || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@

@@ -41,6 +41,8 @@ def decisive_settings(args: argparse.Namespace, config: Mapping[str, Any], *othe
         others: further ids.
     """
     replaced = {key.removeprefix("+").partition(SEPARATOR)[0] for key in parse_set(args.set)} - HARMLESS
+    if not config.get("whole_volume"):  # only then it decides how a volume is divided
+        replaced -= {"memory_gib"}
     settings = {key: config[key] for key in (*DECISIVE, *others) if key in config}
     return {**settings, REPLACED: {key: config[key] for key in sorted(replaced) if key in config}}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import runpy
 import signal
 import sys
@@ -123,8 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0, 1 after an error (one sentence on stderr), or 130 after Ctrl-C. Wrong options exit with 2.
+        The exit code: 0, or 1 after an error (one sentence on stderr). Wrong options exit with 2. Ctrl-C ends the
+        program.
     """
+    is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["benchmark"]:
         return _forward_benchmark(arguments[1:])
@@ -147,10 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if args.debug:
+        if args.debug or not is_program:
             raise
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print("interrupted", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that a loop of the shell ends, too
+        os.kill(os.getpid(), signal.SIGINT)
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.networks.teacher_loading import trained_patch
 from scripts.networks.teacher_spec import check_spec, own_settings, teacher_head
 
 FINAL_FILES = ("model.pt", "manifest.json")  # written at the end of a training; the manifest last
@@ -87,5 +88,7 @@ def gkd_stages(
             "weights": spec["weights"],
             "autoencoder": autoencoder,
         }
+        if (patch := trained_patch(spec)) is not None:
+            overrides["network_def#patch"] = list(patch)
         stages.append(Stage(f"header_{name}", ("teacher", "stages/header"), overrides))
     return stages

@@ -11,6 +11,7 @@ approximation: a network's prediction for a flipped image differs slightly from 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from scripts.utils.tensor_files import load_plain
 
 LOGITS = "logits"
 FORMAT = 1  # raised when the layout of the files changes
+# Of a manifest: notes, what has a checksum beside it, and what may be a path.
+NOT_RECORDED = ("version", "approximate", "cases", "preprocessing", "architecture")
 NOTES = ("version", "approximate", "cases")  # of a manifest: what need not be the same for another case
 
 
@@ -101,14 +104,30 @@ def cached_teachers(
     return teachers
 
 
-def cache_settings(folder: str, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How the answers of a cache were made, for the record of a training: the manifests without their cases.
+def cache_settings(
+    folder: str, specs: Mapping[str, Mapping[str, Any]], cases: Sequence[Case]
+) -> dict[str, dict[str, Any]]:
+    """How the answers of a cache were made, for the record of a training.
 
-    A teacher without a manifest, which ``cached_teachers`` refuses, is left out.
+    Args:
+        folder: of the cache.
+        specs: name of a teacher -> its specification. One without a manifest, which ``cached_teachers`` refuses, is
+            left out.
+        cases: the training cases.
+
+    Returns:
+        Name of a teacher -> the settings of its manifest, and a checksum of what the answers of the cases were made of.
     """
-    paths = {name: Path(folder) / name / "manifest.json" for name in specs}
-    found = {name: read_manifest(Path(folder), name) for name, path in paths.items() if path.is_file()}
-    return {name: {key: value for key, value in each.items() if key != "cases"} for name, each in found.items()}
+    found = {}
+    for name in specs:
+        if (Path(folder) / name / "manifest.json").is_file():
+            manifest = read_manifest(Path(folder), name)
+            ids = sorted(str(case["case_id"]) for case in cases)
+            sources = {case: manifest["cases"][case]["sources"] for case in ids if case in manifest["cases"]}
+            digest = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+            settings = {key: value for key, value in manifest.items() if key not in NOT_RECORDED}
+            found[name] = {**settings, "sources_sha256": digest}
+    return found
 
 
 def read_manifest(folder: Path, teacher: str) -> dict[str, Any]:

@@ -107,13 +107,14 @@ def compare(
     shown = max(runs, key=lambda run: len(run.get("present") or intensity))
     coding = MaskCoding(labels, regions, ignore, mask_values) if labels else None
     reference = runs[names.index(baseline)] if baseline else None
-    named = {"network": shown["name"]} if len(runs) > 1 else {}  # whose masks are measured
+    drawn = shown.get("drawn", shown)  # whose masks are drawn and measured
+    named = {"network": drawn["name"]} if len(runs) > 1 or drawn is not shown else {}
     table = "\n\n".join([markdown_summary(runs), *([markdown_differences(runs, reference)] if reference else [])])
     write_report(
         Path(output_dir) / "report.html",
         title,
         runs,
-        case_overlays(scored_cases, shown.get("drawn", shown), intensity, coding, checks) if scored_cases else [],
+        case_overlays(scored_cases, drawn, intensity, coding, checks) if scored_cases else [],
         {name: read_curves(path) for name, path in curve_names(curves).items()},
         write_manifest(output_dir, list(cases), **torch_usage()),
         training_notes(runs),

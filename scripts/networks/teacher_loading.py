@@ -74,7 +74,7 @@ def load_teachers(
             logger.info("teacher %s: the label itself", name)
             continue
         own_patch = spec.get("patch") or patch
-        built_patch = spec.get("patch") or _trained_patch(spec) or patch
+        built_patch = spec.get("patch") or trained_patch(spec) or patch
         rescale = _own_windows(spec, patch, intensity or {}, spacing)
         try:
             teacher = _build(
@@ -96,7 +96,7 @@ def load_teachers(
     return teachers
 
 
-def _trained_patch(spec: Spec) -> Sequence[int] | None:
+def trained_patch(spec: Spec) -> Sequence[int] | None:
     """The patch that decided how deep a trained network is, where its architecture takes other patches, too."""
     architecture, files = spec.get("architecture"), spec_files(spec)
     if not architecture or not files:

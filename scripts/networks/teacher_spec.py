@@ -59,23 +59,11 @@ def spec_channels(name: str, spec: Spec, all_modalities: Sequence[str]) -> list[
 
 
 def spec_checksum(spec: Spec) -> str | None:
-    """What identifies the answers of a teacher; None for random weights, and where a file is missing.
-
-    It is the checksum of the weights, for an nnU-Net that of its checkpoints, and for predictions one of the names and
-    sizes of the files, which are too many to be read.
-    """
-    if spec.get("predictions"):
-        files = sorted(path for path in Path(spec["predictions"]).glob("*") if path.is_file())
-        listed = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-        return hashlib.sha256(listed.encode()).hexdigest() if files else None
-    paths = (
-        [str(path) for path in sorted(Path(spec["nnunet"]).glob("fold_*/checkpoint_final.pth"))]
-        if spec.get("nnunet")
-        else spec_files(spec)
-    )
-    if not all(Path(path).is_file() for path in paths):
+    """The checksum of a teacher's weights; None where it has none, or a file is missing."""
+    files = spec_files(spec)
+    if not all(Path(file).is_file() for file in files):
         return None  # a missing file is refused where it is loaded
-    return join_checksums([sha256(path) for path in paths])
+    return join_checksums([sha256(file) for file in files])
 
 
 def join_checksums(digests: Sequence[str]) -> str | None:

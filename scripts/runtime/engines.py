@@ -22,6 +22,7 @@ from scripts.runtime import BYTES_PER_VOXEL, ENGINE_BYTES_PER_VOXEL
 
 # Voxels of an image from which OpenVINO's model is compiled for exactly its size.
 LARGE_IMAGE_VOXELS = 4_000_000
+USUAL_STEP = 16  # voxels
 CPU_FLAGS = Path("/proc/cpuinfo")
 
 
@@ -114,6 +115,7 @@ class OpenVINOEngine:
         }
         if threads:
             self.settings["INFERENCE_NUM_THREADS"] = threads
+        self.checked: set[tuple[int, ...]] = set()
         self.channels = self.model.input(0).partial_shape[1].get_length()
         self.classes = self.model.output(0).partial_shape[1].get_length()
         self.request = self._compile([-1, self.channels, -1, -1, -1])
@@ -127,6 +129,18 @@ class OpenVINOEngine:
         model = self.model.clone()
         model.reshape(list(shape))
         return self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+
+    def _require_size(self, shape: tuple[int, ...]) -> None:
+        """Refuse a size that the model does not take: with one CPU, OpenVINO runs it all the same and damages memory.
+
+        Multiples of ``USUAL_STEP`` voxels are not looked at, because the included networks take them.
+
+        Raises:
+            RuntimeError: by OpenVINO, that the shapes of the layers do not fit together.
+        """
+        if shape[1] != self.channels or (shape not in self.checked and any(n % USUAL_STEP for n in shape[2:])):
+            self.model.clone().reshape(list(shape))
+            self.checked.add(shape)
 
     def _request_for(self, shape: tuple[int, ...]) -> Any:
         """The request for images of a shape; only the last one for a large size is kept."""
@@ -147,6 +161,7 @@ class OpenVINOEngine:
         source = np.ascontiguousarray(image, dtype=np.float32)
         logits = np.empty((len(source), self.classes, *source.shape[2:]), dtype=np.float32)
         try:
+            self._require_size(source.shape)
             request = self._request_for(source.shape)
             request.set_input_tensor(self.tensor(source, shared_memory=True))
             request.set_output_tensor(self.tensor(logits, shared_memory=True))

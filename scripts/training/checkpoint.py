@@ -189,10 +189,12 @@ class TrainingCheckpoint:
 
     def update_average(self, engine: Any) -> None:
         """Update the average of the weights if the optimizer has changed them."""
-        if self.average is None or not completes_step(engine) or getattr(engine.state, "skipped", False):
+        if self.average is None:
             return
         scale, before = _scale(engine), self.scale
         self.scale = scale
+        if not completes_step(engine) or getattr(engine.state, "skipped", False):
+            return
         if scale is None or before is None or scale >= before:  # else the scaler of float16 has skipped the step
             self.average.update_parameters(self.objects["model"])
 

@@ -264,6 +264,12 @@ def test_a_student_learns_from_predictions_alone_by_the_command_line(
     write_npz(folder / "PHANTOM_003.npz", probabilities_on_reference(phantoms[2])[::-1])
     assert main([*distill, "--output-dir", str(tmp_path / "changed")]) == 1
     assert "The image files or the prediction of case PHANTOM_00" in capsys.readouterr().err
+    # A checkpoint of the first answers does not go on with the second ones, though all files have the same size.
+    assert main(cache) == 0
+    assert main([*distill, "--output-dir", str(tmp_path / "out"), "--resume", "--epochs", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "is from a different run: its cache#outside#sources_sha256 is " in error
+    assert ";" not in error  # nothing else
 
 
 def probabilities_on_reference(case: dict[str, Any]) -> np.ndarray:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from scripts.distillation.staged_training import gkd_stages, is_finished
+from scripts.utils.task_file import task_path
 
 TEACHERS = {
     "one": {"architecture": "hdenseformer", "modalities": ["ct", "pet"], "weights": "one.pt"},
@@ -22,6 +24,16 @@ def test_each_stage_builds_on_weights_that_an_earlier_one_writes() -> None:
     for stage in stages:
         assert {stage.overrides.get(key, "") for key in ("weights", "autoencoder")} <= written, stage.name
         written.add(str(folder / stage.name / "model.pt"))
+
+
+def test_the_header_of_a_dynunet_is_built_for_the_patch_that_the_teacher_was_trained_on(tmp_path: Path) -> None:
+    weights = tmp_path / "two.pt"
+    weights.touch()
+    task_path(weights).write_text(json.dumps({"patch": [48, 48, 48]}))
+    stages = gkd_stages(Path("s"), {"two": {**TEACHERS["two"], "weights": str(weights)}, "one": TEACHERS["one"]}, 20)
+    patches = {stage.name: stage.overrides.get("network_def#patch") for stage in stages}
+    assert patches["header_two"] == [48, 48, 48]
+    assert patches["header_one"] is None
 
 
 @pytest.mark.parametrize(("epochs", "half"), [(20, 10), (3, 1), (2, 1)])

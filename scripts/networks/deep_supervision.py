@@ -61,8 +61,8 @@ def channels_last(network: nn.Module) -> nn.Module:
     ``network.to(memory_format=...)`` fails where a weight has four dimensions, as of a 2D convolution.
     """
     for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.dim() == 5:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last_3d)
+        if tensor.dim() == 5:  # not contiguous(): it keeps the strides of kernels of one voxel, which changes rounding
+            tensor.data = tensor.data.to(memory_format=torch.channels_last_3d)
     return network
 
 

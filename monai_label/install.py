@@ -30,8 +30,8 @@ MODEL = "distilled_segmentation"
 COPIED = ("configs", "scripts", "LICENSE")
 AUGMENTATION = ("flips", "rotation")  # of the training, which a further one follows
 PHANTOM_FILES = {"ct": "CT_image", "pet": "PET_image", "mr": "MR_T1_image"}
-# MONAI Label reads one inference config and one training config. It sets data and epochs by fixed ids.
 STRICT = {"_target_": "scripts.networks.weights.strict_network", "network": "@student"}  # MONAI Label is not strict
+# MONAI Label reads one inference config and one training config. It sets data and epochs by fixed ids.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "inference": {
         # Options that viewers show. A case without some modality is refused, unless a request sets allow_missing.

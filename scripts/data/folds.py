@@ -79,9 +79,9 @@ def fold_split(
 
     Raises:
         FileNotFoundError: the file does not exist, and the run does not train.
-        ValueError: the fold does not exist or has no case, there are fewer patients than folds, the data
-            set puts a patient into two folds, or the file is not such a JSON, lists a patient twice, lists patients
-            without a case, or does not list patients that have one.
+        ValueError: the fold does not exist or has no case, there are fewer patients than folds, or the data set puts a
+            patient into two folds. Or the file is not such a JSON, lists a patient twice, lists patients without a
+            case, or does not list patients that have one.
     """
     listed = len(cases)
     cases = [case for case in cases if case.get("partition") != TEST]
@@ -89,7 +89,7 @@ def fold_split(
         logger.info("%d of %d cases are test cases: they neither train nor validate", listed - len(cases), listed)
     if not cases or fold is None:
         return list(cases), []
-    labelled = [case for case in cases if case.get("label")] or cases
+    labelled = _labelled(cases)
     if len(labelled) < len(cases):
         without = len(cases) - len(labelled)
         logger.info("%d of %d cases have no label: they train, but do not validate", without, len(cases))
@@ -125,7 +125,7 @@ def smallest_training(cases: Sequence[Item], file: str | Path | None = None) -> 
         cases: as for ``fold_split``, without those of the partition `TEST`.
         file: of the folds, if there is one.
     """
-    labelled = [case for case in cases if case.get("label")] or cases
+    labelled = _labelled(cases)
     splits = _read_splits(Path(file)) if file and Path(file).is_file() else _own_folds(labelled)
     if not splits:
         patients = _patients(labelled)
@@ -141,6 +141,11 @@ def fold_problem(cases: Sequence[Item]) -> str:
     """
     labelled = [case for case in cases if case.get("label") and case.get("partition") != TEST]
     return too_few_patients(_patients(labelled)) if labelled and not _own_folds(labelled) else ""
+
+
+def _labelled(cases: Sequence[Item]) -> Sequence[Item]:
+    """The cases that are divided into folds: those with a label, or all if none has one."""
+    return [case for case in cases if case.get("label")] or cases
 
 
 def _own_folds(cases: Iterable[Item]) -> list[list[str]]:
